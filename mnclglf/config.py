@@ -1,0 +1,274 @@
+"""Every setting of a run: typed, frozen, checked when it is made. Imports nothing of ours.
+
+A RunConfig comes from a recipe (recipes.py) and the options of the command line; `to_dict` and `from_dict` take it to
+config.json and back. A value that cannot work raises ValueError with the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MethodName = Literal["mnclglf"]
+DatasetName = Literal["mnist5k", "digits", "fashion_mnist", "cifar10"]
+RecipeName = Literal["paper", "quick"]
+LoaderName = Literal["auto", "dali", "reference"]
+Interpolation = Literal["bilinear", "bicubic"]
+Stem = Literal["cifar", "imagenet"]
+Precision = Literal["auto", "bf16", "fp32"]
+KernelBackend = Literal["auto", "triton", "torch"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message`, which names the value and the remedy, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_probability(name: str, value: float) -> None:
+    require(0.0 <= value <= 1.0, f"{name} {value} is not a probability; give a number from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """How one random view of an image is made, in this order: rotation, random resized crop, flip, jitter, gray, blur.
+
+    A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py turns it
+    into numbers for each image.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a crop keeps: least and most."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a crop: least and most."""
+    interpolation: Interpolation = "bicubic"
+    """Resampling of the crop (antialiased)."""
+    rotation_degrees: float = 0.0
+    """Largest rotation either way, in degrees; for digits."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip; 0 for digits and letters."""
+    jitter_probability: float = 0.8
+    """Probability that brightness, contrast, saturation and hue are changed (in that order)."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from 1 - this to 1 + this."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from 1 - this to 1 + this."""
+    saturation: float = 0.4
+    """Saturation factor is drawn from 1 - this to 1 + this."""
+    hue: float = 0.1
+    """Hue shift is drawn from -this to +this turns of the colour wheel."""
+    gray_probability: float = 0.2
+    """Probability that the colours are dropped."""
+    blur_probability: float = 0.5
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels: least and most."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"crop_scale {self.crop_scale} must rise within (0, 1], as in 0.2 1.0")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"crop_ratio {self.crop_ratio} must be positive and rise, as in 0.75 1.3333")
+        low, high = self.blur_sigma
+        require(0 < low <= high, f"blur_sigma {self.blur_sigma} must be positive and rise, as in 0.1 2.0")
+        require(0 <= self.rotation_degrees <= 180, f"rotation_degrees {self.rotation_degrees} must lie in 0..180")
+        for name in ("flip", "jitter", "gray", "blur"):
+            _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
+        for name in ("brightness", "contrast", "saturation"):
+            _require_probability(name, getattr(self, name))
+        require(0 <= self.hue <= 0.5, f"hue {self.hue} must lie in 0..0.5 turns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, at what size, by which loader."""
+
+    data_dir: Path | None = None
+    """Folder of the data set's files; None looks in the data set's usual places."""
+    download: bool = False
+    """Fetch the data set into data_dir where it is missing."""
+    image_size: int | None = None
+    """Side of a view in pixels (even); None is the data set's own side, made even."""
+    train_images: int | None = None
+    """Pre-train on this many images, a fixed random choice; None takes all."""
+    validation_images: int = 0
+    """Hold this many training images out (a fixed random choice) to choose settings on."""
+    loader: LoaderName = "auto"
+    """auto is dali where DALI is installed, else the slow torchvision reference."""
+    loader_threads: int = 2
+    """CPU threads of the loader."""
+
+    def __post_init__(self) -> None:
+        side = self.image_size
+        require(
+            side is None or (side >= 8 and side % 2 == 0),
+            f"image_size {side} must be even and at least 8: the 2 x 2 division needs an even side",
+        )
+        require(
+            self.train_images is None or self.train_images > 0,
+            f"train_images {self.train_images} must be positive; leave it out to take all",
+        )
+        require(self.validation_images >= 0, f"validation_images {self.validation_images} must be 0 or more")
+        require(self.loader_threads >= 1, f"loader_threads {self.loader_threads} must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder (ResNet-18) and the two heads."""
+
+    stem: Stem = "cifar"
+    """cifar: 3 x 3, stride 1, no max-pool. imagenet: 7 x 7, stride 2, max-pool."""
+    width: int = 64
+    """Channels of the first stage; the features have 8 times as many."""
+    projector_width: int = 2048
+    """Width of the projector's three layers: the embedding's D."""
+    predictor_width: int = 512
+    """Width of the predictor's hidden layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "projector_width", "predictor_width"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} {value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the loss is made of (paper, section 3 and Table 2)."""
+
+    temperature: float = 1.0
+    """tau of the contrastive loss."""
+    ema_momentum: float = 0.99
+    """m of the momentum network: theta_m <- m theta_m + (1 - m) theta_o."""
+    queue_size: int = 16384
+    """K, rows of the feature queue."""
+    queue_dtype: Literal["autocast", "float32"] = "autocast"
+    """Storage of the queue's unit-norm rows; float32 for exact comparisons."""
+    lambda_: float = 6.0
+    """Weight of loss_m against loss_s (equation 7, Table 4)."""
+    k: int = 2
+    """Patches in each combination, 1 to 4 (Table 6)."""
+    one_embedding: bool = False
+    """Contrast one random combination a step instead of all C(4, k) (Table 5)."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature {self.temperature} must be positive; the paper uses 1.0")
+        require(0 <= self.ema_momentum <= 1, f"ema_momentum {self.ema_momentum} must lie in 0..1; the paper uses 0.99")
+        require(self.queue_size >= 1, f"queue_size {self.queue_size} must be at least 1")
+        require(self.lambda_ >= 0, f"lambda {self.lambda_} must be 0 or more; the paper uses 6")
+        require(self.k in (1, 2, 3, 4), f"k {self.k} must be 1, 2, 3 or 4: an image has four patches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with momentum and a cosine schedule (Table 2)."""
+
+    epochs: int = 200
+    """Passes over the training images."""
+    batch_size: int = 256
+    """N, images a step; an epoch's last incomplete batch is dropped."""
+    lr: float = 0.1
+    """Learning rate at the top of the schedule, which falls to 0 as a cosine."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up before the cosine; the paper has none."""
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay of every parameter."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
+        require(self.batch_size >= 2, f"batch_size {self.batch_size} must be at least 2: batch norm needs two images")
+        require(self.lr > 0, f"lr {self.lr} must be positive")
+        require(
+            0 <= self.warmup_epochs < self.epochs,
+            f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}",
+        )
+        require(0 <= self.sgd_momentum < 1, f"sgd_momentum {self.sgd_momentum} must lie in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the run is executed: nothing here changes what is computed, up to rounding."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto is cuda where torch sees a GPU."""
+    precision: Precision = "auto"
+    """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
+    kernels: KernelBackend = "auto"
+    """Backend of the operators in mnclglf_kernels."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    save_every: float = 1.0
+    """Epochs between two checkpoints."""
+    keep_last: int = 2
+    """Checkpoints that stay besides the milestones."""
+    keep_every: int | None = None
+    """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
+
+    def __post_init__(self) -> None:
+        require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
+        require(self.save_every > 0, f"save_every {self.save_every} must be positive")
+        require(self.keep_last >= 1, f"keep_last {self.keep_last} must be at least 1: resuming needs one")
+        require(self.keep_every is None or self.keep_every >= 1, f"keep_every {self.keep_every} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pre-training run, whole."""
+
+    method: MethodName = "mnclglf"
+    dataset: DatasetName = "cifar10"
+    recipe: RecipeName = "paper"
+    seed: int = 0
+    """Weights, views, order of the images: the same seed gives the same run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    view: ViewConfig = field(default_factory=ViewConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
+        milestones = self.engine.keep_every
+        require(
+            milestones is None or milestones <= self.optim.epochs,
+            f"keep_every {milestones} is more than the run's {self.optim.epochs} epochs: no milestone would be kept",
+        )
+        require(
+            self.optim.batch_size <= self.objective.queue_size,
+            f"batch_size {self.optim.batch_size} is more than queue_size {self.objective.queue_size}: a step would "
+            "overwrite its own rows; enlarge the queue or take smaller batches",
+        )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON types."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
+    )
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The configuration that `to_dict` wrote; unknown names raise TypeError.
+
+    JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
+    """
+    sections: dict[str, Any] = {
+        "data": DataConfig,
+        "view": ViewConfig,
+        "model": ModelConfig,
+        "objective": ObjectiveConfig,
+        "optim": OptimConfig,
+        "engine": EngineConfig,
+    }
+    made = dict(values)
+    for name, section in sections.items():
+        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
+        if settings.get("data_dir") is not None:
+            settings["data_dir"] = Path(settings["data_dir"])
+        made[name] = section(**settings)
+    return RunConfig(**made)
