@@ -1,0 +1,61 @@
+"""divide and combine: the 2 x 2 division of images and the averages of k of its patches (Algorithm 1, equation 4)."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mnclglf_kernels.backend import Backend, resolve
+
+PATCHES = 4
+
+
+def divide(images: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Cuts every image into its 2 x 2 patches (Algorithm 1, divide).
+
+    Args:
+        images: [N, C, H, W] with even H and W, any floating dtype; channels_last stays channels_last.
+        backend: see `resolve`.
+
+    Returns:
+        [4N, C, H/2, W/2], patch-major: row p * N + n is patch p (row-major in the grid) of image n. Differentiable.
+
+    Raises:
+        ValueError: `images` has not four dimensions or an odd side.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; divide needs [N, C, H, W]")
+    height, width = images.shape[2] // 2, images.shape[3] // 2
+    for side in images.shape[2:]:
+        if side % 2 or side == 0:
+            raise ValueError(f"image side {side} is odd or zero; the 2 x 2 division needs an even side")
+    resolve(backend, images)
+    top, bottom = images[:, :, :height], images[:, :, height:]
+    return torch.cat([top[..., :width], top[..., width:], bottom[..., :width], bottom[..., width:]])
+
+
+def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
+    """Averages every k-subset of the four patches' features (equation 4).
+
+    Args:
+        features: [4N, F], patch-major as `divide` orders its rows; any floating dtype.
+        k: patches in a subset, 1 to 4.
+        backend: see `resolve`.
+
+    Returns:
+        [S * N, F] in the dtype of `features`, S = C(4, k): subset-major, subsets in the order of
+        itertools.combinations. Summed in fp32 (fp64 for fp64). Differentiable.
+
+    Raises:
+        ValueError: `features` has not two dimensions, its rows are no multiple of 4, or k is not in 1..4.
+    """
+    if features.dim() != 2 or features.shape[0] % PATCHES:
+        raise ValueError(f"features have shape {tuple(features.shape)}; combine needs [4N, F], four rows an image")
+    if k not in range(1, PATCHES + 1):
+        raise ValueError(f"k is {k}; an image has four patches, so k must be 1, 2, 3 or 4")
+    resolve(backend, features)
+    patches = features.to(torch.promote_types(features.dtype, torch.float32)).chunk(PATCHES)
+    means = [sum((patches[i] for i in subset[1:]), patches[subset[0]]) / k for subset in combinations(range(PATCHES), k)]
+    return torch.cat(means).to(features.dtype)

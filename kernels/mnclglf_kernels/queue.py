@@ -1,0 +1,44 @@
+"""enqueue: the ring buffer of the feature queue (Algorithm 1, update_queue)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnclglf_kernels.backend import Backend, resolve
+
+
+@torch.no_grad()
+def enqueue(
+    queue: Tensor, pointer: Tensor, rows: Tensor, *, keep: Tensor | None = None, backend: Backend = "auto"
+) -> None:
+    """Writes `rows`, L2-normalised, over the queue's oldest rows and moves the pointer, both in place.
+
+    Nothing is copied to the host.
+
+    Args:
+        queue: [K, D], any floating dtype; rows pointer, pointer + 1, ... modulo K are overwritten.
+        pointer: int64, 0-D, on the queue's device: the oldest row.
+        rows: [N, D] with N <= K; normalised in fp32 (fp64 for fp64) and cast to the queue's dtype.
+        keep: bool, 0-D: where false, neither queue nor pointer changes. None keeps.
+        backend: see `resolve`.
+
+    Raises:
+        ValueError: shapes that do not fit, or more rows than the queue has.
+        TypeError: a pointer that is not int64.
+    """
+    if queue.dim() != 2 or rows.dim() != 2 or queue.shape[1] != rows.shape[1]:
+        raise ValueError(f"queue {tuple(queue.shape)} and rows {tuple(rows.shape)} must be [K, D] and [N, D]")
+    size, count = queue.shape[0], rows.shape[0]
+    if count > size:
+        raise ValueError(f"{count} rows do not fit into a queue of {size}; enlarge the queue or enqueue fewer")
+    if pointer.dtype != torch.int64 or pointer.dim() != 0:
+        raise TypeError(f"pointer is {pointer.dtype} of shape {tuple(pointer.shape)}; it must be a 0-D int64 tensor")
+    resolve(backend, queue)
+    where = (pointer + torch.arange(count, device=queue.device)).remainder_(size)
+    values = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32))).to(queue.dtype)
+    if keep is not None:
+        values = torch.where(keep, values, queue[where])
+    queue.index_copy_(0, where, values)
+    pointer.add_(count if keep is None else count * keep).remainder_(size)

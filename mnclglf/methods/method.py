@@ -1,0 +1,55 @@
+"""What a pre-training method is to the engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mnclglf.models.resnet import ResNet18
+
+
+class Losses(NamedTuple):
+    """What a forward gives: the loss, its named terms, and what `after_step` and the health figures need.
+
+    N images, F feature width, D embedding width.
+    """
+
+    total: Tensor  # scalar, with gradient
+    terms: dict[str, Tensor]  # named scalars
+    features: Tensor  # [N, F] of the first view, detached
+    keys: Tensor | None = None  # [N, D] what the queue takes in
+    neighbors: Tensor | None = None  # [N] data-set index behind each nearest neighbor, -1 where random
+
+
+class Method(nn.Module, ABC):
+    """A pre-training method: networks, a forward to losses, and what follows the optimizer step.
+
+    Attributes:
+        views: how many views of an image `forward` takes.
+        encoder: f_o, what is kept after pre-training.
+    """
+
+    views: int
+    encoder: ResNet18
+
+    @abstractmethod
+    def forward(self, views: Sequence[Tensor]) -> Losses:
+        """Losses of one batch: `views` are [N, 3, H, W] each, row n of all of the same image."""
+
+    @abstractmethod
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        """Updates momentum network and queue after the optimizer step.
+
+        Args:
+            losses: what `forward` gave.
+            indices: [N] data-set index of each image.
+            momentum: m at this step.
+            keep: bool, 0-D; where false nothing may change.
+        """
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -1,0 +1,102 @@
+"""MNCLGLF: multi-network contrastive learning based on global and local features (Li, Long, Li; Algorithm 1).
+
+    p1, p2, p3 = f_o(x1), f_o(x2), f_o(x3)            back-propagation network: encoder, projector, predictor
+    z1, z2 = f_m(x1), f_m(x2)                         momentum network: encoder, projector
+    n1, n2 = NN(Q, z1), NN(Q, z2)                     top-1 by cosine similarity
+    v1, v3 = combine(f_s(divide(x1))), combine(f_s(divide(x3)))
+    c1, c3 = g_s(v1), g_s(v3)                         stop-gradient network: encoder, projector
+    loss_s = (L(c1, p3) + L(c3, p1)) / 2
+    loss_m = (L(n1, p2) + L(n2, p1)) / 2
+    loss = loss_s + lambda loss_m                     equation 7
+
+Letters: N images, F feature width, D embedding width, S = C(4, k) subsets. docs/method.md has what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mnclglf_kernels import Backend, combine, contrastive_loss, divide
+from torch import Tensor, nn
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.batch_norm import batch_statistics_only
+from mnclglf.models.feature_queue import FeatureQueue
+from mnclglf.models.heads import predictor, projector
+from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf.models.resnet import ResNet18
+
+
+class MNCLGLF(Method):
+    """The three networks and the queue. See the module for the algorithm.
+
+    Args:
+        model: encoder and heads.
+        objective: tau, m, K, lambda, k, one embedding.
+        queue_dtype: storage of the queue's rows.
+        backend: implementation of the operators, see mnclglf_kernels.resolve.
+    """
+
+    views = 3
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.objective, self.backend = objective, backend
+        self.encoder = ResNet18(model.stem, model.width)
+        self.projector = projector(self.encoder.features, model.projector_width)
+        self.predictor = predictor(model.projector_width, model.predictor_width)
+        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+
+    def forward(self, views: Sequence[Tensor]) -> Losses:
+        x1, x2, x3 = views
+        # The online forwards come first: autocast keeps the weight casts of the first use, which must carry gradients.
+        f1, f2, f3 = self.encoder(x1), self.encoder(x2), self.encoder(x3)  # [N, F]; batch statistics are per view
+        p1, p2, p3 = (self.predictor(self.projector(f)) for f in (f1, f2, f3))  # [N, D]
+
+        with torch.no_grad():
+            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
+            neighbors, sources = self.queue.nearest(torch.cat([z1, z2]), self.backend)
+            n1, n2 = neighbors.chunk(2)
+            c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
+
+        loss_s = (self.contrast(c1, p3) + self.contrast(c3, p1)) / 2
+        loss_m = (self.contrast(n1, p2) + self.contrast(n2, p1)) / 2
+        return Losses(
+            total=loss_s + self.objective.lambda_ * loss_m,
+            terms={"loss_s": loss_s, "loss_m": loss_m},
+            features=f1.detach(),
+            keys=z1,
+            neighbors=sources[: len(z1)],
+        )
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
+        assert losses.keys is not None
+        self.queue.push(losses.keys, indices, keep, self.backend)
+
+    def stop_gradient_network(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
+        """c1, c3: the online weights (equations 5, 6) on combined patches, leaving the online running statistics."""
+        with batch_statistics_only(self.encoder, self.projector):
+            c1, c3 = (
+                self.projector(combine(self.encoder(divide(x, backend=self.backend)), self.objective.k))
+                for x in (x1, x3)
+            )
+        if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once a step
+            subsets = len(c1) // len(x1)
+            drawn = torch.randint(subsets, (1,), device=c1.device)
+            c1, c3 = (c.unflatten(0, (subsets, -1)).index_select(0, drawn).flatten(0, 1) for c in (c1, c3))
+        return c1, c3
+
+    def contrast(self, targets: Tensor, predictions: Tensor) -> Tensor:
+        """L of Algorithm 1 at this method's temperature."""
+        return contrastive_loss(targets, predictions, self.objective.temperature, backend=self.backend)

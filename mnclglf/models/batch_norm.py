@@ -1,0 +1,34 @@
+"""Batch normalisation as self-supervised training needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # the base of all of them
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Every batch normalisation in `module`."""
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+
+
+def without_batch_counters(module: nn.Module) -> None:
+    """Drops num_batches_tracked, which only a momentum of None reads: 20 kernels a ResNet-18 forward otherwise."""
+    for layer in batch_norms(module):
+        layer.num_batches_tracked = None
+
+
+
+@contextmanager
+def batch_statistics_only(*modules: nn.Module) -> Iterator[None]:
+    """Within, forwards in train mode normalise by their batch and leave the running statistics as they are."""
+    layers = [layer for module in modules for layer in batch_norms(module)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -1,0 +1,45 @@
+"""The feature queue Q: the last K momentum embeddings, and which image each came from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mnclglf_kernels import Backend, enqueue, nearest_neighbor
+from torch import Tensor, nn
+
+
+class FeatureQueue(nn.Module):
+    """K unit-norm rows of width D in a ring, random at the start.
+
+    Attributes:
+        rows: [K, D].
+        sources: [K] int64, the data-set index of each row's image; -1 while the row is random.
+        pointer: int64, 0-D, the oldest row.
+    """
+
+    rows: Tensor
+    sources: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, width)).to(dtype))
+        self.register_buffer("sources", torch.full((size,), -1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+        """The nearest row to each of [M, D] queries, [M, D], and the image it came from, [M]."""
+        where = nearest_neighbor(queries, self.rows, backend=backend)
+        return self.rows[where], self.sources[where]
+
+    @torch.no_grad()
+    def push(self, rows: Tensor, sources: Tensor, keep: Tensor, backend: Backend = "auto") -> None:
+        """Overwrites the oldest rows with [N, D] `rows` of the images [N] `sources`; nothing where `keep` is false."""
+        where = (self.pointer + torch.arange(len(sources), device=sources.device)) % len(self.sources)
+        self.sources[where] = torch.where(keep, sources, self.sources[where])
+        enqueue(self.rows, self.pointer, rows, keep=keep, backend=backend)
+
+    def fill(self) -> Tensor:
+        """Share of the rows that hold an embedding, 0-D."""
+        return (self.sources >= 0).float().mean()
