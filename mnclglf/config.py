@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 MethodName = Literal["mnclglf"]
 DatasetName = Literal["mnist5k", "digits", "fashion_mnist", "cifar10"]
@@ -145,7 +147,7 @@ class ObjectiveConfig:
     """K, rows of the feature queue."""
     queue_dtype: Literal["autocast", "float32"] = "autocast"
     """Storage of the queue's unit-norm rows; float32 for exact comparisons."""
-    lambda_: float = 6.0
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 6.0
     """Weight of loss_m against loss_s (equation 7, Table 4)."""
     k: int = 2
     """Patches in each combination, 1 to 4 (Table 6)."""

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.checks import check_matrix, check_widths
 
 
-def contrastive_loss(
-    targets: Tensor, predictions: Tensor, temperature: float, *, backend: Backend = "auto"
-) -> Tensor:
+def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *, backend: Backend = "auto") -> Tensor:
     """L(h, p) of Algorithm 1: cross-entropy of cosine similarities, averaged over rows and over the S splits.
 
     Both sides are L2-normalised with F.normalize's semantics. Row i of every split of N target rows has prediction i
@@ -29,11 +28,11 @@ def contrastive_loss(
 
     Raises:
         ValueError: shapes that do not fit each other, or a temperature that is not positive.
+        TypeError: a dtype that is not floating point.
     """
-    if targets.dim() != 2 or predictions.dim() != 2 or targets.shape[1] != predictions.shape[1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} and predictions {tuple(predictions.shape)} must be [S * N, D] and [N, D]"
-        )
+    check_matrix("targets", targets, "[S * N, D]")
+    check_matrix("predictions", predictions, "[N, D]")
+    check_widths("targets", targets, "predictions", predictions)
     rows, candidates = targets.shape[0], predictions.shape[0]
     if candidates == 0 or rows == 0 or rows % candidates:
         raise ValueError(f"{rows} target rows are no positive multiple of {candidates} prediction rows")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.checks import check_matrix, check_widths
 
 
 @torch.no_grad()
@@ -25,9 +26,13 @@ def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto
 
     Raises:
         ValueError: shapes that do not fit, or an empty queue.
+        TypeError: a dtype that is not floating point.
     """
-    if queries.dim() != 2 or queue.dim() != 2 or queries.shape[1] != queue.shape[1] or queue.shape[0] == 0:
-        raise ValueError(f"queries {tuple(queries.shape)} and queue {tuple(queue.shape)} must be [M, D] and [K, D], K > 0")
+    check_matrix("queries", queries, "[M, D]")
+    check_matrix("queue", queue, "[K, D]")
+    check_widths("queries", queries, "queue", queue)
+    if queue.shape[0] == 0:
+        raise ValueError(f"queue has shape {tuple(queue.shape)}; it needs at least one row")
     resolve(backend, queries)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, queue.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.checks import check_matrix
 
 PATCHES = 4
 
@@ -50,12 +51,16 @@ def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
 
     Raises:
         ValueError: `features` has not two dimensions, its rows are no multiple of 4, or k is not in 1..4.
+        TypeError: a dtype that is not floating point.
     """
-    if features.dim() != 2 or features.shape[0] % PATCHES:
-        raise ValueError(f"features have shape {tuple(features.shape)}; combine needs [4N, F], four rows an image")
+    check_matrix("features", features, "[4N, F]")
+    if features.shape[0] % PATCHES:
+        raise ValueError(f"features have {features.shape[0]} rows; combine needs four rows an image, [4N, F]")
     if k not in range(1, PATCHES + 1):
         raise ValueError(f"k is {k}; an image has four patches, so k must be 1, 2, 3 or 4")
     resolve(backend, features)
     patches = features.to(torch.promote_types(features.dtype, torch.float32)).chunk(PATCHES)
-    means = [sum((patches[i] for i in subset[1:]), patches[subset[0]]) / k for subset in combinations(range(PATCHES), k)]
+    means = [
+        sum((patches[i] for i in subset[1:]), patches[subset[0]]) / k for subset in combinations(range(PATCHES), k)
+    ]
     return torch.cat(means).to(features.dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.checks import check_matrix, check_widths
 
 
 @torch.no_grad()
@@ -26,15 +27,18 @@ def enqueue(
 
     Raises:
         ValueError: shapes that do not fit, or more rows than the queue has.
-        TypeError: a pointer that is not int64.
+        TypeError: rows or queue not floating point, a pointer that is not int64, a keep that is not bool.
     """
-    if queue.dim() != 2 or rows.dim() != 2 or queue.shape[1] != rows.shape[1]:
-        raise ValueError(f"queue {tuple(queue.shape)} and rows {tuple(rows.shape)} must be [K, D] and [N, D]")
+    check_matrix("queue", queue, "[K, D]")
+    check_matrix("rows", rows, "[N, D]")
+    check_widths("queue", queue, "rows", rows)
     size, count = queue.shape[0], rows.shape[0]
     if count > size:
         raise ValueError(f"{count} rows do not fit into a queue of {size}; enlarge the queue or enqueue fewer")
     if pointer.dtype != torch.int64 or pointer.dim() != 0:
         raise TypeError(f"pointer is {pointer.dtype} of shape {tuple(pointer.shape)}; it must be a 0-D int64 tensor")
+    if keep is not None and (keep.dtype != torch.bool or keep.dim() != 0):
+        raise TypeError(f"keep is {keep.dtype} of shape {tuple(keep.shape)}; it must be a 0-D bool tensor")
     resolve(backend, queue)
     where = (pointer + torch.arange(count, device=queue.device)).remainder_(size)
     values = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32))).to(queue.dtype)

@@ -53,3 +53,7 @@ class Method(nn.Module, ABC):
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimizer updates."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def queue_fill(self) -> float | None:
+        """Share of the queue's rows that hold an embedding; None without a queue. Waits for the device."""
+        return None

@@ -97,6 +97,9 @@ class MNCLGLF(Method):
             c1, c3 = (c.unflatten(0, (subsets, -1)).index_select(0, drawn).flatten(0, 1) for c in (c1, c3))
         return c1, c3
 
+    def queue_fill(self) -> float | None:
+        return self.queue.fill().item()
+
     def contrast(self, targets: Tensor, predictions: Tensor) -> Tensor:
         """L of Algorithm 1 at this method's temperature."""
         return contrastive_loss(targets, predictions, self.objective.temperature, backend=self.backend)

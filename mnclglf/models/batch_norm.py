@@ -20,7 +20,6 @@ def without_batch_counters(module: nn.Module) -> None:
         layer.num_batches_tracked = None
 
 
-
 @contextmanager
 def batch_statistics_only(*modules: nn.Module) -> Iterator[None]:
     """Within, forwards in train mode normalise by their batch and leave the running statistics as they are."""

@@ -1,0 +1,50 @@
+# Each target sets up .venv by itself first; that takes a moment where nothing changed.
+PYTHON ?= python3.11
+TORCH_INDEX ?=
+DATASET ?= mnist5k
+RECIPE ?= quick
+SEED ?= 0
+OUT ?= runs/$(DATASET)-$(RECIPE)-seed$(SEED)
+RUN ?= $(OUT)
+DATA_DIR ?=
+ARGS ?=
+
+BIN = .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train report test test-gpu bench check clean
+
+help: ## this list
+	@echo 'make TARGET [NAME=VALUE ...]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (a wheel index of torch: .../whl/cu126, .../whl/cpu, or pypi)
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "setup: there is no $(PYTHON); install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" tools/setup_environment.py --torch-index="$(TORCH_INDEX)"
+
+train: setup ## pre-train, then k-NN and linear evaluation; DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
+	$(BIN)/mnclglf train --method mnclglf --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED) --out "$(OUT)" $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(ARGS)
+	$(BIN)/mnclglf knn "$(OUT)"
+	$(BIN)/mnclglf linear "$(OUT)" --fast
+
+report: setup ## write the report of a run again; RUN
+	$(BIN)/mnclglf report "$(RUN)"
+
+test: setup ## run the tests; ARGS go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: setup ## run the benchmarks; ARGS go to pytest
+	$(BIN)/python -m pytest -o python_files='bench_*.py' bench/ $(ARGS)
+
+check: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean: ## delete .venv, caches and build products; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find mnclglf kernels tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""Random numbers from a counter: the same (seed, counter) gives the same numbers, whatever was drawn before.
+
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), vectorised
+over counters. numpy's own Generator is not used: its streams depend on how much was drawn and may change between
+versions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the Weyl sequence of the round keys
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+_LOW = np.uint64(_WORD)
+_HALF = np.uint64(32)
+
+# The counter's third word is an image's row, its fourth the epoch; its second says what the numbers are for: views 0, 1,
+# 2, ... count from the bottom, everything else from the top, so that they never meet.
+ORDER_STREAM = _WORD
+SPLIT_STREAM = _WORD - 1
+
+
+def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[np.uint64]:
+    """The four 32-bit words that belong to each counter.
+
+    Args:
+        counter: four words below 2**32, integers or arrays that broadcast to one shape [...].
+        key: 64 bits.
+
+    Returns:
+        uint64 [4, ...], every value below 2**32.
+    """
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
+    k0, k1 = key & _WORD, key >> 32 & _WORD
+    for _ in range(_ROUNDS):
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> _HALF) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW,
+            (product0 >> _HALF) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW,
+        )
+        k0, k1 = k0 + _KEY_STEPS[0] & _WORD, k1 + _KEY_STEPS[1] & _WORD
+    return np.stack([c0, c1, c2, c3])
+
+
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """32-bit words as numbers strictly between 0 and 1."""
+    return (words + 0.5) * 2.0**-32
+
+
+def permutation(count: int, *, seed: int, epoch: int = 0, stream: int = ORDER_STREAM) -> NDArray[np.int64]:
+    """A random order of 0 .. count - 1, int64 [count], the same for the same seed, epoch and stream."""
+    words = philox((0, stream, np.arange(count, dtype=np.uint64), epoch), seed)
+    return np.argsort(words[0] << _HALF | words[1], kind="stable")

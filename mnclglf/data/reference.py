@@ -1,0 +1,56 @@
+"""A view made by torchvision, one image at a time: slow, and the truth that the other loader is tested against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mnclglf.config import Interpolation
+from mnclglf.data.views import ViewParameters, blur_kernel_size
+
+_MODES = {"bilinear": F.InterpolationMode.BILINEAR, "bicubic": F.InterpolationMode.BICUBIC}
+
+
+def render_view(
+    image: NDArray[np.uint8],
+    parameters: ViewParameters,
+    row: int,
+    *,
+    side: int,
+    interpolation: Interpolation,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+) -> Tensor:
+    """The view of `image`, uint8 [H, W, 3], that row `row` of the parameters describes: float32 [3, side, side].
+
+    The rotation and the resize round to uint8 levels, as they do on images from files; from there on pixels are floats
+    in [0, 1], clamped after each change of colour, and the last step normalises them with mean [3] and std [3].
+    """
+    p = parameters
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if p.angle[row] != 0:
+        pixels = F.rotate(pixels, float(p.angle[row]), F.InterpolationMode.BILINEAR)
+    box = [int(column[row]) for column in (p.top, p.left, p.crop_height, p.crop_width)]
+    pixels = F.resized_crop(pixels, *box, [side, side], _MODES[interpolation], antialias=True)
+    pixels = _change_colours(F.to_dtype(pixels, torch.float32, scale=True), p, row)
+    if p.flip[row]:
+        pixels = F.horizontal_flip(pixels)
+    if p.sigma[row] > 0:
+        pixels = F.gaussian_blur(pixels, [blur_kernel_size(side)] * 2, [float(p.sigma[row])] * 2)
+    return F.normalize(pixels, mean.tolist(), std.tolist())
+
+
+def _change_colours(pixels: Tensor, p: ViewParameters, row: int) -> Tensor:
+    """Brightness, contrast, saturation, hue and gray, in this order, of float32 [3, S, S] in [0, 1]."""
+    if p.brightness[row] != 1:
+        pixels = F.adjust_brightness(pixels, float(p.brightness[row]))
+    if p.contrast[row] != 1:
+        pixels = F.adjust_contrast(pixels, float(p.contrast[row]))
+    if p.saturation[row] != 1:
+        pixels = F.adjust_saturation(pixels, float(p.saturation[row]))
+    if p.hue[row] != 0:
+        pixels = F.adjust_hue(pixels, float(p.hue[row]))
+    return F.rgb_to_grayscale(pixels, num_output_channels=3) if p.gray[row] else pixels

@@ -1,0 +1,156 @@
+"""What a view of an image is: the numbers that make it random, and the views without randomness for evaluation.
+
+Every loader takes its numbers from `draw_parameters`, so that an image's view depends on the seed, the epoch, the image
+and the view alone: not on the loader, the batch, the number of threads or where a run was resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mnclglf.config import ViewConfig
+from mnclglf.data.philox import philox, uniform
+
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, which then falls back to a central crop
+_WORDS = 32  # random words a view: 2 * CROP_ATTEMPTS for the crop's size, 12 for the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewParameters:
+    """One row a view, in the order of the operations."""
+
+    angle: NDArray[np.float32]
+    """Rotation in degrees, counter-clockwise; 0 is off."""
+    top: NDArray[np.int32]
+    """First row of the crop in pixels."""
+    left: NDArray[np.int32]
+    """First column of the crop in pixels."""
+    crop_height: NDArray[np.int32]
+    """Rows of the crop in pixels."""
+    crop_width: NDArray[np.int32]
+    """Columns of the crop in pixels."""
+    flip: NDArray[np.bool_]
+    """Whether left and right change places."""
+    brightness: NDArray[np.float32]
+    """Factor; 1 is off."""
+    contrast: NDArray[np.float32]
+    """Factor; 1 is off."""
+    saturation: NDArray[np.float32]
+    """Factor; 1 is off."""
+    hue: NDArray[np.float32]
+    """Shift in turns of the colour wheel; 0 is off."""
+    gray: NDArray[np.bool_]
+    """Whether the colours are dropped."""
+    sigma: NDArray[np.float32]
+    """Standard deviation of the blur in pixels; 0 is off."""
+
+    def __len__(self) -> int:
+        return len(self.angle)
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """The columns by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def draw_parameters(
+    seed: int, epoch: int, indices: ArrayLike, view: ArrayLike, config: ViewConfig, height: int, width: int
+) -> ViewParameters:
+    """The random numbers of N views.
+
+    Args:
+        seed: the run's seed, below 2**64.
+        epoch: passes over the data before this one.
+        indices: [N] rows of the image set.
+        view: which view of the image, one number or one for each index, [N].
+        config: the distributions.
+        height: rows of an image in pixels.
+        width: columns of an image in pixels.
+    """
+    rows, views = np.broadcast_arrays(np.asarray(indices, dtype=np.uint64), np.asarray(view, dtype=np.uint64))
+    blocks = np.arange(_WORDS // 4, dtype=np.uint64)[:, None]
+    u = uniform(philox((blocks, views, rows, epoch), seed).reshape(_WORDS, -1))  # each row used once, below
+    top, left, crop_height, crop_width = _draw_crop(u[:22], config, height, width)
+    jitter = u[22] < config.jitter_probability
+
+    def factor(row: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
+        return np.where(jitter, _between(row, 1 - strength, 1 + strength), 1.0).astype(np.float32)
+
+    return ViewParameters(
+        angle=_between(u[23], -config.rotation_degrees, config.rotation_degrees).astype(np.float32),
+        top=top,
+        left=left,
+        crop_height=crop_height,
+        crop_width=crop_width,
+        flip=u[24] < config.flip_probability,
+        brightness=factor(u[25], config.brightness),
+        contrast=factor(u[26], config.contrast),
+        saturation=factor(u[27], config.saturation),
+        hue=np.where(jitter, _between(u[28], -config.hue, config.hue), 0.0).astype(np.float32),
+        gray=u[29] < config.gray_probability,
+        sigma=np.where(u[30] < config.blur_probability, _between(u[31], *config.blur_sigma), 0.0).astype(np.float32),
+    )
+
+
+def _between(u: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * u
+
+
+def _draw_crop(u: NDArray[np.float64], config: ViewConfig, height: int, width: int) -> tuple[NDArray[np.int32], ...]:
+    """Top, left, height and width of N crops from u [22, N], distributed as RandomResizedCrop.get_params."""
+    area = height * width * _between(u[:CROP_ATTEMPTS], *config.crop_scale)
+    ratio = np.exp(_between(u[CROP_ATTEMPTS : 2 * CROP_ATTEMPTS], *np.log(config.crop_ratio)))
+    widths = np.rint(np.sqrt(area * ratio)).astype(np.int32)
+    heights = np.rint(np.sqrt(area / ratio)).astype(np.int32)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax(axis=0), np.arange(u.shape[1])
+    found = fits.any(axis=0)
+    central_height, central_width = _central_crop(config, height, width)
+    crop_height = np.where(found, heights[first], central_height)
+    crop_width = np.where(found, widths[first], central_width)
+    top = np.where(found, np.floor(u[20] * (height - crop_height + 1)), (height - crop_height) // 2)
+    left = np.where(found, np.floor(u[21] * (width - crop_width + 1)), (width - crop_width) // 2)
+    return tuple(column.astype(np.int32) for column in (top, left, crop_height, crop_width))
+
+
+def _central_crop(config: ViewConfig, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the crop that is taken when no attempt fits: the whole image, cut to a ratio in range."""
+    low, high = config.crop_ratio
+    if width / height < low:
+        return round(width / low), width
+    if width / height > high:
+        return height, round(height * high)
+    return height, width
+
+
+def blur_kernel_size(side: int) -> int:
+    """Width of the blur's window in pixels: the odd number nearest side / 10, at least 5."""
+    return max(5, 2 * (side // 20) + 1)
+
+
+def whole_views(
+    images: NDArray[np.uint8], side: int, mean: NDArray[np.float32], std: NDArray[np.float32], dtype: torch.dtype
+) -> Tensor:
+    """The whole images at the size of a view, normalised, without randomness.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        side: of the result in pixels; images of another size are resized (bicubic, antialiased) without keeping a ratio
+            of height to width other than 1.
+        mean: [3] of the images scaled to [0, 1].
+        std: [3] of the images scaled to [0, 1].
+        dtype: of the result.
+
+    Returns:
+        [n, 3, side, side] in channels_last order, on the CPU.
+    """
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if pixels.shape[2:] != (side, side):
+        pixels = F.resize(pixels, [side, side], F.InterpolationMode.BICUBIC, antialias=True)
+    scaled = F.normalize(pixels.float() / 255, mean.tolist(), std.tolist())
+    return scaled.to(dtype, memory_format=torch.channels_last)

@@ -1,0 +1,75 @@
+"""Checkpoints: written whole or not at all, checked before they are read, a few kept."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnclglf.files import write_atomically
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file and the remedy."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in `folder`, oldest first."""
+    found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in folder.glob("step-*.pt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes `state` as the checkpoint after `step` steps.
+
+    Raises:
+        CheckpointError: the file cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}. Free space or choose another --out") from error
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint after checking every byte of it against its checksums. Runs no code from the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    remedy = "delete it to go on from an earlier one"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged (checksum of {damaged}); {remedy}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; --resume takes auto, never or a checkpoint's path") from error
+    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def delete_old_checkpoints(folder: Path, *, keep_last: int, milestone_steps: int | None) -> None:
+    """Deletes all but the newest `keep_last` and the milestones, those after a multiple of `milestone_steps`."""
+    for step, path in list_checkpoints(folder)[:-keep_last]:
+        if milestone_steps is None or step % milestone_steps:
+            path.unlink()

@@ -1,0 +1,27 @@
+"""Which device and which precision a run gets."""
+
+from __future__ import annotations
+
+import torch
+
+from mnclglf.config import EngineConfig, require
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The device of the run; ValueError where cuda is asked for and torch sees none."""
+    available = torch.cuda.is_available()
+    require(
+        config.device != "cuda" or available,
+        "device cuda was asked for, but torch sees no GPU; check nvidia-smi and the driver, or take --device cpu",
+    )
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

@@ -1,0 +1,43 @@
+"""Figures that tell a healthy run from a collapsing one; each waits for the device, so they are taken when logging."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> float:
+    """Spread of the L2-normalised rows of [N, F]: mean standard deviation of a feature times sqrt(F).
+
+    About 1 for directions spread evenly, 0 for a collapsed encoder (Chen and He 2021, section 4.1).
+    """
+    rows = F.normalize(features.float())
+    return float(rows.std(dim=0).mean() * rows.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of [N, F] (Roy and Vetterli 2007), at most min(N, F)."""
+    values = torch.linalg.svdvals(features.float())
+    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+@torch.no_grad()
+def neighbor_agreement(neighbors: Tensor, indices: Tensor, labels: Tensor) -> float | None:
+    """Share of nearest neighbors with the label of their query, among those that are not random rows.
+
+    Args:
+        neighbors: [N] data-set index of each nearest neighbor, -1 where random.
+        indices: [N] data-set index of each query.
+        labels: [n] of the data set.
+
+    Returns:
+        None while every neighbor is random.
+    """
+    known = neighbors >= 0
+    if not known.any():
+        return None
+    return float((labels[neighbors[known]] == labels[indices[known]]).float().mean())

@@ -1,0 +1,259 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from mnclglf_kernels import resolve
+from rich.console import Console
+from torch import Tensor
+
+from mnclglf.config import RunConfig, from_dict, to_dict
+from mnclglf.data.datasets import channel_statistics, load_dataset, split_train, view_side
+from mnclglf.data.loader import Batch, Loader, batch_indices, make_loader
+from mnclglf.engine.checkpoint import CheckpointError, delete_old_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.engine.device import autocast_dtype, choose_device
+from mnclglf.engine.guard import Guard, NonFiniteError
+from mnclglf.engine.health import effective_rank, feature_std, neighbor_agreement
+from mnclglf.engine.log import RunLog, duration
+from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
+from mnclglf.engine.schedule import Schedule
+from mnclglf.engine.step import make_optimizer, train_step
+from mnclglf.files import write_atomically
+from mnclglf.methods import Losses, Method
+
+PICTURED_IMAGES = 6  # in the report
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what can be done."""
+
+
+class StopRequest:
+    """Catches SIGINT and SIGTERM while it is entered; a second signal ends the process as it always would."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.earlier = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self.earlier[number])
+
+
+class Trainer:
+    """One pre-training run: everything it needs, made and checked before any work is done.
+
+    Args:
+        config: the run.
+        out: run directory; made where it is missing.
+        resume: "auto" goes on from the newest checkpoint of `out`, "never" refuses one, a path names another.
+        console: where progress goes.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
+        self.config, self.out, self.console = config, out, console or Console()
+        self.device = choose_device(config.engine)
+        self.dtype = autocast_dtype(config.engine, self.device)
+        train_images, _ = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)
+        self.images, _ = split_train(train_images, config.data)
+        self.side = view_side(self.images, config.data.image_size)
+        self.method = build_method(config, self.dtype).to(self.device).train()
+        self.loader = self._make_loader()
+        self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
+        self.optimizer = make_optimizer(self.method, config.optim)
+        self.guard = Guard(self.device)
+        self.labels = torch.from_numpy(self.images.labels).to(self.device)
+        self.start = self._restore(find_checkpoint(out, resume))
+
+    def train(self) -> int | None:
+        """Trains to the end, or to SIGINT or SIGTERM, whose number it gives; a checkpoint holds the state either way.
+
+        Raises:
+            TrainingError: a loss, gradient or embedding was not finite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        self._describe()
+        total, logged, waited, since = self.schedule.total_steps, self.start, 0.0, time.perf_counter()
+        with StopRequest() as stop, RunLog(self.out, start=self.start, total=total, console=self.console) as log:
+            for step, batch, wait in timed(self.loader, self.start, total):
+                losses, gradient_norm = train_step(
+                    self.method,
+                    self.optimizer,
+                    self.guard,
+                    batch,
+                    step=step,
+                    lr=self.schedule.lr(step),
+                    momentum=self.schedule.ema_momentum,
+                    dtype=self.dtype,
+                )
+                done, waited = step + 1, waited + wait
+                if done % self.config.engine.log_every == 0 or done == total:
+                    self._check()  # waits for the device, as every figure below does
+                    record = self._record(done, losses, gradient_norm, batch)
+                    seconds, since = time.perf_counter() - since, time.perf_counter()
+                    speed = (done - logged) * self.config.optim.batch_size / seconds
+                    log.write({**record, "images_per_second": round(speed, 1), "data_wait_seconds": round(waited, 4)})
+                    logged, waited = done, 0.0
+                if self._save_due(done) or stop.signal:
+                    self._check()
+                    self._save(done)
+                if stop.signal:
+                    return stop.signal
+        return None
+
+    def _make_loader(self) -> Loader:
+        return make_loader(
+            self.images,
+            self.config.view,
+            views=self.method.views,
+            side=self.side,
+            batch_size=self.config.optim.batch_size,
+            seed=self.config.seed,
+            dtype=self.dtype,
+            device=self.device,
+            backend=self.config.data.loader,
+            threads=self.config.data.loader_threads,
+        )
+
+    def _restore(self, checkpoint: Path | None) -> int:
+        """Loads `checkpoint`, if any; gives the steps it has behind it."""
+        if checkpoint is None:
+            return 0
+        state = load_checkpoint(checkpoint)
+        changed = differences(from_dict(json.loads(state["config"])), self.config)
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
+                "anew in another --out"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        return state["step"]
+
+    def _save_due(self, done: int) -> bool:
+        config, epoch = self.config.engine, self.schedule.steps_per_epoch
+        milestone = config.keep_every is not None and done % (config.keep_every * epoch) == 0
+        return milestone or done % max(1, round(config.save_every * epoch)) == 0 or done == self.schedule.total_steps
+
+    def _save(self, done: int) -> None:
+        cuda = self.device.type == "cuda"
+        state = {
+            "config": json.dumps(to_dict(self.config)),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+        folder, keep_every = self.out / "checkpoints", self.config.engine.keep_every
+        save_checkpoint(folder, done, state)
+        delete_old_checkpoints(
+            folder,
+            keep_last=self.config.engine.keep_last,
+            milestone_steps=keep_every and keep_every * self.schedule.steps_per_epoch,
+        )
+
+    def _check(self) -> None:
+        """Raises TrainingError if a step since the last check was not finite."""
+        try:
+            self.guard.raise_if_failed()
+        except NonFiniteError as error:
+            rows = batch_indices(self.config.seed, error.step, len(self.images), self.config.optim.batch_size).tolist()
+            path = self.out / "nonfinite.json"
+            write_json(path, {"step": error.step, "terms": error.terms, "images": rows})
+            shown = ", ".join(map(str, rows[:8]))
+            raise TrainingError(
+                f"{error}; the batch holds training images {shown}, ... (all {len(rows)} in {path}). Nothing of it was "
+                "kept: checkpoints end before this step. Lower --lr or raise --temperature, or look at these images"
+            ) from error
+
+    def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
+        """The figures of the step just done, as plain numbers."""
+        agreement = None
+        if losses.neighbors is not None:
+            agreement = neighbor_agreement(losses.neighbors, batch.indices, self.labels)
+        return {
+            "step": done,
+            "epoch": done / self.schedule.steps_per_epoch,
+            "loss": losses.total.item(),
+            **{name: term.item() for name, term in losses.terms.items()},
+            "lr": self.schedule.lr(done - 1),
+            "ema_momentum": self.schedule.ema_momentum,
+            "gradient_norm": gradient_norm.item(),
+            "feature_std": feature_std(losses.features),
+            "effective_rank": effective_rank(losses.features),
+            "neighbor_agreement": agreement,
+            "queue_fill": self.method.queue_fill(),
+        }
+
+    def _describe(self) -> None:
+        """Writes config.json, environment.json and the report's views; prints what was chosen and how long it takes."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        kernels = resolve(self.config.engine.kernels, self.labels)
+        loader, dtype = type(self.loader).__name__, str(self.dtype).removeprefix("torch.")
+        chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
+        write_json(self.out / "config.json", to_dict(self.config))
+        write_json(self.out / "environment.json", describe_environment(self.device, chosen))
+        pictured = np.arange(min(PICTURED_IMAGES, len(self.images)))
+        views = np.stack([view.numpy() for view in self.loader.render(pictured, epoch=0)])
+        mean, std = channel_statistics(self.images.images)
+        arrays = {"images": self.images.images[pictured], "views": views, "mean": mean, "std": std}
+        write_atomically(self.out / "views.npz", lambda file: np.savez(file, **arrays))
+
+        say, total = self.console.print, self.schedule.total_steps
+        say(
+            f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
+            f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
+            f"{dtype}, loader {loader}, kernels {kernels}",
+            highlight=False,
+        )
+        if self.start:
+            say(f"going on after step {self.start} of {total}", highlight=False)
+        if self.start < total:
+            seconds = step_seconds(self.method, self.config.optim.batch_size, self.side, self.device, self.dtype)
+            say(f"estimated time: {duration(seconds * (total - self.start))}", highlight=False)
+
+
+def timed(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
+    """(step, batch, seconds waited for it) of the global steps from start up to stop."""
+    batches = loader.batches(start, stop)
+    for step in range(start, stop):
+        since = time.perf_counter()
+        batch = next(batches)
+        yield step, batch, time.perf_counter() - since
+
+
+def step_seconds(method: Method, batch_size: int, side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a forward and backward, measured on a copy of the method with noise for images."""
+    twin = copy.deepcopy(method)
+    seconds = float("inf")
+    with torch.random.fork_rng():
+        shape = (batch_size, 3, side, side)
+        images = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+        for _ in range(3):
+            since = time.perf_counter()
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                total = twin([images] * method.views).total
+            total.backward()
+            total.item()  # waits for the device
+            seconds = min(seconds, time.perf_counter() - since)
+    return seconds

@@ -1,0 +1,27 @@
+"""What every test shares: two threads, one seed, hypothesis without a clock, the backends under test."""
+
+import hypothesis
+import pytest
+import torch
+
+BACKENDS = ["torch"]
+
+torch.set_num_threads(2)
+
+# No deadline: the first call of an operator pays for lazy initialisation. The same examples every run: CI must not blink.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed of torch's generators at the start of every test."""
+    value = 20240607
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; session-wide, so that a hypothesis test may use it."""
+    return request.param

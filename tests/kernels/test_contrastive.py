@@ -1,0 +1,304 @@
+"""contrastive_loss against the loops of oracles.contrastive_loss in fp64, forward and backward."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import LAYOUTS, lay_out
+from tolerance import ULPS_FP32, assert_as_accurate_as_plain, working_epsilon
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnclglf_kernels import contrastive_loss
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (1, 1, 5), (6, 1, 63), (1, 63, 65), (6, 65, 7), (4, 16, 123)]  # (S, N, D)
+
+
+def plain_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
+    """Algorithm 1's L in vectorised PyTorch, all of it in the dtype of its input."""
+    predictions = F.normalize(predictions, dim=1)
+    labels = torch.arange(len(predictions))
+    splits = F.normalize(targets, dim=1).split(len(predictions))
+    return sum(F.cross_entropy(split @ predictions.t() / temperature, labels) for split in splits) / len(splits)
+
+
+def with_gradients(function, targets: Tensor, predictions: Tensor, temperature: float, upstream: float, **settings):
+    """(loss, gradient of targets, gradient of predictions) of detached copies, with `upstream` as dL/dloss."""
+    targets, predictions = (x.detach().clone().requires_grad_() for x in (targets, predictions))
+    loss = function(targets, predictions, temperature, **settings)
+    gradients = torch.autograd.grad(loss, (targets, predictions), torch.full_like(loss, upstream))
+    return loss.detach(), *gradients
+
+
+def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float, truth: Tensor) -> Tensor:
+    """Rounding of the gradient of `rows` [M, D]: [M].
+
+    A logit of up to 1/tau carries an error of eps/tau into exp, the gradient of a row is a sum of coefficients of up to
+    upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
+    """
+    norms = rows.double().norm(dim=1).clamp(min=oracles.NORM_FLOOR)
+    scale = abs(upstream) / (terms * temperature * norms)
+    rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature) * scale
+    stored = torch.finfo(rows.dtype).eps * truth.abs().amax(dim=1) + torch.finfo(rows.dtype).tiny
+    return rounding + stored
+
+
+def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str, upstream: float = 1.0) -> None:
+    """Loss and both gradients against the fp64 loops and against plain PyTorch in the dtype of the input."""
+    arguments = (targets, predictions, temperature, upstream)
+    loss, *gradients = with_gradients(contrastive_loss, *arguments, backend=backend)
+    plain_loss, *plain_gradients = with_gradients(plain_contrastive_loss, *arguments)
+    true_loss, *true_gradients = with_gradients(
+        oracles.contrastive_loss, targets.double(), predictions.double(), temperature, upstream
+    )
+    assert loss.dtype == (torch.float64 if targets.dtype == torch.float64 else torch.float32)
+    assert loss.shape == ()
+    # log-sum-exp of logits of up to 1/tau: rounding is relative to the logits, whatever is left of them in the loss.
+    floor = ULPS_FP32 * working_epsilon(targets.dtype) * (1 + 1 / temperature + math.log(len(predictions)))
+    assert_as_accurate_as_plain(loss, plain_loss, true_loss, floor, what="loss")
+    sides = (("targets", targets, len(targets)), ("predictions", predictions, len(predictions)))
+    for (name, rows, terms), gradient, plain, truth in zip(
+        sides, gradients, plain_gradients, true_gradients, strict=True
+    ):
+        assert gradient.dtype == rows.dtype
+        floor = gradient_floor(rows, terms, temperature, upstream, truth)
+        assert_as_accurate_as_plain(gradient, plain, truth, floor, what=f"gradient of {name}")
+
+
+def rows_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random targets [S*N, D] and predictions [N, D], of norms that are far from 1 and differ between rows."""
+    subsets, images, width = shape
+    targets = torch.randn(subsets * images, width) * torch.rand(subsets * images, 1).add(0.1) * 5
+    predictions = torch.randn(images, width) * torch.rand(images, 1).add(0.1) * 5
+    return targets.to(dtype), predictions.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients(shape, dtype, backend):
+    check(*rows_of(shape, dtype), 1.0, backend)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperatures(temperature, dtype, backend):
+    check(*rows_of((3, 17, 33), dtype), temperature, backend)
+
+
+@given(
+    subsets=st.sampled_from([1, 4, 6]),
+    images=st.integers(1, 12),
+    width=st.integers(1, 40),
+    temperature=st.floats(0.05, 10),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(subsets, images, width, temperature, dtype, seed, backend):
+    torch.manual_seed(seed)
+    check(*rows_of((subsets, images, width), dtype), temperature, backend)
+
+
+@pytest.mark.parametrize("upstream", [-3.75, 0.0, 2.0**12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upstream_gradient_scales(upstream, dtype, backend):
+    check(*rows_of((2, 9, 21), dtype), 0.5, backend, upstream=upstream)
+
+
+def test_upstream_gradient_of_stride_zero(backend):
+    targets, predictions = (rows.requires_grad_() for rows in rows_of((2, 9, 21), torch.float32))
+    contrastive_loss(targets, predictions, 0.5, backend=backend).expand(4).sum().backward()
+    expected = with_gradients(contrastive_loss, targets, predictions, 0.5, 4.0, backend=backend)
+    torch.testing.assert_close(targets.grad, expected[1], rtol=0, atol=0)  # 4 is a power of two: exact
+    torch.testing.assert_close(predictions.grad, expected[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", ["targets", "predictions"])
+def test_gradient_on_one_side(side, backend):
+    targets, predictions = rows_of((6, 9, 21), torch.float32)
+    both = with_gradients(contrastive_loss, targets, predictions, 0.5, 1.0, backend=backend)
+    learner = targets if side == "targets" else predictions
+    learner.requires_grad_()
+    loss = contrastive_loss(targets, predictions, 0.5, backend=backend)
+    loss.backward()
+    expected = both[1] if side == "targets" else both[2]
+    # Skipping the other side may change which matmuls run, never what they compute: a few units in the last place.
+    torch.testing.assert_close(learner.grad, expected, rtol=1e-5, atol=1e-8)
+    assert (predictions if side == "targets" else targets).grad is None
+
+
+def test_no_gradient_where_none_is_asked(backend):
+    targets, predictions = rows_of((2, 5, 9), torch.float32)
+    assert not contrastive_loss(targets, predictions, 1.0, backend=backend).requires_grad
+    with torch.no_grad():
+        assert not contrastive_loss(targets.requires_grad_(), predictions, 1.0, backend=backend).requires_grad
+
+
+def test_gradient_through_both_sides_of_one_tensor(backend):
+    rows = torch.randn(8, 12, dtype=torch.float64)
+    ours, oracle = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    contrastive_loss(ours, ours, 0.3, backend=backend).backward()
+    oracles.contrastive_loss(oracle, oracle, 0.3).backward()
+    torch.testing.assert_close(ours.grad, oracle.grad, rtol=1e-10, atol=1e-12)  # fp64, sums of 8 and 12 terms
+
+
+def test_backward_twice(backend):
+    targets, predictions = (rows.requires_grad_() for rows in rows_of((6, 9, 21), torch.float32))
+    loss = contrastive_loss(targets, predictions, 0.5, backend=backend)
+    first = torch.autograd.grad(loss, (targets, predictions), retain_graph=True)
+    second = torch.autograd.grad(loss, (targets, predictions))
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_are_left_alone(dtype, backend):
+    targets, predictions = rows_of((6, 9, 21), dtype)
+    before = targets.clone(), predictions.clone()
+    upstream = torch.tensor(1.5)
+    leaves = targets.requires_grad_(), predictions.requires_grad_()
+    contrastive_loss(*leaves, 0.5, backend=backend).backward(upstream)
+    assert torch.equal(targets, before[0])
+    assert torch.equal(predictions, before[1])
+    assert upstream.item() == 1.5
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3), (6, 3, 5)], ids=str)
+def test_gradcheck(shape, backend):
+    leaves = [rows.requires_grad_() for rows in rows_of(shape, torch.float64)]
+    assert torch.autograd.gradcheck(lambda h, p: contrastive_loss(h, p, 0.7, backend=backend), leaves)
+
+
+@pytest.mark.parametrize("target_layout", LAYOUTS)
+@pytest.mark.parametrize("prediction_layout", LAYOUTS)
+def test_layouts(target_layout, prediction_layout, backend):
+    targets, predictions = rows_of((2, 7, 19), torch.float32)
+    expected = with_gradients(contrastive_loss, targets, predictions, 0.5, 1.0, backend=backend)
+    leaves = lay_out(targets, target_layout).requires_grad_(), lay_out(predictions, prediction_layout).requires_grad_()
+    loss = contrastive_loss(*leaves, 0.5, backend=backend)
+    actual = loss.detach(), *torch.autograd.grad(loss, leaves)
+    for result, reference in zip(actual, expected, strict=True):
+        # Strides may pick another matmul routine, whose sums are in another order.
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_expanded_rows(backend):
+    predictions = torch.randn(7, 19)
+    targets = torch.randn(1, 19).expand(14, 19)
+    check(targets, predictions, 0.5, backend)
+
+
+@pytest.mark.parametrize("side", ["targets", "predictions", "both"])
+@pytest.mark.parametrize("row", ["zero", "tiny", "duplicate"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_special_rows(side, row, dtype, backend):
+    targets, predictions = rows_of((2, 7, 19), dtype)
+    for rows in {"targets": [targets], "predictions": [predictions], "both": [targets, predictions]}[side]:
+        rows[3] = {"zero": torch.zeros_like(rows[3]), "tiny": rows[3] * 1e-20, "duplicate": rows[2]}[row]
+    check(targets, predictions, 0.5, backend)
+
+
+@pytest.mark.parametrize("side", ["targets", "predictions"])
+def test_huge_rows(side, backend):
+    targets, predictions = rows_of((2, 7, 19), torch.float32)
+    rows = targets if side == "targets" else predictions
+    rows[3] *= 1e20  # the squared norm overflows; F.normalize then returns a zero row, which is the most it may err
+    check(targets, predictions, 0.5, backend)
+
+
+@pytest.mark.parametrize("side", ["targets", "predictions"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_shows_in_the_loss(side, value, backend):
+    targets, predictions = rows_of((2, 7, 19), torch.float32)
+    (targets if side == "targets" else predictions)[3, 2] = value
+    assert torch.isnan(contrastive_loss(targets, predictions, 0.5, backend=backend))
+
+
+@pytest.mark.parametrize("images", [1, 63, 65])
+def test_uniform_embeddings_give_log_n(images, backend):
+    rows = torch.ones(images, 16)
+    loss = contrastive_loss(rows.repeat(6, 1), rows, 0.01, backend=backend)
+    # Every logit is 100: one unit in the last place of 100 and of the sum.
+    assert loss.item() == pytest.approx(math.log(images), abs=100 * 2**-22)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_not_rounded_to_the_input_dtype(dtype, backend):
+    width, temperature = 16384, 0.01
+    signs = torch.ones(2, width, dtype=dtype)
+    signs[1, 7] = -1  # cosine 1 - 2/16384: 1.0 in bf16 and in fp16
+    gap = 2 / width / temperature
+    expected = math.log1p(math.exp(-gap))
+    loss = contrastive_loss(signs, signs, temperature, backend=backend)
+    # Norms of 128 are exact; the two logits are near 100, where fp32 has a spacing of 2**-17.
+    assert loss.item() == pytest.approx(expected, abs=4 * 2**-17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_a_confident_row_survives(dtype, backend):
+    # Logits 10 and 0: p - 1 = -4.5e-5, which is 0 if p is rounded to bf16 or fp16 first.
+    targets = torch.eye(2, 8, dtype=dtype).requires_grad_()
+    predictions = torch.eye(2, 8, dtype=dtype).requires_grad_()
+    upstream = 4096.0  # a loss scale, so that the truth is far above fp16's smallest normal number
+    _, *gradients = with_gradients(contrastive_loss, targets, predictions, 0.1, upstream, backend=backend)
+    _, *truths = with_gradients(oracles.contrastive_loss, targets.double(), predictions.double(), 0.1, upstream)
+    for gradient, truth in zip(gradients, truths, strict=True):
+        # fp32: 1 - p cancels to 4.5e-5 with an error of 6e-8, 0.13 %, and exp(10) errs by 1e-6. Else rounding at the store.
+        rtol = max(2e-3, torch.finfo(dtype).eps)
+        torch.testing.assert_close(gradient.double(), truth, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_confident_rows(temperature, backend):
+    predictions = torch.randn(16, 64)
+    check(predictions.repeat(3, 1), predictions, temperature, backend)
+
+
+def test_autocast_does_not_round_the_logits(backend):
+    targets, predictions = rows_of((2, 17, 33), torch.bfloat16)
+    outside = with_gradients(contrastive_loss, targets, predictions, 0.05, 1.0, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = with_gradients(contrastive_loss, targets, predictions, 0.05, 1.0, backend=backend)
+    assert inside[0].dtype == torch.float32
+    for result, reference in zip(inside, outside, strict=True):
+        assert torch.equal(result, reference)
+
+
+def test_targets_of_another_dtype(backend):
+    targets, predictions = rows_of((1, 9, 21), torch.bfloat16)
+    wide = predictions.float()
+    loss = contrastive_loss(targets, wide, 0.5, backend=backend)
+    truth = oracles.contrastive_loss(targets.double(), wide.double(), 0.5)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(truth.item(), abs=ULPS_FP32 * working_epsilon(torch.float32) * 5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "predictions", "named"),
+    [
+        ((7, 4), (3, 4), "7"),
+        ((2, 4), (3, 4), "2"),
+        ((6, 5), (3, 4), "5"),
+        ((6, 4, 1), (3, 4), "3"),
+        ((6, 4), (4,), "1"),
+    ],
+    ids=["rows not a multiple", "fewer rows", "widths", "three dimensions", "one dimension"],
+)
+def test_wrong_shapes_are_named(targets, predictions, named, backend):
+    with pytest.raises(ValueError, match=named):
+        contrastive_loss(torch.randn(targets), torch.randn(predictions), 1.0, backend=backend)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.5])
+def test_wrong_temperature_is_named(temperature, backend):
+    rows = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=str(temperature)):
+        contrastive_loss(rows, rows, temperature, backend=backend)
+
+
+def test_wrong_dtype_is_named(backend):
+    with pytest.raises((TypeError, ValueError), match="int64"):
+        contrastive_loss(torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 4), 1.0, backend=backend)

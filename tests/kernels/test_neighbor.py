@@ -1,0 +1,186 @@
+"""nearest_neighbor against the double loop of oracles.nearest_neighbor."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import LAYOUTS, lay_out
+from tolerance import ULPS_FP32, working_epsilon
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnclglf_kernels import nearest_neighbor
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """A queue [K, D] as it is stored: normalised, then rounded to its dtype."""
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
+
+
+def cosines(queries: Tensor, queue: Tensor) -> Tensor:
+    """[M, K] in fp64."""
+    return F.normalize(queries.double(), dim=1) @ F.normalize(queue.double(), dim=1).t()
+
+
+def check(queries: Tensor, queue: Tensor, backend: str) -> None:
+    """The row at the index is as similar as the oracle's; the index itself may differ where rounding makes a tie."""
+    index = nearest_neighbor(queries, queue, backend=backend)
+    assert index.dtype == torch.int64
+    assert index.shape == (len(queries),)
+    assert ((index >= 0) & (index < len(queue))).all()
+    truth = oracles.nearest_neighbor(queries.double(), queue.double())
+    scores = cosines(queries, queue)
+    regret = scores.gather(1, truth[:, None]) - scores.gather(1, index[:, None])
+    # A stored row has norm 1 to half a unit in the last place of its dtype, twice that between two rows; scores are fp32.
+    allowed = torch.finfo(queue.dtype).eps + ULPS_FP32 * working_epsilon(queue.dtype)
+    assert regret.max() <= allowed, f"query {int(regret.argmax())} is {regret.max():.3e} from its neighbor"
+
+
+@pytest.mark.parametrize("queries", [1, 63, 65])
+@pytest.mark.parametrize("rows", [1, 63, 65, 257])
+@pytest.mark.parametrize("width", [1, 7, 65])
+def test_nearest(queries, rows, width, backend):
+    check(torch.randn(queries, width) * 5, unit_rows(rows, width, torch.float32), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype, backend):
+    check(torch.randn(33, 31).to(dtype), unit_rows(129, 31, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_queries_of_another_dtype(dtype, backend):
+    check(torch.randn(33, 31), unit_rows(129, 31, dtype), backend)
+
+
+@given(
+    queries=st.integers(1, 20),
+    rows=st.integers(1, 40),
+    width=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(queries, rows, width, dtype, seed, backend):
+    torch.manual_seed(seed)
+    check(torch.randn(queries, width).to(dtype), unit_rows(rows, width, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_the_queue_finds_itself(dtype, backend):
+    queue = unit_rows(129, 65, dtype)
+    index = nearest_neighbor(queue, queue, backend=backend)
+    assert torch.equal(queue[index], queue)
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**12])
+def test_a_scaled_row_of_the_queue_finds_itself(scale, backend):
+    queue = unit_rows(129, 65, torch.float32)
+    assert torch.equal(queue[nearest_neighbor(queue * scale, queue, backend=backend)], queue)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_not_rounded_to_the_input_dtype(dtype, backend):
+    width = 16384
+    queue = torch.full((2, width), 2.0**-7, dtype=dtype)  # norm exactly 1
+    queue[0, 7] *= -1  # cosine to row 1: 1 - 2/16384, which rounds to 1.0 and would win the tie
+    assert nearest_neighbor(queue, queue, backend=backend).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_lowest_index_wins_a_tie(dtype, backend):
+    # Entries of 1/2 and rows of four: norms and scores are exact in every dtype and in any order of summation.
+    corner = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5], [-0.5, -0.5, 0.5, 0.5]], dtype=dtype)
+    queue = corner[[2, 1, 0, 1, 0, 2]].repeat(50, 1)
+    assert nearest_neighbor(corner, queue, backend=backend).tolist() == [2, 1, 0]
+    assert nearest_neighbor(corner, corner[:1].repeat(65, 1), backend=backend).tolist() == [0, 0, 0]
+
+
+def test_a_zero_query_ties_with_every_row(backend):
+    queries = torch.randn(3, 8)
+    queries[1] = 0
+    assert nearest_neighbor(queries, unit_rows(65, 8, torch.float32), backend=backend)[1] == 0
+
+
+def test_a_zero_row_of_the_queue_is_orthogonal_to_everything(backend):
+    queue = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [-0.6, -0.8]])
+    assert nearest_neighbor(torch.tensor([[1.0, 0.5], [-1.0, 0.0]]), queue, backend=backend).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("row", [0, 1, 64])
+@pytest.mark.parametrize("columns", [slice(None), slice(0, 1)], ids=["whole row", "one element"])
+def test_a_nan_row_never_wins(row, columns, backend):
+    queue = unit_rows(65, 7, torch.float32)
+    queue[row, columns] = math.nan
+    queries = torch.randn(9, 7)
+    index = nearest_neighbor(queries, queue, backend=backend)
+    assert torch.equal(index, oracles.nearest_neighbor(queries.double(), queue.double()))
+    assert (index != row).all()
+
+
+def test_a_nan_row_does_not_win_against_negative_scores(backend):
+    queue = torch.tensor([[math.nan, 0.0], [-1.0, 0.0], [-0.6, -0.8], [0.0, math.nan]])
+    assert nearest_neighbor(torch.tensor([[1.0, 0.1]]), queue, backend=backend).tolist() == [2]
+
+
+def test_a_query_without_a_score_returns_row_zero(backend):
+    queue = unit_rows(65, 7, torch.float32)
+    queries = queue[[5, 6, 7]].clone()
+    queries[1, 3] = math.nan
+    assert nearest_neighbor(queries, queue, backend=backend).tolist() == [5, 0, 7]
+    assert nearest_neighbor(queries, torch.full_like(queue, math.nan), backend=backend).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_tiny_and_huge_queries(scale, backend):
+    queue = unit_rows(65, 7, torch.float32)
+    queries = torch.randn(9, 7)
+    queries[4] *= scale
+    index = nearest_neighbor(queries, queue, backend=backend)
+    expected = oracles.nearest_neighbor(queries.double(), queue.double())
+    others = torch.arange(9) != 4
+    assert torch.equal(index[others], expected[others])
+    # F.normalize in fp32 makes a zero row of 1e20, which ties with every row: row 0 or the neighbor, nothing else.
+    assert index[4] in (0, expected[4])
+
+
+@pytest.mark.parametrize("query_layout", LAYOUTS)
+@pytest.mark.parametrize("queue_layout", LAYOUTS)
+def test_layouts(query_layout, queue_layout, backend):
+    queries, queue = torch.randn(9, 19), unit_rows(65, 19, torch.float32)
+    index = nearest_neighbor(lay_out(queries, query_layout), lay_out(queue, queue_layout), backend=backend)
+    assert torch.equal(index, oracles.nearest_neighbor(queries.double(), queue.double()))
+
+
+def test_inputs_are_left_alone_and_nothing_is_differentiated(backend):
+    queries, queue = torch.randn(9, 19, requires_grad=True), unit_rows(65, 19, torch.float32)
+    before = queries.detach().clone(), queue.clone()
+    assert not nearest_neighbor(queries, queue, backend=backend).requires_grad
+    assert torch.equal(queries, before[0])
+    assert torch.equal(queue, before[1])
+
+
+def test_autocast_does_not_round_the_scores(backend):
+    queue = torch.full((2, 16384), 2.0**-7)
+    queue[0, 7] *= -1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_neighbor(queue, queue, backend=backend).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "queue", "named"),
+    [((3, 5), (7, 4), "5"), ((5,), (7, 5), "1|5"), ((3, 5, 1), (7, 5), "3"), ((3, 5), (0, 5), "0")],
+    ids=["widths", "one dimension", "three dimensions", "empty queue"],
+)
+def test_wrong_shapes_are_named(queries, queue, named, backend):
+    with pytest.raises(ValueError, match=named):
+        nearest_neighbor(torch.randn(queries), torch.randn(queue), backend=backend)
+
+
+def test_wrong_dtype_is_named(backend):
+    with pytest.raises((TypeError, ValueError), match="int64"):
+        nearest_neighbor(torch.ones(3, 5, dtype=torch.int64), torch.randn(7, 5), backend=backend)

@@ -1,0 +1,255 @@
+"""divide and combine against the loops of the oracle, forward and backward."""
+
+import itertools
+import math
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import LAYOUTS, lay_out
+from tolerance import ULPS_FP32, assert_as_accurate_as_plain, working_epsilon
+from torch import Tensor
+
+from mnclglf_kernels import combine, divide
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+IMAGE_SHAPES = [(1, 1, 2, 2), (1, 3, 4, 6), (3, 2, 8, 4), (63, 1, 2, 4), (65, 3, 6, 2)]
+
+
+def numbered(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Every element another number, so that no two places can be mistaken for each other."""
+    return torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+
+
+def plain_combine(features: Tensor, k: int) -> Tensor:
+    """The mean of every k of the four patch features in vectorised PyTorch, in the dtype of its input."""
+    patches = features.unflatten(0, (4, -1))
+    return torch.cat([patches[list(subset)].mean(dim=0) for subset in itertools.combinations(range(4), k)])
+
+
+def combine_floor(features: Tensor, truth: Tensor) -> Tensor:
+    """[S*N]: one rounding to the dtype of the features at the store, and that of an fp32 sum of four terms."""
+    stored = torch.finfo(features.dtype).eps / 2 * truth.abs().amax(dim=1) + torch.finfo(features.dtype).tiny
+    return stored + ULPS_FP32 * working_epsilon(features.dtype) * features.double().abs().max()
+
+
+@pytest.mark.parametrize("shape", IMAGE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divide_copies_patches(shape, dtype, backend):
+    images = torch.randn(shape, dtype=dtype)
+    patches = divide(images, backend=backend)
+    assert patches.dtype == dtype
+    assert torch.equal(patches, oracles.divide(images))  # a copy: exact
+
+
+def test_divide_is_patch_major(backend):
+    patches = divide(numbered(2, 1, 2, 2), backend=backend)
+    assert patches.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@given(
+    images=st.integers(1, 5),
+    channels=st.integers(1, 4),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_divide_any_shape(images, channels, height, width, memory_format, backend):
+    x = numbered(images, channels, 2 * height, 2 * width).contiguous(memory_format=memory_format).requires_grad_()
+    patches = divide(x, backend=backend)
+    assert torch.equal(patches, oracles.divide(x))
+    upstream = numbered(*patches.shape)
+    (gradient,) = torch.autograd.grad(patches, x, upstream)
+    (expected,) = torch.autograd.grad(oracles.divide(x), x, upstream)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_divide_keeps_the_memory_format(memory_format, backend):
+    x = torch.randn(3, 4, 8, 6).contiguous(memory_format=memory_format)
+    assert divide(x, backend=backend).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(2, 3),
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, :, ::2, :],
+        lambda x: x[:, :, :, ::2],
+        lambda x: x[1:, 1:],
+        lambda x: x.flip(3),
+        lambda x: x[:1].expand(5, -1, -1, -1),
+        lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    ],
+    ids=["sides", "images and channels", "rows", "columns", "inner", "flipped", "one image", "one channel"],
+)
+def test_divide_strided_images(view, backend):
+    x = view(numbered(4, 4, 8, 8))
+    assert torch.equal(divide(x, backend=backend), oracles.divide(x))
+
+
+def test_divide_upstream_gradient_of_stride_zero(backend):
+    x = torch.randn(3, 2, 4, 6, requires_grad=True)
+    divide(x, backend=backend).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_divide_upstream_gradient_in_channels_last(backend):
+    x = numbered(3, 2, 4, 6).requires_grad_()
+    patches = divide(x, backend=backend)
+    upstream = numbered(*patches.shape)
+    (expected,) = torch.autograd.grad(patches, x, upstream, retain_graph=True)
+    (gradient,) = torch.autograd.grad(patches, x, upstream.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(gradient, expected)
+
+
+def test_divide_backward_twice_and_input_left_alone(backend):
+    x = torch.randn(3, 2, 4, 6, requires_grad=True)
+    before = x.detach().clone()
+    patches = divide(x, backend=backend)
+    upstream = torch.randn_like(patches)
+    kept = upstream.clone()
+    (first,) = torch.autograd.grad(patches, x, upstream, retain_graph=True)
+    (second,) = torch.autograd.grad(patches, x, upstream)
+    assert torch.equal(first, second)
+    assert torch.equal(x, before)
+    assert torch.equal(upstream, kept)
+
+
+def test_divide_without_gradient(backend):
+    assert not divide(torch.randn(1, 1, 2, 2), backend=backend).requires_grad
+
+
+def test_divide_keeps_nan_in_its_place(backend):
+    x = numbered(2, 1, 4, 4)
+    x[1, 0, 2, 3] = math.nan
+    assert torch.equal(divide(x, backend=backend).isnan(), oracles.divide(x).isnan())
+
+
+def test_divide_gradcheck(backend):
+    x = torch.randn(2, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda images: divide(images, backend=backend), [x])
+
+
+@pytest.mark.parametrize(("shape", "named"), [((1, 1, 31, 4), "31"), ((1, 1, 4, 33), "33"), ((1, 1, 7, 7), "7")])
+def test_divide_names_an_odd_side(shape, named, backend):
+    with pytest.raises(ValueError, match=named):
+        divide(torch.randn(shape), backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32)], ids=str)
+def test_divide_names_the_number_of_dimensions(shape, backend):
+    with pytest.raises(ValueError, match=f"{len(shape)}|{shape[-1]}"):
+        divide(torch.randn(shape), backend=backend)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize(("images", "width"), [(1, 1), (3, 63), (63, 5), (65, 65)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine(k, images, width, dtype, backend):
+    features = torch.randn(4 * images, width).to(dtype)
+    leaf, plain_leaf = features.clone().requires_grad_(), features.clone().requires_grad_()
+    true_leaf = features.double().requires_grad_()
+    combined, plain, truth = (
+        combine(leaf, k, backend=backend),
+        plain_combine(plain_leaf, k),
+        oracles.combine(true_leaf, k),
+    )
+    assert combined.dtype == dtype
+    assert_as_accurate_as_plain(combined, plain, truth, combine_floor(features, truth.detach()), what="combine")
+    upstream = torch.randn(truth.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(combined, leaf, upstream)
+    (plain_gradient,) = torch.autograd.grad(plain, plain_leaf, upstream)
+    (true_gradient,) = torch.autograd.grad(truth, true_leaf, upstream.double())
+    assert gradient.dtype == dtype
+    floor = combine_floor(upstream, true_gradient)
+    assert_as_accurate_as_plain(gradient, plain_gradient, true_gradient, floor, what="gradient of combine")
+
+
+@given(images=st.integers(1, 9), width=st.integers(1, 70), k=st.integers(1, 4), layout=st.sampled_from(LAYOUTS))
+def test_combine_any_shape(images, width, k, layout, backend):
+    features = numbered(4 * images, width)
+    combined = combine(lay_out(features, layout), k, backend=backend)
+    # fp64 integers below 2**12: sums are exact, and dividing them by k or multiplying by 1/k differs by one unit in 2**52.
+    torch.testing.assert_close(combined, oracles.combine(features, k), rtol=2**-51, atol=0)
+
+
+def test_combine_of_one_patch_is_the_identity(backend):
+    features = torch.randn(12, 7)
+    assert torch.equal(combine(features, 1, backend=backend), features)
+
+
+def test_combine_is_subset_major(backend):
+    features = torch.tensor([[1.0], [10.0], [2.0], [20.0], [4.0], [40.0], [8.0], [80.0]])  # two images, four patches
+    expected = [1.5, 15.0, 2.5, 25.0, 4.5, 45.0, 3.0, 30.0, 5.0, 50.0, 6.0, 60.0]
+    assert combine(features, 2, backend=backend).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_combine_upstream_gradient_of_stride_zero(k, backend):
+    features = torch.randn(12, 7, requires_grad=True)
+    combine(features, k, backend=backend).sum().backward()
+    # A patch is in C(3, k-1) subsets, each with weight 1/k; three additions of fp32 numbers near 1.
+    expected = torch.full_like(features, math.comb(3, k - 1) / k)
+    torch.testing.assert_close(features.grad, expected, rtol=2**-21, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_combine_upstream_gradient_strided(k, layout, backend):
+    features = torch.randn(12, 7, dtype=torch.float64, requires_grad=True)
+    combined = combine(features, k, backend=backend)
+    upstream = torch.randn_like(combined)
+    (expected,) = torch.autograd.grad(oracles.combine(features, k), features, upstream)
+    (gradient,) = torch.autograd.grad(combined, features, lay_out(upstream, layout))
+    torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-15)  # fp64 sums of up to three terms
+
+
+def test_combine_backward_twice_and_input_left_alone(backend):
+    features = torch.randn(12, 7, requires_grad=True)
+    before = features.detach().clone()
+    combined = combine(features, 2, backend=backend)
+    upstream = torch.randn_like(combined)
+    kept = upstream.clone()
+    (first,) = torch.autograd.grad(combined, features, upstream, retain_graph=True)
+    (second,) = torch.autograd.grad(combined, features, upstream)
+    assert torch.equal(first, second)
+    assert torch.equal(features, before)
+    assert torch.equal(upstream, kept)
+
+
+def test_combine_without_gradient(backend):
+    assert not combine(torch.randn(4, 3), 2, backend=backend).requires_grad
+
+
+def test_combine_keeps_nan_to_the_subsets_that_hold_it(backend):
+    features = torch.randn(12, 5)
+    features[4, 2] = math.nan  # patch 1 of image 1
+    combined = combine(features, 2, backend=backend)
+    assert torch.equal(combined.isnan(), oracles.combine(features, 2).isnan())
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_combine_gradcheck(k, backend):
+    features = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: combine(v, k, backend=backend), [features])
+
+
+@pytest.mark.parametrize("k", [-1, 0, 5])
+def test_combine_names_a_wrong_k(k, backend):
+    with pytest.raises(ValueError, match=str(k)):
+        combine(torch.randn(8, 3), k, backend=backend)
+
+
+@pytest.mark.parametrize(("shape", "named"), [((7, 3), "7"), ((8, 3, 1), "3"), ((8,), "1|8")])
+def test_combine_names_a_wrong_shape(shape, named, backend):
+    with pytest.raises(ValueError, match=named):
+        combine(torch.randn(shape), 2, backend=backend)
+
+
+def test_combine_names_a_wrong_dtype(backend):
+    with pytest.raises((TypeError, ValueError), match="int64"):
+        combine(torch.ones(8, 3, dtype=torch.int64), 2, backend=backend)

@@ -1,0 +1,260 @@
+"""MNCLGLF against the literal transcription of Algorithm 1, and each decision of docs/method.md on its own."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mnclglf.data.loader import Batch
+from mnclglf.engine.guard import Guard, NonFiniteError
+from mnclglf.engine.step import make_optimizer, train_step
+from mnclglf.methods import MNCLGLF
+
+N, SIDE, K = 6, 16, 20  # K is no multiple of N: the ring wraps in the fourth step
+MODEL = ModelConfig(width=4, projector_width=24, predictor_width=12)
+OPTIM = OptimConfig(lr=0.1, batch_size=N)
+
+# Both compute in fp64 but sum in another order (rows one by one against matmul). Five steps of SGD through 30 batch
+# norms amplify 1e-16 to at most about 1e-11 here; a wrong term or order is off by more than 1e-3.
+FP64 = dict(rtol=1e-8, atol=1e-10)
+# fp32 rounding, 6e-8, amplified likewise.
+FP32 = dict(rtol=2e-3, atol=2e-4)
+
+
+def make_method(dtype: torch.dtype = torch.float64, **objective: object) -> MNCLGLF:
+    settings = ObjectiveConfig(**{"queue_size": K, "temperature": 0.5, "ema_momentum": 0.9, **objective})
+    return MNCLGLF(MODEL, settings, queue_dtype=dtype).to(dtype).train()
+
+
+def make_oracle(method: MNCLGLF) -> oracles.Algorithm1:
+    settings = method.objective
+    return oracles.Algorithm1(
+        method.encoder,
+        method.projector,
+        method.predictor,
+        method.queue.rows,
+        temperature=settings.temperature,
+        ema_momentum=settings.ema_momentum,
+        lambda_=settings.lambda_,
+        k=settings.k,
+        lr=OPTIM.lr,
+        sgd_momentum=OPTIM.sgd_momentum,
+        weight_decay=OPTIM.weight_decay,
+    )
+
+
+def make_batch(dtype: torch.dtype = torch.float64, first: int = 0) -> Batch:
+    views = tuple(torch.randn(N, 3, SIDE, SIDE, dtype=dtype) for _ in range(3))
+    return Batch(views, torch.arange(first, first + N))
+
+
+class Stepper:
+    """Our step with its optimizer and guard."""
+
+    def __init__(self, method: MNCLGLF) -> None:
+        self.method, self.optimizer, self.guard = method, make_optimizer(method, OPTIM), Guard(torch.device("cpu"))
+        self.step = 0
+
+    def __call__(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        losses, _ = train_step(
+            self.method,
+            self.optimizer,
+            self.guard,
+            batch,
+            step=self.step,
+            lr=OPTIM.lr,
+            momentum=self.method.objective.ema_momentum,
+            dtype=dtype,
+        )
+        self.step += 1
+        return {"loss": losses.total, **losses.terms}
+
+
+def oracle_state(oracle: oracles.Algorithm1) -> dict[str, Tensor]:
+    """Weights and running statistics of f_o and f_m under our names."""
+    state = {name: value for name, value in oracle.f_o.state_dict().items()}
+    for name, value in oracle.f_m.state_dict().items():
+        head, rest = name.split(".", 1)
+        state[f"momentum.{'0' if head == 'encoder' else '1'}.{rest}"] = value
+    return state
+
+
+def assert_same_state(method: MNCLGLF, oracle: oracles.Algorithm1, tolerance: dict[str, float]) -> None:
+    expected = oracle_state(oracle)
+    ours = {name: value for name, value in method.state_dict().items() if not name.startswith("queue.")}
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(method.queue.rows, oracle.queue, **tolerance)
+    assert method.queue.pointer.item() == oracle.pointer
+
+
+def compare(method: MNCLGLF, dtype: torch.dtype, tolerance: dict[str, float], steps: int = 5) -> None:
+    ours, oracle = Stepper(method), make_oracle(method)
+    for step in range(steps):
+        batch = make_batch(dtype, first=step * N)
+        subset = None
+        if method.objective.one_embedding:
+            with torch.random.fork_rng():
+                subset = int(torch.randint(6, (1,)))
+        losses = ours(batch)
+        expected = oracle.step(*batch.views, subset=subset)
+        for name, value in losses.items():
+            assert value.item() == pytest.approx(expected[name], rel=tolerance["rtol"]), f"{name} of step {step}"
+        assert_same_state(method, oracle, tolerance)
+
+
+def test_five_steps_equal_algorithm_1_in_fp64() -> None:
+    compare(make_method(), torch.float64, FP64)
+
+
+def test_five_steps_equal_algorithm_1_in_fp32() -> None:
+    compare(make_method(torch.float32), torch.float32, FP32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"k": 1},
+        {"k": 3},
+        {"k": 4},
+        {"lambda_": 2.0},
+        {"lambda_": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.05},
+        {"ema_momentum": 0.0},
+        {"ema_momentum": 1.0},
+        {"queue_size": N},
+        {"one_embedding": True},
+    ],
+    ids=lambda setting: "-".join(f"{name}={value}" for name, value in setting.items()),
+)
+def test_settings_equal_algorithm_1(setting: dict[str, object]) -> None:
+    compare(make_method(**setting), torch.float64, FP64, steps=3)
+
+
+def test_one_embedding_draws_every_combination() -> None:
+    method = make_method(one_embedding=True)
+    x1, _, x3 = make_batch().views
+    with torch.no_grad():
+        drawn = {round(method.stop_gradient_network(x1, x3)[0].sum().item(), 9) for _ in range(80)}
+    assert len(drawn) == 6  # C(4, 2); the chance of missing one in 80 draws is below 3e-6
+
+
+def test_queue_takes_in_the_momentum_projection_of_view_1_from_before_the_lookup() -> None:
+    method = make_method()
+    batch, before = make_batch(first=40), copy.deepcopy(method)
+    Stepper(method)(batch)
+    with torch.no_grad():
+        z1 = before.momentum(batch.views[0])  # the momentum weights as they stood before this step's update
+    torch.testing.assert_close(method.queue.rows[:N], F.normalize(z1), **FP64)
+    torch.testing.assert_close(method.queue.rows[N:], before.queue.rows[N:], rtol=0, atol=0)
+    assert method.queue.sources.tolist() == [*range(40, 40 + N), *[-1] * (K - N)]
+    assert method.queue.pointer.item() == N
+
+
+def test_neighbors_are_reported_as_images() -> None:
+    method = make_method(queue_size=N)
+    stepper, batch = Stepper(method), make_batch(first=100)
+    stepper(batch)
+    with torch.no_grad():
+        losses = method(batch.views)
+    assert losses.neighbors is not None
+    assert set(losses.neighbors.tolist()) <= set(range(100, 100 + N))
+
+
+def test_stop_gradient_network_leaves_the_online_running_statistics() -> None:
+    method = make_method()
+    x1, _, x3 = make_batch().views
+    before = {name: buffer.clone() for name, buffer in method.encoder.named_buffers()}
+    with torch.no_grad():
+        c1, _ = method.stop_gradient_network(x1, x3)
+    for name, buffer in method.encoder.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+    # Normalised by the joint statistics of all S * N rows: every column has mean 0, a split's columns have not.
+    assert c1.mean(dim=0).abs().max() < 1e-12
+    assert c1[:N].mean(dim=0).abs().max() > 1e-3
+
+
+def test_online_batch_statistics_are_per_view() -> None:
+    method = make_method()
+    views = make_batch().views
+    shifted = (views[0], views[1] + 3.0, views[2])
+    first, second = method(views).features, method(shifted).features
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # view 1's features do not see view 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("term", ["loss_s", "loss_m"])
+def test_every_term_trains_encoder_and_heads(term: str, dtype: torch.dtype) -> None:
+    method = make_method(torch.float32)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        losses = method(make_batch(torch.float32).views)
+    losses.terms[term].backward()
+    for name, parameter in method.named_parameters():
+        if name.startswith("momentum."):
+            assert parameter.grad is None, f"{name} must have no gradient"
+        else:
+            assert parameter.grad is not None, f"{term} gives {name} no gradient"
+            assert parameter.grad.abs().max() > 0, f"{term} gives {name} a zero gradient"
+
+
+def test_momentum_network_follows_after_the_optimizer_step() -> None:
+    method = make_method(ema_momentum=0.75)
+    before = method.momentum[0].conv1.weight.clone()
+    Stepper(method)(make_batch())
+    after_step = method.encoder.conv1.weight.detach()
+    assert not torch.equal(after_step, before)
+    torch.testing.assert_close(method.momentum[0].conv1.weight, 0.75 * before + 0.25 * after_step, **FP64)
+
+
+def state_of(stepper: Stepper) -> dict[str, Tensor]:
+    """Everything that must not take in a non-finite value: weights, moving average, queue, the optimizer's momentum."""
+    method = stepper.method
+    state = {name: value.clone() for name, value in method.named_parameters()}
+    state |= {f"queue.{name}": value.clone() for name, value in method.queue.named_buffers()}
+    for index, entry in enumerate(stepper.optimizer.state.values()):
+        state[f"velocity.{index}"] = entry["momentum_buffer"].clone()
+    return state
+
+
+def assert_unchanged(stepper: Stepper, before: dict[str, Tensor]) -> None:
+    for name, value in state_of(stepper).items():
+        assert torch.equal(value, before[name]), f"{name} changed"
+
+
+def test_nothing_is_kept_of_a_non_finite_step_or_any_after_it() -> None:
+    stepper = Stepper(make_method())
+    stepper(make_batch())
+    before = state_of(stepper)
+    broken = make_batch()
+    broken.views[1][2, 0, 3, 3] = torch.nan
+    stepper(broken)
+    stepper(make_batch())  # the host has not looked yet
+    assert_unchanged(stepper, before)
+    with pytest.raises(NonFiniteError, match="step 1: loss_m, gradient not finite") as caught:
+        stepper.guard.raise_if_failed()
+    assert (caught.value.step, caught.value.terms) == (1, ["loss_m", "gradient"])
+
+
+def test_non_finite_keys_with_finite_losses_are_kept_out_of_the_queue() -> None:
+    stepper = Stepper(make_method())
+    last: nn.BatchNorm1d = stepper.method.momentum[1][-1]
+    last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0 and the losses are finite
+    before_rows = stepper.method.queue.rows.clone()
+    losses = stepper(make_batch())
+    assert all(value.isfinite() for value in losses.values())
+    assert torch.equal(stepper.method.queue.rows, before_rows)
+    with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
+        stepper.guard.raise_if_failed()
+
+
+def test_good_steps_pass_the_guard() -> None:
+    stepper = Stepper(make_method())
+    for _ in range(3):
+        stepper(make_batch())
+    stepper.guard.raise_if_failed()

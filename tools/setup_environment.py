@@ -1,0 +1,366 @@
+"""Makes .venv: looks at the machine, chooses the builds of torch and DALI, installs them and checks that they run.
+
+`make setup` runs it with the Python that .venv is to have; it needs the standard library only. The stamp in .venv is
+written last and names what was installed: without it a .venv counts as broken and is built anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence  # noqa: UP035  an old Python must reach `python_problem`
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = "made-by-make-setup"  # written first: this .venv is ours to delete
+STAMP = "setup.json"  # written last: this .venv is complete
+PYPI = "pypi"
+
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+MINIMUM_DRIVER = {12: 525, 13: 580}
+
+# The CUDA 12 build of the torch in constraints.txt; torch left cu128 after 2.11.
+CUDA12_INDEX = "https://download.pytorch.org/whl/cu126"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TAKE_CUDA12 = f"`make setup TORCH_INDEX={CUDA12_INDEX}` (not for an RTX 50 card: this build knows GPUs up to Hopper)"
+TAKE_CPU = f"`make setup TORCH_INDEX={CPU_INDEX}` to run on the CPU on purpose"
+
+# Runs in .venv; its last line is JSON. A GPU counts only once it has computed something.
+PROBE = """
+import json, sys
+import torch, torchvision, mnclglf, mnclglf_kernels
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "gpu_error": None, "dali": None}
+if sys.argv[1] == "cuda":
+    try:
+        assert (torch.ones(8, device="cuda") * 2).sum().item() == 16
+        found["gpu"] = torch.cuda.get_device_name()
+    except Exception as error:
+        found["gpu_error"] = str(error).splitlines()[0]
+if sys.argv[2] == "dali":
+    import nvidia.dali
+    found["dali"] = nvidia.dali.__version__
+print(json.dumps(found))
+"""
+
+
+class SetupError(Exception):
+    """What stops the setup: its text names what was found and the remedy."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    driver: str
+
+    @property
+    def driver_major(self) -> int:
+        return int(self.driver.split(".")[0])
+
+
+@dataclass(frozen=True)
+class Machine:
+    system: str  # as platform.system()
+    architecture: str  # as platform.machine()
+    gpu: Optional[Gpu] = None
+    gpu_problem: Optional[str] = None  # why a GPU that seems to be there cannot be used
+    cores: int = 1
+    bf16_flags: tuple = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    torch_index: Optional[str]  # None is PyPI
+    dali_extra: Optional[str]
+    cuda: Optional[int]  # CUDA major version of the torch build; None is a build without CUDA, or not known
+    expects_gpu: bool
+    notes: tuple = ()
+
+
+def python_problem(version: tuple, has_ensurepip: bool) -> Optional[str]:
+    """Why this Python cannot make .venv, or None."""
+    found = ".".join(str(part) for part in version[:2])
+    if version[:2] < (3, 11):
+        return f"Python {found} is too old; mnclglf needs 3.11: `make setup PYTHON=/path/to/python3.11`"
+    if not has_ensurepip:
+        return f"Python {found} cannot make virtual environments; on Debian or Ubuntu: `apt install python{found}-venv`"
+    return None
+
+
+def parse_nvidia_smi(returncode: int, output: str) -> tuple:
+    """(Gpu, None) from `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`, or (None, the problem)."""
+    first = next((line.strip() for line in output.splitlines() if line.strip()), "no output")
+    if returncode != 0:
+        return None, f"nvidia-smi failed (exit code {returncode}): {first}"
+    name, _, driver = (part.strip() for part in first.rpartition(","))
+    if not name or not re.fullmatch(r"\d+(\.\d+)+", driver):
+        return None, f"nvidia-smi answered {first!r}, which names no GPU and driver"
+    return Gpu(name, driver), None
+
+
+def has_nvidia_display(pci_devices: Path) -> bool:
+    """Whether an NVIDIA (0x10de) display controller (class 0x03) is on the PCI bus."""
+    for device in pci_devices.glob("*"):
+        try:
+            vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
+        except OSError:
+            continue
+        if vendor.strip() == "0x10de" and kind.startswith("0x03"):
+            return True
+    return False
+
+
+def look_for_gpu() -> tuple:
+    """(Gpu or None, problem or None)."""
+    wsl = Path("/usr/lib/wsl/lib/nvidia-smi")  # not on PATH in every shell
+    command = shutil.which("nvidia-smi") or (str(wsl) if wsl.exists() else None)
+    if command is None:
+        if has_nvidia_display(Path("/sys/bus/pci/devices")):
+            return None, "an NVIDIA GPU is on the PCI bus, but there is no nvidia-smi: its driver is not installed"
+        return None, None
+    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"nvidia-smi did not answer: {error}"
+    return parse_nvidia_smi(answer.returncode, answer.stdout.decode(errors="replace"))
+
+
+def parse_bf16_flags(cpuinfo: str) -> tuple:
+    """The CPU's instructions that multiply bf16, from the text of /proc/cpuinfo."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return tuple(sorted({"avx512_bf16", "amx_bf16"} & set(flags.group(1).split()))) if flags else ()
+
+
+def look_at_machine() -> Machine:
+    gpu, problem = look_for_gpu()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = parse_bf16_flags(cpuinfo.read_text(errors="replace")) if cpuinfo.exists() else ()
+    return Machine(platform.system(), platform.machine(), gpu, problem, os.cpu_count() or 1, flags)
+
+
+def cuda_of_index(index: Optional[str]) -> Optional[int]:
+    """CUDA major version of the builds an index holds: 12 or 13; None for its CPU builds."""
+    if index is None:
+        return 13  # PyPI
+    build = index.rstrip("/").rsplit("/", 1)[-1]
+    if build == "cpu":
+        return None
+    if not re.fullmatch(r"cu1[23]\d", build):
+        raise SetupError(
+            f"TORCH_INDEX={index} ends in no cu12x, cu13x or cpu; give one such as {CUDA12_INDEX}, or {PYPI} for PyPI"
+        )
+    return int(build[2:4])
+
+
+def decide(machine: Machine, torch_index: Optional[str]) -> Plan:
+    """What to install on this machine; `torch_index` None is PyPI.
+
+    Raises:
+        SetupError: a GPU is there, or seems to be, and this torch could not use it.
+    """
+    cuda = cuda_of_index(torch_index)
+    notes = []
+    dali = "dali-cuda12" if cuda == 12 else "dali-cuda13"
+    if machine.system != "Linux" or machine.architecture != "x86_64":
+        dali = None
+        notes.append(
+            f"no DALI: it is for Linux on x86_64, this is {machine.system} on {machine.architecture}; "
+            "the slow reference loader does its work"
+        )
+    if machine.system != "Linux":
+        cuda = None if torch_index is None else cuda
+    elif torch_index is None and machine.gpu is None and machine.gpu_problem is None:
+        notes.append(f"no NVIDIA GPU: runs use the CPU; {CPU_INDEX} as TORCH_INDEX would make a smaller .venv")
+    elif torch_index is not None and cuda is None and (machine.gpu or machine.gpu_problem):
+        notes.append("the GPU stays unused: TORCH_INDEX names the CPU build")
+    if cuda is not None:
+        check_driver(machine, cuda)
+    return Plan(torch_index, dali, cuda, cuda is not None and machine.gpu is not None, tuple(notes))
+
+
+def check_driver(machine: Machine, cuda: int) -> None:
+    """Raises SetupError where the machine has a GPU that torch for this CUDA version cannot use."""
+    needed = MINIMUM_DRIVER[cuda]
+    if machine.gpu_problem is not None:
+        raise SetupError(
+            f"{machine.gpu_problem}\nRemedy: repair or install the NVIDIA driver ({needed} or newer; in a container, "
+            f"start it with the GPU), or {TAKE_CPU}."
+        )
+    if machine.gpu is not None and machine.gpu.driver_major < needed:
+        takes_cuda12 = cuda == 13 and machine.gpu.driver_major >= MINIMUM_DRIVER[12]
+        raise SetupError(
+            f"{machine.gpu.name} has NVIDIA driver {machine.gpu.driver}; torch for CUDA {cuda} needs {needed} or newer.\n"
+            f"Remedy: upgrade the driver, or {TAKE_CUDA12 if takes_cuda12 else TAKE_CPU}."
+        )
+
+
+def install_commands(plan: Plan, python: Path, constraints: str) -> list:
+    """The pip commands, in order. torch and torchvision come first where they have an index of their own."""
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    extras = ",".join(["dev", plan.dali_extra] if plan.dali_extra else ["dev"])
+    everything = [*pip, "-c", "constraints.txt", "-e", f".[{extras}]"]
+    if plan.torch_index is None:
+        return [everything]
+    # Pinned here by name: the other pins may not be on that index.
+    pins = re.findall(r"^torch(?:vision)?==\S+", constraints, re.MULTILINE)
+    return [[*pip, "--index-url", plan.torch_index, *pins], everything]
+
+
+def check_installed(plan: Plan, found: dict) -> None:
+    """Raises SetupError unless what PROBE found is what the plan asked for."""
+    if plan.expects_gpu and found["gpu"] is None:
+        other = TAKE_CUDA12 if plan.cuda == 13 else f"`make setup TORCH_INDEX={PYPI}`, which needs driver 580 or newer"
+        raise SetupError(
+            f"torch {found['torch']} cannot use the GPU: {found['gpu_error']}\n"
+            f"Remedy: upgrade the NVIDIA driver, or {other}, or {TAKE_CPU}."
+        )
+    if plan.torch_index is not None:
+        major = int(found["cuda"].split(".")[0]) if found["cuda"] else None
+        if major != plan.cuda:
+            raise SetupError(
+                f"torch {found['torch']} is not the build of {plan.torch_index}: another index in pip's own "
+                "configuration (`pip config list`) won; take it out"
+            )
+
+
+def plan_key(plan: Plan, root: Path) -> str:
+    """Changes when what .venv should hold changes."""
+    parts = [repr((plan.torch_index, plan.dali_extra, plan.expects_gpu, sys.version_info[:2], str(root)))]
+    parts += [(root / name).read_text() for name in ("setup.py", "constraints.txt")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def foundation(plan: Plan, root: Path) -> list:
+    """Where one of these changes, .venv is built anew: pip would keep the torch or the paths that it finds."""
+    return [plan.torch_index, plan.dali_extra, list(sys.version_info[:2]), str(root)]
+
+
+def read_stamp(venv: Path) -> dict:
+    """What the last setup that ended wrote; empty where none did."""
+    try:
+        stamp = json.loads((venv / STAMP).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if (venv / "bin" / "python").exists() else {}
+
+
+def write_stamp(venv: Path, stamp: dict) -> None:
+    temporary = venv / (STAMP + ".part")
+    temporary.write_text(json.dumps(stamp, indent=1))
+    temporary.replace(venv / STAMP)
+
+
+def start_anew(venv: Path, run: Callable[..., Any]) -> None:
+    """An empty virtual environment in `venv`, which may be a link to a folder on another disk."""
+    if venv.exists() and any(venv.iterdir()) and not (venv / MARKER).exists():
+        raise SetupError(f"{venv} was not made by `make setup`; move it away, or `make clean` deletes it")
+    venv.mkdir(exist_ok=True)
+    (venv / MARKER).touch()
+    for child in venv.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != MARKER:
+            child.unlink()
+    run([sys.executable, "-m", "venv", str(venv)])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Disk space of a folder, as du counts it."""
+    return sum(
+        os.lstat(os.path.join(place, name)).st_blocks * 512 for place, _, names in os.walk(folder) for name in names
+    )
+
+
+def run_command(command: Sequence[str], **options: Any) -> Any:
+    """subprocess.run, ending in SetupError where the command fails."""
+    print("$", *(command if "-c" not in command[:2] else command[:2]), flush=True)
+    try:
+        return subprocess.run(command, check=True, **options)
+    except subprocess.CalledProcessError as error:
+        raise SetupError(
+            f"{' '.join(command[:4])} ... ended with exit code {error.returncode}; its own message is above. "
+            "Once that is solved, `make setup` starts anew."
+        ) from None
+
+
+def probe(plan: Plan, python: Path, root: Path, run: Callable[..., Any]) -> dict:
+    wants = ["cuda" if plan.expects_gpu else "no-cuda", "dali" if plan.dali_extra else "no-dali"]
+    answer = run([str(python), "-c", PROBE, *wants], cwd=root, stdout=subprocess.PIPE)
+    return json.loads(answer.stdout.decode().splitlines()[-1])
+
+
+def set_up(root: Path, machine: Machine, torch_index: Optional[str], run: Callable[..., Any] = run_command) -> None:
+    """Brings root/.venv to what `decide` says. `torch_index` None keeps what the last setup chose, else PyPI."""
+    venv = root / ".venv"
+    python = venv / "bin" / "python"
+    stamp = read_stamp(venv)
+    torch_index = stamp.get("torch_index") if torch_index is None else torch_index
+    plan = decide(machine, None if torch_index == PYPI else torch_index)
+    key = plan_key(plan, root)
+    if stamp.get("key") == key:
+        print(f".venv is up to date (torch {stamp['torch']}, {plan.dali_extra or 'no DALI'})")
+        return
+    start = time.perf_counter()
+    describe(machine, plan)
+    (venv / STAMP).unlink(missing_ok=True)
+    if stamp.get("foundation") != foundation(plan, root):
+        start_anew(venv, run)
+    for command in install_commands(plan, python, (root / "constraints.txt").read_text()):
+        run(command, cwd=root)
+    found = probe(plan, python, root, run)
+    check_installed(plan, found)
+    print(f"torch    {found['torch']}, {'runs on the GPU' if plan.expects_gpu else 'runs on the CPU'}")
+    print(f"DALI     {found['dali'] or 'none'}")
+    print(f".venv    {folder_bytes(venv) / 1e9:.1f} GB, made in {time.perf_counter() - start:.0f} s")
+    write_stamp(
+        venv,
+        {
+            "key": key,
+            "foundation": foundation(plan, root),
+            "torch_index": plan.torch_index,
+            "torch": found["torch"],
+        },
+    )
+
+
+def describe(machine: Machine, plan: Plan) -> None:
+    gpu = f"{machine.gpu.name}, driver {machine.gpu.driver}" if machine.gpu else "none"
+    print(f"Python   {platform.python_version()}" + ("" if sys.version_info[:2] == (3, 11) else " (tested: 3.11)"))
+    print(f"CPU      {machine.cores} cores, bf16 instructions: {', '.join(machine.bf16_flags) or 'none'}")
+    print(f"GPU      {gpu}")
+    print(f"install  torch from {plan.torch_index or 'PyPI'}, DALI extra: {plan.dali_extra or 'none'}")
+    for note in plan.notes:
+        print(f"note     {note}")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    problem = python_problem(tuple(sys.version_info), find_spec("ensurepip") is not None)
+    if problem is not None:
+        print(f"setup: {problem}", file=sys.stderr)
+        return 1
+    parser = argparse.ArgumentParser(description="Makes .venv for this machine.")
+    parser.add_argument("--torch-index", help=f"index of torch's wheels, ending in cu12x, cu13x or cpu; or {PYPI}")
+    options = parser.parse_args(arguments)
+    try:
+        set_up(ROOT, look_at_machine(), options.torch_index or None)
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("setup: interrupted; `make setup` starts anew", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
