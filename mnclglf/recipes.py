@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mnclglf.config import (
-    DatasetName,
     DataConfig,
+    DatasetName,
     MethodName,
     ModelConfig,
     ObjectiveConfig,

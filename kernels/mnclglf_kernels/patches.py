@@ -60,7 +60,5 @@ def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
         raise ValueError(f"k is {k}; an image has four patches, so k must be 1, 2, 3 or 4")
     resolve(backend, features)
     patches = features.to(torch.promote_types(features.dtype, torch.float32)).chunk(PATCHES)
-    means = [
-        sum((patches[i] for i in subset[1:]), patches[subset[0]]) / k for subset in combinations(range(PATCHES), k)
-    ]
-    return torch.cat(means).to(features.dtype)
+    sums = [sum(subset[1:], subset[0]) for subset in combinations(patches, k)]
+    return (torch.cat(sums) / k).to(features.dtype)

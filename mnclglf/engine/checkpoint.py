@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -57,6 +58,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged}); {remedy}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values; {remedy}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; --resume takes auto, never or a checkpoint's path") from error
     except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A run directory: config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and what is made of them."""
+"""A run directory: what config.json and environment.json hold, which checkpoint to take, the method behind it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: {run} is no run directory; mnclglf train --out {run} makes one"
+            f"{path} does not exist; mnclglf train --out {run} makes a run there"
         )
     try:
         return from_dict(json.loads(path.read_text()))

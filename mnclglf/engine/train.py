@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mnclglf_kernels import resolve
 from rich.console import Console
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from mnclglf.engine.schedule import Schedule
 from mnclglf.engine.step import make_optimizer, train_step
 from mnclglf.files import write_atomically
 from mnclglf.methods import Losses, Method
+from mnclglf_kernels import resolve
 
 PICTURED_IMAGES = 6  # in the report
 

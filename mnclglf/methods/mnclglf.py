@@ -9,7 +9,8 @@
     loss_m = (L(n1, p2) + L(n2, p1)) / 2
     loss = loss_s + lambda loss_m                     equation 7
 
-Letters: N images, F feature width, D embedding width, S = C(4, k) subsets. docs/method.md has what the paper leaves open.
+Letters: N images, F feature width, D embedding width, S = C(4, k) subsets.
+docs/method.md has what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mnclglf_kernels import Backend, combine, contrastive_loss, divide
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
@@ -27,6 +27,7 @@ from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
 from mnclglf.models.resnet import ResNet18
+from mnclglf_kernels import Backend, combine, contrastive_loss, divide
 
 
 class MNCLGLF(Method):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mnclglf_kernels import Backend, enqueue, nearest_neighbor
 from torch import Tensor, nn
+
+from mnclglf_kernels import Backend, enqueue, nearest_neighbor
 
 
 class FeatureQueue(nn.Module):

@@ -1,0 +1,5 @@
+"""python -m mnclglf"""
+
+from mnclglf.cli import main
+
+raise SystemExit(main())

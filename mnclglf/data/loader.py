@@ -1,0 +1,135 @@
+"""Batches of views, in an order that depends on the seed and the step alone: any step can be the first."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mnclglf.config import LoaderName, ViewConfig
+from mnclglf.data.datasets import ImageSet, channel_statistics
+from mnclglf.data.philox import permutation
+from mnclglf.data.reference import render_view
+from mnclglf.data.views import ViewParameters, draw_parameters
+
+logger = logging.getLogger(__name__)
+
+_DALI_REMEDY = 'pip install "mnclglf[dali-cuda13]"'
+
+
+class Batch(NamedTuple):
+    """What a step trains on."""
+
+    views: tuple[Tensor, ...]
+    """Each [N, 3, S, S], normalised, channels_last, in the autocast dtype, on the device."""
+    indices: Tensor
+    """Rows of the image set, int64 [N], on the device."""
+
+
+def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
+    """Rows of the images of a global step, int64 [batch_size]: each epoch is a random order of `count` images."""
+    epoch, position = divmod(step, count // batch_size)
+    return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)  # two epochs meet in the prefetch queue
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    order = permutation(count, seed=seed, epoch=epoch)
+    order.flags.writeable = False  # callers share it
+    return order
+
+
+class Loader(ABC):
+    """Makes the views of an image set; the same step gives the same batch, wherever a run starts."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        view: ViewConfig,
+        *,
+        views: int,
+        side: int,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(
+                f"{images.name} has {len(images)} training images, fewer than one batch of {batch_size}; "
+                "lower --batch-size or take more images"
+            )
+        self.steps_per_epoch = len(images) // batch_size
+        """Whole batches in an epoch; an incomplete last one is dropped."""
+        self.mean, self.std = channel_statistics(images.images)
+        """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
+        self.side = side
+        self._images = images.images
+        self._config = view
+        self._views = views
+        self._batch_size = batch_size
+        self._seed = seed
+        self._dtype = dtype
+        self._device = device
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the global steps start .. stop - 1, across epochs."""
+
+    @abstractmethod
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
+
+    def _rows(self, step: int) -> NDArray[np.int64]:
+        return batch_indices(self._seed, step, len(self._images), self._batch_size)
+
+    def _draw(self, rows: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.uint8], ViewParameters]:
+        """Images and parameters of all views of these rows, view-major: row v * N + n is view v of image n."""
+        height, width = self._images.shape[1:3]
+        rows, views = np.tile(rows, self._views), np.repeat(np.arange(self._views), len(rows))
+        return self._images[rows], draw_parameters(self._seed, epoch, rows, views, self._config, height, width)
+
+    def _split(self, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """View-major [V * N, S, S, 3] as V tensors [N, 3, S, S] that share its memory order: channels_last."""
+        return pixels.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2).chunk(self._views)
+
+    def _batch(self, pixels: Tensor, rows: NDArray[np.int64]) -> Batch:
+        indices = torch.from_numpy(rows.copy())
+        if self._device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+        return Batch(self._split(pixels, self._dtype), indices.to(self._device, non_blocking=True))
+
+
+class ReferenceLoader(Loader):
+    """torchvision, one image after the other."""
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for step in range(start, stop):
+            rows = self._rows(step)
+            yield self._batch(self._pixels(rows, step // self.steps_per_epoch), rows)
+
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        return self._split(self._pixels(indices, epoch), torch.float32)
+
+    def _pixels(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        """float32 [V * N, S, S, 3]."""
+        images, parameters = self._draw(rows, epoch)
+        how = {"interpolation": self._config.interpolation, "mean": self.mean, "std": self.std}
+        views = [render_view(image, parameters, row, side=self.side, **how) for row, image in enumerate(images)]
+        return torch.stack(views).permute(0, 2, 3, 1).contiguous()
+
+
+class DaliLoader(Loader):
+    """DALI, on the GPU where the device is one, else on the CPU."""
+
+    def __init__(self, *args, threads: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._threads = threads

@@ -1,0 +1,39 @@
+"""The closed-form schedule against torch's own schedulers, stepped."""
+
+import pytest
+import torch
+
+from mnclglf.config import ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf.engine.schedule import Schedule
+
+
+def schedule(epochs: int = 5, warmup_epochs: float = 0.0, steps_per_epoch: int = 7) -> Schedule:
+    config = RunConfig(
+        optim=OptimConfig(epochs=epochs, warmup_epochs=warmup_epochs, lr=0.1),
+        objective=ObjectiveConfig(ema_momentum=0.97),
+    )
+    return Schedule.of(config, steps_per_epoch)
+
+
+def test_cosine_equals_torch() -> None:
+    ours = schedule()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=35)
+    for step in range(35):
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15), step
+        optimizer.step()
+        theirs.step()
+    assert ours.lr(35) == pytest.approx(0, abs=1e-15)
+
+
+def test_warmup_rises_to_the_peak_and_the_cosine_takes_over() -> None:
+    ours = schedule(warmup_epochs=2)
+    rates = [ours.lr(step) for step in range(36)]
+    assert rates[:14] == pytest.approx([0.1 * (step + 1) / 14 for step in range(14)])
+    assert rates[14] == 0.1
+    assert rates[14:] == sorted(rates[14:], reverse=True)
+    assert rates[35] == pytest.approx(0, abs=1e-15)
+
+
+def test_momentum_and_length_come_from_the_configuration() -> None:
+    assert (schedule().ema_momentum, schedule().total_steps) == (0.97, 35)

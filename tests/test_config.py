@@ -1,0 +1,105 @@
+"""The configuration: Table 2 by default, every bad value named, there and back through JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mnclglf.config import (
+    DataConfig,
+    DatasetName,
+    EngineConfig,
+    MethodName,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    ViewConfig,
+    from_dict,
+    to_dict,
+)
+from mnclglf.recipes import RECIPES
+
+
+@pytest.mark.parametrize("dataset", get_args(DatasetName))
+def test_the_paper_recipe_is_table_2(dataset: DatasetName) -> None:
+    config = RECIPES["paper"]("mnclglf", dataset)
+    optim, objective = config.optim, config.objective
+    assert (optim.epochs, optim.sgd_momentum, optim.weight_decay) == (200, 0.9, 1e-4)
+    assert (optim.lr, optim.warmup_epochs, optim.batch_size) == (0.1, 0.0, 256)
+    assert (objective.temperature, objective.ema_momentum, objective.queue_size) == (1.0, 0.99, 16384)
+    assert (objective.lambda_, objective.k, objective.one_embedding) == (6.0, 2, False)
+    assert config.model == ModelConfig(stem="cifar", width=64, projector_width=2048, predictor_width=512)
+    assert (config.data.image_size, config.data.train_images, config.data.validation_images) == (None, None, 0)
+
+
+def test_digits_are_never_flipped() -> None:
+    for recipe in RECIPES.values():
+        for dataset in get_args(DatasetName):
+            flip = recipe("mnclglf", dataset).view.flip_probability
+            assert (flip == 0) == (dataset in ("mnist5k", "digits")), dataset
+
+
+def test_a_recipe_says_what_it_was_made_for() -> None:
+    for name, recipe in RECIPES.items():
+        for method in get_args(MethodName):
+            for dataset in get_args(DatasetName):
+                config = recipe(method, dataset)
+                assert (config.recipe, config.method, config.dataset) == (name, method, dataset)
+
+
+def test_there_and_back_through_json() -> None:
+    for recipe in RECIPES.values():
+        config = dataclasses.replace(recipe("mnclglf", "mnist5k"), data=DataConfig(data_dir=Path("/data")))
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_an_unknown_setting_in_a_file_is_refused() -> None:
+    values = to_dict(RunConfig())
+    values["optim"]["learning_rate"] = 1
+    with pytest.raises(TypeError, match="learning_rate"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "named"),
+    [
+        (ViewConfig, {"crop_scale": (0.0, 1.0)}, r"crop_scale \(0.0, 1.0\)"),
+        (ViewConfig, {"crop_scale": (0.9, 0.5)}, "crop_scale"),
+        (ViewConfig, {"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
+        (ViewConfig, {"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
+        (ViewConfig, {"flip_probability": 1.5}, "flip_probability 1.5 is not a probability"),
+        (ViewConfig, {"hue": 0.6}, "hue 0.6"),
+        (ViewConfig, {"brightness": -0.1}, "brightness -0.1"),
+        (ViewConfig, {"rotation_degrees": 200.0}, "rotation_degrees 200.0"),
+        (DataConfig, {"image_size": 31}, "image_size 31 must be even"),
+        (DataConfig, {"image_size": 4}, "image_size 4"),
+        (DataConfig, {"train_images": 0}, "train_images 0"),
+        (DataConfig, {"validation_images": -1}, "validation_images -1"),
+        (DataConfig, {"loader_threads": 0}, "loader_threads 0"),
+        (ModelConfig, {"width": 0}, "width 0"),
+        (ObjectiveConfig, {"temperature": 0.0}, "temperature 0.0 must be positive"),
+        (ObjectiveConfig, {"ema_momentum": 1.1}, "ema_momentum 1.1"),
+        (ObjectiveConfig, {"queue_size": 0}, "queue_size 0"),
+        (ObjectiveConfig, {"lambda_": -1.0}, "lambda -1.0"),
+        (ObjectiveConfig, {"k": 5}, "k 5 must be 1, 2, 3 or 4"),
+        (OptimConfig, {"epochs": 0}, "epochs 0"),
+        (OptimConfig, {"batch_size": 1}, "batch_size 1"),
+        (OptimConfig, {"lr": 0.0}, "lr 0.0"),
+        (OptimConfig, {"epochs": 3, "warmup_epochs": 3.0}, "warmup_epochs 3.0 must be less than epochs 3"),
+        (OptimConfig, {"sgd_momentum": 1.0}, "sgd_momentum 1.0"),
+        (OptimConfig, {"weight_decay": -1e-4}, "weight_decay -0.0001"),
+        (EngineConfig, {"log_every": 0}, "log_every 0"),
+        (EngineConfig, {"save_every": 0.0}, "save_every 0.0"),
+        (EngineConfig, {"keep_last": 0}, "keep_last 0"),
+        (EngineConfig, {"keep_every": 0}, "keep_every 0"),
+        (RunConfig, {"seed": -1}, "seed -1"),
+        (RunConfig, {"engine": EngineConfig(keep_every=201)}, "keep_every 201 is more than the run's 200 epochs"),
+        (RunConfig, {"objective": ObjectiveConfig(queue_size=255)}, "batch_size 256 is more than queue_size 255"),
+    ],
+)
+def test_a_bad_value_is_named(section: type, setting: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        section(**setting)
