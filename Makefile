@@ -18,7 +18,7 @@ help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (a wheel index of torch: .../whl/cu126, .../whl/cpu, or pypi)
+setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (see CONTRIBUTING.md)
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "setup: there is no $(PYTHON); install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" tools/setup_environment.py --torch-index="$(TORCH_INDEX)"
@@ -38,7 +38,7 @@ test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: setup ## run the benchmarks; ARGS go to pytest
-	$(BIN)/python -m pytest -o python_files='bench_*.py' bench/ $(ARGS)
+	$(BIN)/python -m pytest bench/ $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -47,4 +47,4 @@ check: setup ## format, lint and types
 
 clean: ## delete .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find mnclglf kernels tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

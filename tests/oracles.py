@@ -59,7 +59,7 @@ def contrastive_loss(h: Tensor, p: Tensor, tau: float) -> Tensor:
 
 
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
-    """Algorithm 1, `def NN(Q, z)`: indices [M] of the queue row [K, D] of highest cosine similarity to each query [M, D].
+    """Algorithm 1, `def NN(Q, z)`: for each query [M, D] the index of the queue row [K, D] of highest cosine: [M].
 
     The lowest index wins a tie; a NaN score never wins; a query whose scores are all NaN returns 0.
     """

@@ -16,26 +16,28 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence  # noqa: UP035  an old Python must reach `python_problem`
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKER = "made-by-make-setup"  # written first: this .venv is ours to delete
+MARKER = "made-by-make-setup"  # written first, with the choice of TORCH_INDEX: this .venv is ours to delete
 STAMP = "setup.json"  # written last: this .venv is complete
 PYPI = "pypi"
 
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 MINIMUM_DRIVER = {12: 525, 13: 580}
 
-# The CUDA 12 build of the torch in constraints.txt; torch left cu128 after 2.11.
+# CUDA 12 builds: cu128 ends with torch 2.11 (https://github.com/pytorch/pytorch/issues/178665), cu126 has 2.14.
 CUDA12_INDEX = "https://download.pytorch.org/whl/cu126"
+CUDA13_INDEX = "https://download.pytorch.org/whl/cu130"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TAKE_CUDA12 = f"`make setup TORCH_INDEX={CUDA12_INDEX}` (not for an RTX 50 card: this build knows GPUs up to Hopper)"
 TAKE_CPU = f"`make setup TORCH_INDEX={CPU_INDEX}` to run on the CPU on purpose"
 
-# Runs in .venv; its last line is JSON. A GPU counts only once it has computed something.
+# What .venv's Python reads from stdin; the last line it prints is JSON. A GPU counts once it has computed something.
 PROBE = """
 import json, sys
 import torch, torchvision, mnclglf, mnclglf_kernels
@@ -71,32 +73,32 @@ class Gpu:
 class Machine:
     system: str  # as platform.system()
     architecture: str  # as platform.machine()
-    gpu: Optional[Gpu] = None
-    gpu_problem: Optional[str] = None  # why a GPU that seems to be there cannot be used
+    gpu: Gpu | None = None
+    gpu_problem: str | None = None  # why a GPU that seems to be there cannot be used
     cores: int = 1
-    bf16_flags: tuple = ()
+    bf16_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    torch_index: Optional[str]  # None is PyPI
-    dali_extra: Optional[str]
-    cuda: Optional[int]  # CUDA major version of the torch build; None is a build without CUDA, or not known
+    torch_index: str | None  # None is PyPI
+    dali_extra: str | None
+    cuda: int | None  # CUDA major version of the torch build; None is a build without CUDA, or not known
     expects_gpu: bool
-    notes: tuple = ()
+    notes: tuple[str, ...] = ()
 
 
-def python_problem(version: tuple, has_ensurepip: bool) -> Optional[str]:
+def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
     """Why this Python cannot make .venv, or None."""
-    found = ".".join(str(part) for part in version[:2])
-    if version[:2] < (3, 11):
+    found = ".".join(str(part) for part in version)
+    if version < (3, 11):
         return f"Python {found} is too old; mnclglf needs 3.11: `make setup PYTHON=/path/to/python3.11`"
     if not has_ensurepip:
         return f"Python {found} cannot make virtual environments; on Debian or Ubuntu: `apt install python{found}-venv`"
     return None
 
 
-def parse_nvidia_smi(returncode: int, output: str) -> tuple:
+def parse_nvidia_smi(returncode: int, output: str) -> tuple[Gpu | None, str | None]:
     """(Gpu, None) from `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`, or (None, the problem)."""
     first = next((line.strip() for line in output.splitlines() if line.strip()), "no output")
     if returncode != 0:
@@ -119,7 +121,7 @@ def has_nvidia_display(pci_devices: Path) -> bool:
     return False
 
 
-def look_for_gpu() -> tuple:
+def look_for_gpu() -> tuple[Gpu | None, str | None]:
     """(Gpu or None, problem or None)."""
     wsl = Path("/usr/lib/wsl/lib/nvidia-smi")  # not on PATH in every shell
     command = shutil.which("nvidia-smi") or (str(wsl) if wsl.exists() else None)
@@ -135,7 +137,7 @@ def look_for_gpu() -> tuple:
     return parse_nvidia_smi(answer.returncode, answer.stdout.decode(errors="replace"))
 
 
-def parse_bf16_flags(cpuinfo: str) -> tuple:
+def parse_bf16_flags(cpuinfo: str) -> tuple[str, ...]:
     """The CPU's instructions that multiply bf16, from the text of /proc/cpuinfo."""
     flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     return tuple(sorted({"avx512_bf16", "amx_bf16"} & set(flags.group(1).split()))) if flags else ()
@@ -148,7 +150,7 @@ def look_at_machine() -> Machine:
     return Machine(platform.system(), platform.machine(), gpu, problem, os.cpu_count() or 1, flags)
 
 
-def cuda_of_index(index: Optional[str]) -> Optional[int]:
+def cuda_of_index(index: str | None) -> int | None:
     """CUDA major version of the builds an index holds: 12 or 13; None for its CPU builds."""
     if index is None:
         return 13  # PyPI
@@ -162,7 +164,7 @@ def cuda_of_index(index: Optional[str]) -> Optional[int]:
     return int(build[2:4])
 
 
-def decide(machine: Machine, torch_index: Optional[str]) -> Plan:
+def decide(machine: Machine, torch_index: str | None) -> Plan:
     """What to install on this machine; `torch_index` None is PyPI.
 
     Raises:
@@ -199,12 +201,12 @@ def check_driver(machine: Machine, cuda: int) -> None:
     if machine.gpu is not None and machine.gpu.driver_major < needed:
         takes_cuda12 = cuda == 13 and machine.gpu.driver_major >= MINIMUM_DRIVER[12]
         raise SetupError(
-            f"{machine.gpu.name} has NVIDIA driver {machine.gpu.driver}; torch for CUDA {cuda} needs {needed} or newer.\n"
-            f"Remedy: upgrade the driver, or {TAKE_CUDA12 if takes_cuda12 else TAKE_CPU}."
+            f"{machine.gpu.name} has NVIDIA driver {machine.gpu.driver}; torch for CUDA {cuda} needs {needed} or "
+            f"newer.\nRemedy: upgrade the driver, or {TAKE_CUDA12 if takes_cuda12 else TAKE_CPU}."
         )
 
 
-def install_commands(plan: Plan, python: Path, constraints: str) -> list:
+def install_commands(plan: Plan, python: Path, constraints: str) -> list[list[str]]:
     """The pip commands, in order. torch and torchvision come first where they have an index of their own."""
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     extras = ",".join(["dev", plan.dali_extra] if plan.dali_extra else ["dev"])
@@ -216,8 +218,13 @@ def install_commands(plan: Plan, python: Path, constraints: str) -> list:
     return [[*pip, "--index-url", plan.torch_index, *pins], everything]
 
 
-def check_installed(plan: Plan, found: dict) -> None:
+def check_installed(plan: Plan, found: dict[str, Any]) -> None:
     """Raises SetupError unless what PROBE found is what the plan asked for."""
+    if plan.expects_gpu and found["cuda"] is None:
+        raise SetupError(
+            f"torch {found['torch']} was built without CUDA, but there is a GPU.\n"
+            f"Remedy: `make setup TORCH_INDEX={CUDA13_INDEX}`, or {TAKE_CPU}."
+        )
     if plan.expects_gpu and found["gpu"] is None:
         other = TAKE_CUDA12 if plan.cuda == 13 else f"`make setup TORCH_INDEX={PYPI}`, which needs driver 580 or newer"
         raise SetupError(
@@ -233,19 +240,19 @@ def check_installed(plan: Plan, found: dict) -> None:
             )
 
 
-def plan_key(plan: Plan, root: Path) -> str:
+def foundation(plan: Plan, root: Path) -> list[Any]:
+    """Where one of these changes, .venv is built anew: pip would keep the torch, or the paths, that it finds."""
+    return [plan.torch_index, plan.dali_extra, list(sys.version_info[:2]), str(root)]
+
+
+def stamp_key(plan: Plan, root: Path) -> str:
     """Changes when what .venv should hold changes."""
-    parts = [repr((plan.torch_index, plan.dali_extra, plan.expects_gpu, sys.version_info[:2], str(root)))]
+    parts = [repr(foundation(plan, root)), repr(plan.expects_gpu)]
     parts += [(root / name).read_text() for name in ("setup.py", "constraints.txt")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def foundation(plan: Plan, root: Path) -> list:
-    """Where one of these changes, .venv is built anew: pip would keep the torch or the paths that it finds."""
-    return [plan.torch_index, plan.dali_extra, list(sys.version_info[:2]), str(root)]
-
-
-def read_stamp(venv: Path) -> dict:
+def read_stamp(venv: Path) -> dict[str, Any]:
     """What the last setup that ended wrote; empty where none did."""
     try:
         stamp = json.loads((venv / STAMP).read_text())
@@ -254,10 +261,18 @@ def read_stamp(venv: Path) -> dict:
     return stamp if (venv / "bin" / "python").exists() else {}
 
 
-def write_stamp(venv: Path, stamp: dict) -> None:
+def write_stamp(venv: Path, stamp: dict[str, Any]) -> None:
     temporary = venv / (STAMP + ".part")
     temporary.write_text(json.dumps(stamp, indent=1))
     temporary.replace(venv / STAMP)
+
+
+def remembered_choice(venv: Path) -> str | None:
+    """TORCH_INDEX of the last setup that got as far as installing, even if it was killed."""
+    try:
+        return (venv / MARKER).read_text() or None
+    except OSError:
+        return None
 
 
 def start_anew(venv: Path, run: Callable[..., Any]) -> None:
@@ -283,30 +298,31 @@ def folder_bytes(folder: Path) -> int:
 
 def run_command(command: Sequence[str], **options: Any) -> Any:
     """subprocess.run, ending in SetupError where the command fails."""
-    print("$", *(command if "-c" not in command[:2] else command[:2]), flush=True)
+    print("$", *command, flush=True)
     try:
         return subprocess.run(command, check=True, **options)
     except subprocess.CalledProcessError as error:
         raise SetupError(
-            f"{' '.join(command[:4])} ... ended with exit code {error.returncode}; its own message is above. "
+            f"{' '.join(command[:4])} ended with exit code {error.returncode}; its own message is above. "
             "Once that is solved, `make setup` starts anew."
         ) from None
 
 
-def probe(plan: Plan, python: Path, root: Path, run: Callable[..., Any]) -> dict:
+def probe(plan: Plan, python: Path, run: Callable[..., Any]) -> dict[str, Any]:
     wants = ["cuda" if plan.expects_gpu else "no-cuda", "dali" if plan.dali_extra else "no-dali"]
-    answer = run([str(python), "-c", PROBE, *wants], cwd=root, stdout=subprocess.PIPE)
+    # Not from root: there mnclglf can be imported without being installed.
+    answer = run([str(python), "-", *wants], cwd=python.parent, input=PROBE.encode(), stdout=subprocess.PIPE)
     return json.loads(answer.stdout.decode().splitlines()[-1])
 
 
-def set_up(root: Path, machine: Machine, torch_index: Optional[str], run: Callable[..., Any] = run_command) -> None:
+def set_up(root: Path, machine: Machine, torch_index: str | None, run: Callable[..., Any] = run_command) -> None:
     """Brings root/.venv to what `decide` says. `torch_index` None keeps what the last setup chose, else PyPI."""
     venv = root / ".venv"
     python = venv / "bin" / "python"
     stamp = read_stamp(venv)
-    torch_index = stamp.get("torch_index") if torch_index is None else torch_index
+    torch_index = torch_index or remembered_choice(venv)
     plan = decide(machine, None if torch_index == PYPI else torch_index)
-    key = plan_key(plan, root)
+    key = stamp_key(plan, root)
     if stamp.get("key") == key:
         print(f".venv is up to date (torch {stamp['torch']}, {plan.dali_extra or 'no DALI'})")
         return
@@ -315,26 +331,19 @@ def set_up(root: Path, machine: Machine, torch_index: Optional[str], run: Callab
     (venv / STAMP).unlink(missing_ok=True)
     if stamp.get("foundation") != foundation(plan, root):
         start_anew(venv, run)
+    (venv / MARKER).write_text(plan.torch_index or "")
     for command in install_commands(plan, python, (root / "constraints.txt").read_text()):
         run(command, cwd=root)
-    found = probe(plan, python, root, run)
+    found = probe(plan, python, run)
     check_installed(plan, found)
     print(f"torch    {found['torch']}, {'runs on the GPU' if plan.expects_gpu else 'runs on the CPU'}")
     print(f"DALI     {found['dali'] or 'none'}")
-    print(f".venv    {folder_bytes(venv) / 1e9:.1f} GB, made in {time.perf_counter() - start:.0f} s")
-    write_stamp(
-        venv,
-        {
-            "key": key,
-            "foundation": foundation(plan, root),
-            "torch_index": plan.torch_index,
-            "torch": found["torch"],
-        },
-    )
+    print(f".venv    {folder_bytes(venv) / 1e9:.1f} GB, done in {time.perf_counter() - start:.0f} s")
+    write_stamp(venv, {"key": key, "foundation": foundation(plan, root), "torch": found["torch"]})
 
 
 def describe(machine: Machine, plan: Plan) -> None:
-    gpu = f"{machine.gpu.name}, driver {machine.gpu.driver}" if machine.gpu else "none"
+    gpu = f"{machine.gpu.name}, driver {machine.gpu.driver}" if machine.gpu else machine.gpu_problem or "none"
     print(f"Python   {platform.python_version()}" + ("" if sys.version_info[:2] == (3, 11) else " (tested: 3.11)"))
     print(f"CPU      {machine.cores} cores, bf16 instructions: {', '.join(machine.bf16_flags) or 'none'}")
     print(f"GPU      {gpu}")
@@ -343,8 +352,8 @@ def describe(machine: Machine, plan: Plan) -> None:
         print(f"note     {note}")
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    problem = python_problem(tuple(sys.version_info), find_spec("ensurepip") is not None)
+def main(arguments: Sequence[str] | None = None) -> int:
+    problem = python_problem(sys.version_info[:2], find_spec("ensurepip") is not None)
     if problem is not None:
         print(f"setup: {problem}", file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@ import functools
 import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Loader(ABC):
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        threads: int,
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(
@@ -79,6 +81,7 @@ class Loader(ABC):
         self._seed = seed
         self._dtype = dtype
         self._device = device
+        self._threads = threads
 
     @abstractmethod
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -109,7 +112,7 @@ class Loader(ABC):
 
 
 class ReferenceLoader(Loader):
-    """torchvision, one image after the other."""
+    """torchvision, one image after the other, on one core."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         for step in range(start, stop):
@@ -122,14 +125,113 @@ class ReferenceLoader(Loader):
     def _pixels(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
         """float32 [V * N, S, S, 3]."""
         images, parameters = self._draw(rows, epoch)
-        how = {"interpolation": self._config.interpolation, "mean": self.mean, "std": self.std}
-        views = [render_view(image, parameters, row, side=self.side, **how) for row, image in enumerate(images)]
-        return torch.stack(views).permute(0, 2, 3, 1).contiguous()
+        pixels = [
+            render_view(
+                image,
+                parameters,
+                row,
+                side=self.side,
+                interpolation=self._config.interpolation,
+                mean=self.mean,
+                std=self.std,
+            )
+            for row, image in enumerate(images)
+        ]
+        return torch.stack(pixels).permute(0, 2, 3, 1).contiguous()
 
 
 class DaliLoader(Loader):
-    """DALI, on the GPU where the device is one, else on the CPU."""
+    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used."""
 
-    def __init__(self, *args, threads: int, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._threads = threads
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        steps = range(start, stop)
+        plan = ((self._rows(step), step // self.steps_per_epoch) for step in steps)
+        with closing(self._pixels(plan, self._batch_size)) as made:
+            for step, pixels in zip(steps, made, strict=True):
+                yield self._batch(pixels, self._rows(step))
+
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        (pixels,) = self._pixels(iter([(indices, epoch)]), len(indices))
+        return self._split(pixels, torch.float32)
+
+    def _pixels(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[Tensor]:
+        """float32 [V * N, S, S, 3] for each (rows, epoch) of the plan, in DALI's memory, with at most `most` rows."""
+        from mnclglf.data.dali import view_inputs, view_pipeline
+
+        cuda = self._device.type == "cuda"
+        device_id = torch.cuda.current_device() if cuda and self._device.index is None else self._device.index
+        pipeline = view_pipeline(
+            (view_inputs(*self._draw(rows, epoch), self._config) for rows, epoch in plan),
+            self._config,
+            side=self.side,
+            batch_size=most * self._views,
+            threads=self._threads,
+            device_id=device_id if cuda else None,
+            mean=self.mean,
+            std=self.std,
+        )
+        while True:
+            try:
+                # Given the stream that uses it, an output is waited for and freed in that stream's order: no host sync.
+                (views,) = pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
+            except StopIteration:
+                return
+            yield torch.from_dlpack(views.as_tensor())
+
+
+def make_loader(
+    images: ImageSet,
+    view: ViewConfig,
+    *,
+    views: int,
+    side: int,
+    batch_size: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: LoaderName,
+    threads: int,
+) -> Loader:
+    """The loader of a run.
+
+    Args:
+        images: what to train on.
+        view: how a view is made.
+        views: views of each image in a batch.
+        side: of a view in pixels.
+        batch_size: N, images in a batch.
+        seed: of the order and of the views.
+        dtype: of the views in a batch.
+        device: where batches go.
+        backend: auto is dali where it can be imported, else reference.
+        threads: CPU threads of dali; no result depends on it.
+
+    Raises:
+        ValueError: there are fewer images than a batch holds.
+        ImportError: backend is dali and DALI is not installed.
+    """
+    made = {"dali": DaliLoader, "reference": ReferenceLoader}[_resolve(backend)]
+    return made(
+        images,
+        view,
+        views=views,
+        side=side,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+
+
+def _resolve(backend: LoaderName) -> str:
+    if backend == "reference":
+        return backend
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        if backend == "dali":
+            raise ImportError(f"loader dali needs DALI ({error}); install it: {_DALI_REMEDY}") from error
+        logger.warning("DALI is not installed: using the slow reference loader; install it: %s", _DALI_REMEDY)
+        return "reference"
+    return "dali"

@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 _LOW = np.uint64(_WORD)
 _HALF = np.uint64(32)
 
-# The counter's third word is an image's row, its fourth the epoch; its second says what the numbers are for: views 0, 1,
-# 2, ... count from the bottom, everything else from the top, so that they never meet.
+# The counter's third word is an image's row, its fourth the epoch; its second says what the numbers are for: views
+# count up from 0, everything else down from the top, so that they never meet.
 ORDER_STREAM = _WORD
 SPLIT_STREAM = _WORD - 1
 
@@ -50,7 +50,7 @@ def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[n
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """32-bit words as numbers strictly between 0 and 1."""
-    return (words + 0.5) * 2.0**-32
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(count: int, *, seed: int, epoch: int = 0, stream: int = ORDER_STREAM) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ def render_view(
     in [0, 1], clamped after each change of colour, and the last step normalises them with mean [3] and std [3].
     """
     p = parameters
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels = torch.tensor(image).permute(2, 0, 1)
     if p.angle[row] != 0:
         pixels = F.rotate(pixels, float(p.angle[row]), F.InterpolationMode.BILINEAR)
     box = [int(column[row]) for column in (p.top, p.left, p.crop_height, p.crop_width)]

@@ -149,7 +149,7 @@ def whole_views(
     Returns:
         [n, 3, side, side] in channels_last order, on the CPU.
     """
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    pixels = torch.tensor(images).permute(0, 3, 1, 2)
     if pixels.shape[2:] != (side, side):
         pixels = F.resize(pixels, [side, side], F.InterpolationMode.BICUBIC, antialias=True)
     scaled = F.normalize(pixels.float() / 255, mean.tolist(), std.tolist())

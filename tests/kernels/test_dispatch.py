@@ -109,5 +109,5 @@ def test_the_operators_import_nothing_of_the_project(tmp_path):
     assert result.stdout.strip() == ""
 
 
-def test_only_the_five_operators_are_public():
+def test_the_five_operators_are_public():
     assert set(CALLS) <= set(mnclglf_kernels.__all__)

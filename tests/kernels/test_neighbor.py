@@ -36,7 +36,7 @@ def check(queries: Tensor, queue: Tensor, backend: str) -> None:
     truth = oracles.nearest_neighbor(queries.double(), queue.double())
     scores = cosines(queries, queue)
     regret = scores.gather(1, truth[:, None]) - scores.gather(1, index[:, None])
-    # A stored row has norm 1 to half a unit in the last place of its dtype, twice that between two rows; scores are fp32.
+    # A stored row has norm 1 to half a unit in the last place of its dtype, two rows a whole one; scores are fp32.
     allowed = torch.finfo(queue.dtype).eps + ULPS_FP32 * working_epsilon(queue.dtype)
     assert regret.max() <= allowed, f"query {int(regret.argmax())} is {regret.max():.3e} from its neighbor"
 
@@ -173,7 +173,7 @@ def test_autocast_does_not_round_the_scores(backend):
 
 @pytest.mark.parametrize(
     ("queries", "queue", "named"),
-    [((3, 5), (7, 4), "5"), ((5,), (7, 5), "1|5"), ((3, 5, 1), (7, 5), "3"), ((3, 5), (0, 5), "0")],
+    [((3, 5), (7, 4), "5"), ((5,), (7, 5), r"1|\(5,\)"), ((3, 5, 1), (7, 5), r"3|\(3, 5, 1\)"), ((3, 5), (0, 5), "0")],
     ids=["widths", "one dimension", "three dimensions", "empty queue"],
 )
 def test_wrong_shapes_are_named(queries, queue, named, backend):

@@ -110,11 +110,9 @@ def small_run(**changes) -> tuple[oracles.Algorithm1, list[Tensor]]:
     return run, [torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
 
 
-def vectorised_losses(run: oracles.Algorithm1, views: list[Tensor], subset: int | None = None) -> tuple[Tensor, Tensor]:
-    """(loss_s, loss_m) by Algorithm 1 in vectorised PyTorch, from copies of the run's networks as they stand."""
+def vectorised_losses(run: oracles.Algorithm1, views: list[Tensor], subset: int | None = None):
+    """(a copy of f_o that the losses reach, loss_s, loss_m) by Algorithm 1 in vectorised PyTorch, as the run stands."""
     online, stopped, momentum = deepcopy(run.f_o), deepcopy(run.f_s), deepcopy(run.f_m)
-    run.online_copy = online
-    p1, p2, p3 = (online["predictor"](online["projector"](online["encoder"](view))) for view in views)
 
     def loss(h: Tensor, p: Tensor) -> Tensor:
         logits = F.normalize(h, dim=1) @ F.normalize(p, dim=1).t() / run.temperature
@@ -127,38 +125,40 @@ def vectorised_losses(run: oracles.Algorithm1, views: list[Tensor], subset: int 
         c = stopped["projector"](torch.cat([features[list(chosen)].mean(0) for chosen in subsets]))
         return c if subset is None else c.unflatten(0, (len(subsets), -1))[subset]
 
+    def neighbor(view: Tensor) -> Tensor:
+        z = F.normalize(momentum["projector"](momentum["encoder"](view)), dim=1)
+        return run.queue[(z @ run.queue.t()).argmax(dim=1)]
+
+    p1, p2, p3 = (online["predictor"](online["projector"](online["encoder"](view))) for view in views)
     with torch.no_grad():
-        n1, n2 = (
-            run.queue[(F.normalize(momentum["projector"](momentum["encoder"](view)), dim=1) @ run.queue.t()).argmax(1)]
-            for view in views[:2]
-        )
+        n1, n2 = neighbor(views[0]), neighbor(views[1])
         c1, c3 = local(views[0]), local(views[2])
-    return (loss(c1, p3) + loss(c3, p1)) / 2, (loss(n1, p2) + loss(n2, p1)) / 2
+    return online, (loss(c1, p3) + loss(c3, p1)) / 2, (loss(n1, p2) + loss(n2, p1)) / 2
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_step_against_vectorised_pytorch(k):
     run, views = small_run(k=k)
-    optimizer = None
+    twin = deepcopy(run.f_o)  # moved by torch.optim.SGD
+    optimizer = torch.optim.SGD(
+        twin.parameters(), momentum=SETTINGS["sgd_momentum"], weight_decay=SETTINGS["weight_decay"]
+    )
     for lr in (0.1, 0.05, 0.02):
-        loss_s, loss_m = vectorised_losses(run, views)
-        reference = run.online_copy
-        if optimizer is None:
-            optimizer = torch.optim.SGD(reference.parameters(), momentum=0.9, weight_decay=1e-2)
-            twin = reference
+        online, loss_s, loss_m = vectorised_losses(run, views)
+        loss = loss_s + SETTINGS["lambda_"] * loss_m
+        loss.backward()
+        for parameter, reference in zip(twin.parameters(), online.parameters(), strict=True):
+            parameter.grad = reference.grad
         optimizer.param_groups[0]["lr"] = lr
-        (loss_s + 6 * loss_m).backward()
-        twin_gradients = [parameter.grad for parameter in reference.parameters()]
-        for parameter, gradient in zip(twin.parameters(), twin_gradients, strict=True):
-            parameter.grad = gradient
         optimizer.step()
+
         step = run.step(*views, lr=lr)
-        assert step["loss_s"] == pytest.approx(loss_s.item(), rel=1e-12)
-        assert step["loss_m"] == pytest.approx(loss_m.item(), rel=1e-12)
-        assert step["loss"] == pytest.approx((loss_s + 6 * loss_m).item(), rel=1e-12)
-        for (name, parameter), gradient in zip(run.f_o.named_parameters(), twin_gradients, strict=True):
-            torch.testing.assert_close(step["gradients"][name], gradient, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(parameter.detach(), dict(twin.named_parameters())[name].detach())
+        for name, expected in (("loss", loss), ("loss_s", loss_s), ("loss_m", loss_m)):
+            assert step[name] == pytest.approx(expected.item(), rel=1e-12)
+        for name, reference in online.named_parameters():
+            torch.testing.assert_close(step["gradients"][name], reference.grad, rtol=1e-9, atol=1e-12)
+        for ours, theirs in zip(run.f_o.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_step_updates_what_algorithm_1_says():
@@ -194,7 +194,7 @@ def test_one_embedding():
     assert sum(step["loss_s"] for step in single) / 6 == pytest.approx(whole["loss_s"], rel=1e-12)
     assert len({step["loss_s"] for step in single}) == 6
     assert {step["loss_m"] for step in single} == {whole["loss_m"]}
-    loss_s, _ = vectorised_losses(run, views, subset=4)
+    _, loss_s, _ = vectorised_losses(run, views, subset=4)
     assert single[4]["loss_s"] == pytest.approx(loss_s.item(), rel=1e-12)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import oracles
 import pytest
@@ -142,7 +143,7 @@ def test_divide_names_an_odd_side(shape, named, backend):
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32)], ids=str)
 def test_divide_names_the_number_of_dimensions(shape, backend):
-    with pytest.raises(ValueError, match=f"{len(shape)}|{shape[-1]}"):
+    with pytest.raises(ValueError, match=f"{len(shape)}|{re.escape(str(shape))}"):
         divide(torch.randn(shape), backend=backend)
 
 
@@ -173,7 +174,7 @@ def test_combine(k, images, width, dtype, backend):
 def test_combine_any_shape(images, width, k, layout, backend):
     features = numbered(4 * images, width)
     combined = combine(lay_out(features, layout), k, backend=backend)
-    # fp64 integers below 2**12: sums are exact, and dividing them by k or multiplying by 1/k differs by one unit in 2**52.
+    # fp64 integers: sums are exact; dividing them by k or multiplying by 1/k differs by a unit in the last place.
     torch.testing.assert_close(combined, oracles.combine(features, k), rtol=2**-51, atol=0)
 
 
@@ -244,7 +245,7 @@ def test_combine_names_a_wrong_k(k, backend):
         combine(torch.randn(8, 3), k, backend=backend)
 
 
-@pytest.mark.parametrize(("shape", "named"), [((7, 3), "7"), ((8, 3, 1), "3"), ((8,), "1|8")])
+@pytest.mark.parametrize(("shape", "named"), [((7, 3), "7"), ((8, 3, 1), r"3|\(8, 3, 1\)"), ((8,), r"1|\(8,\)")])
 def test_combine_names_a_wrong_shape(shape, named, backend):
     with pytest.raises(ValueError, match=named):
         combine(torch.randn(shape), 2, backend=backend)

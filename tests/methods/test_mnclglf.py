@@ -21,8 +21,6 @@ OPTIM = OptimConfig(lr=0.1, batch_size=N)
 # Both compute in fp64 but sum in another order (rows one by one against matmul). Five steps of SGD through 30 batch
 # norms amplify 1e-16 to at most about 1e-11 here; a wrong term or order is off by more than 1e-3.
 FP64 = dict(rtol=1e-8, atol=1e-10)
-# fp32 rounding, 6e-8, amplified likewise.
-FP32 = dict(rtol=2e-3, atol=2e-4)
 
 
 def make_method(dtype: torch.dtype = torch.float64, **objective: object) -> MNCLGLF:
@@ -83,20 +81,20 @@ def oracle_state(oracle: oracles.Algorithm1) -> dict[str, Tensor]:
     return state
 
 
-def assert_same_state(method: MNCLGLF, oracle: oracles.Algorithm1, tolerance: dict[str, float]) -> None:
+def assert_same_state(method: MNCLGLF, oracle: oracles.Algorithm1) -> None:
     expected = oracle_state(oracle)
     ours = {name: value for name, value in method.state_dict().items() if not name.startswith("queue.")}
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(method.queue.rows, oracle.queue, **tolerance)
+        torch.testing.assert_close(value, expected[name], **FP64, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(method.queue.rows, oracle.queue, **FP64)
     assert method.queue.pointer.item() == oracle.pointer
 
 
-def compare(method: MNCLGLF, dtype: torch.dtype, tolerance: dict[str, float], steps: int = 5) -> None:
+def compare(method: MNCLGLF, steps: int = 5) -> None:
     ours, oracle = Stepper(method), make_oracle(method)
     for step in range(steps):
-        batch = make_batch(dtype, first=step * N)
+        batch = make_batch(first=step * N)
         subset = None
         if method.objective.one_embedding:
             with torch.random.fork_rng():
@@ -104,16 +102,29 @@ def compare(method: MNCLGLF, dtype: torch.dtype, tolerance: dict[str, float], st
         losses = ours(batch)
         expected = oracle.step(*batch.views, subset=subset)
         for name, value in losses.items():
-            assert value.item() == pytest.approx(expected[name], rel=tolerance["rtol"]), f"{name} of step {step}"
-        assert_same_state(method, oracle, tolerance)
+            assert value.item() == pytest.approx(expected[name], rel=FP64["rtol"]), f"{name} of step {step}"
+        assert_same_state(method, oracle)
 
 
 def test_five_steps_equal_algorithm_1_in_fp64() -> None:
-    compare(make_method(), torch.float64, FP64)
+    compare(make_method())
 
 
-def test_five_steps_equal_algorithm_1_in_fp32() -> None:
-    compare(make_method(torch.float32), torch.float32, FP32)
+def test_fp32_steps_are_as_accurate_as_algorithm_1_in_fp32() -> None:
+    method = make_method(torch.float32)
+    truth, plain, ours = make_oracle(copy.deepcopy(method).double()), make_oracle(method), Stepper(method)
+    for step in range(2):
+        batch = make_batch(torch.float32, first=step * N)
+        ours(batch)
+        plain.step(*batch.views)
+        truth.step(*(view.double() for view in batch.views))
+    true_state, plain_state = oracle_state(truth), oracle_state(plain)
+
+    def error(state: dict[str, Tensor]) -> float:
+        return max((state[name] - value).abs().max().item() for name, value in true_state.items())
+
+    # Two roundings of one computation through 30 batch norms of a few rows: the same error within a factor of 4.
+    assert error(dict(method.state_dict())) <= 4 * error(plain_state) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def test_five_steps_equal_algorithm_1_in_fp32() -> None:
     ids=lambda setting: "-".join(f"{name}={value}" for name, value in setting.items()),
 )
 def test_settings_equal_algorithm_1(setting: dict[str, object]) -> None:
-    compare(make_method(**setting), torch.float64, FP64, steps=3)
+    compare(make_method(**setting), steps=3)
 
 
 def test_one_embedding_draws_every_combination() -> None:

@@ -1,0 +1,223 @@
+"""Readers of downloaded files that run no code of theirs, write nowhere else and check what they read.
+
+A file that is short, corrupt, too large or of another format raises DataError, which names it and the remedy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import os
+import pickle
+import struct
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_BYTES = 2**30  # of a file read here, unpacked: five times the largest in use
+CIFAR10_SHAPE = (3, 32, 32)
+_IDX_UINT8 = 0x08
+_GZIP_ERRORS = (OSError, EOFError, zlib.error)
+
+
+class DataError(ValueError):
+    """A data set's files are missing, damaged or not what they should be."""
+
+
+def damaged(path: Path, problem: str) -> DataError:
+    """The error that says what is wrong with `path` and what to do."""
+    return DataError(f"{path}: {problem}; delete it and fetch it again (--download, or by hand into --data-dir)")
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array of an IDX file of bytes (the MNIST family's format), gzipped where the name ends in .gz.
+
+    Raises:
+        DataError: the file is missing, damaged, not of bytes, or not as long as its header says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            shape = _read_idx_shape(file, path)
+            size = math.prod(shape)
+            if size > LARGEST_BYTES:
+                raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_BYTES:,}")
+            data = file.read(size + 1)
+    except _GZIP_ERRORS as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    if len(data) != size:
+        found = "more" if len(data) > size else f"{len(data):,}"
+        raise damaged(path, f"its header promises {size:,} bytes and it holds {found}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_idx_shape(file: io.BufferedIOBase | gzip.GzipFile, path: Path) -> tuple[int, ...]:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:3] != bytes([0, 0, _IDX_UINT8]):
+        raise damaged(path, f"starts with {magic.hex()}: not an IDX file of bytes (000008..)")
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise damaged(path, "ends within its header")
+    return struct.unpack(f">{magic[3]}I", sizes)
+
+
+def read_cifar10_binary(path: Path, records: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [records, 32, 32, 3] and labels [records] of a batch file of CIFAR-10's binary version.
+
+    A record is one byte of label and 3,072 of pixels: 1,024 of red row by row, then green, then blue.
+
+    Raises:
+        DataError: the file is missing, not of exactly this many records, or has a label above 9.
+    """
+    record_bytes = 1 + math.prod(CIFAR10_SHAPE)
+    data = np.frombuffer(_read_exactly(path, records * record_bytes), np.uint8).reshape(records, record_bytes)
+    return _cifar10_images(data[:, 1:]), _cifar10_labels(data[:, 0].astype(np.int64), path)
+
+
+def read_cifar10_pickle(path: Path, records: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [records, 32, 32, 3] and labels [records] of a batch file of CIFAR-10's Python version.
+
+    Raises:
+        DataError: the file is missing, damaged, holds anything but arrays, bytes and plain containers, or is not of
+            exactly this many records.
+    """
+    batch = read_pickle(path)
+    if not isinstance(batch, dict):
+        raise damaged(path, f"holds a {type(batch).__name__} where a dict should be")
+    data, labels = batch.get(b"data"), batch.get(b"labels")
+    shape = (records, math.prod(CIFAR10_SHAPE))
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != shape:
+        raise damaged(path, f"its b'data' is not a uint8 array of shape {shape}")
+    if not isinstance(labels, list) or len(labels) != records or not all(type(label) is int for label in labels):
+        raise damaged(path, f"its b'labels' is not a list of {records} integers")
+    return _cifar10_images(data), _cifar10_labels(np.array(labels, dtype=np.int64), path)
+
+
+def _cifar10_images(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(planes.reshape(-1, *CIFAR10_SHAPE).transpose(0, 2, 3, 1))
+
+
+def _cifar10_labels(labels: NDArray[np.int64], path: Path) -> NDArray[np.int64]:
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 9:
+        raise damaged(path, f"has labels from {labels.min()} to {labels.max()}, outside 0..9")
+    return labels
+
+
+def _read_exactly(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found == size:
+                return file.read()
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    raise damaged(path, f"has {found:,} bytes where {size:,} are expected")
+
+
+def read_pickle(path: Path, largest: int = LARGEST_BYTES) -> Any:
+    """What a pickle of numpy arrays, bytes, numbers and plain containers holds; Python 2 strings become bytes.
+
+    Nothing that the file names is imported or called but the makers of numeric arrays.
+
+    Raises:
+        DataError: the file is missing, damaged, larger than `largest` bytes, or names anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                raise damaged(path, f"has {size:,} bytes, more than {largest:,}")
+            return _ArrayUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything: IndexError, MemoryError, KeyError, ...
+        raise damaged(path, f"is not a pickle of plain arrays ({type(error).__name__}: {error})") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numeric numpy arrays; the makers below stand in for numpy's own, which would admit more."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        module = module_name.replace("numpy._core.", "numpy.core.")  # its name since numpy 2
+        try:
+            return _ADMITTED[module, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"names {module_name}.{global_name}, which is not admitted") from None
+
+
+def _text(value: str | bytes) -> str:
+    """Names in a Python 2 pickle arrive as bytes."""
+    return value.decode("ascii") if isinstance(value, bytes) else value
+
+
+def _make_dtype(code: str | bytes, *_: object) -> np.dtype[Any]:
+    made = np.dtype(_text(code))
+    if made.kind not in "biuf":
+        raise pickle.UnpicklingError(f"has an array of {made}, which is not a plain number")
+    return np.dtype(made, copy=True)  # the pickle may set its state, which must not be numpy's own object's
+
+
+def _make_array(kind: object, shape: tuple[int, ...], _: str | bytes) -> NDArray[Any]:
+    """An empty array, as numpy writes it: the pickle sets its type and contents afterwards."""
+    if kind is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError(f"makes a {kind!r} of shape {shape!r} where an empty array belongs")
+    return np.empty(0, np.uint8)
+
+
+def _make_scalar(dtype: np.dtype[Any], data: bytes) -> np.generic:
+    return np.frombuffer(data, dtype, count=1)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Python 3 writes bytes so at the protocol that Python 2 reads."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encodes as {encoding!r}")
+    return text.encode("latin1")
+
+
+_NDARRAY = object()  # stands for numpy.ndarray, which must not be called
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _make_array,
+    ("numpy.core.multiarray", "scalar"): _make_scalar,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _make_dtype,
+    ("_codecs", "encode"): _encode,
+}
+
+
+def extract_tar(archive: Path, folder: Path, member: str) -> Path:
+    """Extracts the folder `member` of a tar file into `folder`, whole or not at all, and returns its path.
+
+    Only plain files and folders are admitted, and none may leave `folder`; nothing keeps an owner or a special mode.
+
+    Raises:
+        DataError: the archive is damaged, unpacks to too much, holds anything else, or cannot be written out.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{archive.name}.") as temporary:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, members=_plain_members(tar, archive), filter="data")
+            made = Path(temporary, member)
+            if not made.is_dir():
+                raise damaged(archive, f"holds no folder {member}")
+            return made.rename(folder / member)
+    except PermissionError as error:
+        raise DataError(f"{archive} cannot be extracted into {folder} ({error}); extract it there by hand") from error
+    except (tarfile.TarError, *_GZIP_ERRORS) as error:
+        raise damaged(archive, f"cannot be extracted into {folder} ({error})") from error
+
+
+def _plain_members(tar: tarfile.TarFile, archive: Path) -> list[tarfile.TarInfo]:
+    members = tar.getmembers()
+    total = sum(member.size for member in members)
+    if total > LARGEST_BYTES:
+        raise damaged(archive, f"unpacks to {total:,} bytes, more than {LARGEST_BYTES:,}")
+    for member in members:
+        if not (member.isfile() or member.isdir()):
+            raise damaged(archive, f"holds {member.name}, which is neither a file nor a folder")
+    return members

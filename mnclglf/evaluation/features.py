@@ -1,0 +1,119 @@
+"""What the evaluation protocols classify: features of a frozen encoder, and the pixels themselves to compare with."""
+
+# n images, F feature width, C image channels
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mnclglf.data.datasets import ImageSet
+from mnclglf.data.views import whole_views
+
+CHUNK_IMAGES = 4096  # resized at once: 4096 x 3 x 64 x 64 in fp32 are 200 MB
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Generator[None, None, None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in, whatever happened."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def extract_features(
+    encoder: nn.Module,
+    images: ImageSet,
+    *,
+    side: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int = 512,
+) -> Tensor:
+    """Features of the whole images, without augmentation.
+
+    Args:
+        encoder: takes [n, 3, side, side], gives [n, F]; stays as it is, batch-norm statistics included.
+        images: n of them, in the order of the result.
+        side: of the encoder's input in pixels.
+        mean: [3] that the encoder was trained with.
+        std: [3] that the encoder was trained with.
+        dtype: bfloat16 runs under autocast, float32 without.
+        device: of the encoder.
+        batch_size: images at once; does not change the features.
+
+    Returns:
+        fp32 [n, F] on the CPU.
+
+    Raises:
+        ValueError: no images, or the encoder does not give one row an image.
+    """
+    _require_images(images)
+    chunks: list[Tensor] = []
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with eval_mode(encoder), torch.inference_mode(), autocast:
+        for start in range(0, len(images), batch_size):
+            views = whole_views(images.images[start : start + batch_size], side, mean, std, dtype).to(device)
+            features = encoder(views)
+            if features.ndim != 2 or len(features) != len(views):
+                raise ValueError(
+                    f"the encoder made {tuple(features.shape)} of {len(views)} images; it must give [n, F] features"
+                )
+            chunks.append(features.float().cpu())
+    return torch.cat(chunks)  # outside, so that it is a normal tensor again, not one of inference mode
+
+
+def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
+    """The images resized to side x side pixels, as rows: the representation that nobody learned.
+
+    Returns:
+        fp32 [n, C * side * side] in [0, 1], channel by channel; C is 1 where all images are gray, else 3.
+
+    Raises:
+        ValueError: no images.
+    """
+    _require_images(images)
+    pixels, zero, one = images.images, np.zeros(3, np.float32), np.ones(3, np.float32)
+    channels = 1 if (pixels == pixels[..., :1]).all() else 3
+    rows = torch.empty(len(images), channels * side * side)
+    for start in range(0, len(images), CHUNK_IMAGES):
+        views = whole_views(pixels[start : start + CHUNK_IMAGES], side, zero, one, torch.float32)
+        rows[start : start + CHUNK_IMAGES] = views[:, :channels].flatten(1)
+    return rows
+
+
+def check_sets(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int
+) -> None:
+    """Raises ValueError unless the sets fit together: sizes, feature width, finite values, labels below `classes`."""
+    for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        if features.ndim != 2 or features.numel() == 0:
+            raise ValueError(f"{name} features of shape {tuple(features.shape)} are empty or not [n, F]")
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"{tuple(labels.shape)} {name} labels do not fit {len(features)} rows of features")
+        if not features.isfinite().all():
+            raise ValueError(f"the {name} features hold NaN or infinity: the encoder that made them is broken")
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= classes:
+            raise ValueError(f"{name} labels run from {least} to {most}, outside 0 to {classes - 1}")
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"train features are {train_features.shape[1]} wide and test features {test_features.shape[1]}; take both "
+            "from the same encoder at the same image side"
+        )
+
+
+def _require_images(images: ImageSet) -> None:
+    if len(images) == 0:
+        raise ValueError(f"{images.name} {images.split} holds no images")

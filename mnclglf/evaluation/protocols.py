@@ -1,0 +1,86 @@
+"""Runs evaluation protocols over representations of the same images."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mnclglf.evaluation.accuracy import Accuracy
+from mnclglf.evaluation.knn import weighted_knn
+from mnclglf.evaluation.linear_probe import ALL_LABELS_C, FEW_LABELS_C, few_labels, fit_linear
+from mnclglf.evaluation.results import Protocol, Result
+
+FEW_LABELS: dict[str, int] = {"per_class": 10, "draws": 5, "seed": 0}
+
+
+def evaluate(
+    representations: Mapping[str, tuple[Tensor, Tensor]],
+    train_labels: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    protocols: Sequence[Protocol],
+    *,
+    split: str = "test",
+    k: int = 20,
+    temperature: float = 0.07,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Result]:
+    """One result for each protocol and representation, protocol by protocol.
+
+    Args:
+        representations: name to (train [n, F], test [m, F]) features; F may differ between them.
+        train_labels: [n] int64.
+        test_labels: [m] int64.
+        classes: number of classes.
+        protocols: which to run.
+        split: name of the images behind the test features.
+        k: neighbors that vote, for knn.
+        temperature: of the votes, for knn.
+        settings: more to write down with every result, as {"step": 480}; plain JSON types.
+
+    Raises:
+        ValueError: as the protocols do, with the name of the representation.
+    """
+    common = {"train_images": len(train_labels), "test_images": len(test_labels), "classes": classes}
+    results: list[Result] = []
+    for protocol in protocols:
+        for name, (train, test) in representations.items():
+            try:
+                draws, own = _run(protocol, (train, train_labels, test, test_labels), classes, k, temperature)
+            except ValueError as error:
+                raise ValueError(f"{protocol} of {name}: {error}") from error
+            results.append(_result(protocol, name, split, draws, {**own, **common, **(settings or {})}))
+    return results
+
+
+def _run(
+    protocol: Protocol, sets: tuple[Tensor, Tensor, Tensor, Tensor], classes: int, k: int, temperature: float
+) -> tuple[list[Accuracy], dict[str, Any]]:
+    """The accuracy of each draw, and the settings behind them."""
+    if protocol == "knn":
+        settings = {"k": k, "temperature": temperature}
+        return [weighted_knn(*sets, classes=classes, k=k, temperature=temperature)], settings
+    if protocol == "linear":
+        return [fit_linear(*sets, classes=classes)], {"solver": "logistic regression", "C": ALL_LABELS_C}
+    if protocol == "linear_10_labels":
+        return few_labels(*sets, classes=classes, **FEW_LABELS), {
+            "solver": "logistic regression", "C": FEW_LABELS_C, **FEW_LABELS
+        }  # fmt: skip
+    raise ValueError(f"protocol {protocol!r} is not one of knn, linear, linear_10_labels")
+
+
+def _result(protocol: Protocol, name: str, split: str, draws: list[Accuracy], settings: dict[str, Any]) -> Result:
+    notes = sorted({draw.note for draw in draws if draw.note})
+    top1 = [draw.top1 for draw in draws]
+    return Result(
+        protocol=protocol,
+        representation=name,
+        split=split,
+        top1=statistics.fmean(top1),
+        top5=statistics.fmean(draw.top5 for draw in draws),
+        deviation=statistics.stdev(top1) if len(top1) > 1 else None,
+        settings={**settings, "note": "; ".join(notes)} if notes else settings,
+    )

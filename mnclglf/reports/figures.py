@@ -1,0 +1,265 @@
+"""The pictures of a report, as PNG bytes. Nothing here touches matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
+
+from mnclglf.reports.run_files import Record, finite
+
+DOTS_PER_INCH = 160
+SMOOTH_ABOVE = 100  # points: from here on a running mean is drawn over them
+LOGARITHMIC_ABOVE = 20.0  # highest over lowest value
+PATCH_GAP = 0.12  # of a patch's side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a figure. The lines are of Okabe and Ito's palette, which colour-blind readers can tell apart."""
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    lines: tuple[str, str, str]
+
+
+LIGHT = Theme(
+    background="#ffffff", text="#1f2328", muted="#656d76", grid="#e4e7eb", lines=("#0072b2", "#d55e00", "#009e73")
+)
+DARK = Theme(
+    background="#161b22", text="#e6edf3", muted="#9198a1", grid="#2b323b", lines=("#56b4e9", "#e69f00", "#2fc79a")
+)
+
+
+class Curve(NamedTuple):
+    """One line of a panel: the key of the records it shows, and its name."""
+
+    key: str
+    label: str
+
+
+class Level(NamedTuple):
+    """A horizontal line to compare with."""
+
+    value: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes over training steps."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    level: Level | None = None
+    percent: bool = False
+    """Shows fractions as percentages from 0 to 100."""
+    smooth: bool = True
+    """Draws a running mean over many points; off for what is not noisy."""
+    from_zero: bool = False
+    logarithmic: bool = False
+    """Where the values span more than LOGARITHMIC_ABOVE; else from zero."""
+
+
+def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, theme: Theme = LIGHT) -> bytes:
+    """The loss, and the terms (loss_...) it is made of, over the steps.
+
+    Args:
+        records: of metrics.jsonl.
+        uninformed: value of each term while all candidates look alike, ln N; drawn as a dashed line.
+        theme: colours.
+    """
+    terms = sorted({key for record in records for key in record if key.startswith("loss_")})
+    level = None if uninformed is None else Level(uninformed, f"no information: {uninformed:.2f}")
+    panels = [Panel(title="Loss", unit="nats", curves=(Curve("loss", "loss"),))]
+    if terms:
+        panels.append(Panel(title="Its terms", unit="nats", curves=tuple(Curve(t, t) for t in terms[:3]), level=level))
+    return _panels(records, panels, theme)
+
+
+def schedule_curves(records: Sequence[Record], *, theme: Theme = LIGHT) -> bytes:
+    """Learning rate and throughput over the steps; the EMA momentum too where it changes."""
+    panels = [
+        Panel(title="Learning rate", unit="learning rate", curves=(Curve("lr", "lr"),), smooth=False, from_zero=True),
+        Panel(title="Throughput", unit="images / s", curves=(Curve("images_per_second", "speed"),), from_zero=True),
+    ]
+    if len(set(series(records, "ema_momentum")[1])) > 1:
+        panels.insert(1, Panel(title="EMA momentum", unit="m", curves=(Curve("ema_momentum", "m"),), smooth=False))
+    return _panels(records, panels, theme)
+
+
+def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, theme: Theme = LIGHT) -> bytes:
+    """Signs of collapse: feature spread, effective rank, neighbor agreement, queue fill, gradient norm.
+
+    Args:
+        records: of metrics.jsonl; what they do not hold is not drawn.
+        ideal_std: feature_std of directions spread evenly, drawn as a dashed line; None draws none.
+        theme: colours.
+    """
+    level = None if ideal_std is None else Level(ideal_std, "spread evenly")
+    panels = [
+        Panel(
+            title="Feature spread",
+            unit="std x sqrt(F)",
+            curves=(Curve("feature_std", "spread"),),
+            level=level,
+            from_zero=True,
+        ),
+        Panel(title="Effective rank", unit="dimensions", curves=(Curve("effective_rank", "rank"),), from_zero=True),
+        Panel(title="Gradient norm", unit="L2 norm", curves=(Curve("gradient_norm", "norm"),), logarithmic=True),
+        Panel(
+            title="Neighbors of the same class", unit="%", curves=(Curve("neighbor_agreement", "share"),), percent=True
+        ),
+        Panel(title="Queue fill", unit="%", curves=(Curve("queue_fill", "fill"),), smooth=False, percent=True),
+    ]
+    drawn = [panel for panel in panels if series(records, panel.curves[0].key)[0]]
+    return _panels(records, drawn or panels, theme)
+
+
+def series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one key, where both are finite numbers."""
+    pairs = [(finite(record.get("step")), finite(record.get(key))) for record in records]
+    known = [(step, value) for step, value in pairs if step is not None and value is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def views_picture(
+    images: NDArray[np.uint8],
+    views: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    *,
+    theme: Theme = LIGHT,
+) -> bytes:
+    """A row for each image: the image, its views, and the 2 x 2 patches of the first and the last view.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        views: [V, n, 3, S, S], normalised with mean and std.
+        mean: [3] of images in [0, 1].
+        std: [3] of images in [0, 1].
+        theme: colours.
+    """
+    pixels = np.moveaxis(views, 2, -1) * std + mean  # [V, n, S, S, 3]
+    pixels = np.nan_to_num(pixels).clip(0, 1)
+    last = len(pixels) - 1
+    columns = ["image", *(f"view {v + 1}" for v in range(last + 1)), "patches of\nview 1"]
+    pictures = [images, *pixels, [divided(image) for image in pixels[0]]]
+    if last:
+        columns.append(f"patches of\nview {last + 1}")
+        pictures.append([divided(image) for image in pixels[last]])
+    rows, cell = len(images), 1.3  # inches
+    figure = Figure(figsize=(cell * len(columns), cell * rows + 0.5), facecolor=theme.background)
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    top = 1 - 0.5 / (cell * rows + 0.5)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top, wspace=0.08, hspace=0.08)
+    for column, (title, group) in enumerate(zip(columns, pictures, strict=True)):
+        grid[0, column].set_title(title, color=theme.text, fontsize=9)
+        for row, picture in enumerate(group):
+            grid[row, column].imshow(picture, interpolation="nearest")
+            grid[row, column].set_axis_off()
+    return _png(figure)
+
+
+def divided(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[S, S, 3] in [0, 1] as its 2 x 2 patches on a transparent ground with a gap between them, RGBA."""
+    half = image.shape[0] // 2
+    gap = max(1, round(PATCH_GAP * half))
+    canvas = np.zeros((2 * half + gap, 2 * half + gap, 4), np.float32)
+    for row in (0, 1):
+        for column in (0, 1):
+            patch = image[row * half : (row + 1) * half, column * half : (column + 1) * half]
+            top, left = row * (half + gap), column * (half + gap)
+            canvas[top : top + half, left : left + half, :3] = patch
+            canvas[top : top + half, left : left + half, 3] = 1
+    return canvas
+
+
+def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
+    """Mean of the values at most window // 2 away from each; shorter at the ends."""
+    ones = np.ones(2 * (window // 2) + 1)
+    sums = np.convolve(np.asarray(values, float), ones, "same")
+    return sums / np.convolve(np.ones(len(values)), ones, "same")
+
+
+def _panels(records: Sequence[Record], panels: Sequence[Panel], theme: Theme) -> bytes:
+    """The panels side by side, at most three in a row."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(9.6, 2.9 * rows), facecolor=theme.background, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for index, axis in enumerate(axes):
+        if index < len(panels):
+            _draw(axis, records, panels[index], theme)
+        else:
+            axis.set_axis_off()
+    return _png(figure)
+
+
+def _draw(axis: Axes, records: Sequence[Record], panel: Panel, theme: Theme) -> None:
+    scale = 100 if panel.percent else 1
+    drawn = 0
+    for curve, color in zip(panel.curves, theme.lines, strict=False):
+        steps, values = series(records, curve.key)
+        if steps:
+            drawn += 1
+            _draw_curve(axis, steps, [scale * value for value in values], curve.label, color, panel.smooth)
+    if drawn and panel.level is not None:
+        axis.axhline(panel.level.value, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), label=panel.level.label)
+    if not drawn:
+        axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=theme.muted)
+    _dress(axis, panel, theme)
+    if drawn > 1 or (drawn and panel.level is not None):
+        axis.legend(frameon=False, fontsize=8, labelcolor=theme.text, handlelength=1.8)
+
+
+def _draw_curve(axis: Axes, steps: list[float], values: list[float], label: str, color: str, smooth: bool) -> None:
+    if not smooth or len(steps) <= SMOOTH_ABOVE:
+        marker = "o" if len(steps) < 3 else None
+        axis.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=4, label=label)
+        return
+    axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
+    mean = running_mean(values, window=max(5, len(values) // 20))
+    axis.plot(steps, mean, color=color, linewidth=1.8, label=label)
+
+
+def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
+    axis.set_title(panel.title, loc="left", fontsize=10, color=theme.text)
+    axis.set_xlabel("step", fontsize=9, color=theme.muted)
+    axis.set_ylabel(panel.unit, fontsize=9, color=theme.muted)
+    axis.set_facecolor(theme.background)
+    axis.tick_params(colors=theme.muted, labelsize=8, length=0)
+    axis.grid(color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.margins(x=0.02)
+    lowest, highest = axis.dataLim.intervaly
+    if panel.logarithmic and 0 < lowest * LOGARITHMIC_ABOVE < highest < math.inf:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.percent:
+        axis.set_ylim(0, 103)
+    elif panel.from_zero or panel.logarithmic:
+        axis.set_ylim(bottom=0)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()

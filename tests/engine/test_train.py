@@ -1,0 +1,268 @@
+"""Whole runs on a handful of 8 x 8 digits: what they leave behind, how they stop, how they go on."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mnclglf.cli import parse
+from mnclglf.config import to_dict
+from mnclglf.data.loader import Batch, Loader
+from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from mnclglf.engine.log import read_metrics
+from mnclglf.engine.run import build_method, load_trained
+from mnclglf.engine.train import Trainer, TrainingError, step_seconds
+
+STEPS, PER_EPOCH = 12, 4
+TIMES = ("images_per_second", "data_wait_seconds", "elapsed_seconds")  # the only figures that may differ
+ARGUMENTS = (
+    "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "
+    "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
+    "--one-embedding --epochs 3 --batch-size 32 --lr 0.05 --device cpu --log-every 2 --save-every 0.5"
+).split()
+CONFIG = parse(["train", *ARGUMENTS]).config
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def trainer(out: Path, *, resume: str = "auto", console: Console | None = None, **changes: object) -> Trainer:
+    config = dataclasses.replace(CONFIG, **changes)
+    return Trainer(config, out, resume=resume, console=console or silent())
+
+
+def final_state(out: Path) -> dict[str, object]:
+    return load_checkpoint(list_checkpoints(out / "checkpoints")[-1][1])
+
+
+def assert_identical(first: object, second: object, name: str = "state") -> None:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), name
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first:
+            assert_identical(first[key], second[key], f"{name}.{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), name
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_identical(a, b, f"{name}.{index}")
+    else:
+        assert first == second, name
+
+
+def figures(out: Path) -> list[dict[str, object]]:
+    """The records of the run less those that tell the time."""
+    records = read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert trainer(out).train() is None
+    return out
+
+
+def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
+    assert sorted(path.name for path in straight.iterdir()) == [
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", "views.npz"
+    ]  # fmt: skip
+    assert json.loads((straight / "config.json").read_text()) == json.loads(json.dumps(to_dict(CONFIG)))
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (environment["loader"], environment["kernels"]) == ("ReferenceLoader", "torch")
+    assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [10, 12]
+    assert list((straight / "tensorboard").iterdir())
+    with np.load(straight / "views.npz") as arrays:
+        assert arrays["images"].shape == (6, 8, 8, 3)
+        assert arrays["views"].shape == (3, 6, 3, 8, 8)
+
+
+def test_metrics_hold_every_figure(straight: Path) -> None:
+    records = read_metrics(straight / "metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["loss_s"] + 6 * record["loss_m"], rel=1e-5)
+        assert {"lr", "ema_momentum", "gradient_norm", "feature_std", "effective_rank", *TIMES} <= record.keys()
+        assert record["queue_fill"] == pytest.approx(min(1, record["step"] * 32 / 80))
+    assert records[-1]["epoch"] == 3
+    assert all(0 <= record["neighbor_agreement"] <= 1 for record in records[3:])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(straight: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "same").train()
+    assert_identical(final_state(tmp_path / "same"), final_state(straight))
+    assert figures(tmp_path / "same") == figures(straight)
+    trainer(tmp_path / "other", seed=1).train()
+    assert figures(tmp_path / "other") != figures(straight)
+
+
+class LoaderThat:
+    """A loader that does something when it hands out the batch of one step."""
+
+    def __init__(self, loader: Loader, step: int, act: Callable[[Batch], object]) -> None:
+        self.loader, self.step, self.act = loader, step, act
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for step, batch in enumerate(self.loader.batches(start, stop), start):
+            if step == self.step:
+                self.act(batch)
+            yield batch
+
+
+def signalled(out: Path, step: int, number: int) -> Trainer:
+    """A trainer whose process gets a signal while it waits for the batch of a step."""
+    made = trainer(out)
+    made.loader = LoaderThat(made.loader, step, lambda batch: os.kill(os.getpid(), number))
+    return made
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 6], ids=["at the first step", "mid-epoch"])
+def test_stopped_and_resumed_equals_straight(straight: Path, tmp_path: Path, number: int, step: int) -> None:
+    assert signalled(tmp_path, step, number).train() == number
+    assert list_checkpoints(tmp_path / "checkpoints")[-1][0] == step + 1
+    resumed = trainer(tmp_path)
+    assert resumed.start == step + 1
+    assert resumed.train() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
+    # The stop fell between two records, so one interval is split; every other record is the same.
+    assert [record for record in figures(tmp_path) if record in figures(straight)] == figures(straight)
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signalled(tmp_path, 1, signal.SIGTERM).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mnclglf", "train", *ARGUMENTS, "--out", str(tmp_path)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(tmp_path / "checkpoints") and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    output, _ = process.communicate()
+    killed_at = [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
+    assert killed_at, output
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss"')  # a line torn by the kill
+    trainer(tmp_path).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+    assert figures(tmp_path) == figures(straight)
+
+
+def test_a_finished_run_is_not_trained_again(straight: Path) -> None:
+    before = figures(straight)
+    again = trainer(straight)
+    assert again.start == STEPS
+    assert again.train() is None
+    assert figures(straight) == before
+
+
+def test_never_refuses_a_directory_that_holds_a_run(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds a run of 12 steps; go on with --resume auto"):
+        trainer(straight, resume="never")
+
+
+def test_a_checkpoint_of_another_run_can_be_named(straight: Path, tmp_path: Path) -> None:
+    earlier = list_checkpoints(straight / "checkpoints")[0][1]
+    resumed = trainer(tmp_path, resume=str(earlier))
+    assert resumed.start == 10
+    resumed.train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_other_settings_are_refused_by_name(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"other settings \(seed: 0 -> 5; objective.k: 2 -> 3\)"):
+        trainer(straight, seed=5, objective=dataclasses.replace(CONFIG.objective, k=3))
+
+
+def test_execution_settings_may_change(straight: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, log_every=1, keep_last=5)
+    assert trainer(straight, engine=engine).start == STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(straight: Path, tmp_path: Path) -> None:
+    for step, path in list_checkpoints(straight / "checkpoints"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        data = path.read_bytes()
+        (tmp_path / "checkpoints" / path.name).write_bytes(data if step == 10 else data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete it to go on from an earlier"):
+        trainer(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
+    trainer(tmp_path).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_milestones_stay(tmp_path: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, keep_every=1, keep_last=1, save_every=100.0)
+    trainer(tmp_path, engine=engine).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 12]
+
+
+def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+    broken.loader = LoaderThat(broken.loader, 5, lambda batch: batch.views[1].fill_(torch.nan))
+    with pytest.raises(TrainingError, match=r"step 5: loss_m, gradient not finite; the batch holds training images"):
+        broken.train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
+    assert [record["step"] for record in figures(tmp_path)] == [2, 4]
+    failure = json.loads((tmp_path / "nonfinite.json").read_text())
+    rows = next(broken.loader.batches(5, 6)).indices.tolist()
+    assert failure == {"step": 5, "terms": ["loss_m", "gradient"], "images": rows}
+    for name, value in broken.method.named_parameters():
+        assert value.isfinite().all(), name
+
+
+def test_the_estimate_changes_nothing() -> None:
+    method = build_method(CONFIG, torch.float32).train()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    random = torch.get_rng_state()
+    assert step_seconds(method, 8, 8, torch.device("cpu"), torch.float32) > 0
+    assert_identical(dict(method.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in method.parameters())
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    console = silent()
+    trainer(tmp_path, console=console).train()
+    text = console.file.getvalue()
+    assert "mnclglf on digits: 128 images of side 8, 3 epochs of 4 steps, device cpu" in text
+    assert "estimated time: 0:00:" in text
+    assert "step 12/12  epoch 3.0  loss " in text
+    assert "images/s  0:00:00 left" in text
+
+
+def test_the_trained_encoder_is_that_of_the_last_step(straight: Path) -> None:
+    config, method, step = load_trained(straight)
+    assert (config, step) == (CONFIG, STEPS)
+    state = final_state(straight)["method"]
+    assert torch.equal(method.encoder.conv1.weight, state["encoder.conv1.weight"])
+
+
+def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; mnclglf train --out"):
+        load_trained(tmp_path)

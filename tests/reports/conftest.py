@@ -1,0 +1,111 @@
+"""A run directory with made-up figures: what a report is tested on, and looked at."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnclglf.config import DataConfig, OptimConfig, RunConfig, to_dict
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 39, 12, 128
+
+
+def records(steps: int, every: int = 2) -> list[dict]:
+    """Made-up metrics.jsonl up to `steps` of a run that learns."""
+    noise = np.random.default_rng(0)
+    made = []
+    for step in range(every, steps + 1, every):
+        t = step / (EPOCHS * STEPS_PER_EPOCH)
+        loss_s, loss_m = (4.85 - a * (1 - math.exp(-4 * t)) + noise.normal(0, 0.02) for a in (1.1, 1.4))
+        made.append(
+            {
+                "step": step,
+                "epoch": step / STEPS_PER_EPOCH,
+                "loss": loss_s + 6 * loss_m,
+                "loss_s": loss_s,
+                "loss_m": loss_m,
+                "lr": 0.05 * (1 + math.cos(math.pi * t)) / 2,
+                "ema_momentum": 0.95,
+                "gradient_norm": math.exp(1.5 - 3 * t + noise.normal(0, 0.2)),
+                "feature_std": 0.9 * (1 - math.exp(-8 * t)) + noise.normal(0, 0.01),
+                "effective_rank": 12 + 40 * t + noise.normal(0, 1),
+                "neighbor_agreement": None if step < 4 else 0.1 + 0.6 * t + noise.normal(0, 0.03),
+                "queue_fill": min(1.0, step * BATCH / 1024),
+                "images_per_second": 900 + noise.normal(0, 30),
+                "data_wait_seconds": 0.004,
+                "elapsed_seconds": step * 0.15,
+            }
+        )
+    return made
+
+
+def results() -> list[dict]:
+    """Made-up evaluation.json: three protocols of three representations."""
+    made = []
+    for protocol, base in (("knn", 0.80), ("linear", 0.86), ("linear_10_labels", 0.62)):
+        own = {"k": 20, "temperature": 0.07} if protocol == "knn" else {"solver": "logistic regression", "C": 0.01}
+        if protocol == "linear_10_labels":
+            own |= {"C": 0.1, "per_class": 10, "draws": 5, "seed": 0}
+        for representation, lead in (("pretrained", 0.123), ("untrained", -0.08), ("raw pixels", 0.03)):
+            top1 = base + lead
+            made.append(
+                {
+                    "protocol": protocol,
+                    "representation": representation,
+                    "split": "test",
+                    "top1": top1,
+                    "top5": 1 - (1 - top1) / 8,
+                    "deviation": 0.021 if protocol == "linear_10_labels" else None,
+                    "settings": {**own, "train_images": 4000, "test_images": 1000, "classes": 10, "step": 468},
+                }
+            )
+    return made
+
+
+def views(n: int = 6, side: int = 16) -> dict[str, np.ndarray]:
+    """Made-up views.npz: coloured discs, and three views that shift and fade them."""
+    rows, columns = np.mgrid[:side, :side] / (side - 1)
+    images = []
+    for i in range(n):
+        disc = (rows - 0.3 - 0.07 * i) ** 2 + (columns - 0.5) ** 2 < 0.09
+        color = np.array([math.sin(i) ** 2, math.cos(i) ** 2, 0.2 + 0.1 * i])
+        images.append(np.where(disc[..., None], color, 0.5 * rows[..., None]))
+    pixels = np.clip(np.stack(images), 0, 1)
+    mean, std = np.full(3, 0.4, np.float32), np.full(3, 0.25, np.float32)
+    shifted = [np.roll(pixels, shift, axis=2) * fade for shift, fade in ((0, 1.0), (3, 0.7), (-4, 0.9))]
+    normalised = ((np.stack(shifted) - mean) / std).transpose(0, 1, 4, 2, 3).astype(np.float32)
+    return {"images": (255 * pixels).astype(np.uint8), "views": normalised, "mean": mean, "std": std}
+
+
+def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: str = "quick") -> Path:
+    """A whole run directory of `steps` steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = RunConfig(
+        dataset="mnist5k",
+        recipe=recipe,
+        data=DataConfig(image_size=16),
+        optim=OptimConfig(epochs=EPOCHS, batch_size=BATCH, lr=0.05),
+    )
+    environment = {
+        "command": "mnclglf train --dataset mnist5k --recipe quick",
+        "python": "3.11.2",
+        "packages": {"torch": "2.14.1", "numpy": "2.4.6"},
+        "device": "CPU, 2 cores",
+        "torch_threads": 2,
+        "commit": None,
+    }
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(steps)))
+    (folder / "evaluation.json").write_text(json.dumps(results()))
+    np.savez(folder / "views.npz", **views())
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """`write_run` in a folder of the test's own; takes its keywords."""
+    return lambda **keywords: write_run(tmp_path / "run", **keywords)

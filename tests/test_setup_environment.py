@@ -1,0 +1,325 @@
+"""The setup on made-up machines: what it installs, when it stops, and what a killed one leaves behind."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tools import setup_environment as setup
+from tools.setup_environment import Gpu, Machine, Plan, SetupError
+
+CU126 = "https://download.pytorch.org/whl/cu126"
+CU130 = "https://download.pytorch.org/whl/cu130"
+CPU = "https://download.pytorch.org/whl/cpu"
+
+NO_GPU = Machine("Linux", "x86_64")
+NEW_DRIVER = Machine("Linux", "x86_64", Gpu("NVIDIA GeForce RTX 3090", "580.65.06"))
+OLD_DRIVER = Machine("Linux", "x86_64", Gpu("NVIDIA GeForce RTX 3090", "550.144.03"))
+ANCIENT_DRIVER = Machine("Linux", "x86_64", Gpu("NVIDIA GeForce RTX 3090", "470.256.02"))
+BROKEN_SMI = Machine("Linux", "x86_64", gpu_problem="nvidia-smi failed (exit code 9): couldn't communicate")
+MAC = Machine("Darwin", "arm64")
+ARM_LINUX = Machine("Linux", "aarch64")
+
+
+@pytest.mark.parametrize(
+    ("machine", "index", "dali", "cuda", "expects_gpu"),
+    [
+        (NO_GPU, None, "dali-cuda13", 13, False),
+        (NO_GPU, CPU, "dali-cuda13", None, False),
+        (NEW_DRIVER, None, "dali-cuda13", 13, True),
+        (NEW_DRIVER, CU126, "dali-cuda12", 12, True),
+        (NEW_DRIVER, CU130 + "/", "dali-cuda13", 13, True),
+        (NEW_DRIVER, CPU, "dali-cuda13", None, False),
+        (OLD_DRIVER, CU126, "dali-cuda12", 12, True),
+        (OLD_DRIVER, CPU, "dali-cuda13", None, False),
+        (BROKEN_SMI, CPU, "dali-cuda13", None, False),
+        (MAC, None, None, None, False),
+        (ARM_LINUX, None, None, 13, False),
+    ],
+)
+def test_plan(machine, index, dali, cuda, expects_gpu):
+    plan = setup.decide(machine, index)
+    assert (plan.torch_index, plan.dali_extra, plan.cuda, plan.expects_gpu) == (index, dali, cuda, expects_gpu)
+
+
+@pytest.mark.parametrize(
+    ("machine", "index", "names"),
+    [
+        (OLD_DRIVER, None, ["RTX 3090", "550.144.03", "580 or newer", f"TORCH_INDEX={CU126}"]),
+        (OLD_DRIVER, CU130, ["550.144.03", "580 or newer", f"TORCH_INDEX={CU126}"]),
+        (ANCIENT_DRIVER, None, ["470.256.02", "580 or newer", f"TORCH_INDEX={CPU}"]),
+        (ANCIENT_DRIVER, CU126, ["470.256.02", "525 or newer", f"TORCH_INDEX={CPU}"]),
+        (BROKEN_SMI, None, ["exit code 9", "driver", f"TORCH_INDEX={CPU}"]),
+        (BROKEN_SMI, CU126, ["exit code 9", "525 or newer", f"TORCH_INDEX={CPU}"]),
+        (NO_GPU, "https://download.pytorch.org/whl/rocm6.4", ["rocm6.4", CU126]),
+        (NO_GPU, "https://download.pytorch.org/whl/cu118", ["cu118", CU126]),
+    ],
+)
+def test_stops_with_what_was_found_and_the_remedy(machine, index, names):
+    with pytest.raises(SetupError) as stopped:
+        setup.decide(machine, index)
+    for name in names:
+        assert name in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "index", "says"),
+    [(NO_GPU, None, CPU), (MAC, None, "no DALI"), (ARM_LINUX, None, "no DALI"), (NEW_DRIVER, CPU, "unused")],
+)
+def test_says_what_is_missing_or_unused(machine, index, says):
+    assert says in " ".join(setup.decide(machine, index).notes)
+
+
+def test_says_nothing_where_nothing_is_missing():
+    assert setup.decide(NEW_DRIVER, None).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("returncode", "output", "gpu"),
+    [
+        (0, "NVIDIA GeForce RTX 3090, 580.65.06\n", Gpu("NVIDIA GeForce RTX 3090", "580.65.06")),
+        (0, "\nNVIDIA A, B, 535.54\nNVIDIA A, B, 535.54\n", Gpu("NVIDIA A, B", "535.54")),
+        (9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", None),
+        (6, "No devices were found\n", None),
+        (0, "", None),
+        (0, "NVIDIA GeForce RTX 3090, [N/A]\n", None),
+        (0, "580.65.06\n", None),
+    ],
+)
+def test_parse_nvidia_smi(returncode, output, gpu):
+    found, problem = setup.parse_nvidia_smi(returncode, output)
+    assert found == gpu
+    assert (problem is None) == (gpu is not None)
+    if returncode:
+        assert str(returncode) in problem
+        assert output.strip() in problem
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [("echo 'NVIDIA H100, 580.65.06'", True), ("echo 'Driver/library version mismatch'; exit 18", False)],
+)
+def test_asks_the_nvidia_smi_on_the_path(tmp_path, monkeypatch, script, found):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpu, problem = setup.look_for_gpu()
+    assert gpu == (Gpu("NVIDIA H100", "580.65.06") if found else None)
+    assert found or "exit code 18): Driver/library version mismatch" in problem
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x040300", False),
+        ("0x8086", "0x030000", False),
+    ],
+)
+def test_nvidia_card_without_a_driver_is_seen(tmp_path, vendor, kind, found):
+    device = tmp_path / "0000:01:00.0"
+    device.mkdir()
+    (device / "vendor").write_text(vendor + "\n")
+    (device / "class").write_text(kind + "\n")
+    (tmp_path / "0000:02:00.0").mkdir()
+    assert setup.has_nvidia_display(tmp_path) is found
+
+
+def test_parse_bf16_flags():
+    cpuinfo = "processor\t: 0\nflags\t\t: fpu avx512_bf16 avx512f amx_bf16 amx_tile\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    assert setup.parse_bf16_flags(cpuinfo) == ("amx_bf16", "avx512_bf16")
+    assert setup.parse_bf16_flags("Processor : ARMv8\n") == ()
+
+
+@pytest.mark.parametrize(
+    ("version", "has_ensurepip", "says"),
+    [((3, 10), True, "PYTHON="), ((2, 7), True, "2.7"), ((3, 11), False, "python3.11-venv")],
+)
+def test_python_that_cannot_make_the_environment(version, has_ensurepip, says):
+    assert says in setup.python_problem(version, has_ensurepip)
+
+
+def test_python_that_can():
+    assert setup.python_problem((3, 11), True) is None
+
+
+def test_torch_comes_from_its_index_and_the_rest_does_not():
+    constraints = "# torch==1\ntorch==2.14.1\ntorchvision==0.29.1\nnumpy==2.4.6\n"
+    first, second = setup.install_commands(setup.decide(OLD_DRIVER, CU126), Path("python"), constraints)
+    assert first[first.index("--index-url") + 1 :] == [CU126, "torch==2.14.1", "torchvision==0.29.1"]
+    assert "--index-url" not in second
+    assert second[-4:] == ["-c", "constraints.txt", "-e", ".[dev,dali-cuda12]"]
+
+
+def test_pypi_is_one_command_and_no_dali_is_no_extra():
+    (command,) = setup.install_commands(setup.decide(MAC, None), Path("python"), "torch==2.14.1\n")
+    assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev]"]
+
+
+def found(cuda="13.0", gpu=None, gpu_error=None):
+    return {"torch": "2.14.1", "cuda": cuda, "gpu": gpu, "gpu_error": gpu_error, "dali": "2.4.0"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "installed", "says"),
+    [
+        (Plan(None, "dali-cuda13", 13, True), found(gpu_error="no kernel image is available"), f"TORCH_INDEX={CU126}"),
+        (Plan(CU126, "dali-cuda12", 12, True), found("12.6", gpu_error="no kernel image"), "TORCH_INDEX=pypi"),
+        (Plan(None, None, 13, True), found(None, gpu_error="not compiled with CUDA"), f"TORCH_INDEX={CU130}"),
+        (Plan(CU126, "dali-cuda12", 12, False), found("13.0"), CU126),
+        (Plan(CPU, "dali-cuda13", None, False), found("13.0"), CPU),
+        (Plan(CU130, "dali-cuda13", 13, False), found(None), CU130),
+    ],
+)
+def test_an_install_that_would_end_on_the_cpu_or_is_another_build_stops(plan, installed, says):
+    with pytest.raises(SetupError) as stopped:
+        setup.check_installed(plan, installed)
+    assert says in str(stopped.value)
+    if installed["gpu_error"] and installed["cuda"]:
+        assert installed["gpu_error"] in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "installed"),
+    [
+        (Plan(None, "dali-cuda13", 13, True), found(gpu="NVIDIA H100")),
+        (Plan(None, "dali-cuda13", 13, False), found()),
+        (Plan(CPU, "dali-cuda13", None, False), found(None)),
+    ],
+)
+def test_an_install_as_planned_passes(plan, installed):
+    setup.check_installed(plan, installed)
+
+
+class Pip:
+    """Stands for venv, pip and the probe: makes bin/python, writes the commands down, is killed at `fail_at`."""
+
+    def __init__(self, venv, cuda="13.0"):
+        self.venv, self.cuda = venv, cuda
+        self.commands = []
+        self.fail_at = None
+
+    def __call__(self, command, **_):
+        kind = {"venv": "venv", "pip": "pip"}.get(command[2], "probe")
+        self.commands.append(kind)
+        if kind == "venv":
+            (self.venv / "bin").mkdir()
+            (self.venv / "bin" / "python").touch()
+        if kind == self.fail_at:
+            raise KeyboardInterrupt
+        return SimpleNamespace(stdout=b"a warning\n" + json.dumps(found(self.cuda)).encode() + b"\n")
+
+    def taken(self):
+        commands, self.commands = self.commands, []
+        return commands
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "setup.py").write_text("one")
+    (tmp_path / "constraints.txt").write_text("torch==2.14.1\ntorchvision==0.29.1\n")
+    return tmp_path
+
+
+def test_second_setup_does_nothing(checkout, capsys):
+    pip = Pip(checkout / ".venv")
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == ["venv", "pip", "probe"]
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == []
+    assert capsys.readouterr().out.splitlines()[-1] == ".venv is up to date (torch 2.14.1, dali-cuda13)"
+
+
+@pytest.mark.parametrize("step", ["venv", "pip", "probe"])
+def test_killed_setup_starts_anew(checkout, step):
+    pip = Pip(checkout / ".venv")
+    pip.fail_at = step
+    with pytest.raises(KeyboardInterrupt):
+        setup.set_up(checkout, NO_GPU, None, pip)
+    (checkout / ".venv" / "half-written").touch()
+    pip.fail_at = None
+    pip.taken()
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == ["venv", "pip", "probe"]
+    assert not (checkout / ".venv" / "half-written").exists()
+
+
+def test_killed_update_starts_anew_with_the_same_index(checkout):
+    pip = Pip(checkout / ".venv", cuda=None)
+    setup.set_up(checkout, NO_GPU, CPU, pip)
+    (checkout / "constraints.txt").write_text("torch==2.15\n")
+    pip.fail_at = "pip"
+    with pytest.raises(KeyboardInterrupt):
+        setup.set_up(checkout, NO_GPU, None, pip)
+    pip.fail_at = None
+    pip.taken()
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == ["venv", "pip", "pip", "probe"]
+
+
+@pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])
+def test_changed_dependencies_are_installed_in_place(checkout, name):
+    pip = Pip(checkout / ".venv")
+    setup.set_up(checkout, NO_GPU, None, pip)
+    (checkout / name).write_text("two")
+    pip.taken()
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == ["pip", "probe"]
+
+
+def test_another_index_is_built_anew_then_remembered_until_pypi(checkout):
+    pip = Pip(checkout / ".venv")
+    setup.set_up(checkout, NO_GPU, None, pip)
+    pip.cuda = None
+    pip.taken()
+    setup.set_up(checkout, NO_GPU, CPU, pip)
+    assert pip.taken() == ["venv", "pip", "pip", "probe"]
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == []
+    pip.cuda = "13.0"
+    setup.set_up(checkout, NO_GPU, "pypi", pip)
+    assert pip.taken() == ["venv", "pip", "probe"]
+    setup.set_up(checkout, NO_GPU, None, pip)
+    assert pip.taken() == []
+
+
+def test_gpu_that_was_added_is_checked(checkout):
+    pip = Pip(checkout / ".venv")
+    setup.set_up(checkout, NO_GPU, None, pip)
+    with pytest.raises(SetupError, match="cannot use the GPU"):
+        setup.set_up(checkout, NEW_DRIVER, None, pip)
+    assert not (checkout / ".venv" / setup.STAMP).exists()
+
+
+def test_driver_that_became_too_old_stops_a_finished_setup(checkout):
+    pip = Pip(checkout / ".venv")
+    setup.set_up(checkout, NO_GPU, None, pip)
+    with pytest.raises(SetupError, match=r"550\.144\.03"):
+        setup.set_up(checkout, OLD_DRIVER, None, pip)
+
+
+def test_copied_checkout_does_not_trust_the_copied_environment(checkout, tmp_path_factory):
+    setup.set_up(checkout, NO_GPU, None, Pip(checkout / ".venv"))
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    checkout.rename(copy)
+    pip = Pip(copy / ".venv")
+    setup.set_up(copy, NO_GPU, None, pip)
+    assert pip.taken() == ["venv", "pip", "probe"]
+
+
+def test_an_environment_of_someone_else_is_left_alone(checkout):
+    theirs = checkout / ".venv" / "theirs"
+    theirs.parent.mkdir()
+    theirs.touch()
+    with pytest.raises(SetupError, match="move it away"):
+        setup.set_up(checkout, NO_GPU, None, Pip(checkout / ".venv"))
+    assert theirs.exists()
+
+
+def test_a_command_that_fails_is_named_with_its_exit_code(capfd):
+    with pytest.raises(SetupError, match="exit code 3"):
+        setup.run_command(["sh", "-c", "exit 3"])
+    assert "$ sh -c exit 3" in capfd.readouterr().out
