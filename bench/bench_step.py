@@ -49,7 +49,7 @@ def our_step(method: Method, views: list[torch.Tensor], dtype: torch.dtype) -> C
 
 def reference_step(method: Method, views: list[torch.Tensor]) -> Callable[[], object]:
     config = paper("mnclglf", "cifar10")
-    reference = oracles.Algorithm1(
+    reference = oracles.Algorithm1AsPrinted(
         method.encoder.to(memory_format=torch.contiguous_format),
         method.projector,
         method.predictor,
@@ -61,7 +61,6 @@ def reference_step(method: Method, views: list[torch.Tensor]) -> Callable[[], ob
         lr=config.optim.lr,
         sgd_momentum=config.optim.sgd_momentum,
         weight_decay=config.optim.weight_decay,
-        loops=False,
     )
     return lambda: reference.step(*views)
 

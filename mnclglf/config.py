@@ -269,7 +269,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     }
     made = dict(values)
     for name, section in sections.items():
-        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
+        settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
         if settings.get("data_dir") is not None:
             settings["data_dir"] = Path(settings["data_dir"])
         made[name] = section(**settings)

@@ -10,6 +10,7 @@ from copy import deepcopy
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 NORM_FLOOR = 1e-12  # torch.nn.functional.normalize's default eps
 
@@ -92,6 +93,9 @@ class Algorithm1:
     state of the additional memory structure. Settings are Table 2's; lambda_ is that of eq. 7 and k that of eq. 4.
     """
 
+    divide, combine, enqueue = staticmethod(divide), staticmethod(combine), staticmethod(enqueue)
+    contrastive_loss, nearest_neighbor = staticmethod(contrastive_loss), staticmethod(nearest_neighbor)
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -132,14 +136,14 @@ class Algorithm1:
         """
         p1, p2, p3 = self.predict(x1), self.predict(x2), self.predict(x3)
         z1, z2 = self.momentum_project(x1), self.momentum_project(x2)
-        n1, n2 = nearest_neighbor(z1, self.queue), nearest_neighbor(z2, self.queue)
+        n1, n2 = self.nearest_neighbor(z1, self.queue), self.nearest_neighbor(z2, self.queue)
         c1, c3 = self.stop_gradient_project(x1, x3)
         if subset is not None:
             c1, c3 = c1.split(len(x1))[subset], c3.split(len(x3))[subset]
 
         tau = self.temperature
-        loss_s = (contrastive_loss(c1, p3, tau) + contrastive_loss(c3, p1, tau)) / 2
-        loss_m = (contrastive_loss(self.queue[n1], p2, tau) + contrastive_loss(self.queue[n2], p1, tau)) / 2
+        loss_s = (self.contrastive_loss(c1, p3, tau) + self.contrastive_loss(c3, p1, tau)) / 2
+        loss_m = (self.contrastive_loss(self.queue[n1], p2, tau) + self.contrastive_loss(self.queue[n2], p1, tau)) / 2
         loss_total = loss_s + self.lambda_ * loss_m  # eq. 7
 
         self.f_o.zero_grad(set_to_none=True)
@@ -149,7 +153,7 @@ class Algorithm1:
         self.update_momentum_network()
         self.update_stop_gradient_network()
         # z1 from before the lookup: taken literally, Algorithm 1 would refill the queue with its own rows.
-        self.queue, self.pointer = enqueue(self.queue, self.pointer, z1)
+        self.queue, self.pointer = self.enqueue(self.queue, self.pointer, z1)
         return {
             "loss": loss_total.item(),
             "loss_s": loss_s.item(),
@@ -169,10 +173,10 @@ class Algorithm1:
 
     @torch.no_grad()
     def stop_gradient_project(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
-        """Algorithm 1, from `y_1, y_3 = divide(x1), divide(x3)` to `c_1, c_3`: 2 x [S*N, D]."""
-        y1, y3 = divide(x1), divide(x3)
+        """Algorithm 1, from `y_1, y_3 = self.divide(x1), self.divide(x3)` to `c_1, c_3`: 2 x [S*N, D]."""
+        y1, y3 = self.divide(x1), self.divide(x3)
         vd1, vd3 = self.f_s["encoder"](y1), self.f_s["encoder"](y3)
-        v1, v3 = combine(vd1, self.k), combine(vd3, self.k)
+        v1, v3 = self.combine(vd1, self.k), self.combine(vd3, self.k)
         return self.f_s["projector"](v1), self.f_s["projector"](v3)
 
     @torch.no_grad()
@@ -199,6 +203,39 @@ class Algorithm1:
         online = dict(self.f_o.named_parameters())
         for name, parameter in self.f_s.named_parameters():
             parameter.copy_(online[name])
+
+
+class Algorithm1AsPrinted(Algorithm1):
+    """Algorithm 1 with the matrix products that its pseudo-code prints: what bench/ measures against."""
+
+    @staticmethod
+    def divide(x: Tensor) -> Tensor:
+        """`divide`: [N, C, H, W] -> [4N, C, H/2, W/2]."""
+        return torch.cat([column for row in x.chunk(2, dim=2) for column in row.chunk(2, dim=3)])
+
+    @staticmethod
+    def combine(v: Tensor, k: int) -> Tensor:
+        """`combine`: [4N, F] -> [S*N, F]."""
+        return torch.cat([torch.stack(subset).mean(dim=0) for subset in itertools.combinations(v.chunk(4), k)])
+
+    @staticmethod
+    def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
+        """`def NN(Q, z)`: both normalised, `mm(z, Q.t())`, `argmax(dim=1)`."""
+        return torch.mm(functional.normalize(queries), functional.normalize(queue).t()).argmax(dim=1)
+
+    @staticmethod
+    def contrastive_loss(h: Tensor, p: Tensor, tau: float) -> Tensor:
+        """`def L(h, p)`: both normalised, one `mm` and one CrossEntropyLoss a split."""
+        h, p = functional.normalize(h), functional.normalize(p)
+        splits, labels = h.split(len(p)), torch.arange(len(p), device=p.device)
+        return sum(functional.cross_entropy(torch.mm(split, p.t()) / tau, labels) for split in splits) / len(splits)
+
+    @staticmethod
+    def enqueue(queue: Tensor, pointer: int, rows: Tensor) -> tuple[Tensor, int]:
+        """`update_queue(Q, z1)`."""
+        where = (pointer + torch.arange(len(rows), device=queue.device)) % len(queue)
+        queue[where] = functional.normalize(rows)
+        return queue, (pointer + len(rows)) % len(queue)
 
 
 def reference_resnet18(width: int = 64, stem: str = "cifar") -> nn.Module:

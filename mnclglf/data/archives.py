@@ -159,7 +159,7 @@ def _make_dtype(code: str | bytes, *_: object) -> np.dtype[Any]:
     made = np.dtype(_text(code))
     if made.kind not in "biuf":
         raise pickle.UnpicklingError(f"has an array of {made}, which is not a plain number")
-    return np.dtype(made, copy=True)  # the pickle may set its state, which must not be numpy's own object's
+    return np.dtype(made, copy=True)  # the pickle sets its byte order next; numpy's own object would not take it
 
 
 def _make_array(kind: object, shape: tuple[int, ...], _: str | bytes) -> NDArray[Any]:

@@ -122,9 +122,9 @@ def _central_crop(config: ViewConfig, height: int, width: int) -> tuple[int, int
     """Height and width of the crop that is taken when no attempt fits: the whole image, cut to a ratio in range."""
     low, high = config.crop_ratio
     if width / height < low:
-        return round(width / low), width
+        return max(1, round(width / low)), width
     if width / height > high:
-        return height, round(height * high)
+        return height, max(1, round(height * high))
     return height, width
 
 

@@ -44,9 +44,7 @@ def read_config(run: Path) -> RunConfig:
     """
     path = run / "config.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; mnclglf train --out {run} makes a run there"
-        )
+        raise FileNotFoundError(f"{path} does not exist; mnclglf train --out {run} makes a run there")
     try:
         return from_dict(json.loads(path.read_text()))
     except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:

@@ -45,7 +45,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self.earlier = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.earlier: dict[int, Any] = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,11 +215,13 @@ class Trainer:
         chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
-        pictured = np.arange(min(PICTURED_IMAGES, len(self.images)))
+        pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
         views = np.stack([view.numpy() for view in self.loader.render(pictured, epoch=0)])
         mean, std = channel_statistics(self.images.images)
-        arrays = {"images": self.images.images[pictured], "views": views, "mean": mean, "std": std}
-        write_atomically(self.out / "views.npz", lambda file: np.savez(file, **arrays))
+        images = self.images.images[pictured]
+        write_atomically(
+            self.out / "views.npz", lambda file: np.savez(file, images=images, views=views, mean=mean, std=std)
+        )
 
         say, total = self.console.print, self.schedule.total_steps
         say(

@@ -51,7 +51,8 @@ class MNCLGLF(Method):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.objective, self.backend = objective, backend
+        self.objective = objective
+        self.backend: Backend = backend
         self.encoder = ResNet18(model.stem, model.width)
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from torch import nn
@@ -21,7 +21,7 @@ def without_batch_counters(module: nn.Module) -> None:
 
 
 @contextmanager
-def batch_statistics_only(*modules: nn.Module) -> Iterator[None]:
+def batch_statistics_only(*modules: nn.Module) -> Generator[None]:
     """Within, forwards in train mode normalise by their batch and leave the running statistics as they are."""
     layers = [layer for module in modules for layer in batch_norms(module)]
     for layer in layers:

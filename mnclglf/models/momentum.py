@@ -23,6 +23,7 @@ def update_momentum(follower: nn.Module, online: nn.Module, momentum: float, kee
         momentum: m.
         keep: bool, 0-D on the device; where false nothing changes.
     """
-    followers, targets = list(follower.parameters()), list(online.parameters())
+    followers: list[Tensor] = [*follower.parameters()]
+    targets: list[Tensor] = [*online.parameters()]
     weight = keep.to(followers[0].dtype) * (1 - momentum)
-    torch._foreach_lerp_(followers, targets, [weight] * len(followers))  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_lerp_(followers, targets, [weight] * len(followers))  # pyright: ignore[reportPrivateImportUsage]

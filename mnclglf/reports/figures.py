@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 from mnclglf.reports.run_files import Record, finite
@@ -251,8 +251,9 @@ def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
     lowest, highest = axis.dataLim.intervaly
     if panel.logarithmic and 0 < lowest * LOGARITHMIC_ABOVE < highest < math.inf:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 1e3 * lowest else (1,)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
     elif panel.percent:
         axis.set_ylim(0, 103)
     elif panel.from_zero or panel.logarithmic:

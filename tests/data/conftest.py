@@ -1,4 +1,4 @@
-"""Images for the tests of the data package: real photographs, because noise hides shifts and smooth ramps hide order."""
+"""Images for the tests of the data package: real photographs, as noise hides shifts and smooth ramps hide order."""
 
 from __future__ import annotations
 

@@ -144,9 +144,7 @@ def test_seeds_that_differ_above_32_bits_differ() -> None:
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**32 - 1),
 )
-def test_crops_lie_inside_the_image(
-    height: int, width: int, low: float, ratio: float, seed: int, epoch: int
-) -> None:
+def test_crops_lie_inside_the_image(height: int, width: int, low: float, ratio: float, seed: int, epoch: int) -> None:
     config = ViewConfig(crop_scale=(low, 1), crop_ratio=(ratio, 1 / ratio))
     p = draw_parameters(seed, epoch, np.arange(50), 0, config, height, width)
     assert (p.top >= 0).all()

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from mnclglf.engine.train import Trainer, TrainingError, step_seconds
 
 STEPS, PER_EPOCH = 12, 4
 TIMES = ("images_per_second", "data_wait_seconds", "elapsed_seconds")  # the only figures that may differ
-ARGUMENTS = (
+ARGUMENTS = shlex.split(
     "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "
     "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
     "--one-embedding --epochs 3 --batch-size 32 --lr 0.05 --device cpu --log-every 2 --save-every 0.5"
-).split()
+)
 CONFIG = parse(["train", *ARGUMENTS]).config
 
 

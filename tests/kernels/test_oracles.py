@@ -210,3 +210,19 @@ def test_the_given_modules_are_left_alone():
     for network, original in zip(networks, before, strict=True):
         for name, value in network.state_dict().items():
             assert torch.equal(value, original.state_dict()[name])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_printed_matrix_forms_equal_the_loops(k):
+    loops, printed = oracles.Algorithm1, oracles.Algorithm1AsPrinted
+    images, features = torch.randn(3, 2, 6, 4, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
+    assert torch.equal(printed.divide(images), loops.divide(images))
+    exact = dict(rtol=1e-12, atol=1e-12)  # fp64 sums in another order
+    torch.testing.assert_close(printed.combine(features, k), loops.combine(features, k), **exact)
+    h, p = torch.randn(6, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(printed.contrastive_loss(h, p, 0.5), loops.contrastive_loss(h, p, 0.5), **exact)
+    assert torch.equal(printed.nearest_neighbor(h, features), loops.nearest_neighbor(h, features))
+    ours, pointer = loops.enqueue(features, 10, p)
+    theirs, their_pointer = printed.enqueue(features.clone(), 10, p)
+    torch.testing.assert_close(theirs, ours, **exact)
+    assert pointer == their_pointer == 1

@@ -74,7 +74,7 @@ class Stepper:
 
 def oracle_state(oracle: oracles.Algorithm1) -> dict[str, Tensor]:
     """Weights and running statistics of f_o and f_m under our names."""
-    state = {name: value for name, value in oracle.f_o.state_dict().items()}
+    state = dict(oracle.f_o.state_dict())
     for name, value in oracle.f_m.state_dict().items():
         head, rest = name.split(".", 1)
         state[f"momentum.{'0' if head == 'encoder' else '1'}.{rest}"] = value

@@ -109,3 +109,18 @@ def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: st
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`write_run` in a folder of the test's own; takes its keywords."""
     return lambda **keywords: write_run(tmp_path / "run", **keywords)
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[..., list[dict]]:
+    return records
+
+
+@pytest.fixture(scope="session")
+def evaluation() -> Callable[[], list[dict]]:
+    return results
+
+
+@pytest.fixture(scope="session")
+def made_views() -> Callable[..., dict[str, np.ndarray]]:
+    return views

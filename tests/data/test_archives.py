@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from mnclglf.data import archives
+from mnclglf.data.archives import (
+    DataError,
+    extract_tar,
+    read_cifar10_binary,
+    read_cifar10_pickle,
+    read_idx,
+    read_pickle,
+)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["images-idx3-ubyte", "images-idx3-ubyte.gz"])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (7,)])
+def test_idx_gives_the_array_back(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(read_idx(write(tmp_path / name, idx_bytes(array))), array)
+
+
+IDX = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (IDX[:-1], "promises 24 bytes and it holds 23"),
+        (IDX + b"x", "promises 24 bytes and it holds more"),
+        (IDX[:10], "ends within its header"),
+        (b"", "not an IDX file"),
+        (b"\0\0\x0d" + IDX[3:], "not an IDX file of bytes"),  # floats
+        (b"\x89PNG" + IDX, "not an IDX file"),
+        (struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 2), "more than"),
+    ],
+)
+@pytest.mark.parametrize("name", ["file", "file.gz"])
+def test_idx_of_another_length_or_format_is_refused(tmp_path: Path, data: bytes, problem: str, name: str) -> None:
+    path = write(tmp_path / name, data)
+    with pytest.raises(DataError, match=problem) as raised:
+        read_idx(path)
+    assert str(path) in str(raised.value)
+    assert "--download" in str(raised.value)
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(IDX * 100)
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # its checksum
+    for number, data in enumerate([whole[:-12], bytes(flipped), b"not gzip at all", b""]):
+        path = tmp_path / f"{number}.gz"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"\.gz: "):
+            read_idx(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_idx(tmp_path / "absent.gz")
+
+
+# CIFAR-10: the same images in both published forms
+
+
+def cifar_records(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [count, 3, 32, 32] and labels [count]."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, count)
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes strings and bytes as Python 2's str, which is what the published files hold."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+
+    def save_str2(self, value: str | bytes) -> None:
+        data = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_str2
+
+
+def cifar_pickle(count: int, *, python2: bool, core: bytes = b"numpy.core.multiarray") -> bytes:
+    pixels, labels = cifar_records(count)
+    batch = {
+        b"batch_label": b"training batch 1 of 5",
+        b"labels": labels.tolist(),
+        b"data": pixels.reshape(count, 3072),
+        b"filenames": [b"leptodactylus_pentadactylus_s_%06d.png" % number for number in range(count)],
+    }
+    stream = io.BytesIO()
+    (_Python2Pickler if python2 else pickle.Pickler)(stream, protocol=2).dump(batch)
+    return stream.getvalue().replace(b"numpy._core.multiarray", core)
+
+
+@pytest.mark.parametrize("form", ["binary", "python2", "python3", "numpy2"])
+def test_cifar10_images_come_back_in_either_form(tmp_path: Path, form: str) -> None:
+    pixels, labels = cifar_records(6)
+    path = tmp_path / "data_batch_1"
+    if form == "binary":
+        path.write_bytes(
+            b"".join(bytes([label]) + image.tobytes() for image, label in zip(pixels, labels, strict=True))
+        )
+        images, found = read_cifar10_binary(path, 6)
+    else:
+        core = b"numpy._core.multiarray" if form == "numpy2" else b"numpy.core.multiarray"
+        path.write_bytes(cifar_pickle(6, python2=form == "python2", core=core))
+        images, found = read_cifar10_pickle(path, 6)
+    assert images.shape == (6, 32, 32, 3)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, labels)
+    for number, row, column, channel in ((0, 0, 0, 0), (5, 31, 0, 2), (3, 2, 17, 1)):
+        assert images[number, row, column, channel] == pixels[number, channel, row, column]
+
+
+@pytest.mark.parametrize("size", [0, 3073 * 6 - 1, 3073 * 6 + 1, 3073 * 5])
+def test_cifar10_binary_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
+    path = write(tmp_path / "data_batch_1.bin", bytes(size))
+    with pytest.raises(DataError, match=f"data_batch_1.bin: has {size:,} bytes where 18,438 are expected"):
+        read_cifar10_binary(path, 6)
+
+
+def test_cifar10_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"labels from 10 to 10, outside 0\.\.9"):
+        read_cifar10_binary(write(tmp_path / "batch", bytes([10]) + bytes(3072)), 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        ([1, 2], "holds a list"),
+        ({b"data": np.zeros((2, 3072), np.uint8)}, "b'labels' is not a list of 2"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, "b'labels' is not a list of 2"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, b"2"]}, "b'labels' is not a list of 2"),
+        ({b"data": np.zeros((2, 3072), np.float32), b"labels": [1, 2]}, "b'data' is not a uint8 array"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1, 2]}, r"of shape \(2, 3072\)"),
+        ({b"data": [0] * 3072, b"labels": [1]}, "b'data' is not a uint8 array"),
+    ],
+)
+def test_cifar10_pickle_of_other_contents_is_refused(tmp_path: Path, batch: object, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        read_cifar10_pickle(write(tmp_path / "data_batch_1", pickle.dumps(batch, protocol=2)), 2)
+
+
+class _Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    attacks = [
+        _Calls(os.mkdir, str(marker)),
+        _Calls(eval, f"__import__('os').mkdir({str(marker)!r})"),
+        _Calls(getattr, "x", "upper"),
+        _Calls(np.load, "x"),
+        _Calls(np.ndarray, (2**20,)),
+        np.array([_Calls(os.mkdir, str(marker))], dtype=object),
+        np.array(["text"]),
+        np.zeros(1, dtype=[("field", "u1")]),
+        _Calls(bytearray, 2**40),
+    ]
+    for number, attack in enumerate(attacks):
+        path = write(tmp_path / f"{number}.pkl", pickle.dumps({b"data": attack}, protocol=2))
+        with pytest.raises(DataError, match=f"{number}.pkl: is not a pickle of plain arrays"):
+            read_pickle(path)
+    assert not marker.exists()
+
+
+def test_plain_arrays_and_scalars_are_admitted(tmp_path: Path) -> None:
+    arrays = [np.arange(6, dtype=code).reshape(2, 3) for code in ("<i4", ">i4", "u1", "<f8")]
+    value = {b"a": arrays, b"b": np.float64(2.5), b"c": [1, (2.0, None, True)]}
+    read = read_pickle(write(tmp_path / "file", pickle.dumps(value, protocol=2)))
+    for found, array in zip(read[b"a"], arrays, strict=True):
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == array.dtype.newbyteorder("=")  # numpy swaps the bytes as it reads
+    assert read[b"b"] == 2.5
+    assert read[b"c"] == value[b"c"]
+
+
+def test_a_short_or_oversize_pickle_is_refused(tmp_path: Path) -> None:
+    whole = cifar_pickle(2, python2=True)
+    for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
+        path = write(tmp_path / "short", whole[:length])
+        with pytest.raises(DataError, match="short: is not a pickle"):
+            read_pickle(path)
+    with pytest.raises(DataError, match="more than 100"):
+        read_pickle(write(tmp_path / "long", whole), largest=100)
+
+
+def tar_with(path: Path, *members: tuple[str, bytes | tarfile.TarInfo]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def link(name: str, target: str, kind: bytes) -> tuple[str, tarfile.TarInfo]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return name, info
+
+
+def test_tar_is_extracted_whole(tmp_path: Path) -> None:
+    archive = tar_with(tmp_path / "a.tar.gz", ("batches/one", b"1"), ("batches/two", b"22"))
+    made = extract_tar(archive, tmp_path, "batches")
+    assert made == tmp_path / "batches"
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == {"one": b"1", "two": b"22"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "batches"]  # no leftovers
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        ("../evil", b"x"),
+        ("batches/../../evil", b"x"),
+        link("batches/evil", "/etc/passwd", tarfile.SYMTYPE),
+        link("batches/evil", "one", tarfile.SYMTYPE),
+        link("batches/evil", "../../evil", tarfile.LNKTYPE),
+        link("batches/evil", "", tarfile.FIFOTYPE),
+    ],
+)
+def test_no_member_of_a_tar_may_leave_the_folder(tmp_path: Path, member: tuple[str, Any]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), member)
+    with pytest.raises(DataError, match=r"a\.tar\.gz"):
+        extract_tar(archive, folder, "batches")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "a.tar.gz"]
+
+
+def test_an_absolute_member_stays_in_the_folder_too(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), (str(outside), b"x"))
+    extract_tar(archive, folder, "batches")  # the data filter makes such a name relative
+    assert not outside.exists()
+
+
+def test_a_damaged_or_other_tar_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tar_with(tmp_path / "whole.tar.gz", ("batches/one", np.random.default_rng(0).bytes(20_000)))
+    for data in (whole.read_bytes()[:-9000], b"not a tar", b""):
+        path = tmp_path / "damaged.tar.gz"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"damaged\.tar\.gz"):
+            extract_tar(path, tmp_path, "batches")
+    with pytest.raises(DataError, match="holds no folder other"):
+        extract_tar(whole, tmp_path, "other")
+    monkeypatch.setattr(archives, "LARGEST_BYTES", 10_000)
+    with pytest.raises(DataError, match="unpacks to 20,000 bytes, more than 10,000"):
+        extract_tar(whole, tmp_path, "batches")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.tar.gz", "whole.tar.gz"]

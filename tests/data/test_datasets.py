@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+import struct
+import tarfile
+import urllib.error
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import utils
+
+from mnclglf.config import DataConfig
+from mnclglf.data import datasets
+from mnclglf.data.archives import DataError
+from mnclglf.data.datasets import (
+    CIFAR10_BINARY,
+    CIFAR10_PYTHON,
+    DEBIAN_FASHION_MNIST,
+    ImageSet,
+    cache_dir,
+    channel_statistics,
+    load_dataset,
+    split_train,
+    view_side,
+)
+
+RECORDS = 4  # in each batch file of the small CIFAR-10 below
+
+
+@pytest.fixture(autouse=True)
+def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this machine is found or written, and nothing is fetched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "no-debian-package")
+
+    def refuse(url: str, *_: object, **__: object) -> None:
+        raise urllib.error.URLError(f"no network in tests: {url}")
+
+    monkeypatch.setattr(utils, "download_url", refuse)
+
+
+def image_set(count: int, height: int = 6, width: int = 6) -> ImageSet:
+    rng = np.random.default_rng(0)
+    return ImageSet(
+        name="made",
+        split="train",
+        images=rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
+        labels=rng.integers(0, 3, count),
+        classes=("a", "b", "c"),
+    )
+
+
+@pytest.mark.parametrize(("name", "train", "test", "side"), [("mnist5k", 4000, 1000, 28), ("digits", 1447, 350, 8)])
+def test_digits_are_split_evenly_and_for_good(name: str, train: int, test: int, side: int) -> None:
+    sets = load_dataset(name)
+    assert [len(part) for part in sets] == [train, test]
+    for part, split in zip(sets, ("train", "test"), strict=True):
+        assert (part.name, part.split, part.classes) == (name, split, tuple("0123456789"))
+        assert part.images.shape == (len(part), side, side, 3)
+        assert part.images.max() == 255
+        assert (part.images == part.images[..., :1]).all()  # gray
+        assert part.labels.dtype == np.int64
+    assert set(np.bincount(sets[1].labels)) == {test // 10}
+    # the choice must never change: a later version would test on images that an earlier one trained on
+    digest = hashlib.sha256(sets[1].images.tobytes() + sets[1].labels.tobytes()).hexdigest()
+    assert digest[:16] == {"mnist5k": "5d2f04a088890536", "digits": "2567e550514b4de0"}[name]
+
+
+def test_no_image_is_in_both_parts_and_labels_stay_with_images() -> None:
+    train, test = load_dataset("digits")
+    whole = np.concatenate([train.images, test.images])[..., 0].reshape(-1, 64)
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    scaled = np.rint(pixels * 255 / 16).astype(np.uint8)
+    pairs = sorted((*row, label) for row, label in zip(scaled.tolist(), labels.tolist(), strict=True))
+    found = np.concatenate([train.labels, test.labels]).tolist()
+    assert sorted((*row, label) for row, label in zip(whole.tolist(), found, strict=True)) == pairs
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_the_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", DEBIAN_FASHION_MNIST)
+    train, test = load_dataset("fashion_mnist")
+    assert train.images.shape == (60_000, 28, 28, 3)
+    assert test.images.shape == (10_000, 28, 28, 3)
+    assert set(np.bincount(train.labels)) == {6000}
+    assert train.classes[train.labels[0]] == "Ankle boot"  # as its README shows
+
+
+def write_fashion_mnist(folder: Path, *, suffix: str = ".gz", images: int = 60_000, labels: int = 60_000) -> None:
+    """All-black images, so that they are quickly packed; every tenth label is 3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, counts in (("train", (images, labels)), ("t10k", (10_000, 10_000))):
+        sizes = struct.pack(">4B3I", 0, 0, 8, 3, counts[0], 28, 28), struct.pack(">4BI", 0, 0, 8, 1, counts[1])
+        contents = bytes(counts[0] * 784), bytes([3] + [0] * 9) * (counts[1] // 10)
+        for kind, size, content in zip(("images-idx3", "labels-idx1"), sizes, contents, strict=True):
+            data = size + content
+            path = folder / f"{part}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(data, 1) if suffix else data)
+
+
+@pytest.mark.parametrize("where", ["files", "FashionMNIST/raw"])
+def test_fashion_mnist_in_a_folder(tmp_path: Path, where: str) -> None:
+    write_fashion_mnist(tmp_path / "d" / where, suffix="" if where == "files" else ".gz")
+    train, test = load_dataset("fashion_mnist", tmp_path / "d" / where if where == "files" else tmp_path / "d")
+    assert (len(train), len(test)) == (60_000, 10_000)
+    assert (train.labels[:11] == [3] + [0] * 9 + [3]).all()
+    assert (train.name, train.split, test.split) == ("fashion_mnist", "train", "test")
+
+
+def test_fashion_mnist_of_another_size_is_refused(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path, labels=50_000)
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz: holds an array \(50000,\)"):
+        load_dataset("fashion_mnist", tmp_path)
+
+
+def test_missing_files_name_what_where_and_the_remedies(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        load_dataset("fashion_mnist")
+    for part in ("train-images-idx3-ubyte.gz", "no-debian-package", str(cache_dir("fashion_mnist"))):
+        assert part in str(raised.value)
+    for remedy in ("--data-dir", "--download", "apt install dataset-fashion-mnist"):
+        assert remedy in str(raised.value)
+    with pytest.raises(DataError) as raised:
+        load_dataset("cifar10", tmp_path / "elsewhere")
+    for part in ("cifar-10-batches-bin", "cifar-10-python.tar.gz", "elsewhere", "--data-dir", "--download"):
+        assert part in str(raised.value)
+    assert "apt" not in str(raised.value)
+
+
+def test_a_given_folder_is_the_only_one_that_is_looked_in(tmp_path: Path) -> None:
+    write_fashion_mnist(cache_dir("fashion_mnist"))
+    load_dataset("fashion_mnist")
+    with pytest.raises(DataError, match="empty"):
+        load_dataset("fashion_mnist", tmp_path / "empty")
+
+
+# CIFAR-10
+
+
+@pytest.fixture
+def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The pixels [6, RECORDS, 3, 32, 32] of a small CIFAR-10, in which record r of file f has label f + r."""
+    monkeypatch.setattr(datasets, "CIFAR10_RECORDS", RECORDS)
+    return np.random.default_rng(0).integers(0, 256, (6, RECORDS, 3, 32, 32), dtype=np.uint8)
+
+
+def write_cifar10(folder: Path, form: str, pixels: np.ndarray) -> Path:
+    """The batch files of one form in their own folder below `folder`."""
+    batches = folder / {"bin": "cifar-10-batches-bin", "py": "cifar-10-batches-py"}[form]
+    batches.mkdir(parents=True)
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for number, (name, images) in enumerate(zip(names, pixels, strict=True)):
+        labels = [number + record for record in range(RECORDS)]
+        if form == "bin":
+            records = [bytes([label]) + image.tobytes() for label, image in zip(labels, images, strict=True)]
+            (batches / f"{name}.bin").write_bytes(b"".join(records))
+        else:
+            batch = {b"data": images.reshape(RECORDS, 3072), b"labels": labels}
+            (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return batches
+
+
+def assert_is_small_cifar10(sets: tuple[ImageSet, ImageSet], pixels: np.ndarray) -> None:
+    train, test = sets
+    assert (len(train), len(test)) == (5 * RECORDS, RECORDS)
+    np.testing.assert_array_equal(train.images, pixels[:5].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(test.images, pixels[5].transpose(0, 2, 3, 1))
+    assert train.labels.tolist() == [number + record for number in range(5) for record in range(RECORDS)]
+    assert test.labels.tolist() == [5 + record for record in range(RECORDS)]
+    assert (train.classes[0], train.classes[6], train.classes[9]) == ("airplane", "frog", "truck")
+
+
+@pytest.mark.parametrize("form", ["bin", "py"])
+@pytest.mark.parametrize("place", ["folder", "inside"])
+def test_cifar10_in_a_folder(tmp_path: Path, small_cifar10: np.ndarray, form: str, place: str) -> None:
+    batches = write_cifar10(tmp_path, form, small_cifar10)
+    assert_is_small_cifar10(load_dataset("cifar10", tmp_path if place == "folder" else batches), small_cifar10)
+
+
+@pytest.mark.parametrize("form", ["bin", "py"])
+def test_cifar10_in_an_archive(
+    tmp_path: Path, small_cifar10: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, version = {"bin": ("CIFAR10_BINARY", CIFAR10_BINARY), "py": ("CIFAR10_PYTHON", CIFAR10_PYTHON)}[form]
+    batches = write_cifar10(tmp_path / "made", form, small_cifar10)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with tarfile.open(folder / version.archive, "w:gz") as tar:
+        tar.add(batches, batches.name)
+    with pytest.raises(DataError, match=f"{version.archive}: has MD5 .* where {version.md5} is published"):
+        load_dataset("cifar10", folder)
+    md5 = hashlib.md5((folder / version.archive).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, name, replace(version, md5=md5))
+    assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)
+    (folder / version.archive).unlink()
+    assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)  # extracted for good
+
+
+def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cifar10: np.ndarray) -> None:
+    batches = write_cifar10(tmp_path, "bin", small_cifar10)
+    short = batches / "data_batch_3.bin"
+    short.write_bytes(short.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"data_batch_3\.bin: has 12,291 bytes where 12,292 are expected"):
+        load_dataset("cifar10", tmp_path)
+    short.unlink()
+    with pytest.raises(DataError, match=r"data_batch_3\.bin: cannot be read"):
+        load_dataset("cifar10", tmp_path)
+
+
+# downloads, from a stand-in for the network
+
+
+def test_cifar10_is_fetched_into_the_cache_once(
+    tmp_path: Path, small_cifar10: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = write_cifar10(tmp_path / "server", "bin", small_cifar10)
+    archive = tmp_path / "server" / "archive"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(batches, batches.name)
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, "CIFAR10_BINARY", replace(CIFAR10_BINARY, md5=md5))
+    fetched: list[tuple[str, str | None]] = []
+
+    def fetch(url: str, root: Path, filename: str, md5: str | None = None) -> None:
+        fetched.append((url, md5))
+        root.mkdir(parents=True, exist_ok=True)
+        (root / filename).write_bytes(archive.read_bytes())
+
+    monkeypatch.setattr(utils, "download_url", fetch)
+    assert_is_small_cifar10(load_dataset("cifar10", download=True), small_cifar10)
+    assert fetched == [("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md5)]
+    assert_is_small_cifar10(load_dataset("cifar10", download=True), small_cifar10)
+    assert_is_small_cifar10(load_dataset("cifar10"), small_cifar10)
+    assert len(fetched) == 1
+    assert not list(cache_dir("cifar10").glob("*.part"))
+
+
+def test_fashion_mnist_is_fetched_with_the_published_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fashion_mnist(tmp_path / "server")
+    checksums: dict[str, str | None] = {}
+
+    def fetch(url: str, root: Path, filename: str, md5: str | None = None) -> None:
+        name = url.rsplit("/", 1)[1]
+        checksums[name] = md5
+        root.mkdir(parents=True, exist_ok=True)
+        (root / filename).write_bytes((tmp_path / "server" / name).read_bytes())
+
+    monkeypatch.setattr(utils, "download_url", fetch)
+    train, _ = load_dataset("fashion_mnist", tmp_path / "data", download=True)
+    assert len(train) == 60_000
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(checksums)
+    assert checksums["train-images-idx3-ubyte.gz"] == "8d4fb7e6c68d591d4c3dfef9ec88bf0d"
+    assert len(checksums) == 4
+    assert None not in checksums.values()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_a_download_that_fails_says_so_and_leaves_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"cannot download .* no network in tests") as raised:
+        load_dataset(name, tmp_path / "data", download=True)
+    assert str(tmp_path / "data") in str(raised.value)
+
+    def damaged(url: str, root: Path, filename: str, md5: str | None = None) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / filename).write_bytes(b"half a file")
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(utils, "download_url", damaged)
+    with pytest.raises(DataError, match="cannot download"):
+        load_dataset(name, tmp_path / "data", download=True)
+    assert not list((tmp_path / "data").iterdir())
+
+
+# choosing and describing images
+
+
+def test_subset_keeps_images_with_labels() -> None:
+    images = image_set(10)
+    rows = np.array([7, 2, 2])
+    part = images.subset(rows)
+    np.testing.assert_array_equal(part.images, images.images[rows])
+    np.testing.assert_array_equal(part.labels, images.labels[rows])
+    assert (part.classes, len(part)) == (images.classes, 3)
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((3, 6, 6), np.uint8), np.zeros((3, 6, 6, 1), np.uint8), np.zeros((2, 6, 6, 3), np.uint8),
+               np.zeros((3, 6, 6, 3), np.float32)]
+)  # fmt: skip
+def test_an_image_set_of_another_shape_is_refused(images: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"uint8 \(3, H, W, 3\) is expected"):
+        ImageSet(name="n", split="train", images=images, labels=np.zeros(3, np.int64), classes=("a",))
+
+
+def numbered(count: int) -> ImageSet:
+    return replace(image_set(count), labels=np.arange(count))
+
+
+def test_validation_images_are_fixed_and_apart() -> None:
+    train, held_out = split_train(numbered(100), DataConfig(validation_images=20))
+    assert (len(train), len(held_out), train.split, held_out.split) == (80, 20, "train", "validation")
+    assert sorted([*train.labels, *held_out.labels]) == list(range(100))
+    fewer, same = split_train(numbered(100), DataConfig(validation_images=20, train_images=30))
+    np.testing.assert_array_equal(same.labels, held_out.labels)
+    assert len(fewer) == 30
+    assert set(fewer.labels) < set(train.labels)
+    assert np.abs(np.diff(fewer.labels)).max() > 1  # spread over the set, not its first 30
+    assert held_out.labels.max() > 50 > held_out.labels.min()
+
+
+def test_all_images_stay_in_order_when_none_is_left_out() -> None:
+    train, held_out = split_train(numbered(50), DataConfig())
+    np.testing.assert_array_equal(train.labels, np.arange(50))
+    assert len(held_out) == 0
+
+
+@pytest.mark.parametrize("settings", [{"train_images": 51}, {"validation_images": 50}, {"validation_images": 51},
+                                      {"train_images": 31, "validation_images": 20}])  # fmt: skip
+def test_more_images_than_there_are_is_an_error(settings: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="made has 50 training images") as raised:
+        split_train(numbered(50), DataConfig(**settings))
+    for value in settings.values():
+        assert str(value) in str(raised.value)
+
+
+def test_channel_statistics_are_those_of_the_pixels() -> None:
+    images = image_set(20).images // np.array([1, 2, 3], dtype=np.uint8)
+    mean, std = channel_statistics(images)
+    scaled = images.astype(np.float64).reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, scaled.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(std, scaled.std(axis=0), rtol=1e-6)
+    assert mean.dtype == std.dtype == np.float32
+    assert channel_statistics(np.full((2, 4, 4, 3), 9, np.uint8))[1] == pytest.approx([1 / 255] * 3)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "side"), [(28, 28, None, 28), (27, 27, None, 28), (48, 31, None, 32), (28, 28, 16, 16)]
+)
+def test_view_side(height: int, width: int, size: int | None, side: int) -> None:
+    assert view_side(image_set(2, height, width), size) == side

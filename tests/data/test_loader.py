@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mnclglf.config import ViewConfig
+from mnclglf.data.datasets import ImageSet
+from mnclglf.data.loader import Batch, DaliLoader, Loader, ReferenceLoader, batch_indices, make_loader
+
+try:
+    import nvidia.dali  # noqa: F401
+
+    BACKENDS = ["reference", "dali"]
+except ImportError:
+    BACKENDS = ["reference"]
+needs_dali = pytest.mark.skipif("dali" not in BACKENDS, reason="the extra dali-cuda13 is not installed")
+IMAGES, BATCH, SIDE = 23, 4, 12  # 5 steps an epoch and 3 images left over
+
+
+@pytest.fixture
+def images(photos: Callable[..., np.ndarray]) -> ImageSet:
+    made = photos(IMAGES, 14)
+    return ImageSet(name="photos", split="train", images=made, labels=np.zeros(IMAGES, np.int64), classes=("any",))
+
+
+def loader_of(images: ImageSet, backend: str, **changes: object) -> Loader:
+    arguments = {
+        "view": ViewConfig(rotation_degrees=10),
+        "views": 3,
+        "side": SIDE,
+        "batch_size": BATCH,
+        "seed": 5,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "backend": backend,
+        "threads": 2,
+    }
+    return make_loader(images, **arguments | changes)
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    assert torch.equal(one.indices, two.indices)
+    for first, second in zip(one.views, two.views, strict=True):
+        assert torch.equal(first, second)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(2, 200), share=st.floats(0.01, 1), epoch=st.integers(0, 50))
+def test_an_epoch_has_each_image_at_most_once(seed: int, count: int, share: float, epoch: int) -> None:
+    size = max(1, int(count * share))
+    steps = count // size
+    rows = [batch_indices(seed, step, count, size) for step in range(epoch * steps, (epoch + 1) * steps)]
+    assert all(len(part) == size for part in rows)
+    seen = np.concatenate(rows)
+    assert len(set(seen.tolist())) == steps * size
+    assert seen.min() >= 0
+    assert seen.max() < count
+
+
+def test_epochs_and_seeds_have_other_orders() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate([batch_indices(seed, epoch * 10 + step, 100, 10) for step in range(10)]).tolist()
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(one) == list(range(100)) for one in orders)
+    assert len({tuple(one) for one in orders}) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageSet, backend: str) -> None:
+    whole = list(loader_of(images, backend).batches(0, 8))  # past the end of the first epoch, which has 5 steps
+    assert len(whole) == 8
+    loader = loader_of(images, backend)
+    for start in (3, 5, 7):
+        resumed = list(loader.batches(start, 8))
+        assert len(resumed) == 8 - start
+        for one, two in zip(resumed, whole[start:], strict=True):
+            assert_same(one, two)
+    assert not torch.equal(whole[0].views[0], whole[5].views[0])
+    assert list(loader.batches(4, 4)) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_hold_the_views_of_their_images(images: ImageSet, backend: str) -> None:
+    loader = loader_of(images, backend)
+    assert loader.steps_per_epoch == IMAGES // BATCH
+    seen: list[int] = []
+    for step, batch in enumerate(loader.batches(0, loader.steps_per_epoch + 1)):
+        rows = batch.indices.numpy()
+        np.testing.assert_array_equal(rows, batch_indices(5, step, IMAGES, BATCH))
+        rendered = loader.render(rows, step // loader.steps_per_epoch)
+        for view, expected in zip(batch.views, rendered, strict=True):
+            assert torch.equal(view, expected)
+        alone = loader.render(rows[2:3], step // loader.steps_per_epoch)
+        for view, expected in zip(batch.views, alone, strict=True):
+            assert torch.equal(view[2:3], expected)
+        seen += rows.tolist()
+    assert len(set(seen[: loader.steps_per_epoch * BATCH])) == loader.steps_per_epoch * BATCH
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_is_what_the_model_eats(images: ImageSet, backend: str, dtype: torch.dtype) -> None:
+    (batch,) = loader_of(images, backend, dtype=dtype).batches(0, 1)
+    assert batch.indices.dtype == torch.int64
+    assert batch.indices.shape == (BATCH,)
+    assert len(batch.views) == 3
+    for view in batch.views:
+        assert view.shape == (BATCH, 3, SIDE, SIDE)
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    (exact,) = loader_of(images, backend).batches(0, 1)
+    for view, truth in zip(batch.views, exact.views, strict=True):
+        torch.testing.assert_close(view.float(), truth, rtol=2**-8, atol=0)  # bfloat16 keeps 8 bits
+    assert not torch.equal(exact.views[0], exact.views[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_normalised_with_the_images_statistics(images: ImageSet, backend: str) -> None:
+    plain = ViewConfig(
+        crop_scale=(1, 1),
+        crop_ratio=(1, 1),
+        flip_probability=0,
+        jitter_probability=0,
+        gray_probability=0,
+        blur_probability=0,
+    )
+    loader = loader_of(images, backend, view=plain, side=14, views=1)
+    (whole,) = loader.render(np.arange(IMAGES), 0)
+    torch.testing.assert_close(whole.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole.std(dim=(0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+
+
+@needs_dali
+def test_the_loaders_agree(images: ImageSet) -> None:
+    ours, truth = (list(loader_of(images, backend).batches(2, 7)) for backend in ("dali", "reference"))
+    for one, two in zip(ours, truth, strict=True):
+        assert torch.equal(one.indices, two.indices)
+        for first, second in zip(one.views, two.views, strict=True):
+            # 0.25 levels (see test_parity) of about 1 / 60 deviation each
+            assert (first - second).abs().mean() < 0.005
+
+
+@needs_dali
+def test_threads_do_not_change_the_batches(images: ImageSet) -> None:
+    one, three = (list(loader_of(images, "dali", threads=threads).batches(0, 6)) for threads in (1, 3))
+    for first, second in zip(one, three, strict=True):
+        assert_same(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_outlives_the_batches_after_it(images: ImageSet, backend: str) -> None:
+    """DALI's memory is handed over without a copy: it must not be written again while a tensor uses it."""
+    loader = loader_of(images, backend)
+    copies = [tuple(view.clone() for view in batch.views) for batch in loader.batches(0, 9)]
+    kept = list(loader.batches(0, 9))
+    for batch, copy in zip(kept, copies, strict=True):
+        for view, expected in zip(batch.views, copy, strict=True):
+            assert torch.equal(view, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_through_one_loader_do_not_mix(images: ImageSet, backend: str) -> None:
+    loader = loader_of(images, backend)
+    expected = list(loader.batches(0, 4))
+    for one, two, truth in zip(loader.batches(0, 4), loader.batches(0, 4), expected, strict=True):
+        assert_same(one, truth)
+        assert_same(two, truth)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@needs_dali
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_a_run_that_is_left_early_leaves_no_thread(images: ImageSet) -> None:
+    loader = loader_of(images, "dali", threads=4)
+    list(loader.batches(0, 2))  # what stays for the process's life is there now
+    before = threads()
+    runs = [loader.batches(0, 1000) for _ in range(3)]
+    for run in runs:
+        next(run)
+    assert threads() >= before + 12  # or the count below would show nothing
+    for run in runs:
+        run.close()
+    stop = time.monotonic() + 5
+    while threads() > before and time.monotonic() < stop:
+        time.sleep(0.01)
+    assert threads() <= before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_images_are_an_error_before_the_run(images: ImageSet, backend: str) -> None:
+    with pytest.raises(ValueError, match="photos has 23 training images, fewer than one batch of 24") as raised:
+        loader_of(images, backend, batch_size=24)
+    assert "--batch-size" in str(raised.value)
+    assert loader_of(images, backend, batch_size=23).steps_per_epoch == 1
+
+
+@needs_dali
+def test_auto_takes_dali(images: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(loader_of(images, "auto"), DaliLoader)
+    assert isinstance(loader_of(images, "reference"), ReferenceLoader)
+    assert not caplog.records
+
+
+def test_without_dali_auto_says_so_and_dali_is_an_error(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(loader_of(images, "auto"), ReferenceLoader)
+    assert 'pip install "mnclglf[dali-cuda13]"' in caplog.text
+    with pytest.raises(ImportError, match=r'pip install "mnclglf\[dali-cuda13\]"'):
+        loader_of(images, "dali")
+
+
+def test_what_is_optional_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, mnclglf.data.loader, mnclglf.data.datasets\n"
+        "print([name for name in ('nvidia.dali', 'mlxtend', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,170 @@
+"""The pictures: valid PNG for any records, the right values drawn, nothing global touched."""
+
+import io
+import math
+
+import hypothesis.strategies as st
+import matplotlib as mpl
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from mnclglf.reports import figures
+from mnclglf.reports.figures import (
+    DARK,
+    LIGHT,
+    divided,
+    health_curves,
+    loss_curves,
+    running_mean,
+    schedule_curves,
+    series,
+    views_picture,
+)
+
+CURVES = [loss_curves, schedule_curves, health_curves]
+VALUES = st.none() | st.floats() | st.integers(-(10**9), 10**9) | st.text(max_size=3) | st.booleans()
+KEYS = ["step", "loss", "loss_s", "lr", "gradient_norm", "feature_std", "queue_fill", "images_per_second"]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """[H, W, 4] in [0, 1]."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    return imread(io.BytesIO(png))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are made from here on, as they are before they become PNG."""
+    made: list[Figure] = []
+
+    def keep(figure: Figure) -> bytes:
+        made.append(figure)
+        return b""
+
+    monkeypatch.setattr(figures, "_png", keep)
+    return made
+
+
+@pytest.mark.parametrize("draw", CURVES)
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_curves_are_pictures_in_the_themes_colours(draw, theme, metrics):
+    picture = pixels(draw(metrics(468), theme=theme))
+    assert picture.shape[1] > 1400
+    background = [int(theme.background[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    assert picture[0, 0, :3] == pytest.approx(background, abs=0.01)
+    assert picture[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize("draw", CURVES)
+@pytest.mark.parametrize("records", [[], [{}], [{"step": 1}], [{"step": 3, "loss": 2.0, "lr": None}]])
+def test_missing_values_are_no_error(draw, records):
+    pixels(draw(records))
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES), max_size=4))
+@settings(max_examples=10)
+def test_no_values_are_an_error(records):
+    for draw in CURVES:
+        assert draw(records).startswith(b"\x89PNG")
+
+
+def test_series_keeps_finite_numbers_with_a_step():
+    records = [
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "loss": math.nan},
+        {"step": 3, "loss": None},
+        {"step": 4},
+        {"loss": 1.0},
+        {"step": 6, "loss": True},
+        {"step": 7, "loss": 1},
+    ]
+    assert series(records, "loss") == ([1, 7], [2.5, 1])
+
+
+def test_loss_panels_hold_the_loss_the_terms_and_the_level(drawn):
+    records = [{"step": 10 * i, "loss": 7.0 * i, "loss_s": 1.0 * i, "loss_m": 1.0 * i} for i in range(1, 5)]
+    loss_curves(records, uninformed=math.log(256))
+    total, terms = drawn[0].axes
+    assert total.get_lines()[0].get_xydata().tolist() == [[10 * i, 7 * i] for i in range(1, 5)]
+    assert [line.get_label() for line in terms.get_lines()] == ["loss_m", "loss_s", "no information: 5.55"]
+    assert terms.get_lines()[2].get_ydata() == pytest.approx([math.log(256)] * 2)
+    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "nats" for axis in drawn[0].axes)
+
+
+def test_health_panels_are_those_that_were_logged(drawn):
+    health_curves([{"step": 1, "feature_std": 0.5, "queue_fill": 0.25}, {"step": 2, "feature_std": 0.6}])
+    shown = [axis for axis in drawn[0].axes if axis.axison]
+    assert [axis.get_title("left") for axis in shown] == ["Feature spread", "Queue fill"]
+    assert shown[0].get_lines()[1].get_ydata() == pytest.approx([1.0, 1.0])
+    assert shown[1].get_lines()[0].get_ydata() == pytest.approx([25.0])
+
+
+def test_gradient_norms_of_many_sizes_get_a_logarithmic_axis(drawn):
+    for top in (2.0, 500.0):
+        health_curves([{"step": step, "gradient_norm": norm} for step, norm in ((1, 1.0), (2, top))])
+    assert [figure.axes[0].get_yscale() for figure in drawn] == ["linear", "log"]
+
+
+def test_ema_momentum_is_shown_where_it_changes(drawn):
+    for momenta in ((0.99, 0.99), (0.99, 0.995)):
+        schedule_curves([{"step": i, "lr": 0.1, "ema_momentum": m} for i, m in enumerate(momenta)])
+    assert [len(figure.axes) for figure in drawn] == [2, 3]
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(1, 60))
+def test_running_mean_is_the_mean_of_what_is_near(values, window):
+    half = window // 2
+    expected = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    smooth = running_mean(values, window)
+    assert smooth == pytest.approx(expected, abs=1e-9)
+
+
+def test_patches_are_the_quarters_with_a_gap():
+    image = np.arange(8 * 8 * 3, dtype=np.float32).reshape(8, 8, 3) / 192
+    result = divided(image)
+    gap = result.shape[0] - 8
+    assert gap >= 1
+    assert result.shape == (8 + gap, 8 + gap, 4)
+    keep = [*range(4), *range(4 + gap, 8 + gap)]
+    assert np.array_equal(result[np.ix_(keep, keep)][..., :3], image)
+    assert (result[np.ix_(keep, keep)][..., 3] == 1).all()
+    assert (result[4 : 4 + gap] == 0).all()
+    assert (result[:, 4 : 4 + gap] == 0).all()
+
+
+def test_views_are_shown_as_they_were_before_normalisation(drawn, made_views):
+    arrays = made_views(n=2)
+    views_picture(**arrays)
+    axes = np.array(drawn[0].axes).reshape(2, 6)
+    assert [axis.get_title() for axis in axes[0]] == [
+        "image", "view 1", "view 2", "view 3", "patches of\nview 1", "patches of\nview 3"
+    ]  # fmt: skip
+    shown = np.asarray(axes[1, 0].get_images()[0].get_array())
+    assert np.array_equal(shown, arrays["images"][1])
+    for view in range(3):
+        shown = np.asarray(axes[1, 1 + view].get_images()[0].get_array())
+        restored = np.moveaxis(arrays["views"][view, 1], 0, -1) * arrays["std"] + arrays["mean"]
+        assert shown == pytest.approx(restored.clip(0, 1), abs=1e-6)
+    last = np.asarray(axes[1, 5].get_images()[0].get_array())
+    assert np.array_equal(last, divided(np.asarray(axes[1, 3].get_images()[0].get_array())))
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (3, 2)])
+def test_any_number_of_views_is_a_picture(n, count, made_views):
+    arrays = made_views(n=n)
+    arrays["views"] = arrays["views"][:count]
+    arrays["views"][0, 0, 0, 0, 0] = math.nan
+    assert pixels(views_picture(**arrays)).shape[0] > 200
+
+
+def test_matplotlibs_state_stays_as_it_was(metrics):
+    before = dict(mpl.rcParams)
+    loss_curves(metrics(20))
+    assert dict(mpl.rcParams) == before
+
+
+def test_the_same_records_give_the_same_bytes(metrics):
+    assert loss_curves(metrics(20)) == loss_curves(metrics(20))

@@ -1,0 +1,90 @@
+"""The result table and its Markdown."""
+
+import pytest
+
+from mnclglf.reports.tables import REPRESENTATIONS, percent, result_table, to_markdown
+
+
+def result(protocol="knn", representation="pretrained", top1=0.5, top5=0.9, **more):
+    return {"protocol": protocol, "representation": representation, "split": "test", "top1": top1, "top5": top5, **more}
+
+
+def test_every_protocol_is_a_row_and_every_representation_a_column(evaluation):
+    table = result_table(evaluation())
+    assert table.representations == REPRESENTATIONS
+    assert [row.title for row in table.rows] == [
+        "k nearest neighbors", "Linear classifier, all labels", "Linear classifier, 10 labels a class"
+    ]  # fmt: skip
+    assert [cell.top1 for cell in table.rows[0].cells] == pytest.approx([0.923, 0.72, 0.83])
+    assert [cell.best for cell in table.rows[1].cells] == [True, False, False]
+    assert table.rows[2].cells[1].deviation == 0.021
+
+
+def test_order_of_the_results_does_not_matter(evaluation):
+    assert result_table(evaluation()[::-1]) == result_table(evaluation())
+
+
+def test_what_was_not_run_is_none_and_others_follow():
+    table = result_table([result(), result("linear", "PCA"), result("new_protocol", "untrained")])
+    assert table.representations == (*REPRESENTATIONS, "PCA")
+    assert [[cell is not None for cell in row.cells] for row in table.rows] == [
+        [True, False, False, False],
+        [False, False, False, True],
+        [False, True, False, False],
+    ]
+    assert table.rows[2].title == "new_protocol"
+
+
+def test_no_results_are_an_empty_table():
+    assert result_table([]) == (REPRESENTATIONS, [])
+
+
+def test_splits_are_rows_of_their_own():
+    table = result_table([result(), {**result(top1=0.6), "split": "validation"}])
+    assert [(row.title, row.cells[0].top1) for row in table.rows] == [
+        ("k nearest neighbors", 0.5), ("k nearest neighbors (validation images)", 0.6)
+    ]  # fmt: skip
+
+
+def test_settings_that_differ_are_said_of_the_number():
+    shared = {"k": 20, "train_images": 4000, "classes": 10}
+    table = result_table(
+        [
+            result(settings={**shared, "step": 100}),
+            result(representation="untrained", settings={**shared, "step": 0, "note": "not converged"}),
+        ]
+    )
+    (row,) = table.rows
+    assert row.details == "k 20, 4,000 training images"
+    assert row.cells[0].notes == ("checkpoint after step 100",)
+    assert row.cells[1].notes == ("checkpoint after step 0", "not converged")
+
+
+def test_a_note_that_all_share_is_still_said_of_each():
+    settings = {"k": 20, "note": "not converged"}
+    table = result_table([result(settings=settings), result(representation="untrained", settings=settings)])
+    assert table.rows[0].details == "k 20"
+    assert [cell.notes for cell in table.rows[0].cells[:2]] == [("not converged",)] * 2
+
+
+def test_equal_results_are_both_best():
+    table = result_table([result(), result(representation="untrained"), result(representation="raw pixels", top1=0.4)])
+    assert [cell.best for cell in table.rows[0].cells] == [True, True, False]
+
+
+def test_markdown():
+    results = [
+        result("linear_10_labels", top1=0.6123, top5=0.98765, deviation=0.0149, settings={"draws": 5}),
+        result("linear_10_labels", "untrained", 0.5, 0.9, settings={"draws": 5, "note": "a | b"}),
+    ]
+    assert to_markdown(result_table(results)) == (
+        "| Top-1 / top-5, % | pretrained | untrained | raw pixels |\n"
+        "|---|--:|--:|--:|\n"
+        "| Linear classifier, 10 labels a class (5 draws of labels) | **61.2 ± 1.5** / 98.8 | 50.0 / 90.0 (a \\| b) "
+        "| not run |\n"
+    )
+
+
+@pytest.mark.parametrize(("fraction", "text"), [(0, "0.0"), (1, "100.0"), (0.98765, "98.8"), (0.1, "10.0")])
+def test_percent(fraction, text):
+    assert percent(fraction) == text
