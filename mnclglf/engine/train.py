@@ -216,7 +216,7 @@ class Trainer:
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
-        views = np.stack([view.numpy() for view in self.loader.render(pictured, epoch=0)])
+        views = np.stack([view.cpu().numpy() for view in self.loader.render(pictured, epoch=0)])
         mean, std = channel_statistics(self.images.images)
         images = self.images.images[pictured]
         write_atomically(

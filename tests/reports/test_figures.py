@@ -65,7 +65,7 @@ def test_missing_values_are_no_error(draw, records):
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES), max_size=4))
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_no_values_are_an_error(records):
     for draw in CURVES:
         assert draw(records).startswith(b"\x89PNG")

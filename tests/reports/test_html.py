@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnclglf.reports.html import progress, speed_lines, state_line, write_report
+from mnclglf.reports import html
+from mnclglf.reports.html import Picture, progress, speed_lines, state_line, write_report
 from mnclglf.reports.run_files import RunFiles, read_records, read_run
 
 FILES = ["config.json", "environment.json", "metrics.jsonl", "evaluation.json", "views.npz"]
@@ -39,6 +40,18 @@ class Page(HTMLParser):
             self.text += data + " "
 
 
+@pytest.fixture
+def real_pictures() -> None:
+    """Has the pictures drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures out, which take two seconds a page, unless the test asks for `real_pictures`."""
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr(html, "_picture", lambda _: Picture("", ""))
+
+
 def report(folder: Path) -> Page:
     path = write_report(folder)
     assert path == folder / "report.html"
@@ -59,7 +72,7 @@ def test_a_whole_run(make_run):
     assert not list(make_run().glob(".*"))
 
 
-def test_it_needs_nothing_beside_it(make_run):
+def test_it_needs_nothing_beside_it(make_run, real_pictures):
     page = report(make_run())
     links = [value for _, name, value in page.attributes if name in {"src", "srcset", "href"}]
     assert len(links) == 8  # four pictures, light and dark
@@ -94,7 +107,7 @@ def test_an_empty_directory(tmp_path):
     assert "Nothing logged yet." in report(tmp_path).words
 
 
-def test_files_that_are_there_but_empty_of_facts(tmp_path):
+def test_files_that_are_there_but_empty_of_facts(tmp_path, real_pictures):
     (tmp_path / "config.json").write_text('{"optim": 3, "dataset": null}')
     (tmp_path / "environment.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
@@ -138,7 +151,7 @@ def test_of_equal_steps_the_last_record_counts(tmp_path):
     assert read_records(path)[0] == [{"step": 1, "loss": 9}, {"step": 2}, {"step": 3}]
 
 
-def test_what_is_not_a_number_is_not_drawn(make_run):
+def test_what_is_not_a_number_is_not_drawn(make_run, real_pictures):
     run = make_run()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 468, "epoch": 12.0, "loss": NaN, "lr": Infinity, "images_per_second": "fast"}\n')
