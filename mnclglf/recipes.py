@@ -39,7 +39,7 @@ def quick(method: MethodName, dataset: DatasetName) -> RunConfig:
         view=view,
         model=ModelConfig(width=16, projector_width=512, predictor_width=128),
         objective=ObjectiveConfig(temperature=0.5, ema_momentum=0.95, queue_size=1024),
-        optim=OptimConfig(epochs=12, lr=0.05, warmup_epochs=1.0),
+        optim=OptimConfig(epochs=12, lr=0.05, warmup_epochs=0.5),
     )
 
 

@@ -162,10 +162,8 @@ def _make_dtype(code: str | bytes, *_: object) -> np.dtype[Any]:
     return np.dtype(made, copy=True)  # the pickle sets its byte order next; numpy's own object would not take it
 
 
-def _make_array(kind: object, shape: tuple[int, ...], _: str | bytes) -> NDArray[Any]:
-    """An empty array, as numpy writes it: the pickle sets its type and contents afterwards."""
-    if kind is not _NDARRAY or shape != (0,):
-        raise pickle.UnpicklingError(f"makes a {kind!r} of shape {shape!r} where an empty array belongs")
+def _make_array(*_: object) -> NDArray[Any]:
+    """An empty array, as numpy writes one: the pickle sets its type, shape and contents next."""
     return np.empty(0, np.uint8)
 
 
@@ -180,11 +178,10 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_NDARRAY = object()  # stands for numpy.ndarray, which must not be called
 _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _make_array,
     ("numpy.core.multiarray", "scalar"): _make_scalar,
-    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "ndarray"): None,  # only named, as an argument of _reconstruct
     ("numpy", "dtype"): _make_dtype,
     ("_codecs", "encode"): _encode,
 }

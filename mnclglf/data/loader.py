@@ -112,7 +112,7 @@ class Loader(ABC):
 
 
 class ReferenceLoader(Loader):
-    """torchvision, one image after the other, on one core."""
+    """torchvision, one image after the other."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         for step in range(start, stop):
@@ -141,7 +141,10 @@ class ReferenceLoader(Loader):
 
 
 class DaliLoader(Loader):
-    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used."""
+    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used.
+
+    On a GPU a batch belongs to the stream that is current when it is taken: its memory is reused in that stream's order.
+    """
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         steps = range(start, stop)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mnclglf.reports.run_files import Record, finite
+from mnclglf.reports.run_files import Record, finite, step_of
 
 DOTS_PER_INCH = 160
 SMOOTH_ABOVE = 100  # points: from here on a running mean is drawn over them
@@ -127,9 +127,9 @@ def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, t
     return _panels(records, drawn or panels, theme)
 
 
-def series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one key, where both are finite numbers."""
-    pairs = [(finite(record.get("step")), finite(record.get(key))) for record in records]
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one key, where both are there and finite."""
+    pairs = [(step_of(record), finite(record.get(key))) for record in records]
     known = [(step, value) for step, value in pairs if step is not None and value is not None]
     return [step for step, _ in known], [value for _, value in known]
 
@@ -225,7 +225,7 @@ def _draw(axis: Axes, records: Sequence[Record], panel: Panel, theme: Theme) -> 
         axis.legend(frameon=False, fontsize=8, labelcolor=theme.text, handlelength=1.8)
 
 
-def _draw_curve(axis: Axes, steps: list[float], values: list[float], label: str, color: str, smooth: bool) -> None:
+def _draw_curve(axis: Axes, steps: list[int], values: list[float], label: str, color: str, smooth: bool) -> None:
     if not smooth or len(steps) <= SMOOTH_ABOVE:
         marker = "o" if len(steps) < 3 else None
         axis.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=4, label=label)

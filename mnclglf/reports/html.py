@@ -90,7 +90,7 @@ def progress(run: RunFiles) -> Progress | None:
     last = run.records[-1]
     epoch, epochs = finite(last.get("epoch")), finite(_section(run.config, "optim").get("epochs"))
     total = round(epochs * last["step"] / epoch) if epoch and epochs else None
-    return Progress(step=int(last["step"]), total=total, epoch=epoch, epochs=int(epochs) if epochs else None)
+    return Progress(step=last["step"], total=total, epoch=epoch, epochs=int(epochs) if epochs else None)
 
 
 def state_line(run: RunFiles) -> str:

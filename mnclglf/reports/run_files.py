@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Record = dict[str, Any]
+FP32_MAX = 3.4028234663852886e38
 
 
 class Views(NamedTuple):
@@ -73,7 +73,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     if not path.exists():
         return [], 0
     *lines, last = path.read_text(errors="replace").split("\n")
-    by_step: dict[float, Record] = {}
+    by_step: dict[int, Record] = {}
     unreadable = 0
     for line in [*lines, last]:
         record = _parse_record(line)
@@ -87,18 +87,24 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 def finite(value: object) -> float | None:
-    """`value` as a number, or None where it is none or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` as a number, or None where it is none, or not finite, or beyond fp32, in which all figures are taken."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
         return None
     return float(value)
+
+
+def step_of(record: Record) -> int | None:
+    """The step of a record, or None where it has none or what stands there cannot be one."""
+    step = record.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53 else None
 
 
 def _parse_record(line: str) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and finite(cast("Record", record).get("step")) is not None else None
+    return record if isinstance(record, dict) and step_of(cast("Record", record)) is not None else None
 
 
 def _read_json(path: Path) -> object:

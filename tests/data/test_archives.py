@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import os
@@ -182,6 +183,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
         np.array(["text"]),
         np.zeros(1, dtype=[("field", "u1")]),
         _Calls(bytearray, 2**40),
+        _Calls(codecs.encode, "text", "rot13"),  # the maker of bytes, as another codec
     ]
     for number, attack in enumerate(attacks):
         path = write(tmp_path / f"{number}.pkl", pickle.dumps({b"data": attack}, protocol=2))

@@ -1,0 +1,136 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnclglf.cli import Knn, Linear, Train, main, parse
+from mnclglf.config import from_dict
+from mnclglf.recipes import paper, quick
+
+TINY = (
+    "train --dataset digits --recipe quick --image-size 8 --train-images 320 --width 2 --projector-width 16 "
+    "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64"
+)
+
+
+def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a wrong command line prints; it must exit with 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(shlex.split(arguments))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+def test_options_start_from_the_recipe() -> None:
+    command = parse(shlex.split("train --recipe quick --dataset mnist5k --lr 0.5 --lambda 2 --crop-scale 0.3 0.9"))
+    assert isinstance(command, Train)
+    expected = quick("mnclglf", "mnist5k")
+    assert command.config.model == expected.model
+    assert (command.config.optim.lr, command.config.objective.lambda_) == (0.5, 2.0)
+    assert command.config.view.crop_scale == (0.3, 0.9)
+    assert command.config.view.rotation_degrees == expected.view.rotation_degrees
+
+
+@pytest.mark.parametrize("arguments", ["--dataset=cifar10 --recipe=paper", "--recipe paper --dataset cifar10", ""])
+def test_the_paper_recipe_on_cifar10_is_the_default(arguments: str) -> None:
+    assert parse(["train", *shlex.split(arguments)]).config == paper("mnclglf", "cifar10")
+
+
+def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("train --recipe quick --dataset fashion_mnist --seed 7 --print-config")) == 0
+    config = from_dict(json.loads(capsys.readouterr().out))
+    assert (config.recipe, config.dataset, config.seed) == ("quick", "fashion_mnist", 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("train --lambada 3", "Unrecognized options: --lambada"),
+        ("train --recipe qick", "invalid choice 'qick' for argument '--recipe'"),
+        ("train --dataset mnist", "invalid choice 'mnist' for argument '--dataset'"),
+        ("train --k 5", "k 5 must be 1, 2, 3 or 4"),
+        ("train --image-size 31", "image_size 31 must be even"),
+        ("train --queue-size 100", "batch_size 256 is more than queue_size 100"),
+        ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
+        ("train --lr fast", "fast"),
+        ("knn", "Missing from mnclglf knn"),
+        ("dance", "Available subcommands: train, knn, linear, report"),
+    ],
+)
+def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("knn nowhere", "nowhere/config.json does not exist"),
+        ("linear nowhere", "linear needs --fast"),
+        ("report nowhere", "nowhere"),
+        ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
+        (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
+        (f"{TINY} --resume missing.pt", "missing.pt does not exist; --resume takes auto, never or"),
+    ],
+)
+def test_an_error_is_one_line_without_a_traceback(
+    arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(arguments)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mnclglf: ")
+    assert named in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_commands_know_their_settings() -> None:
+    knn = parse(shlex.split("knn runs/x --k 5 --vote-temperature 0.1 --split validation"))
+    assert knn == Knn(run=Path("runs/x"), k=5, vote_temperature=0.1, split="validation")
+    assert parse(shlex.split("linear runs/x --fast")) == Linear(run=Path("runs/x"), fast=True)
+
+
+def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main([*shlex.split(TINY), "--out", str(out)]) == 0
+    assert f"report: {out}/report.html" in capsys.readouterr().out
+    for command in ("knn {} --split validation", "linear {} --fast", "knn {}"):
+        assert main(shlex.split(command.format(out))) == 0
+    results = json.loads((out / "evaluation.json").read_text())
+    keys = {(result["protocol"], result["representation"], result["split"]) for result in results}
+    assert keys == {
+        (protocol, representation, split)
+        for protocol, split in [
+            ("knn", "validation"),
+            ("knn", "test"),
+            ("linear", "test"),
+            ("linear_10_labels", "test"),
+        ]
+        for representation in ("pretrained", "untrained", "raw pixels")
+    }
+    assert {result["settings"]["step"] for result in results} == {10}
+    page = (out / "report.html").read_text()
+    assert "raw pixels" in page
+    assert "untrained" in page
+
+
+def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    assert main([*shlex.split(TINY.replace("--validation-images 64", "--epochs 1")), "--out", out]) == 0
+    assert main(["knn", out, "--split", "validation"]) == 1
+    assert "held no images out; train with --validation-images" in capsys.readouterr().err
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys, mnclglf.cli as cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
