@@ -26,4 +26,4 @@ def update_momentum(follower: nn.Module, online: nn.Module, momentum: float, kee
     followers: list[Tensor] = [*follower.parameters()]
     targets: list[Tensor] = [*online.parameters()]
     weight = keep.to(followers[0].dtype) * (1 - momentum)
-    torch._foreach_lerp_(followers, targets, [weight] * len(followers))  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_lerp_(followers, targets, [weight] * len(followers))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -74,7 +74,8 @@ def test_epochs_and_seeds_have_other_orders() -> None:
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(one) == list(range(100)) for one in orders)
     assert len({tuple(one) for one in orders}) == 4
-    assert orders[0][:6] == [94, 92, 77, 97, 35, 4]  # pinned: a run that is resumed by a later version goes on in the same order
+    # pinned: a run that a later version resumes must go on in the same order
+    assert orders[0][:6] == [94, 92, 77, 97, 35, 4]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
