@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnclglf.evaluation.accuracy import Accuracy
 from mnclglf.evaluation.knn import weighted_knn
-from mnclglf.evaluation.linear_probe import ALL_LABELS_C, FEW_LABELS_C, few_labels, fit_linear
+from mnclglf.evaluation.linear_probe import FEW_LABELS_C, choose_c, few_labels, fit_linear
 from mnclglf.evaluation.results import Protocol, Result
 
 FEW_LABELS: dict[str, int] = {"per_class": 10, "draws": 5, "seed": 0}
@@ -64,7 +64,8 @@ def _run(
         settings = {"k": k, "temperature": temperature}
         return [weighted_knn(*sets, classes=classes, k=k, temperature=temperature)], settings
     if protocol == "linear":
-        return [fit_linear(*sets, classes=classes)], {"solver": "logistic regression", "C": ALL_LABELS_C}
+        c = choose_c(*sets[:2], classes=classes)
+        return [fit_linear(*sets, classes=classes, c=c)], {"solver": "logistic regression", "C": c}
     if protocol == "linear_10_labels":
         return few_labels(*sets, classes=classes, **FEW_LABELS), {
             "solver": "logistic regression", "C": FEW_LABELS_C, **FEW_LABELS

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from mnclglf.evaluation.linear_probe import (
-    ALL_LABELS_C,
+    C_GRID,
+    DEFAULT_C,
     FEW_LABELS_C,
     balanced_subsets,
+    choose_c,
     few_labels,
     fit_linear,
     standardise,
@@ -59,7 +61,7 @@ def test_agrees_with_torchs_solver(classes: int):
     test, test_labels = mixture(999, 12, classes, seed=2)
     mean, deviation = train.double().mean(0), train.double().std(0, correction=0)
     # Two classes: scikit-learn fits one weight vector w where softmax has w / 2 and -w / 2, half the penalty.
-    c = ALL_LABELS_C if classes > 2 else 2 * ALL_LABELS_C
+    c = DEFAULT_C if classes > 2 else 2 * DEFAULT_C
     logits = solved_by_torch((train - mean) / deviation, labels, (test - mean) / deviation, classes, c)
     accuracy = fit_linear(train, labels, test, test_labels, classes=classes)
     # fp32 and a tolerance of 1e-4 on the gradient may turn a test row that lies on the border: two of 999
@@ -179,3 +181,22 @@ def test_errors_name_what_is_wrong():
         fit_linear(train, labels, train[:, :5], labels, classes=4)
     with pytest.raises(ValueError, match="test features hold NaN or infinity"):
         fit_linear(train, labels, train * math.inf, labels, classes=4)
+
+
+def test_c_is_the_one_that_does_best_on_rows_the_fit_does_not_see():
+    labels = torch.arange(300) % 3
+    signal = F.one_hot(labels, 3).float() + 0.7 * torch.randn(300, 3)
+    wide = torch.cat([signal, torch.randn(300, 40)], dim=1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(300))
+    held_out, fit = order[:60], order[60:]
+    scores = {
+        c: fit_linear(wide[fit], labels[fit], wide[held_out], labels[held_out], classes=3, c=c).top1 for c in C_GRID
+    }
+    assert len(set(scores.values())) > 1  # or any choice would do
+    assert scores[choose_c(wide, labels, classes=3)] == max(scores.values())
+
+
+def test_a_narrow_representation_gets_a_weak_penalty():
+    labels = torch.arange(600) % 10
+    features = torch.linspace(-1, 1, 10)[labels][:, None] + 0.02 * torch.randn(600, 1)  # ten classes in a row
+    assert choose_c(features, labels, classes=10) == C_GRID[-1]

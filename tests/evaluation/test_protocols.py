@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.evaluation.knn import weighted_knn
-from mnclglf.evaluation.linear_probe import few_labels, fit_linear
+from mnclglf.evaluation.linear_probe import choose_c, few_labels, fit_linear
 from mnclglf.evaluation.protocols import evaluate
 from mnclglf.evaluation.results import Protocol, Result, load_results, save_results
 
@@ -40,7 +40,9 @@ def test_each_protocol_measures_each_representation():
         draws = few_labels(*arguments, classes=4)
         top1 = [draw.top1 for draw in draws]
         assert found[0].top1 == weighted_knn(*arguments, classes=4, k=5).top1
-        assert found[1].top1 == fit_linear(*arguments, classes=4).top1
+        chosen = choose_c(train, TRAIN_LABELS, classes=4)
+        assert found[1].settings["C"] == chosen
+        assert found[1].top1 == fit_linear(*arguments, classes=4, c=chosen).top1
         assert found[2].top1 == pytest.approx(statistics.fmean(top1))
         assert found[2].deviation == pytest.approx(statistics.stdev(top1))
         assert found[0].deviation is None
