@@ -134,3 +134,17 @@ def test_ci_runs_the_checks_then_the_tests():
     for path in (script, ROOT / ".github" / "workflows" / "ci.yml", ROOT / ".pre-commit-config.yaml"):
         text = path.read_text()
         assert 0 <= text.index("make check") < text.index("make test"), path
+
+
+def test_everything_imports_without_triton_and_dali() -> None:
+    modules = [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for root, package in ((ROOT, "mnclglf"), (ROOT / "kernels", "mnclglf_kernels"))
+        for path in sorted((root / package).rglob("*.py"))
+        if path.name not in ("__init__.py", "__main__.py") and path != ROOT / "mnclglf" / "data" / "dali.py"
+    ]
+    assert "mnclglf.engine.train" in modules
+    lines = ["import sys", "sys.modules |= {name: None for name in ('triton', 'nvidia.dali')}"]
+    code = "\n".join(lines + [f"import {module}" for module in modules])
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
