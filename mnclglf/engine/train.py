@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -223,18 +224,17 @@ class Trainer:
             self.out / "views.npz", lambda file: np.savez(file, images=images, views=views, mean=mean, std=std)
         )
 
-        say, total = self.console.print, self.schedule.total_steps
+        say, total = partial(self.console.print, highlight=False, soft_wrap=True), self.schedule.total_steps
         say(
             f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
             f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
-            f"{dtype}, loader {loader}, kernels {kernels}",
-            highlight=False,
+            f"{dtype}, loader {loader}, kernels {kernels}"
         )
         if self.start:
-            say(f"going on after step {self.start} of {total}", highlight=False)
+            say(f"going on after step {self.start} of {total}")
         if self.start < total:
             seconds = step_seconds(self.method, self.config.optim.batch_size, self.side, self.device, self.dtype)
-            say(f"estimated time: {duration(seconds * (total - self.start))}", highlight=False)
+            say(f"estimated time: {duration(seconds * (total - self.start))}")
 
 
 def timed(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
