@@ -1,4 +1,5 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
 """Views made by DALI: one pipeline for the CPU and for the GPU, without randomness or state of its own.
 
 The parameters of each view are inputs, drawn by views.draw_parameters; the operations and their order are those of

@@ -175,14 +175,14 @@ class DaliLoader(Loader):
         from mnclglf.data.dali import view_inputs, view_pipeline
 
         cuda = self._device.type == "cuda"
-        device_id = torch.cuda.current_device() if cuda and self._device.index is None else self._device.index
+        device_id = torch.empty(0, device=self._device).device.index if cuda else None  # plain "cuda" has no index
         pipeline = view_pipeline(
             (view_inputs(*self._draw(rows, epoch), self._config) for rows, epoch in plan),
             self._config,
             side=self.side,
             batch_size=most * self._views,
             threads=self._threads,
-            device_id=device_id if cuda else None,
+            device_id=device_id,
             mean=self.mean,
             std=self.std,
         )

@@ -33,8 +33,8 @@ def render_view(
     pixels = torch.tensor(image).permute(2, 0, 1)
     if p.angle[row] != 0:
         pixels = F.rotate(pixels, float(p.angle[row]), F.InterpolationMode.BILINEAR)
-    box = [int(column[row]) for column in (p.top, p.left, p.crop_height, p.crop_width)]
-    pixels = F.resized_crop(pixels, *box, [side, side], _MODES[interpolation], antialias=True)
+    top, left, height, width = (int(column[row]) for column in (p.top, p.left, p.crop_height, p.crop_width))
+    pixels = F.resized_crop(pixels, top, left, height, width, [side, side], _MODES[interpolation], antialias=True)
     pixels = _change_colours(F.to_dtype(pixels, torch.float32, scale=True), p, row)
     if p.flip[row]:
         pixels = F.horizontal_flip(pixels)

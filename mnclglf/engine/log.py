@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from datetime import timedelta
@@ -19,14 +20,12 @@ PLAIN_LINE_SECONDS = 10.0  # between two progress lines where there is no termin
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, oldest first; a last line torn by a crash is left out."""
+    """The records of metrics.jsonl, oldest first; a line torn by a crash is left out."""
     records: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
     return records
 
 
