@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -15,7 +16,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 from rich.console import Console
 
-from mnclglf.config import DatasetName, MethodName, RecipeName, RunConfig, require, to_dict
+from mnclglf.config import DatasetName, Device, MethodName, RecipeName, RunConfig, require, to_dict
 from mnclglf.recipes import RECIPES
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -45,33 +46,37 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn:
-    """Weighted k-nearest-neighbor accuracy of a run's encoder, beside the untrained encoder and raw pixels."""
+class Evaluation:
+    """What the evaluations have in common."""
 
     run: Run
     """Run directory."""
+    split: Literal["test", "validation"] = "test"
+    """Images to classify; validation are those that --validation-images held out."""
+    checkpoint: Path | None = None
+    """Checkpoint to evaluate; None is the newest."""
+    data_dir: Path | None = None
+    """Folder of the data set's files; None is the run's own."""
+    device: Device = "auto"
+    """auto is cuda where torch sees a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Evaluation):
+    """Weighted k-nearest-neighbor accuracy of a run's encoder, beside the untrained encoder and raw pixels."""
+
     k: int = 20
     """Neighbors that vote."""
     vote_temperature: float = 0.07
     """Temperature of the votes."""
-    split: Literal["test", "validation"] = "test"
-    """Images to classify; validation are those that --validation-images held out."""
-    checkpoint: Path | None = None
-    """Checkpoint to evaluate; None is the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(Evaluation):
     """Accuracy of a linear classifier on a run's frozen features, beside the untrained encoder and raw pixels."""
 
-    run: Run
-    """Run directory."""
     fast: bool = False
-    """Logistic regression on cached features, on all labels and on 10 a class: the protocol of this version."""
-    split: Literal["test", "validation"] = "test"
-    """Images to classify; validation are those that --validation-images held out."""
-    checkpoint: Path | None = None
-    """Checkpoint to evaluate; None is the newest."""
+    """Logistic regression on features computed once, on all labels and on 10 a class: this version's protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return run(parse(sys.argv[1:] if arguments is None else arguments), Console())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = f"mnclglf: {error}"
         Console(stderr=True).print(message, style="bold red", highlight=False, soft_wrap=True, markup=False)
@@ -152,11 +159,17 @@ def run(command: Command, console: Console) -> int:
 
 def train(command: Train, console: Console) -> tuple[Path, int]:
     """Trains; gives the run directory and the exit code."""
-    from mnclglf.engine.train import Trainer
+    from mnclglf.engine.train import Trainer, TrainingError
+    from mnclglf.reports.html import write_report
 
     config = command.config
     folder = command.out or Path("runs") / f"{config.method}-{config.dataset}-{config.recipe}-seed{config.seed}"
-    stopped = Trainer(config, folder, resume=command.resume, console=console).train()
+    trainer = Trainer(config, folder, resume=command.resume, console=console)
+    try:
+        stopped = trainer.train()
+    except TrainingError:
+        write_report(folder)  # it says where the run stopped
+        raise
     if not stopped:
         return folder, 0
     console.print(f"stopped and saved; the same command with --out {folder} goes on from there", soft_wrap=True)
@@ -178,9 +191,9 @@ def evaluate_run(command: Knn | Linear, console: Console) -> None:
     if isinstance(command, Linear):
         require(command.fast, "linear needs --fast: the paper's protocol, 90 epochs of LARS, is not in this version")
     config, method, step = load_trained(command.run, command.checkpoint)
-    device = choose_device(config.engine)
+    device = choose_device(replace(config.engine, device=command.device))
     dtype = autocast_dtype(config.engine, device)
-    images, test = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)
+    images, test = load_dataset(config.dataset, command.data_dir or config.data.data_dir, download=config.data.download)
     images, held_out = split_train(images, config.data)
     if command.split == "validation":
         require(len(held_out) > 0, f"{command.run} held no images out; train with --validation-images N to have some")

@@ -7,6 +7,7 @@ config.json and back. A value that cannot work raises ValueError with the value 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ LoaderName = Literal["auto", "dali", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
 Precision = Literal["auto", "bf16", "fp32"]
+Device = Literal["auto", "cuda", "cpu"]
 KernelBackend = Literal["auto", "triton", "torch"]
 
 
@@ -155,10 +157,10 @@ class ObjectiveConfig:
     """Contrast one random combination a step instead of all C(4, k) (Table 5)."""
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, f"temperature {self.temperature} must be positive; the paper uses 1.0")
+        require(0 < self.temperature < math.inf, f"temperature {self.temperature} must be positive; the paper uses 1.0")
         require(0 <= self.ema_momentum <= 1, f"ema_momentum {self.ema_momentum} must lie in 0..1; the paper uses 0.99")
         require(self.queue_size >= 1, f"queue_size {self.queue_size} must be at least 1")
-        require(self.lambda_ >= 0, f"lambda {self.lambda_} must be 0 or more; the paper uses 6")
+        require(0 <= self.lambda_ < math.inf, f"lambda {self.lambda_} must be 0 or more; the paper uses 6")
         require(self.k in (1, 2, 3, 4), f"k {self.k} must be 1, 2, 3 or 4: an image has four patches")
 
 
@@ -182,20 +184,20 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
         require(self.batch_size >= 2, f"batch_size {self.batch_size} must be at least 2: batch norm needs two images")
-        require(self.lr > 0, f"lr {self.lr} must be positive")
+        require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.1")
         require(
             0 <= self.warmup_epochs < self.epochs,
             f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}",
         )
         require(0 <= self.sgd_momentum < 1, f"sgd_momentum {self.sgd_momentum} must lie in [0, 1)")
-        require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must be 0 or more")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the run is executed: nothing here changes what is computed, up to rounding."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """auto is cuda where torch sees a GPU."""
     precision: Precision = "auto"
     """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32."""

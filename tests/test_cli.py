@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from mnclglf.cli import Knn, Linear, Train, main, parse
 from mnclglf.config import from_dict
+from mnclglf.data.datasets import channel_statistics, load_dataset, split_train
+from mnclglf.data.views import whole_views
+from mnclglf.engine.run import build_method, load_trained
 from mnclglf.recipes import paper, quick
 
 TINY = (
     "train --dataset digits --recipe quick --image-size 8 --train-images 320 --width 2 --projector-width 16 "
-    "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64"
+    "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64 "
+    "--precision fp32"
 )
 
 
@@ -76,7 +82,8 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("report nowhere", "nowhere"),
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
-        (f"{TINY} --resume missing.pt", "missing.pt does not exist; --resume takes auto, never or"),
+        (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
+        (f"{TINY} --kernels triton", "backend 'triton' needs CUDA tensors"),
     ],
 )
 def test_an_error_is_one_line_without_a_traceback(
@@ -97,13 +104,30 @@ def test_commands_know_their_settings() -> None:
     assert parse(shlex.split("linear runs/x --fast")) == Linear(run=Path("runs/x"), fast=True)
 
 
+def text_of(run: Path) -> str:
+    return (run / "evaluation.json").read_text()
+
+
+def nearest_one(encoder: torch.nn.Module | None) -> float:
+    """Accuracy on the test digits of scikit-learn's nearest neighbor by cosine; None is TINY's untrained encoder."""
+    config = parse(shlex.split(TINY)).config
+    encoder = (encoder or build_method(config, torch.float32).encoder).eval()
+    train, test = load_dataset("digits")
+    train, _ = split_train(train, config.data)
+    mean, std = channel_statistics(train.images)
+    with torch.no_grad():
+        features = [encoder(whole_views(s.images, 8, mean, std, torch.float32)).numpy() for s in (train, test)]
+    nearest = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(features[0], train.labels)
+    return float(nearest.score(features[1], test.labels))
+
+
 def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main([*shlex.split(TINY), "--out", str(out)]) == 0
     assert f"report: {out}/report.html" in capsys.readouterr().out
     for command in ("knn {} --split validation", "linear {} --fast", "knn {}"):
         assert main(shlex.split(command.format(out))) == 0
-    results = json.loads((out / "evaluation.json").read_text())
+    results = json.loads(text_of(out))
     keys = {(result["protocol"], result["representation"], result["split"]) for result in results}
     assert keys == {
         (protocol, representation, split)
@@ -116,6 +140,13 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
         for representation in ("pretrained", "untrained", "raw pixels")
     }
     assert {result["settings"]["step"] for result in results} == {10}
+    _, method, _ = load_trained(out)
+    trained = {name: nearest_one(encoder) for name, encoder in (("pretrained", method.encoder), ("untrained", None))}
+    assert trained["pretrained"] != trained["untrained"]  # or the next line could not tell them apart
+    assert main(shlex.split(f"knn {out} --k 1")) == 0
+    found = {(r["representation"], r["split"], r["protocol"]): r["top1"] for r in json.loads(text_of(out))}
+    for name, expected in trained.items():
+        assert found[name, "test", "knn"] == pytest.approx(expected)
     page = (out / "report.html").read_text()
     assert "raw pixels" in page
     assert "untrained" in page
@@ -126,6 +157,14 @@ def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.Capture
     assert main([*shlex.split(TINY.replace("--validation-images 64", "--epochs 1")), "--out", out]) == 0
     assert main(["knn", out, "--split", "validation"]) == 1
     assert "held no images out; train with --validation-images" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_training_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mnclglf.cli.run", interrupted)
+    assert main(["report", "x"]) == 130
 
 
 def test_help_does_not_load_torch() -> None:

@@ -57,6 +57,8 @@ class ImageSet:
     """[n], 0 to len(classes) - 1."""
     classes: tuple[str, ...]
     """What each label is called."""
+    origin: NDArray[np.int64] | None = None
+    """[n], the row of each image in the set that this one was picked from; None where it is whole."""
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -72,7 +74,11 @@ class ImageSet:
     def subset(self, rows: ArrayLike) -> ImageSet:
         """The images at these row numbers, in this order."""
         picked = np.asarray(rows, dtype=np.int64)
-        return replace(self, images=self.images[picked], labels=self.labels[picked])
+        return replace(self, images=self.images[picked], labels=self.labels[picked], origin=self.published_rows(picked))
+
+    def published_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the images at these row numbers stand in the data set as it was read, before any choice of images."""
+        return rows if self.origin is None else self.origin[rows]
 
 
 def load_dataset(

@@ -51,23 +51,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, or of another format.
     """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is no file; --resume takes auto, never or a checkpoint, RUN/checkpoints/step-N.pt"
+        )
     remedy = "delete it to go on from an earlier one"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged (checksum of {damaged}); {remedy}")
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and plain values; {remedy}") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; --resume takes auto, never or a checkpoint's path") from error
-    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except Exception as error:  # damage comes out as anything: OSError, zlib.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}")
     return state
 
 

@@ -24,8 +24,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
+                record = json.loads(line)
+                records += [record] if record["step"] >= 0 else []
     return records
 
 

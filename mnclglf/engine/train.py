@@ -20,7 +20,14 @@ from torch import Tensor
 from mnclglf.config import RunConfig, from_dict, to_dict
 from mnclglf.data.datasets import channel_statistics, load_dataset, split_train, view_side
 from mnclglf.data.loader import Batch, Loader, batch_indices, make_loader
-from mnclglf.engine.checkpoint import CheckpointError, delete_old_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.engine.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    delete_old_checkpoints,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.guard import Guard, NonFiniteError
 from mnclglf.engine.health import effective_rank, feature_std, neighbor_agreement
@@ -52,12 +59,15 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        signal.signal(number, self.earlier[number])
+        self._put_back()
 
 
 class Trainer:
@@ -72,7 +82,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
         self.config, self.out, self.console = config, out, console or Console()
+        self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
+        self.kernels = resolve(config.engine.kernels, torch.empty(0, device=self.device))
+        checkpoint = find_checkpoint(out, resume)
         self.dtype = autocast_dtype(config.engine, self.device)
         train_images, _ = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)
         self.images, _ = split_train(train_images, config.data)
@@ -83,7 +96,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.method, config.optim)
         self.guard = Guard(self.device)
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
-        self.start = self._restore(find_checkpoint(out, resume))
+        self.start = self._restore(checkpoint)
 
     def train(self) -> int | None:
         """Trains to the end, or to SIGINT or SIGTERM, whose number it gives; a checkpoint holds the state either way.
@@ -114,11 +127,14 @@ class Trainer:
                     speed = (done - logged) * self.config.optim.batch_size / seconds
                     log.write({**record, "images_per_second": round(speed, 1), "data_wait_seconds": round(waited, 4)})
                     logged, waited = done, 0.0
-                if self._save_due(done) or stop.signal:
+                stopped = stop.signal  # read once: a signal may come at any moment
+                if self._save_due(done) or stopped:
                     self._check()
                     self._save(done)
-                if stop.signal:
-                    return stop.signal
+                if stopped:
+                    return stopped
+        if not checkpoint_path(self.checkpoints, total).exists():  # resumed at its end from another directory
+            self._save(total)
         return None
 
     def _make_loader(self) -> Loader:
@@ -140,7 +156,16 @@ class Trainer:
         if checkpoint is None:
             return 0
         state = load_checkpoint(checkpoint)
-        changed = differences(from_dict(json.loads(state["config"])), self.config)
+        later = [path for step, path in list_checkpoints(self.checkpoints) if step > state["step"]]
+        if later:
+            raise CheckpointError(
+                f"{self.out} holds {later[-1].name}, which is later than {checkpoint}; give another --out, or move the "
+                "later checkpoints away"
+            )
+        try:
+            changed = differences(from_dict(json.loads(state["config"])), self.config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint} holds settings that this version does not know: {error}") from error
         if changed:
             raise CheckpointError(
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
@@ -159,18 +184,24 @@ class Trainer:
         return milestone or done % max(1, round(config.save_every * epoch)) == 0 or done == self.schedule.total_steps
 
     def _save(self, done: int) -> None:
-        cuda = self.device.type == "cuda"
+        cuda, method = self.device.type == "cuda", self.method.state_dict()
+        broken = [name for name, value in method.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise TrainingError(
+                f"after step {done} {', '.join(broken[:3])} hold values that are not finite; not saved: the last "
+                f"checkpoint in {self.checkpoints} is. Lower --lr, in another --out"
+            )
         state = {
             "config": json.dumps(to_dict(self.config)),
-            "method": self.method.state_dict(),
+            "method": method,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
-        folder, keep_every = self.out / "checkpoints", self.config.engine.keep_every
-        save_checkpoint(folder, done, state)
+        keep_every = self.config.engine.keep_every
+        save_checkpoint(self.checkpoints, done, state)
         delete_old_checkpoints(
-            folder,
+            self.checkpoints,
             keep_last=self.config.engine.keep_last,
             milestone_steps=keep_every and keep_every * self.schedule.steps_per_epoch,
         )
@@ -180,13 +211,14 @@ class Trainer:
         try:
             self.guard.raise_if_failed()
         except NonFiniteError as error:
-            rows = batch_indices(self.config.seed, error.step, len(self.images), self.config.optim.batch_size).tolist()
-            path = self.out / "nonfinite.json"
-            write_json(path, {"step": error.step, "terms": error.terms, "images": rows})
+            batch = batch_indices(self.config.seed, error.step, len(self.images), self.config.optim.batch_size)
+            rows, path = self.images.published_rows(batch).tolist(), self.out / "nonfinite.json"
+            write_json(path, {"step": error.step + 1, "terms": error.terms, "images": rows})
             shown = ", ".join(map(str, rows[:8]))
             raise TrainingError(
-                f"{error}; the batch holds training images {shown}, ... (all {len(rows)} in {path}). Nothing of it was "
-                "kept: checkpoints end before this step. Lower --lr or raise --temperature, or look at these images"
+                f"step {error.step + 1}: {', '.join(error.terms)} not finite; the batch holds the data set's images "
+                f"{shown}, ... (all {len(rows)} in {path}). Nothing of it was kept: checkpoints end before this step. "
+                "Look at these images, or lower --lr or raise --temperature, in another --out"
             ) from error
 
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
@@ -211,9 +243,10 @@ class Trainer:
     def _describe(self) -> None:
         """Writes config.json, environment.json and the report's views; prints what was chosen and how long it takes."""
         self.out.mkdir(parents=True, exist_ok=True)
-        kernels = resolve(self.config.engine.kernels, self.labels)
+        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed while it saved
+            left_over.unlink()
         loader, dtype = type(self.loader).__name__, str(self.dtype).removeprefix("torch.")
-        chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
+        chosen = {"precision": dtype, "loader": loader, "kernels": self.kernels, "image_side": self.side}
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
@@ -228,7 +261,7 @@ class Trainer:
         say(
             f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
             f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
-            f"{dtype}, loader {loader}, kernels {kernels}"
+            f"{dtype}, loader {loader}, kernels {self.kernels}"
         )
         if self.start:
             say(f"going on after step {self.start} of {total}")

@@ -4,6 +4,6 @@ from mnclglf.config import MethodName
 from mnclglf.methods.method import Losses, Method
 from mnclglf.methods.mnclglf import MNCLGLF
 
-METHODS: dict[MethodName, type[MNCLGLF]] = {"mnclglf": MNCLGLF}
+METHODS: dict[MethodName, type[Method]] = {"mnclglf": MNCLGLF}
 
 __all__ = ["METHODS", "MNCLGLF", "Losses", "Method"]

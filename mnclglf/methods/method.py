@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.resnet import ResNet18
+from mnclglf_kernels import Backend
 
 
 class Losses(NamedTuple):
@@ -20,8 +23,8 @@ class Losses(NamedTuple):
     total: Tensor  # scalar, with gradient
     terms: dict[str, Tensor]  # named scalars
     features: Tensor  # [N, F] of the first view, detached
-    keys: Tensor | None = None  # [N, D] what the queue takes in
-    neighbors: Tensor | None = None  # [N] data-set index behind each nearest neighbor, -1 where random
+    keys: Tensor | None = None  # [M, D] momentum embeddings: checked to be finite; the queue takes in the first N
+    neighbors: Tensor | None = None  # [N] training image behind each nearest neighbor, -1 where random
 
 
 class Method(nn.Module, ABC):
@@ -33,7 +36,22 @@ class Method(nn.Module, ABC):
     """
 
     views: int
-    encoder: ResNet18
+
+    def __init__(
+        self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend
+    ) -> None:
+        """Makes the encoder.
+
+        Args:
+            model: encoder and heads.
+            objective: settings of the loss.
+            queue_dtype: storage of the queue's rows, where there is one.
+            backend: implementation of the operators, see mnclglf_kernels.resolve.
+        """
+        super().__init__()
+        self.objective = objective
+        self.backend: Backend = backend
+        self.encoder = ResNet18(model.stem, model.width)
 
     @abstractmethod
     def forward(self, views: Sequence[Tensor]) -> Losses:
@@ -45,7 +63,7 @@ class Method(nn.Module, ABC):
 
         Args:
             losses: what `forward` gave.
-            indices: [N] data-set index of each image.
+            indices: [N] rows of the run's training images.
             momentum: m at this step.
             keep: bool, 0-D; where false nothing may change.
         """

@@ -26,19 +26,11 @@ from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf.models.resnet import ResNet18
 from mnclglf_kernels import Backend, combine, contrastive_loss, divide
 
 
 class MNCLGLF(Method):
-    """The three networks and the queue. See the module for the algorithm.
-
-    Args:
-        model: encoder and heads.
-        objective: tau, m, K, lambda, k, one embedding.
-        queue_dtype: storage of the queue's rows.
-        backend: implementation of the operators, see mnclglf_kernels.resolve.
-    """
+    """The three networks and the queue. See the module for the algorithm, and Method for the arguments."""
 
     views = 3
 
@@ -50,10 +42,7 @@ class MNCLGLF(Method):
         queue_dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
-        self.objective = objective
-        self.backend: Backend = backend
-        self.encoder = ResNet18(model.stem, model.width)
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
@@ -67,7 +56,8 @@ class MNCLGLF(Method):
 
         with torch.no_grad():
             z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
-            neighbors, sources = self.queue.nearest(torch.cat([z1, z2]), self.backend)
+            keys = torch.cat([z1, z2])
+            neighbors, sources = self.queue.nearest(keys, self.backend)
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
 
@@ -77,22 +67,22 @@ class MNCLGLF(Method):
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},
             features=f1.detach(),
-            keys=z1,
+            keys=keys,
             neighbors=sources[: len(z1)],
         )
 
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
         update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
         assert losses.keys is not None
-        self.queue.push(losses.keys, indices, keep, self.backend)
+        z1 = losses.keys[: len(indices)]  # as it was before the lookup
+        self.queue.push(z1, indices, keep, self.backend)
 
     def stop_gradient_network(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
         """c1, c3: the online weights (equations 5, 6) on combined patches, leaving the online running statistics."""
         with batch_statistics_only(self.encoder, self.projector):
-            c1, c3 = (
-                self.projector(combine(self.encoder(divide(x, backend=self.backend)), self.objective.k))
-                for x in (x1, x3)
-            )
+            y1, y3 = (divide(x, backend=self.backend) for x in (x1, x3))  # [4N, C, H/2, W/2]
+            v1, v3 = (combine(self.encoder(y), self.objective.k, backend=self.backend) for y in (y1, y3))  # [S * N, F]
+            c1, c3 = self.projector(v1), self.projector(v3)
         if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once a step
             subsets = len(c1) // len(x1)
             drawn = torch.randint(subsets, (1,), device=c1.device)

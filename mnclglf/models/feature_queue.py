@@ -14,7 +14,7 @@ class FeatureQueue(nn.Module):
 
     Attributes:
         rows: [K, D].
-        sources: [K] int64, the data-set index of each row's image; -1 while the row is random.
+        sources: [K] int64, which of the run's training images each row came from; -1 while the row is random.
         pointer: int64, 0-D, the oldest row.
     """
 
@@ -37,6 +37,7 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self, rows: Tensor, sources: Tensor, keep: Tensor, backend: Backend = "auto") -> None:
         """Overwrites the oldest rows with [N, D] `rows` of the images [N] `sources`; nothing where `keep` is false."""
+        # Before enqueue, which moves the pointer.
         where = (self.pointer + torch.arange(len(sources), device=sources.device)) % len(self.sources)
         self.sources[where] = torch.where(keep, sources, self.sources[where])
         enqueue(self.rows, self.pointer, rows, keep=keep, backend=backend)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from torchvision.datasets import utils
 
 from mnclglf.config import DataConfig
@@ -348,3 +349,10 @@ def test_channel_statistics_are_those_of_the_pixels() -> None:
 )
 def test_view_side(height: int, width: int, size: int | None, side: int) -> None:
     assert view_side(image_set(2, height, width), size) == side
+
+
+def test_a_choice_of_a_choice_knows_where_its_images_stand_in_the_whole():
+    kept, _ = split_train(load_dataset("digits")[0], DataConfig(train_images=50, validation_images=10))
+    picked = kept.subset([3, 1])
+    published = load_digits().images[picked.published_rows(np.arange(2))]
+    np.testing.assert_array_equal(np.rint(published * (255 / 16)), picked.images[..., 0])

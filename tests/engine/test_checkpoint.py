@@ -62,8 +62,32 @@ def test_a_short_file_is_named_as_damage(tmp_path: Path, kept: float) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt does not exist; --resume takes"):
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file; --resume takes"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_directory_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no file; --resume takes") as caught:
+        load_checkpoint(tmp_path)
+    assert "delete" not in str(caught.value)
+
+
+def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.pt"
+    data = save_checkpoint(tmp_path, 1, {"weight": torch.arange(8.0)}).read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        state = None
+        with contextlib.suppress(CheckpointError):  # anything else that is raised fails the test
+            state = load_checkpoint(path)
+        assert state is None or torch.equal(state["weight"], torch.arange(8.0)), place
+
+
+def test_a_checkpoint_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.pt"
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(CheckpointError, match="has format None"):
+        load_checkpoint(path)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sklearn.datasets import load_digits
 
 from mnclglf.cli import parse
 from mnclglf.config import to_dict
@@ -148,6 +149,20 @@ def test_stopped_and_resumed_equals_straight(straight: Path, tmp_path: Path, num
     assert [record for record in figures(tmp_path) if record in figures(straight)] == figures(straight)
 
 
+def test_stopped_and_resumed_equals_straight_with_dali_in_bf16(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    settings = {
+        "data": dataclasses.replace(CONFIG.data, loader="dali"),
+        "engine": dataclasses.replace(CONFIG.engine, precision="bf16"),
+    }
+    trainer(tmp_path / "straight", **settings).train()
+    stopped = trainer(tmp_path / "stopped", **settings)
+    stopped.loader = LoaderThat(stopped.loader, 6, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.train() == signal.SIGTERM
+    trainer(tmp_path / "stopped", **settings).train()
+    assert_identical(final_state(tmp_path / "stopped"), final_state(tmp_path / "straight"))
+
+
 def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     signalled(tmp_path, 1, signal.SIGTERM).train()
@@ -167,6 +182,7 @@ def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> N
     output, _ = process.communicate()
     killed_at = [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
     assert killed_at, output
+    assert killed_at[-1] < STEPS, "the run was over before it could be killed"
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss"')  # a line torn by the kill
     trainer(tmp_path).train()
@@ -193,6 +209,34 @@ def test_a_checkpoint_of_another_run_can_be_named(straight: Path, tmp_path: Path
     assert resumed.start == 10
     resumed.train()
     assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_a_finished_checkpoint_of_another_run_is_taken_over(straight: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, resume=str(list_checkpoints(straight / "checkpoints")[-1][1])).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_an_earlier_checkpoint_does_not_run_into_later_ones(straight: Path) -> None:
+    earlier = list_checkpoints(straight / "checkpoints")[0][1]
+    with pytest.raises(CheckpointError, match=r"holds step-00000012\.pt, which is later than .*; give another --out"):
+        trainer(straight, resume=str(earlier))
+
+
+def test_a_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
+    state = final_state(straight)
+    config = json.loads(state["config"])
+    config["optim"]["nesterov"] = True
+    torch.save({**state, "config": json.dumps(config)}, tmp_path / "step-00000012.pt")
+    with pytest.raises(CheckpointError, match=r"settings that this version does not know: .*nesterov"):
+        trainer(tmp_path / "run", resume=str(tmp_path / "step-00000012.pt"))
+
+
+def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    left_over = tmp_path / "checkpoints" / ".step-00000002.pt.4242.tmp"
+    left_over.touch()
+    trainer(tmp_path).train()
+    assert not left_over.exists()
 
 
 def test_other_settings_are_refused_by_name(straight: Path) -> None:
@@ -226,15 +270,31 @@ def test_milestones_stay(tmp_path: Path) -> None:
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
     broken.loader = LoaderThat(broken.loader, 5, lambda batch: batch.views[1].fill_(torch.nan))
-    with pytest.raises(TrainingError, match=r"step 5: loss_m, gradient not finite; the batch holds training images"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: loss_m, gradient, keys not finite; the batch holds the data set's"
+    ):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
     assert [record["step"] for record in figures(tmp_path)] == [2, 4]
     failure = json.loads((tmp_path / "nonfinite.json").read_text())
-    rows = next(broken.loader.batches(5, 6)).indices.tolist()
-    assert failure == {"step": 5, "terms": ["loss_m", "gradient"], "images": rows}
+    assert (failure["step"], failure["terms"]) == (6, ["loss_m", "gradient", "keys"])
+    pixels = broken.images.images[next(broken.loader.batches(5, 6)).indices.numpy()]
+    published = np.rint(load_digits().images[failure["images"]] * (255 / 16))
+    assert np.array_equal(published, pixels[..., 0])
     for name, value in broken.method.named_parameters():
         assert value.isfinite().all(), name
+
+
+def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+
+    def spoil(batch: Batch) -> None:
+        broken.method.momentum[0].bn1.running_var[0] = torch.inf  # the batch norms still train on finite values
+
+    broken.loader = LoaderThat(broken.loader, 3, spoil)
+    with pytest.raises(TrainingError, match=r"after step 4 momentum\.0\.bn1\.running_var hold values .* not finite"):
+        broken.train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
 def test_the_estimate_changes_nothing() -> None:

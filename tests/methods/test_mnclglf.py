@@ -247,9 +247,9 @@ def test_nothing_is_kept_of_a_non_finite_step_or_any_after_it() -> None:
     stepper(broken)
     stepper(make_batch())  # the host has not looked yet
     assert_unchanged(stepper, before)
-    with pytest.raises(NonFiniteError, match="step 1: loss_m, gradient not finite") as caught:
+    with pytest.raises(NonFiniteError, match="step 1: loss_m, gradient, keys not finite") as caught:
         stepper.guard.raise_if_failed()
-    assert (caught.value.step, caught.value.terms) == (1, ["loss_m", "gradient"])
+    assert (caught.value.step, caught.value.terms) == (1, ["loss_m", "gradient", "keys"])
 
 
 def test_non_finite_keys_with_finite_losses_are_kept_out_of_the_queue() -> None:
@@ -262,6 +262,28 @@ def test_non_finite_keys_with_finite_losses_are_kept_out_of_the_queue() -> None:
     assert torch.equal(stepper.method.queue.rows, before_rows)
     with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
         stepper.guard.raise_if_failed()
+
+
+def test_a_non_finite_second_momentum_embedding_is_found() -> None:
+    stepper, batch = Stepper(make_method()), make_batch()
+    forward = stepper.method.momentum.forward
+    stepper.method.momentum.forward = lambda x: forward(x) * (torch.nan if x is batch.views[1] else 1)
+    assert all(value.isfinite() for value in stepper(batch).values())
+    with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
+        stepper.guard.raise_if_failed()
+
+
+def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    modules = ("patches", "contrastive", "neighbor", "queue")
+    for module in modules:
+        record = lambda backend, tensor, module=module: asked.append((module, backend))  # noqa: E731
+        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+    method = MNCLGLF(MODEL, ObjectiveConfig(queue_size=K), queue_dtype=torch.float64, backend="torch").double()
+    Stepper(method)(make_batch())
+    counts = {module: sum(name == module for name, _ in asked) for module in modules}
+    assert counts == {"patches": 4, "contrastive": 4, "neighbor": 1, "queue": 1}
+    assert {backend for _, backend in asked} == {"torch"}
 
 
 def test_good_steps_pass_the_guard() -> None:
