@@ -1,0 +1,61 @@
+"""A training step leaves the host free: nothing in it reads a value back from the device."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mnclglf.data.loader import Batch
+from mnclglf.engine.guard import Guard
+from mnclglf.engine.step import make_optimizer, train_step
+from mnclglf.methods import MNCLGLF
+
+READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on operators whose result the host must wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in READS_BACK, f"aten::{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def make_step(device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    objective = ObjectiveConfig(queue_size=40, one_embedding=True)
+    method = MNCLGLF(ModelConfig(width=4, projector_width=16, predictor_width=8), objective, queue_dtype=dtype)
+    method = method.to(device, memory_format=torch.channels_last).train()
+    optimizer, guard = make_optimizer(method, OptimConfig()), Guard(device)
+    views = torch.randn(3, 16, 3, 16, 16, device=device).to(dtype).unbind()
+    batch = Batch(tuple(view.to(memory_format=torch.channels_last) for view in views), torch.arange(16, device=device))
+    settings = {"step": 0, "lr": 0.1, "momentum": 0.99, "dtype": dtype}
+    return lambda: train_step(method, optimizer, guard, batch, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_operator_of_a_step_reads_back(dtype: torch.dtype) -> None:
+    step = make_step(torch.device("cpu"), dtype)
+    with NoReadBack():
+        losses, gradient_norm = step()
+    assert losses.total.isfinite()
+    assert gradient_norm > 0
+    with pytest.raises(AssertionError, match="waits for the device"), NoReadBack():
+        losses.total.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_on_the_gpu_never_synchronises(dtype: torch.dtype) -> None:
+    step = make_step(torch.device("cuda"), dtype)
+    step()  # libraries initialise themselves
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses, _ = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.total.isfinite()
