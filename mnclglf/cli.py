@@ -139,14 +139,14 @@ def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
 
 def run(command: Command, console: Console) -> int:
     """Runs `command`; gives the exit code."""
-    # Imported here, so that --help, --print-config and a wrong option need not wait for torch.
+    if isinstance(command, Train) and command.print_config:
+        sys.stdout.write(json.dumps(to_dict(command.config), indent=2) + "\n")
+        return 0
+    # Imported here, so that --help, --print-config and a wrong option need not wait for it; torch likewise below.
     from mnclglf.reports.html import write_report
 
     code = 0
     if isinstance(command, Train):
-        if command.print_config:
-            sys.stdout.write(json.dumps(to_dict(command.config), indent=2) + "\n")
-            return 0
         folder, code = train(command, console)
     elif isinstance(command, Report):
         folder = command.run
