@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from datetime import timedelta
@@ -15,19 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from mnclglf.files import write_atomically
+from mnclglf.records import read_records
 
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, oldest first; a line torn by a crash is left out."""
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-                record = json.loads(line)
-                records += [record] if record["step"] >= 0 else []
-    return records
 
 
 class RunLog:
@@ -42,7 +31,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
         self.path, self.start, self.total, self.console = folder / "metrics.jsonl", start, total, console
-        kept = [record for record in read_metrics(self.path) if record["step"] <= start]
+        kept = [record for record in read_records(self.path)[0] if record["step"] <= start]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.path, lambda file: file.write(text.encode()))
         self.earlier_seconds = kept[-1]["elapsed_seconds"] if kept else 0.0

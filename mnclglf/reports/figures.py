@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mnclglf.reports.run_files import Record, finite, step_of
+from mnclglf.records import Record, step_of
+from mnclglf.reports.run_files import finite
 
 DOTS_PER_INCH = 160
 SMOOTH_ABOVE = 100  # points: from here on a running mean is drawn over them

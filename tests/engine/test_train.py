@@ -22,9 +22,9 @@ from mnclglf.cli import parse
 from mnclglf.config import to_dict
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from mnclglf.engine.log import read_metrics
 from mnclglf.engine.run import build_method, load_trained
 from mnclglf.engine.train import Trainer, TrainingError, step_seconds
+from mnclglf.records import read_records
 
 STEPS, PER_EPOCH = 12, 4
 TIMES = ("images_per_second", "data_wait_seconds", "elapsed_seconds")  # the only figures that may differ
@@ -67,7 +67,7 @@ def assert_identical(first: object, second: object, name: str = "state") -> None
 
 def figures(out: Path) -> list[dict[str, object]]:
     """The records of the run less those that tell the time."""
-    records = read_metrics(out / "metrics.jsonl")
+    records = read_records(out / "metrics.jsonl")[0]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
@@ -95,7 +95,7 @@ def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
 
 
 def test_metrics_hold_every_figure(straight: Path) -> None:
-    records = read_metrics(straight / "metrics.jsonl")
+    records = read_records(straight / "metrics.jsonl")[0]
     assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
     for record in records:
         assert record["loss"] == pytest.approx(record["loss_s"] + 6 * record["loss_m"], rel=1e-5)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnclglf.records import read_records
 from mnclglf.reports import html
 from mnclglf.reports.html import Picture, progress, speed_lines, state_line, write_report
-from mnclglf.reports.run_files import RunFiles, read_records, read_run
+from mnclglf.reports.run_files import RunFiles, read_run
 
 FILES = ["config.json", "environment.json", "metrics.jsonl", "evaluation.json", "views.npz"]
 
