@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as mnclglf's own command sets it, before torch is loaded
-
 import pytest
 import torch
 

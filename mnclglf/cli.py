@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -96,9 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Wrong usage exits with 2 and says what is wrong.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Before torch is loaded: OpenMP threads that spin while they wait fight the loader's threads for the cores. Passive
-    # waiting cost make train's run 8% on two idle cores, where spinning on two shared ones cost it a factor of 5.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return run(parse(sys.argv[1:] if arguments is None else arguments), Console())
     except KeyboardInterrupt:

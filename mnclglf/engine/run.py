@@ -94,7 +94,7 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, 
     if path is None:
         raise CheckpointError(f"{run} has no checkpoint yet; train it with mnclglf train --out {run}")
     state = load_checkpoint(path)
-    method = build_method(config, state["method"]["queue.rows"].dtype)
+    method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     return config, method, state["step"]
 

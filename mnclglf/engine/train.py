@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import RunConfig, from_dict, to_dict
-from mnclglf.data.datasets import channel_statistics, load_dataset, split_train, view_side
+from mnclglf.data.datasets import load_dataset, split_train, view_side
 from mnclglf.data.loader import Batch, Loader, batch_indices, make_loader
 from mnclglf.engine.checkpoint import (
     CheckpointError,
@@ -251,8 +251,7 @@ class Trainer:
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
         views = np.stack([view.cpu().numpy() for view in self.loader.render(pictured, epoch=0)])
-        mean, std = channel_statistics(self.images.images)
-        images = self.images.images[pictured]
+        images, mean, std = self.images.images[pictured], self.loader.mean, self.loader.std
         write_atomically(
             self.out / "views.npz", lambda file: np.savez(file, images=images, views=views, mean=mean, std=std)
         )

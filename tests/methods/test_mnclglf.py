@@ -123,7 +123,8 @@ def test_fp32_steps_are_as_accurate_as_algorithm_1_in_fp32() -> None:
     def error(state: dict[str, Tensor]) -> float:
         return max((state[name] - value).abs().max().item() for name, value in true_state.items())
 
-    # Two roundings of one computation through 30 batch norms of a few rows: the same error within a factor of 4.
+    # Two roundings of one computation through 30 batch norms of a few rows: the same error within a factor of 4. The
+    # floor, some roundings of fp32 at 1.0, counts only where plain fp32 happens to be exact.
     assert error(dict(method.state_dict())) <= 4 * error(plain_state) + 1e-6
 
 
