@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -169,20 +168,35 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from pathlib import Path
+from mnclglf.cli import parse
+from mnclglf.engine.train import Trainer
+
+trainer = Trainer(parse(["train", *sys.argv[2:]]).config, Path(sys.argv[1]))
+batches = trainer.loader.batches
+
+def killing(start, stop):
+    for step, batch in enumerate(batches(start, stop), start):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+trainer.loader.batches = killing
+trainer.train()
+"""
+
+
 def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mnclglf", "train", *ARGUMENTS, "--out", str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_AT_STEP_5, str(tmp_path), *ARGUMENTS]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(tmp_path / "checkpoints") and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    output, _ = process.communicate()
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     killed_at = [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
-    assert killed_at, output
-    assert killed_at[-1] < STEPS, "the run was over before it could be killed"
+    assert killed_at == [2, 4]
+    assert killed_at[-1] < STEPS
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss"')  # a line torn by the kill
     trainer(tmp_path).train()
