@@ -191,7 +191,10 @@ trainer.train()
 def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_AT_STEP_5, str(tmp_path), *ARGUMENTS]
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    threads = str(torch.get_num_threads())  # another number sums in another order
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"
+    }  # fmt: skip
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     killed_at = [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
