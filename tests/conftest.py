@@ -5,11 +5,20 @@ import os
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Read when triton is imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import hypothesis
 import pytest
 import torch
 
-BACKENDS = ["torch"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import round_to_nearest_bf16
+
+    round_to_nearest_bf16()
+
+BACKENDS = ["torch", "triton"]
 
 torch.set_num_threads(2)
 

@@ -4,10 +4,24 @@ Letters in shapes: N images, C channels, H and W sides, F feature width, S = C(4
 K queue rows, M queries.
 """
 
-from mnclglf_kernels.backend import Backend, resolve
-from mnclglf_kernels.contrastive import contrastive_loss
+from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, resolve
+from mnclglf_kernels.contrastive import contrastive_loss, contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
 from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
 
-__all__ = ["Backend", "combine", "contrastive_loss", "divide", "enqueue", "nearest_neighbor", "resolve"]
+if HAS_TRITON:
+    import mnclglf_kernels._triton  # registers torch.ops.mnclglf.*
+if HAS_FAISS:
+    import mnclglf_kernels._faiss
+
+__all__ = [
+    "Backend",
+    "combine",
+    "contrastive_loss",
+    "contrastive_losses",
+    "divide",
+    "enqueue",
+    "nearest_neighbor",
+    "resolve",
+]

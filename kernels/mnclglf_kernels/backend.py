@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "torch", "faiss"]
+Resolved = Literal["triton", "torch", "faiss"]
+Kind = Literal["elementwise", "matmul", "lookup"]
+
+HAS_TRITON = find_spec("triton") is not None
+HAS_FAISS = find_spec("faiss") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined: at import
+CPU_MULTIPLIES_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def resolve(backend: Backend, tensor: Tensor) -> Literal["torch"]:
-    """The backend that an operator called with `backend` on `tensor` runs.
+def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> Resolved:
+    """The backend that an operator called with `backend` on `tensors` runs.
+
+    "auto" is "triton" on CUDA and "torch" elsewhere, and "torch" where Triton cannot run. With TRITON_INTERPRET=1 set
+    before the import, "triton" interprets its kernels on the CPU, slowly.
 
     Raises:
-        ValueError: `backend` is not a name this package knows.
+        ValueError: `backend` is not a name this package knows, or the tensors are on several devices.
         RuntimeError: the backend was asked for by name and cannot run; only "auto" falls back.
+        TypeError: the same, because of a dtype.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(Backend))}")
-    if backend == "triton" and not tensor.is_cuda:
-        raise RuntimeError(f"backend 'triton' needs CUDA tensors, got one on {tensor.device}; use 'auto' or 'torch'")
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' is not built in this version; use 'auto' or 'torch'")
-    return "torch"
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"tensors are on {device} and on {tensor.device}; move them to one device")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and triton_problem(tensors, kind) is None else "torch"
+    if backend == "triton" and (problem := triton_problem(tensors, kind)) is not None:
+        raise problem
+    if backend == "faiss" and kind != "lookup":
+        raise ValueError("backend 'faiss' looks up nearest neighbors and does nothing else; use 'auto' here")
+    if backend == "faiss" and (problem := faiss_problem(device)) is not None:
+        raise problem
+    return backend
+
+
+def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
+    """Why the Triton kernels cannot run on these tensors, or None."""
+    device = tensors[0].device
+    if not HAS_TRITON:
+        return RuntimeError("backend 'triton' needs the package triton, which is not installed; use 'torch'")
+    if device.type != "cuda" and not INTERPRETED:
+        return RuntimeError(
+            f"backend 'triton' needs CUDA tensors, got one on {device}; use 'auto' or 'torch' (or set "
+            "TRITON_INTERPRET=1 before the import, to interpret the kernels)"
+        )
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)  # Dynamo folds this call into a constant
+        if properties.major < 8:
+            return RuntimeError(
+                f"backend 'triton' needs an NVIDIA GPU of compute capability 8.0 or newer, {properties.name} has "
+                f"{properties.major}.{properties.minor}; use 'auto' or 'torch'"
+            )
+    for tensor in tensors:
+        if kind != "elementwise" and tensor.dtype not in TRITON_DTYPES:
+            return TypeError(f"backend 'triton' multiplies fp32, fp16 and bf16, not {tensor.dtype}; use 'torch'")
+    return None
+
+
+def faiss_problem(device: torch.device) -> Exception | None:
+    """Why FAISS cannot search on this device, or None."""
+    if not HAS_FAISS:
+        return RuntimeError(
+            "backend 'faiss' needs the package faiss, which is not installed; pip install 'mnclglf[faiss-gpu]' on a "
+            "machine with an NVIDIA GPU, 'mnclglf[faiss-cpu]' elsewhere, or use 'auto'"
+        )
+    if device.type == "cuda":
+        import faiss
+
+        # Without a GPU of its own, its GPU search ends the process.
+        if not hasattr(faiss, "get_num_gpus") or faiss.get_num_gpus() == 0:
+            return RuntimeError(
+                f"backend 'faiss' was given tensors on {device}, but this build of faiss sees no GPU; pip install "
+                "'mnclglf[faiss-gpu]' in place of faiss-cpu, or use 'auto'"
+            )
+    elif device.type != "cpu":
+        return RuntimeError(f"backend 'faiss' searches on CUDA and on the CPU, not on {device}; use 'torch'")
+    return None

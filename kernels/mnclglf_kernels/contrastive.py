@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_matrix, check_widths
+
+NORM_FLOOR = 1e-12  # F.normalize's
 
 
 def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *, backend: Backend = "auto") -> Tensor:
@@ -29,18 +33,79 @@ def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *
     Raises:
         ValueError: shapes that do not fit each other, or a temperature that is not positive.
         TypeError: a dtype that is not floating point.
+        RuntimeError: a backend that cannot run here.
     """
+    return contrastive_losses([(targets, predictions)], temperature, backend=backend)[0]
+
+
+def contrastive_losses(
+    pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, backend: Backend = "auto"
+) -> list[Tensor]:
+    """`contrastive_loss` of several pairs, in one launch where they have one N, one D and one dtype.
+
+    The pairs may differ in S, and a tensor may be in several of them.
+
+    Args:
+        pairs: of targets [S_i * N, D] and predictions [N, D].
+        temperature: tau > 0, the same for all.
+        backend: see `resolve`.
+
+    Returns:
+        A scalar a pair, in their order.
+
+    Raises:
+        As contrastive_loss.
+    """
+    for targets, predictions in pairs:
+        check_pair(targets, predictions)
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be positive")
+    if not pairs:
+        return []
+    if resolve(backend, *(rows for pair in pairs for rows in pair), kind="matmul") == "torch":
+        return [torch_contrastive_loss(*pair, temperature) for pair in pairs]
+    losses: dict[int, Tensor] = {}
+    for group in alike(pairs):
+        dense = [[rows.to(common_dtype(*pairs[i])).contiguous() for rows in pairs[i]] for i in group]
+        targets, predictions = ([pair[side] for pair in dense] for side in (0, 1))
+        results = torch.ops.mnclglf.contrastive_losses(targets, predictions, temperature)[0]
+        losses.update(zip(group, results.unbind(), strict=True))
+    return [losses[i] for i in range(len(pairs))]
+
+
+def check_pair(targets: Tensor, predictions: Tensor) -> None:
+    """ValueError or TypeError unless targets are [S * N, D] and predictions [N, D], floating point."""
     check_matrix("targets", targets, "[S * N, D]")
     check_matrix("predictions", predictions, "[N, D]")
     check_widths("targets", targets, "predictions", predictions)
     rows, candidates = targets.shape[0], predictions.shape[0]
     if candidates == 0 or rows == 0 or rows % candidates:
         raise ValueError(f"{rows} target rows are no positive multiple of {candidates} prediction rows")
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} must be positive")
-    resolve(backend, predictions)
-    dtype = torch.promote_types(torch.promote_types(targets.dtype, predictions.dtype), torch.float32)
+
+
+def alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """Positions of the pairs that share N, D and dtype, in the order of their first ones."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for i, (targets, predictions) in enumerate(pairs):
+        groups.setdefault((predictions.shape, common_dtype(targets, predictions)), []).append(i)
+    return list(groups.values())
+
+
+def common_dtype(targets: Tensor, predictions: Tensor) -> torch.dtype:
+    """The dtype that holds both."""
+    return torch.promote_types(targets.dtype, predictions.dtype)
+
+
+def torch_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
+    """One pair in PyTorch: norms divide the [S * N, N] products, so that no [S * N, D] rows are written."""
+    dtype = torch.promote_types(common_dtype(targets, predictions), torch.float32)
     with torch.autocast(predictions.device.type, enabled=False):
-        logits = F.normalize(targets.to(dtype)) @ F.normalize(predictions.to(dtype)).T / temperature
-        labels = torch.arange(candidates, device=logits.device).repeat(rows // candidates)
-        return F.cross_entropy(logits, labels)
+        targets, predictions = targets.to(dtype), predictions.to(dtype)
+        scale = inverse_norm(targets)[:, None] * (inverse_norm(predictions) / temperature)
+        labels = torch.arange(len(predictions), device=predictions.device).repeat(len(targets) // len(predictions))
+        return F.cross_entropy(targets @ predictions.T * scale, labels)
+
+
+def inverse_norm(rows: Tensor) -> Tensor:
+    """[M, D] to [M]: what F.normalize multiplies each row with."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(NORM_FLOOR).reciprocal()

@@ -32,7 +32,8 @@ def divide(images: Tensor, *, backend: Backend = "auto") -> Tensor:
     for side in images.shape[2:]:
         if side % 2 or side == 0:
             raise ValueError(f"image side {side} is odd or zero; the 2 x 2 division needs an even side")
-    resolve(backend, images)
+    if images.shape[0] and resolve(backend, images) == "triton":
+        return torch.ops.mnclglf.divide(images)
     top, bottom = images[:, :, :height], images[:, :, height:]
     return torch.cat([top[..., :width], top[..., width:], bottom[..., :width], bottom[..., width:]])
 
@@ -58,7 +59,8 @@ def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
         raise ValueError(f"features have {features.shape[0]} rows; combine needs four rows an image, [4N, F]")
     if k not in range(1, PATCHES + 1):
         raise ValueError(f"k is {k}; an image has four patches, so k must be 1, 2, 3 or 4")
-    resolve(backend, features)
+    if features.numel() and resolve(backend, features) == "triton":
+        return torch.ops.mnclglf.combine(features, k)
     patches = features.to(torch.promote_types(features.dtype, torch.float32)).chunk(PATCHES)
     sums = [sum(subset[1:], subset[0]) for subset in combinations(patches, k)]
     return (torch.cat(sums) / k).to(features.dtype)

@@ -39,7 +39,12 @@ def enqueue(
         raise TypeError(f"pointer is {pointer.dtype} of shape {tuple(pointer.shape)}; it must be a 0-D int64 tensor")
     if keep is not None and (keep.dtype != torch.bool or keep.dim() != 0):
         raise TypeError(f"keep is {keep.dtype} of shape {tuple(keep.shape)}; it must be a 0-D bool tensor")
-    resolve(backend, queue)
+    if not count:
+        return
+    gate = () if keep is None else (keep,)
+    if resolve(backend, queue, pointer, rows, *gate) == "triton":
+        torch.ops.mnclglf.enqueue(queue, pointer, rows, keep)
+        return
     where = (pointer + torch.arange(count, device=queue.device)).remainder_(size)
     values = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32))).to(queue.dtype)
     if keep is not None:

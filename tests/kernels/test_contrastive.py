@@ -49,6 +49,10 @@ def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float
 
 def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str, upstream: float = 1.0) -> None:
     """Loss and both gradients against the fp64 loops and against plain PyTorch in the dtype of the input."""
+    if backend == "triton" and torch.float64 in (targets.dtype, predictions.dtype):
+        with pytest.raises(TypeError, match="float64"):
+            contrastive_loss(targets, predictions, temperature, backend=backend)
+        return
     arguments = (targets, predictions, temperature, upstream)
     loss, *gradients = with_gradients(contrastive_loss, *arguments, backend=backend)
     plain_loss, *plain_gradients = with_gradients(plain_contrastive_loss, *arguments)
@@ -138,11 +142,11 @@ def test_no_gradient_where_none_is_asked(backend):
 
 
 def test_gradient_through_both_sides_of_one_tensor(backend):
-    rows = torch.randn(8, 12, dtype=torch.float64)
-    ours, oracle = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    rows = torch.randn(8, 12)
+    ours, oracle = rows.clone().requires_grad_(), rows.double().requires_grad_()
     contrastive_loss(ours, ours, 0.3, backend=backend).backward()
     oracles.contrastive_loss(oracle, oracle, 0.3).backward()
-    torch.testing.assert_close(ours.grad, oracle.grad, rtol=1e-10, atol=1e-12)  # fp64, sums of 8 and 12 terms
+    torch.testing.assert_close(ours.grad.double(), oracle.grad, rtol=1e-5, atol=1e-7)  # fp32, sums of 8 and 12 terms
 
 
 def test_backward_twice(backend):
@@ -167,9 +171,9 @@ def test_inputs_are_left_alone(dtype, backend):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (6, 3, 5)], ids=str)
-def test_gradcheck(shape, backend):
+def test_gradcheck(shape):
     leaves = [rows.requires_grad_() for rows in rows_of(shape, torch.float64)]
-    assert torch.autograd.gradcheck(lambda h, p: contrastive_loss(h, p, 0.7, backend=backend), leaves)
+    assert torch.autograd.gradcheck(lambda h, p: contrastive_loss(h, p, 0.7, backend="torch"), leaves)
 
 
 @pytest.mark.parametrize("target_layout", LAYOUTS)

@@ -28,7 +28,8 @@ def test_auto_is_the_default(name, seed):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_triton_on_the_cpu_says_why_not(name):
+def test_triton_on_the_cpu_says_why_not(name, monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"(?i)triton.*(cpu|cuda)"):
         CALLS[name](backend="triton")
 

@@ -1,0 +1,53 @@
+"""The lookup by FAISS's exact search: knn_gpu on the ring buffer itself on CUDA, knn on the CPU.
+
+FAISS is imported at the first search: its import takes a second that no other backend should pay for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def resources(device: int) -> Any:
+    """FAISS's scratch memory on a GPU: one object a device, made once."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+@torch.library.custom_op("mnclglf::faiss_nearest_neighbor", mutates_args=())
+def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
+    """[M, D] queries and [K, D] queue to [M] int64 rows."""
+    import faiss
+
+    if not len(queries):
+        return queries.new_empty((0,), dtype=torch.int64)
+    if queue.is_cuda:
+        import faiss.contrib.torch_utils  # lets knn_gpu take tensors, and puts it on torch's current stream
+
+        with torch.cuda.device(queue.device):
+            _, rows = faiss.knn_gpu(
+                resources(queue.device.index),
+                queries.to(queue.dtype).contiguous(),
+                queue,
+                1,
+                metric=faiss.METRIC_INNER_PRODUCT,
+                device=queue.device.index,
+            )
+    else:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        # FAISS searches fp32 on the CPU: a queue in another dtype is converted at every call.
+        values = (x.float().contiguous().numpy() for x in (queries, queue))
+        _, rows = faiss.knn(*values, 1, metric=faiss.METRIC_INNER_PRODUCT)
+        rows = torch.from_numpy(rows)
+    return rows.flatten().clamp_(min=0)  # -1 where no score is a number
+
+
+@nearest_neighbor.register_fake
+def _(queries: Tensor, queue: Tensor) -> Tensor:
+    return queries.new_empty((queries.shape[0],), dtype=torch.int64)

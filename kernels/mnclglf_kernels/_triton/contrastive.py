@@ -1,0 +1,519 @@
+"""contrastive_loss in Triton, for several pairs of targets and predictions at once.
+
+    forward       a tile of logits a program, reduced to log-sum-exp parts at once; the norms on the way
+    merge         the parts in a fixed order: log-sum-exp of every row, the loss of every pair
+    coefficients  the logits again, as softmax - onehot; with cosines, the radial part of the gradients
+    gradient      coefficients times the other side's unit rows, less the radial part
+
+P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i * N rows over all pairs. Pointers come as
+tuples, and a program takes the pair that its tile belongs to: FIRST_ROWS and FIRST_TILES are the pairs' first rows and
+row tiles, with the totals at their ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mnclglf_kernels._triton.launch import INTERPRETED, Launch, architecture, blocks, run
+from mnclglf_kernels._triton.products import row_products
+from mnclglf_kernels._triton.tiles import tile
+
+FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
+CLAMPED = tl.constexpr(0.999999e12)  # an inverse norm above it comes from the floor
+MERGED = 1024  # rows of a step of the merge
+
+
+@triton.jit
+def inverse_norm(squares):
+    norm = tl.sqrt(squares)
+    return 1.0 / tl.where(norm < FLOOR, FLOOR, norm)  # a NaN norm stays
+
+
+@triton.jit
+def forward_kernel(
+    targets,
+    predictions,
+    maxima,  # [candidate tiles, R] fp32
+    sums,  # [candidate tiles, R] fp32: of exp(logit - maximum)
+    positives,  # [R] fp32: logit of the label
+    inverse_targets,  # [R] fp32: 1 / norm
+    inverse_predictions,  # [P, N] fp32
+    inverse_temperature,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
+    FIRST_TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
+    h, p = targets[0], predictions[0]
+    for i in tl.static_range(1, len(targets)):
+        if tile >= FIRST_TILES[i]:
+            pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
+            h, p = targets[i], predictions[i]
+    row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    products, row_squares, column_squares = row_products(
+        h,
+        p,
+        tl.minimum(row, last_row - first_row - 1),
+        tl.minimum(column, N - 1),
+        D,
+        D,
+        1,
+        D,
+        1,
+        DEPTH,
+        NORMS=True,
+        WIDEN=WIDEN,
+    )
+    row_inverse, column_inverse = inverse_norm(row_squares), inverse_norm(column_squares)
+    logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
+    logits = tl.where((column < N)[None, :], logits, float("-inf"))
+    top = tl.max(logits, 1)
+    total = tl.sum(tl.exp(logits - top[:, None]), 1)
+    label = row % N
+    positive = tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
+
+    place, inside = first_row + row, row < last_row - first_row
+    part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
+    tl.store(maxima + part, top, mask=inside)
+    tl.store(sums + part, total, mask=inside)
+    tl.store(positives + place, positive, mask=inside & (label // COLUMNS == tl.program_id(0)))
+    tl.store(inverse_targets + place, row_inverse, mask=inside & (tl.program_id(0) == 0))
+    tl.store(inverse_predictions + pair * N + column, column_inverse, mask=(column < N) & (tile == first_tile))
+
+
+@triton.jit
+def merge_kernel(
+    maxima,
+    sums,
+    positives,
+    log_sums,  # [R] fp32: log-sum-exp
+    losses,  # [P] fp32
+    PAIRS: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
+    TILES: tl.constexpr,  # candidate tiles
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    first_row, last_row = 0, FIRST_ROWS[1]
+    for i in tl.static_range(1, PAIRS):
+        if pair == i:
+            first_row, last_row = FIRST_ROWS[i], FIRST_ROWS[i + 1]
+    loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(first_row, last_row, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < last_row
+        part_maxima, part_sums = maxima + row, sums + row
+        top = tl.load(part_maxima, mask=inside, other=0.0)
+        total = tl.load(part_sums, mask=inside, other=1.0)
+        for _ in range(1, TILES):
+            part_maxima += FIRST_ROWS[PAIRS]
+            part_sums += FIRST_ROWS[PAIRS]
+            other = tl.load(part_maxima, mask=inside, other=0.0)
+            greater = tl.maximum(top, other)
+            total = total * tl.exp(top - greater)
+            total += tl.load(part_sums, mask=inside, other=0.0) * tl.exp(other - greater)
+            top = greater
+        log_sum = top + tl.log(total)
+        tl.store(log_sums + row, log_sum, mask=inside)
+        loss += tl.where(inside, log_sum - tl.load(positives + row, mask=inside, other=0.0), 0.0)
+    tl.store(losses + pair, tl.sum(loss, 0) / (last_row - first_row))
+
+
+@triton.jit
+def coefficient_kernel(
+    targets,
+    predictions,
+    log_sums,
+    inverse_targets,
+    inverse_predictions,
+    coefficients,  # [R, N] fp32: softmax - onehot
+    target_dots,  # [candidate tiles, R] fp32: sums of coefficient * cosine over a tile's columns
+    prediction_dots,  # [row tiles, N] fp32: over a tile's rows
+    inverse_temperature,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
+    FIRST_TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
+    h, p = targets[0], predictions[0]
+    for i in tl.static_range(1, len(targets)):
+        if tile >= FIRST_TILES[i]:
+            pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
+            h, p = targets[i], predictions[i]
+    row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    products, _, _ = row_products(
+        h,
+        p,
+        tl.minimum(row, last_row - first_row - 1),
+        tl.minimum(column, N - 1),
+        D,
+        D,
+        1,
+        D,
+        1,
+        DEPTH,
+        NORMS=False,
+        WIDEN=WIDEN,
+    )
+    place, inside = first_row + row, row < last_row - first_row
+    row_inverse = tl.load(inverse_targets + place, mask=inside, other=0.0)
+    column_inverse = tl.load(inverse_predictions + pair * N + column, mask=column < N, other=0.0)
+    log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
+    cosines = products * row_inverse[:, None] * column_inverse[None, :]
+    coefficient = tl.exp(cosines * inverse_temperature - log_sum[:, None])
+    coefficient -= tl.where(column[None, :] == (row % N)[:, None], 1.0, 0.0)
+    valid = inside[:, None] & (column < N)[None, :]
+    radial = tl.where(valid, coefficient * cosines, 0.0)
+    matrix_place = place.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(coefficients + matrix_place, coefficient, mask=valid)
+    part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
+    tl.store(target_dots + part, tl.sum(radial, 1), mask=inside)
+    tl.store(prediction_dots + tile.to(tl.int64) * N + column, tl.sum(radial, 0), mask=column < N)
+
+
+@triton.jit
+def gradient_kernel(
+    coefficients,
+    rows,  # of the side whose gradient this is, and of the other side
+    others,
+    gradients,
+    row_inverses,
+    other_inverses,
+    dots,  # [parts, R or N] fp32, of this side
+    upstream,  # [P] fp32
+    inverse_temperature,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
+    FIRST_TILES: tl.constexpr,
+    FIRST_BLOCKS: tl.constexpr,  # the pairs' first programs on axis 1
+    PARTS: tl.constexpr,  # candidate tiles
+    OF_TARGETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Gradient of targets or of predictions: one program has [ROWS, COLUMNS] of it and owns them."""
+    block = tl.program_id(1)
+    pair, first_block, first_row, last_row, first_part, last_part = 0, 0, 0, FIRST_ROWS[1], 0, FIRST_TILES[1]
+    x, y, gradient, weights = rows[0], others[0], gradients[0], coefficients
+    for i in tl.static_range(1, len(rows)):
+        if block >= FIRST_BLOCKS[i]:
+            pair, first_block = i, FIRST_BLOCKS[i]
+            first_row, last_row = FIRST_ROWS[i], FIRST_ROWS[i + 1]
+            first_part, last_part = FIRST_TILES[i], FIRST_TILES[i + 1]
+            x, y, gradient, weights = rows[i], others[i], gradients[i], coefficients + FIRST_ROWS[i] * N
+    row = (block - first_block) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    other = tl.arange(0, DEPTH)
+    pair_rows = last_row - first_row
+    if OF_TARGETS:
+        count, other_count, first, first_other = pair_rows, N, first_row, pair * N
+        row_step, other_step, part_size = N, 1, FIRST_ROWS[len(rows)]
+        first_part, last_part, part_place = 0, PARTS, first_row + row
+    else:
+        count, other_count, first, first_other = N, pair_rows, pair * N, first_row
+        row_step, other_step, part_size, part_place = 1, N, N, row
+
+    inside, within = row < count, column < D
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, other_count, DEPTH):
+        there = start + other < other_count
+        other_row = (start + other).to(tl.int64)
+        weight = tl.load(
+            weights + row.to(tl.int64)[:, None] * row_step + other_row[None, :] * other_step,
+            mask=inside[:, None] & there[None, :],
+            other=0.0,
+        )
+        values = tl.load(
+            y + other_row[:, None] * D + column[None, :], mask=there[:, None] & within[None, :], other=0.0
+        )
+        inverse = tl.load(other_inverses + first_other + start + other, mask=there, other=0.0)
+        if values.dtype == tl.float16:  # has not the range of an inverse norm: its power of two goes to the values, exactly
+            power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            values = (values.to(tl.float32) * power[:, None]).to(tl.float16)
+            inverse = tl.where(power > 0, inverse / power, inverse)
+        weight *= inverse[None, :]
+        if WIDEN:
+            total = tl.dot(weight, values.to(tl.float32), total, input_precision="ieee")
+        elif values.dtype == tl.float32:
+            total = tl.dot(weight, values, total, input_precision="ieee")
+        else:  # rounded in two parts: what is radial in the total cancels below, and so would a rounding not
+            high = weight.to(values.dtype)
+            total = tl.dot(high, values, total)
+            total = tl.dot((weight - high.to(tl.float32)).to(values.dtype), values, total)
+
+    radial = tl.zeros([ROWS], tl.float32)
+    for part in range(first_part, last_part):
+        radial += tl.load(dots + part * part_size + part_place, mask=inside, other=0.0)
+    inverse = tl.load(row_inverses + first + row, mask=inside, other=0.0)
+    radial = tl.where(inverse > CLAMPED, 0.0, radial)  # divided by the floor, not by its norm: no radial part
+    tile_place = row.to(tl.int64)[:, None] * D + column[None, :]
+    tile_inside = inside[:, None] & within[None, :]
+    unit = tl.load(x + tile_place, mask=tile_inside, other=0.0).to(tl.float32) * inverse[:, None]
+    scale = tl.load(upstream + pair) * inverse_temperature / pair_rows
+    tl.store(gradient + tile_place, (total - unit * radial[:, None]) * (inverse * scale)[:, None], mask=tile_inside)
+
+
+class Geometry(NamedTuple):
+    """How the pairs' rows lie one behind another."""
+
+    candidates: int  # N
+    width: int  # D
+    row_counts: tuple[int, ...]  # S_i * N
+
+    @classmethod
+    def of(cls, targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Geometry:
+        candidates, width = predictions[0].shape
+        return cls(candidates, width, tuple(len(h) for h in targets))
+
+    def first_rows(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.row_counts, initial=0))
+
+    def first_tiles(self, size: int) -> tuple[int, ...]:
+        """Of tiles of `size` rows."""
+        return tuple(accumulate((blocks(count, size) for count in self.row_counts), initial=0))
+
+
+class Forward(NamedTuple):
+    """What the operator returns."""
+
+    losses: Tensor  # [P] fp32
+    log_sums: Tensor  # [R] fp32
+    inverse_targets: Tensor  # [R] fp32
+    inverse_predictions: Tensor  # [P, N] fp32
+
+
+def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float) -> Forward:
+    geometry = Geometry.of(targets, predictions)
+    rows = sum(geometry.row_counts)
+    shapes = [(len(targets),), (rows,), (rows,), (len(targets), geometry.candidates)]
+    return Forward(*(torch.empty(shape, dtype=torch.float32, device=targets[0].device) for shape in shapes))
+
+
+def forward_launches(
+    targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float, results: Forward, arch: int
+) -> list[Launch]:
+    """The two launches of the forward; every tensor dense and all rows of one dtype."""
+    geometry = Geometry.of(targets, predictions)
+    n, d, _ = geometry
+    device, dtype = targets[0].device, targets[0].dtype
+    t = tile("contrastive", dtype, d, arch)
+    first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
+    candidate_tiles = blocks(n, t.columns)
+    maxima, sums = (torch.empty((candidate_tiles, first_rows[-1]), dtype=torch.float32, device=device) for _ in "ms")
+    reduced = dict(maxima=maxima, sums=sums, positives=torch.empty_like(results.log_sums))
+    forward = dict(
+        targets=tuple(targets),
+        predictions=tuple(predictions),
+        inverse_targets=results.inverse_targets,
+        inverse_predictions=results.inverse_predictions,
+        inverse_temperature=1 / temperature,
+        N=n,
+        D=d,
+        FIRST_ROWS=first_rows,
+        FIRST_TILES=first_tiles,
+        ROWS=t.rows,
+        COLUMNS=t.columns,
+        DEPTH=t.depth,
+        WIDEN=INTERPRETED and dtype == torch.bfloat16,
+        **reduced,
+    )
+    merge = dict(
+        log_sums=results.log_sums,
+        losses=results.losses,
+        PAIRS=len(targets),
+        FIRST_ROWS=first_rows,
+        TILES=candidate_tiles,
+        BLOCK=MERGED,
+        **reduced,
+    )
+    return [
+        Launch(forward_kernel, (candidate_tiles, first_tiles[-1]), forward, t.warps, t.stages),
+        Launch(merge_kernel, (len(targets),), merge),
+    ]
+
+
+def backward_launches(
+    targets: Sequence[Tensor],
+    predictions: Sequence[Tensor],
+    temperature: float,
+    results: Forward,
+    upstream: Tensor,
+    target_gradients: Sequence[Tensor],
+    prediction_gradients: Sequence[Tensor],
+    arch: int,
+) -> list[Launch]:
+    """Coefficients, then the gradient of each side that has somewhere to go: empty sequences ask for none."""
+    geometry = Geometry.of(targets, predictions)
+    n, d, _ = geometry
+    device, dtype = targets[0].device, targets[0].dtype
+    t = tile("contrastive", dtype, d, arch)
+    first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
+    candidate_tiles = blocks(n, t.columns)
+    coefficients = torch.empty((first_rows[-1], n), dtype=torch.float32, device=device)
+    target_dots = torch.empty((candidate_tiles, first_rows[-1]), dtype=torch.float32, device=device)
+    prediction_dots = torch.empty((first_tiles[-1], n), dtype=torch.float32, device=device)
+    shared = dict(
+        coefficients=coefficients,
+        inverse_temperature=1 / temperature,
+        N=n,
+        D=d,
+        FIRST_ROWS=first_rows,
+        FIRST_TILES=first_tiles,
+    )
+    coefficient = dict(
+        targets=tuple(targets),
+        predictions=tuple(predictions),
+        log_sums=results.log_sums,
+        inverse_targets=results.inverse_targets,
+        inverse_predictions=results.inverse_predictions,
+        target_dots=target_dots,
+        prediction_dots=prediction_dots,
+        ROWS=t.rows,
+        COLUMNS=t.columns,
+        DEPTH=t.depth,
+        WIDEN=INTERPRETED and dtype == torch.bfloat16,
+        **shared,
+    )
+    launches = [Launch(coefficient_kernel, (candidate_tiles, first_tiles[-1]), coefficient, t.warps, t.stages)]
+    t = tile("gradient", dtype, d, arch)
+    target_side = (targets, results.inverse_targets, target_dots)
+    prediction_side = (predictions, results.inverse_predictions, prediction_dots)
+    for own, other, gradients, first_blocks in (
+        (target_side, prediction_side, target_gradients, geometry.first_tiles(t.rows)),
+        (prediction_side, target_side, prediction_gradients, tuple(range(0, (len(targets) + 1) * (b := blocks(n, t.rows)), b))),
+    ):
+        if gradients:
+            gradient = dict(
+                rows=tuple(own[0]),
+                others=tuple(other[0]),
+                gradients=tuple(gradients),
+                row_inverses=own[1],
+                other_inverses=other[1],
+                dots=own[2],
+                upstream=upstream,
+                FIRST_BLOCKS=first_blocks,
+                PARTS=candidate_tiles,
+                OF_TARGETS=own is target_side,
+                ROWS=t.rows,
+                COLUMNS=t.columns,
+                DEPTH=t.depth,
+                WIDEN=INTERPRETED and dtype == torch.bfloat16,
+                **shared,
+            )
+            grid = (blocks(d, t.columns), first_blocks[-1])
+            launches.append(Launch(gradient_kernel, grid, gradient, t.warps, t.stages))
+    return launches
+
+
+@torch.library.custom_op("mnclglf::contrastive_losses", mutates_args=())
+def contrastive_losses(
+    targets: list[Tensor], predictions: list[Tensor], temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype: see Forward."""
+    results = empty_forward(targets, predictions, temperature)
+    run(
+        forward_launches(targets, predictions, temperature, results, architecture(targets[0])), targets[0].device
+    )
+    return tuple(results)
+
+
+@torch.library.custom_op("mnclglf::contrastive_losses_backward", mutates_args=())
+def contrastive_losses_backward(
+    upstream: Tensor,
+    targets: list[Tensor],
+    predictions: list[Tensor],
+    log_sums: Tensor,
+    inverse_targets: Tensor,
+    inverse_predictions: Tensor,
+    temperature: float,
+    of_targets: bool,
+    of_predictions: bool,
+) -> list[Tensor]:
+    """Gradients of the targets, if asked for, then of the predictions, if asked for."""
+    results = Forward(upstream, log_sums, inverse_targets, inverse_predictions)
+    target_gradients, prediction_gradients = (
+        [torch.empty_like(x) for x in side] if asked else []
+        for side, asked in ((targets, of_targets), (predictions, of_predictions))
+    )
+    launches = backward_launches(
+        targets,
+        predictions,
+        temperature,
+        results,
+        upstream,
+        target_gradients,
+        prediction_gradients,
+        architecture(targets[0]),
+    )
+    run(launches, targets[0].device)
+    return target_gradients + prediction_gradients
+
+
+@contrastive_losses.register_fake
+def _(targets: list[Tensor], predictions: list[Tensor], temperature: float) -> tuple[Tensor, ...]:
+    return tuple(empty_forward(targets, predictions, temperature))
+
+
+@contrastive_losses_backward.register_fake
+def _(
+    upstream: Tensor,
+    targets: list[Tensor],
+    predictions: list[Tensor],
+    log_sums: Tensor,
+    inverse_targets: Tensor,
+    inverse_predictions: Tensor,
+    temperature: float,
+    of_targets: bool,
+    of_predictions: bool,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in targets * of_targets + predictions * of_predictions]
+
+
+def _setup(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], float], output: tuple[Tensor, ...]) -> None:
+    targets, predictions, ctx.temperature = inputs
+    ctx.pairs = len(targets)
+    ctx.save_for_backward(*targets, *predictions, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None], None]:
+    pairs = ctx.pairs
+    saved = ctx.saved_tensors
+    targets, predictions = list(saved[:pairs]), list(saved[pairs : 2 * pairs])
+    of_targets, of_predictions = (any(side) for side in ctx.needs_input_grad[:2])
+    gradients: list[Tensor | None] = contrastive_losses_backward(
+        upstream.contiguous(), targets, predictions, *saved[2 * pairs :], ctx.temperature, of_targets, of_predictions
+    )
+    none: list[Tensor | None] = [None] * pairs
+    return (
+        gradients[:pairs] if of_targets else none,
+        gradients[-pairs:] if of_predictions else none,
+        None,
+    )
+
+
+contrastive_losses.register_autograd(_gradient, setup_context=_setup)

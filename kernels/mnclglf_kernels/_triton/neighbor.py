@@ -1,0 +1,139 @@
+"""nearest_neighbor in Triton: a tile of scores a program, its maximum kept, the maxima merged in a fixed order.
+
+M queries, K queue rows, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mnclglf_kernels._triton.launch import INTERPRETED, Launch, architecture, blocks, run
+from mnclglf_kernels._triton.products import row_products
+from mnclglf_kernels._triton.tiles import tile
+
+MERGED_QUERIES, MERGED_TILES = 16, 128  # of a step of the merge
+
+
+@triton.jit
+def neighbor_kernel(
+    queries,
+    queue,
+    scores,  # [tiles, M] fp32: the greatest of each tile
+    rows,  # [tiles, M] int32: where
+    M: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    QUERY_COLUMN: tl.constexpr,
+    QUEUE_STRIDE: tl.constexpr,
+    QUEUE_COLUMN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
+    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    key = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    products, _, _ = row_products(
+        queries,
+        queue,
+        tl.minimum(query, M - 1),
+        tl.minimum(key, K - 1),
+        D,
+        QUERY_STRIDE,
+        QUERY_COLUMN,
+        QUEUE_STRIDE,
+        QUEUE_COLUMN,
+        DEPTH,
+        NORMS=False,
+        WIDEN=WIDEN,
+    )
+    # A NaN is not equal to itself. The query's own norm does not change which row is greatest.
+    products = tl.where((key < K)[None, :] & (products == products), products, float("-inf"))
+    best, where = tl.max(products, 1, return_indices=True, return_indices_tie_break_left=True)
+    place = tl.program_id(1).to(tl.int64) * M + query
+    tl.store(scores + place, best, mask=query < M)
+    tl.store(rows + place, tl.program_id(1) * COLUMNS + where, mask=query < M)
+
+
+@triton.jit
+def merge_kernel(
+    scores,
+    rows,
+    nearest,  # [M] int64
+    M: tl.constexpr,
+    TILES: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,  # tiles at a time
+):
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    best_row = tl.zeros([QUERIES], tl.int32)
+    for first in range(0, TILES, BLOCK):
+        tiles = first + tl.arange(0, BLOCK)
+        inside = (tiles < TILES)[:, None] & (query < M)[None, :]
+        place = tiles.to(tl.int64)[:, None] * M + query[None, :]
+        top, where = tl.max(
+            tl.load(scores + place, mask=inside, other=float("-inf")),
+            0,
+            return_indices=True,
+            return_indices_tie_break_left=True,
+        )
+        row = tl.load(rows + (first + where).to(tl.int64) * M + query, mask=(query < M) & (first + where < TILES), other=0)
+        # Strictly: an earlier tile keeps a tie, and a query without any score keeps row 0.
+        best_row = tl.where(top > best, row, best_row)
+        best = tl.maximum(top, best)
+    tl.store(nearest + query, best_row.to(tl.int64), mask=query < M)
+
+
+def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, arch: int) -> list[Launch]:
+    """The two launches of a lookup."""
+    (count, width), size = queries.shape, queue.shape[0]
+    mixed = queries.dtype != queue.dtype
+    t = tile("neighbor", torch.float32 if mixed else queue.dtype, width, arch)
+    tiles = blocks(size, t.columns)
+    scores = torch.empty((tiles, count), dtype=torch.float32, device=queue.device)
+    rows = torch.empty((tiles, count), dtype=torch.int32, device=queue.device)
+    search = dict(
+        queries=queries,
+        queue=queue,
+        scores=scores,
+        rows=rows,
+        M=count,
+        K=size,
+        D=width,
+        QUERY_STRIDE=queries.stride(0),
+        QUERY_COLUMN=queries.stride(1),
+        QUEUE_STRIDE=queue.stride(0),
+        QUEUE_COLUMN=queue.stride(1),
+        ROWS=t.rows,
+        COLUMNS=t.columns,
+        DEPTH=t.depth,
+        WIDEN=mixed or (INTERPRETED and queue.dtype == torch.bfloat16),
+    )
+    merge = dict(
+        scores=scores, rows=rows, nearest=nearest, M=count, TILES=tiles, QUERIES=MERGED_QUERIES, BLOCK=MERGED_TILES
+    )
+    return [
+        Launch(neighbor_kernel, (blocks(count, t.rows), tiles), search, t.warps, t.stages),
+        Launch(merge_kernel, (blocks(count, MERGED_QUERIES),), merge),
+    ]
+
+
+def empty_nearest(queries: Tensor, queue: Tensor) -> Tensor:
+    return queries.new_empty((queries.shape[0],), dtype=torch.int64)
+
+
+@torch.library.custom_op("mnclglf::nearest_neighbor", mutates_args=())
+def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
+    """[M, D] queries and [K, D] queue to [M] rows."""
+    nearest = empty_nearest(queries, queue)
+    run(neighbor_launches(queries, queue, nearest, architecture(queue)), queue.device)
+    return nearest
+
+
+nearest_neighbor.register_fake(empty_nearest)

@@ -1,0 +1,91 @@
+"""enqueue in Triton: one pass over the rows, one over the ring's slice; then the pointer.
+
+N rows, K queue rows, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mnclglf_kernels._triton.launch import Launch, run, sum_dtype
+
+FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
+
+
+@triton.jit
+def enqueue_kernel(
+    queue,
+    pointer,
+    keep,
+    rows,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    QUEUE_STRIDE: tl.constexpr,  # from row to row, and from column to column
+    QUEUE_COLUMN: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    ROW_COLUMN: tl.constexpr,
+    GATED: tl.constexpr,
+    SUM: tl.constexpr,  # dtype of the norm
+    BLOCK: tl.constexpr,
+):
+    """Row n of `rows`, normalised, to row (pointer + n) % K of the queue; one program a row, which is held whole."""
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK).to(tl.int64)
+    inside = column < D
+    if GATED:
+        inside &= tl.load(keep) != 0
+    values = tl.load(rows + n * ROW_STRIDE + column * ROW_COLUMN, mask=inside, other=0.0).to(SUM)
+    norm = tl.sqrt(tl.sum(values * values, 0))
+    place = (tl.load(pointer) + n) % K
+    unit = values / tl.where(norm < FLOOR, FLOOR, norm)  # a NaN norm stays
+    if queue.dtype.element_ty != tl.float64:
+        unit = unit.to(tl.float32)  # fp64 has no conversion to bf16
+    tl.store(queue + place * QUEUE_STRIDE + column * QUEUE_COLUMN, unit, mask=inside)
+
+
+@triton.jit
+def advance_kernel(pointer, keep, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr):
+    """A launch of its own: every program of enqueue_kernel reads the pointer as it was."""
+    kept = True
+    if GATED:
+        kept = tl.load(keep) != 0
+    before = tl.load(pointer)
+    tl.store(pointer, tl.where(kept, (before + N) % K, before))
+
+
+def enqueue_launches(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> list[Launch]:
+    """The two launches of an enqueue."""
+    size, width = queue.shape
+    gate = dict(keep=pointer if keep is None else keep, GATED=keep is not None)
+    write = dict(
+        queue=queue,
+        pointer=pointer,
+        rows=rows,
+        K=size,
+        D=width,
+        QUEUE_STRIDE=queue.stride(0),
+        QUEUE_COLUMN=queue.stride(1),
+        ROW_STRIDE=rows.stride(0),
+        ROW_COLUMN=rows.stride(1),
+        SUM=sum_dtype(rows),
+        BLOCK=triton.next_power_of_2(width),
+        **gate,
+    )
+    return [
+        Launch(enqueue_kernel, (len(rows),), write),
+        Launch(advance_kernel, (1,), dict(pointer=pointer, N=len(rows), K=size, **gate), warps=1),
+    ]
+
+
+@torch.library.custom_op("mnclglf::enqueue", mutates_args=("queue", "pointer"))
+def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> None:
+    """[N, D] rows into the ring [K, D]."""
+    run(enqueue_launches(queue, pointer, rows, keep), queue.device)
+
+
+@enqueue.register_fake
+def _(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> None:
+    return None

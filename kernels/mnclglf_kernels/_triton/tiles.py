@@ -1,0 +1,122 @@
+"""The launch configurations: one table by (operator, dtype, width, architecture), which a tuning file may overrule.
+
+Every entry compiles without spills and within the shared memory of its architecture (tests/kernels/test_tiles.py). None
+was chosen by timings on a GPU: `python -m mnclglf_kernels.tune` does that and writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Operator = Literal["contrastive", "gradient", "neighbor"]
+ARCHITECTURES = (80, 86, 89, 90)
+WIDTHS = (128, 512, 65536)  # upper ends of the width buckets
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a matmul kernel makes.
+
+    Attributes:
+        rows, columns: of the output tile.
+        depth: how much of the summed dimension is loaded at a time.
+        warps: of 32 threads.
+        stages: loads in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# A tile takes about (stages - 1) * (rows + columns) * depth * bytes of shared memory: sm_86 and sm_89 have 99 KiB a block
+# and 100 an SM, sm_80 163 and 164, sm_90 227 and 228. These let two programs or more share an SM. fp32 multiplies without
+# tensor cores (input_precision "ieee"), so registers set its tile.
+_SMALL = {arch: Tile(64, 64, 32, 4, 3) for arch in ARCHITECTURES}
+_WIDE = {arch: Tile(64, 128, 32, 4, 3) for arch in ARCHITECTURES}
+_LARGE = {
+    80: Tile(128, 128, 64, 4, 3),
+    86: Tile(128, 128, 32, 4, 3),
+    89: Tile(128, 128, 32, 4, 3),
+    90: Tile(128, 128, 64, 4, 3),
+}
+_DEEP = {
+    80: Tile(64, 128, 64, 4, 3),
+    86: Tile(64, 128, 32, 4, 4),
+    89: Tile(64, 128, 32, 4, 4),
+    90: Tile(64, 128, 64, 4, 4),
+}
+_FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
+_FP32_GRADIENT = {arch: Tile(64, 64, 16, 4, 2) for arch in ARCHITECTURES}
+
+# D up to                                       128              512              65536
+TABLE: dict[tuple[Operator, Literal["half", "fp32"]], tuple[dict[int, Tile], ...]] = {
+    ("neighbor", "half"): (_SMALL, _LARGE, _LARGE),
+    ("contrastive", "half"): (_SMALL, _WIDE, _DEEP),
+    ("gradient", "half"): (_SMALL, _SMALL, _WIDE),
+    ("neighbor", "fp32"): (_FP32, _FP32, _FP32),
+    ("contrastive", "fp32"): (_FP32, _FP32, _FP32),
+    ("gradient", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
+}
+
+
+def tile(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> Tile:
+    """The configuration of an operator: the tuning file's where it has one for this GPU, else the table's.
+
+    Args:
+        operator: kernel family.
+        dtype: of what is multiplied.
+        width: D.
+        arch: 86 for sm_86; one that the table does not know takes the entry of the nearest one below it.
+    """
+    kind = "fp32" if dtype == torch.float32 else "half"
+    bucket = next(end for end in WIDTHS if width <= end)
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    tuned = read_tuning(tuning_path()).get(key(operator, kind, bucket, arch))
+    return tuned or TABLE[operator, kind][WIDTHS.index(bucket)][known]
+
+
+def key(operator: str, kind: str, bucket: int, arch: int) -> str:
+    """Name of an entry in the tuning file."""
+    return f"{operator}/{kind}/{bucket}/sm_{arch}"
+
+
+def tuning_path() -> Path:
+    """Where the tuning file is: MNCLGLF_TUNING, else in the user's cache folder."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MNCLGLF_TUNING") or cache_home / "mnclglf" / "tuning.json")
+
+
+@cache
+def read_tuning(path: Path) -> dict[str, Tile]:
+    """The entries of a tuning file; none where there is no file.
+
+    Raises:
+        ValueError: the file is not one that `tune` wrote.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {name: Tile(**entry) for name, entry in json.loads(path.read_text())["tiles"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no tuning file ({error}); delete it, or write it anew with python -m mnclglf_kernels.tune"
+        ) from error
+
+
+def write_tuning(path: Path, tiles: dict[str, Tile]) -> None:
+    """Writes a tuning file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps({"tiles": {name: asdict(entry) for name, entry in tiles.items()}}, indent=1) + "\n")
+    part.replace(path)
+    read_tuning.cache_clear()
