@@ -22,7 +22,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
 Precision = Literal["auto", "bf16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
-KernelBackend = Literal["auto", "triton", "torch"]
+KernelBackend = Literal["auto", "triton", "torch", "faiss"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -202,7 +202,7 @@ class EngineConfig:
     precision: Precision = "auto"
     """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
     kernels: KernelBackend = "auto"
-    """Backend of the operators in mnclglf_kernels."""
+    """Backend of the operators in mnclglf_kernels: auto is triton on a GPU, else torch; faiss does the lookup only."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     save_every: float = 1.0

@@ -90,6 +90,7 @@ def test_an_error_is_one_line_without_a_traceback(
     arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
     assert main(shlex.split(arguments)) == 1
     error = capsys.readouterr().err
     assert error.startswith("mnclglf: ")

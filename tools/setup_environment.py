@@ -1,4 +1,4 @@
-"""Makes .venv: looks at the machine, chooses the builds of torch and DALI, installs them and checks that they run.
+"""Makes .venv: looks at the machine, chooses the builds of torch, DALI and FAISS, installs and tries them.
 
 `make setup` runs it with the Python that .venv is to have; it needs the standard library only. The stamp in .venv is
 written last and names what was installed: without it a .venv counts as broken and is built anew.
@@ -40,7 +40,7 @@ TAKE_CPU = f"`make setup TORCH_INDEX={CPU_INDEX}` to run on the CPU on purpose"
 # What .venv's Python reads from stdin; the last line it prints is JSON. A GPU counts once it has computed something.
 PROBE = """
 import json, sys
-import torch, torchvision, mnclglf, mnclglf_kernels
+import torch, torchvision, faiss, mnclglf, mnclglf_kernels
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "gpu_error": None, "dali": None}
 if sys.argv[1] == "cuda":
     try:
@@ -86,6 +86,11 @@ class Plan:
     cuda: int | None  # CUDA major version of the torch build; None is a build without CUDA, or not known
     expects_gpu: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def faiss_extra(self) -> str:
+        """faiss-gpu is for Linux on x86_64, as DALI is; both would install the same module."""
+        return "faiss-gpu" if self.expects_gpu and self.dali_extra else "faiss-cpu"
 
 
 def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
@@ -209,7 +214,7 @@ def check_driver(machine: Machine, cuda: int) -> None:
 def install_commands(plan: Plan, python: Path, constraints: str) -> list[list[str]]:
     """The pip commands, in order. torch and torchvision come first where they have an index of their own."""
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    extras = ",".join(["dev", plan.dali_extra] if plan.dali_extra else ["dev"])
+    extras = ",".join(["dev", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
     everything = [*pip, "-c", "constraints.txt", "-e", f".[{extras}]"]
     if plan.torch_index is None:
         return [everything]
@@ -242,7 +247,7 @@ def check_installed(plan: Plan, found: dict[str, Any]) -> None:
 
 def foundation(plan: Plan, root: Path) -> list[Any]:
     """Where one of these changes, .venv is built anew: pip would keep the torch, or the paths, that it finds."""
-    return [plan.torch_index, plan.dali_extra, list(sys.version_info[:2]), str(root)]
+    return [plan.torch_index, plan.dali_extra, plan.faiss_extra, list(sys.version_info[:2]), str(root)]
 
 
 def stamp_key(plan: Plan, root: Path) -> str:
@@ -347,7 +352,9 @@ def describe(machine: Machine, plan: Plan) -> None:
     print(f"Python   {platform.python_version()}" + ("" if sys.version_info[:2] == (3, 11) else " (tested: 3.11)"))
     print(f"CPU      {machine.cores} cores, bf16 instructions: {', '.join(machine.bf16_flags) or 'none'}")
     print(f"GPU      {gpu}")
-    print(f"install  torch from {plan.torch_index or 'PyPI'}, DALI extra: {plan.dali_extra or 'none'}")
+    print(
+        f"install  torch from {plan.torch_index or 'PyPI'}, extras: {plan.dali_extra or 'no DALI'}, {plan.faiss_extra}"
+    )
     for note in plan.notes:
         print(f"note     {note}")
 

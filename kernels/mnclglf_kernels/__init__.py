@@ -11,9 +11,9 @@ from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
 
 if HAS_TRITON:
-    import mnclglf_kernels._triton  # registers torch.ops.mnclglf.*
+    from mnclglf_kernels import _triton as _triton  # registers torch.ops.mnclglf.*
 if HAS_FAISS:
-    import mnclglf_kernels._faiss
+    from mnclglf_kernels import _faiss as _faiss
 
 __all__ = [
     "Backend",

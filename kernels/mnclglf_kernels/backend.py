@@ -15,7 +15,7 @@ Kind = Literal["elementwise", "matmul", "lookup"]
 
 HAS_TRITON = find_spec("triton") is not None
 HAS_FAISS = find_spec("faiss") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined: at import
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 CPU_MULTIPLIES_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,15 +78,19 @@ def faiss_problem(device: torch.device) -> Exception | None:
             "backend 'faiss' needs the package faiss, which is not installed; pip install 'mnclglf[faiss-gpu]' on a "
             "machine with an NVIDIA GPU, 'mnclglf[faiss-cpu]' elsewhere, or use 'auto'"
         )
-    if device.type == "cuda":
-        import faiss
-
-        # Without a GPU of its own, its GPU search ends the process.
-        if not hasattr(faiss, "get_num_gpus") or faiss.get_num_gpus() == 0:
-            return RuntimeError(
-                f"backend 'faiss' was given tensors on {device}, but this build of faiss sees no GPU; pip install "
-                "'mnclglf[faiss-gpu]' in place of faiss-cpu, or use 'auto'"
-            )
-    elif device.type != "cpu":
+    if device.type == "cuda" and faiss_gpus() == 0:  # its GPU search would end the process
+        return RuntimeError(
+            f"backend 'faiss' was given tensors on {device}, but this build of faiss sees no GPU; pip install "
+            "'mnclglf[faiss-gpu]' in place of faiss-cpu, or use 'auto'"
+        )
+    if device.type not in ("cpu", "cuda"):
         return RuntimeError(f"backend 'faiss' searches on CUDA and on the CPU, not on {device}; use 'torch'")
     return None
+
+
+@torch.compiler.assume_constant_result
+def faiss_gpus() -> int:
+    """GPUs that the installed build of FAISS can search on."""
+    import faiss
+
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0

@@ -17,8 +17,8 @@ def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto
     """Row of the queue with the greatest cosine similarity to each query (Algorithm 1, NN).
 
     The queue's rows have unit norm, so a query's own norm does not change its answer. Scores are fp32 (fp64 for fp64);
-    the lowest row wins a tie; a NaN score never wins, and a query whose scores are all NaN gets row 0. The [M, K] scores
-    are never in memory at once.
+    the lowest row wins a tie; a NaN score never wins, and a query whose scores are all NaN gets row 0. The [M, K]
+    scores are never in memory at once.
 
     Args:
         queries: [M, D], any floating dtype.
@@ -68,9 +68,9 @@ def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
 def screened_nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """The lookup on a CPU that multiplies bf16: a bf16 matmul leaves a few candidates, whose scores are fp32.
 
-    The rough score of a row is off by at most ||q|| (2^-8 [operands rounded to bf16] + D 2^-24 [fp32 sum]) + 2^-9 |score|
-    [result rounded to bf16]. So a row whose rough score is below the greatest one by more than twice that is not the
-    nearest, and what is left is compared in fp32: the answer is that of fp32 scores.
+    The rough score of a row is off by at most ||q|| (2^-8 [operands rounded to bf16] + D 2^-24 [fp32 sum]) + 2^-9
+    |score| [result rounded to bf16]. So a row whose rough score is below the greatest one by more than twice that is
+    not the nearest, and what is left is compared in fp32: the answer is that of fp32 scores.
     """
     with torch.autocast("cpu", enabled=False):
         exact, rough = queries.float(), queries.bfloat16()

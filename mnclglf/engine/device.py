@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mnclglf.config import EngineConfig, require
+from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -23,5 +24,4 @@ def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if config.precision == "bf16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    features = torch.cpu.get_capabilities()
-    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if CPU_MULTIPLIES_BF16 else torch.float32

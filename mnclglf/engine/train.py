@@ -84,7 +84,7 @@ class Trainer:
         self.config, self.out, self.console = config, out, console or Console()
         self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
-        self.kernels = resolve(config.engine.kernels, torch.empty(0, device=self.device))
+        self.kernels = resolve(config.engine.kernels, torch.empty(0, device=self.device), kind="lookup")
         checkpoint = find_checkpoint(out, resume)
         self.dtype = autocast_dtype(config.engine, self.device)
         train_images, _ = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)

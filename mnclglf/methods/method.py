@@ -33,6 +33,7 @@ class Method(nn.Module, ABC):
     Attributes:
         views: how many views of an image `forward` takes.
         encoder: f_o, what is kept after pre-training.
+        backend, lookup: implementation of the operators, and of the nearest-neighbor lookup, the only one FAISS has.
     """
 
     views: int
@@ -50,7 +51,8 @@ class Method(nn.Module, ABC):
         """
         super().__init__()
         self.objective = objective
-        self.backend: Backend = backend
+        self.lookup: Backend = backend
+        self.backend: Backend = "auto" if backend == "faiss" else backend
         self.encoder = ResNet18(model.stem, model.width)
 
     @abstractmethod

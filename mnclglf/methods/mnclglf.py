@@ -26,7 +26,7 @@ from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf_kernels import Backend, combine, contrastive_loss, divide
+from mnclglf_kernels import Backend, combine, contrastive_losses, divide
 
 
 class MNCLGLF(Method):
@@ -57,12 +57,13 @@ class MNCLGLF(Method):
         with torch.no_grad():
             z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
             keys = torch.cat([z1, z2])
-            neighbors, sources = self.queue.nearest(keys, self.backend)
+            neighbors, sources = self.queue.nearest(keys, self.lookup)
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
 
-        loss_s = (self.contrast(c1, p3) + self.contrast(c3, p1)) / 2
-        loss_m = (self.contrast(n1, p2) + self.contrast(n2, p1)) / 2
+        c1_p3, c3_p1, n1_p2, n2_p1 = self.contrast((c1, p3), (c3, p1), (n1, p2), (n2, p1))
+        loss_s = (c1_p3 + c3_p1) / 2
+        loss_m = (n1_p2 + n2_p1) / 2
         return Losses(
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},
@@ -92,6 +93,6 @@ class MNCLGLF(Method):
     def queue_fill(self) -> float | None:
         return self.queue.fill().item()
 
-    def contrast(self, targets: Tensor, predictions: Tensor) -> Tensor:
-        """L of Algorithm 1 at this method's temperature."""
-        return contrastive_loss(targets, predictions, self.objective.temperature, backend=self.backend)
+    def contrast(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow."""
+        return contrastive_losses(pairs, self.objective.temperature, backend=self.backend)

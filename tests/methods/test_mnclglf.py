@@ -13,6 +13,7 @@ from mnclglf.data.loader import Batch
 from mnclglf.engine.guard import Guard, NonFiniteError
 from mnclglf.engine.step import make_optimizer, train_step
 from mnclglf.methods import MNCLGLF
+from mnclglf_kernels import Backend
 
 N, SIDE, K = 6, 16, 20  # K is no multiple of N: the ring wraps in the fourth step
 MODEL = ModelConfig(width=4, projector_width=24, predictor_width=12)
@@ -23,9 +24,9 @@ OPTIM = OptimConfig(lr=0.1, batch_size=N)
 FP64 = dict(rtol=1e-8, atol=1e-10)
 
 
-def make_method(dtype: torch.dtype = torch.float64, **objective: object) -> MNCLGLF:
+def make_method(dtype: torch.dtype = torch.float64, backend: Backend = "auto", **objective: object) -> MNCLGLF:
     settings = ObjectiveConfig(**{"queue_size": K, "temperature": 0.5, "ema_momentum": 0.9, **objective})
-    return MNCLGLF(MODEL, settings, queue_dtype=dtype).to(dtype).train()
+    return MNCLGLF(MODEL, settings, queue_dtype=dtype, backend=backend).to(dtype).train()
 
 
 def make_oracle(method: MNCLGLF) -> oracles.Algorithm1:
@@ -278,13 +279,26 @@ def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch)
     asked: list[tuple[str, str]] = []
     modules = ("patches", "contrastive", "neighbor", "queue")
     for module in modules:
-        record = lambda backend, tensor, module=module: asked.append((module, backend))  # noqa: E731
+
+        def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
+            asked.append((module, backend))
+            return backend
+
         monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
     method = MNCLGLF(MODEL, ObjectiveConfig(queue_size=K), queue_dtype=torch.float64, backend="torch").double()
     Stepper(method)(make_batch())
     counts = {module: sum(name == module for name, _ in asked) for module in modules}
-    assert counts == {"patches": 4, "contrastive": 4, "neighbor": 1, "queue": 1}
+    assert counts == {"patches": 4, "contrastive": 1, "neighbor": 1, "queue": 1}
     assert {backend for _, backend in asked} == {"torch"}
+
+
+def test_faiss_looks_up_and_the_other_operators_choose_for_themselves() -> None:
+    faiss, torch_only = (make_method(torch.float32, backend=backend) for backend in ("faiss", "torch"))
+    assert (faiss.lookup, faiss.backend) == ("faiss", "auto")
+    faiss.load_state_dict(torch_only.state_dict())
+    batch = make_batch(torch.float32)
+    losses, expected = Stepper(faiss)(batch), Stepper(torch_only)(batch)
+    assert torch.equal(losses["loss"], expected["loss"])  # the same neighbors, and the rest is the same code
 
 
 def test_good_steps_pass_the_guard() -> None:

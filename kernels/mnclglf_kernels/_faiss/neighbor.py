@@ -5,6 +5,7 @@ FAISS is imported at the first search: its import takes a second that no other b
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,7 @@ def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     if not len(queries):
         return queries.new_empty((0,), dtype=torch.int64)
     if queue.is_cuda:
-        import faiss.contrib.torch_utils  # lets knn_gpu take tensors, and puts it on torch's current stream
+        importlib.import_module("faiss.contrib.torch_utils")  # knn_gpu takes tensors, on torch's current stream
 
         with torch.cuda.device(queue.device):
             _, rows = faiss.knn_gpu(
@@ -42,8 +43,8 @@ def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     else:
         faiss.omp_set_num_threads(torch.get_num_threads())
         # FAISS searches fp32 on the CPU: a queue in another dtype is converted at every call.
-        values = (x.float().contiguous().numpy() for x in (queries, queue))
-        _, rows = faiss.knn(*values, 1, metric=faiss.METRIC_INNER_PRODUCT)
+        query_values, queue_values = (x.float().contiguous().numpy() for x in (queries, queue))
+        _, rows = faiss.knn(query_values, queue_values, 1, metric=faiss.METRIC_INNER_PRODUCT)
         rows = torch.from_numpy(rows)
     return rows.flatten().clamp_(min=0)  # -1 where no score is a number
 

@@ -5,9 +5,9 @@
     coefficients  the logits again, as softmax - onehot; with cosines, the radial part of the gradients
     gradient      coefficients times the other side's unit rows, less the radial part
 
-P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i * N rows over all pairs. Pointers come as
-tuples, and a program takes the pair that its tile belongs to: FIRST_ROWS and FIRST_TILES are the pairs' first rows and
-row tiles, with the totals at their ends.
+P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i * N rows over all pairs. Pointers come
+as tuples, and a program takes the pair that its tile belongs to: FIRST_ROWS and FIRST_TILES are the pairs' first rows
+and row tiles, with the totals at their ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import INTERPRETED, Launch, architecture, blocks, run
+from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
 from mnclglf_kernels._triton.products import row_products
-from mnclglf_kernels._triton.tiles import tile
+from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels.backend import INTERPRETED
 
 FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
 CLAMPED = tl.constexpr(0.999999e12)  # an inverse norm above it comes from the floor
@@ -34,6 +35,18 @@ MERGED = 1024  # rows of a step of the merge
 def inverse_norm(squares):
     norm = tl.sqrt(squares)
     return 1.0 / tl.where(norm < FLOOR, FLOOR, norm)  # a NaN norm stays
+
+
+@triton.jit
+def locate(tile, targets, predictions, FIRST_ROWS: tl.constexpr, FIRST_TILES: tl.constexpr):
+    """(pair, its first tile, its first row, the row after its last, targets, predictions) of a row tile."""
+    pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
+    h, p = targets[0], predictions[0]
+    for i in tl.static_range(1, len(targets)):
+        if tile >= FIRST_TILES[i]:
+            pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
+            h, p = targets[i], predictions[i]
+    return pair, first_tile, first_row, last_row, h, p
 
 
 @triton.jit
@@ -56,12 +69,7 @@ def forward_kernel(
     WIDEN: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
-    h, p = targets[0], predictions[0]
-    for i in tl.static_range(1, len(targets)):
-        if tile >= FIRST_TILES[i]:
-            pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
-            h, p = targets[i], predictions[i]
+    pair, first_tile, first_row, last_row, h, p = locate(tile, targets, predictions, FIRST_ROWS, FIRST_TILES)
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     products, row_squares, column_squares = row_products(
@@ -154,12 +162,7 @@ def coefficient_kernel(
     WIDEN: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
-    h, p = targets[0], predictions[0]
-    for i in tl.static_range(1, len(targets)):
-        if tile >= FIRST_TILES[i]:
-            pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
-            h, p = targets[i], predictions[i]
+    pair, first_tile, first_row, last_row, h, p = locate(tile, targets, predictions, FIRST_ROWS, FIRST_TILES)
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     products, _, _ = row_products(
@@ -247,11 +250,9 @@ def gradient_kernel(
             mask=inside[:, None] & there[None, :],
             other=0.0,
         )
-        values = tl.load(
-            y + other_row[:, None] * D + column[None, :], mask=there[:, None] & within[None, :], other=0.0
-        )
+        values = tl.load(y + other_row[:, None] * D + column[None, :], mask=there[:, None] & within[None, :], other=0.0)
         inverse = tl.load(other_inverses + first_other + start + other, mask=there, other=0.0)
-        if values.dtype == tl.float16:  # has not the range of an inverse norm: its power of two goes to the values, exactly
+        if values.dtype == tl.float16:  # its range is too small: the values take the power of two, exactly
             power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             values = (values.to(tl.float32) * power[:, None]).to(tl.float16)
             inverse = tl.where(power > 0, inverse / power, inverse)
@@ -314,13 +315,12 @@ def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor], temp
 
 
 def forward_launches(
-    targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float, results: Forward, arch: int
+    targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float, results: Forward, t: Tile
 ) -> list[Launch]:
     """The two launches of the forward; every tensor dense and all rows of one dtype."""
     geometry = Geometry.of(targets, predictions)
     n, d, _ = geometry
     device, dtype = targets[0].device, targets[0].dtype
-    t = tile("contrastive", dtype, d, arch)
     first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
     candidate_tiles = blocks(n, t.columns)
     maxima, sums = (torch.empty((candidate_tiles, first_rows[-1]), dtype=torch.float32, device=device) for _ in "ms")
@@ -364,13 +364,21 @@ def backward_launches(
     upstream: Tensor,
     target_gradients: Sequence[Tensor],
     prediction_gradients: Sequence[Tensor],
-    arch: int,
+    t: Tile,
+    gradient_tile: Tile,
 ) -> list[Launch]:
-    """Coefficients, then the gradient of each side that has somewhere to go: empty sequences ask for none."""
+    """Coefficients in tiles t, then the gradient of each side that has somewhere to go: no gradients ask for none.
+
+    Args:
+        targets, predictions, temperature, results: as the forward had and made them.
+        upstream: [P] fp32, the gradient of the losses.
+        target_gradients, prediction_gradients: where to write, like targets and predictions; or empty.
+        t: must be the forward's.
+        gradient_tile: rows of one side by columns of D, summed over rows of the other.
+    """
     geometry = Geometry.of(targets, predictions)
     n, d, _ = geometry
     device, dtype = targets[0].device, targets[0].dtype
-    t = tile("contrastive", dtype, d, arch)
     first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
     candidate_tiles = blocks(n, t.columns)
     coefficients = torch.empty((first_rows[-1], n), dtype=torch.float32, device=device)
@@ -399,34 +407,41 @@ def backward_launches(
         **shared,
     )
     launches = [Launch(coefficient_kernel, (candidate_tiles, first_tiles[-1]), coefficient, t.warps, t.stages)]
-    t = tile("gradient", dtype, d, arch)
     target_side = (targets, results.inverse_targets, target_dots)
     prediction_side = (predictions, results.inverse_predictions, prediction_dots)
+    t, pairs = gradient_tile, len(targets)
     for own, other, gradients, first_blocks in (
         (target_side, prediction_side, target_gradients, geometry.first_tiles(t.rows)),
-        (prediction_side, target_side, prediction_gradients, tuple(range(0, (len(targets) + 1) * (b := blocks(n, t.rows)), b))),
+        (prediction_side, target_side, prediction_gradients, tuple(blocks(n, t.rows) * i for i in range(pairs + 1))),
     ):
-        if gradients:
-            gradient = dict(
-                rows=tuple(own[0]),
-                others=tuple(other[0]),
-                gradients=tuple(gradients),
-                row_inverses=own[1],
-                other_inverses=other[1],
-                dots=own[2],
-                upstream=upstream,
-                FIRST_BLOCKS=first_blocks,
-                PARTS=candidate_tiles,
-                OF_TARGETS=own is target_side,
-                ROWS=t.rows,
-                COLUMNS=t.columns,
-                DEPTH=t.depth,
-                WIDEN=INTERPRETED and dtype == torch.bfloat16,
-                **shared,
-            )
-            grid = (blocks(d, t.columns), first_blocks[-1])
-            launches.append(Launch(gradient_kernel, grid, gradient, t.warps, t.stages))
+        if not gradients:
+            continue
+        gradient = dict(
+            rows=tuple(own[0]),
+            others=tuple(other[0]),
+            gradients=tuple(gradients),
+            row_inverses=own[1],
+            other_inverses=other[1],
+            dots=own[2],
+            upstream=upstream,
+            FIRST_BLOCKS=first_blocks,
+            PARTS=candidate_tiles,
+            OF_TARGETS=own is target_side,
+            ROWS=t.rows,
+            COLUMNS=t.columns,
+            DEPTH=t.depth,
+            WIDEN=INTERPRETED and dtype == torch.bfloat16,
+            **shared,
+        )
+        launches.append(Launch(gradient_kernel, (blocks(d, t.columns), first_blocks[-1]), gradient, t.warps, t.stages))
     return launches
+
+
+def contrastive_tiles(rows: Tensor) -> tuple[Tile, Tile]:
+    """The configurations for rows of this width and dtype: of the logits, and of the gradients."""
+    arch = architecture(rows)
+    logits, gradients = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("contrastive", "gradient"))
+    return logits, gradients
 
 
 @torch.library.custom_op("mnclglf::contrastive_losses", mutates_args=())
@@ -435,10 +450,9 @@ def contrastive_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype: see Forward."""
     results = empty_forward(targets, predictions, temperature)
-    run(
-        forward_launches(targets, predictions, temperature, results, architecture(targets[0])), targets[0].device
-    )
-    return tuple(results)
+    t, _ = contrastive_tiles(targets[0])
+    run(forward_launches(targets, predictions, temperature, results, t), targets[0].device)
+    return results.losses, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
 @torch.library.custom_op("mnclglf::contrastive_losses_backward", mutates_args=())
@@ -467,7 +481,7 @@ def contrastive_losses_backward(
         upstream,
         target_gradients,
         prediction_gradients,
-        architecture(targets[0]),
+        *contrastive_tiles(targets[0]),
     )
     run(launches, targets[0].device)
     return target_gradients + prediction_gradients

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-
-INTERPRETED: bool = triton.knobs.runtime.interpret  # read once, as triton.jit does when a kernel is defined
 
 
 @dataclass(frozen=True)

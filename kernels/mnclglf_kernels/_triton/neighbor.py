@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import INTERPRETED, Launch, architecture, blocks, run
+from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
 from mnclglf_kernels._triton.products import row_products
-from mnclglf_kernels._triton.tiles import tile
+from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels.backend import INTERPRETED
 
 MERGED_QUERIES, MERGED_TILES = 16, 128  # of a step of the merge
 
@@ -83,18 +84,23 @@ def merge_kernel(
             return_indices=True,
             return_indices_tie_break_left=True,
         )
-        row = tl.load(rows + (first + where).to(tl.int64) * M + query, mask=(query < M) & (first + where < TILES), other=0)
+        there = (query < M) & (first + where < TILES)
+        row = tl.load(rows + (first + where).to(tl.int64) * M + query, mask=there, other=0)
         # Strictly: an earlier tile keeps a tie, and a query without any score keeps row 0.
         best_row = tl.where(top > best, row, best_row)
         best = tl.maximum(top, best)
     tl.store(nearest + query, best_row.to(tl.int64), mask=query < M)
 
 
-def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, arch: int) -> list[Launch]:
+def neighbor_tile(queries: Tensor, queue: Tensor, arch: int) -> Tile:
+    """The configuration of a lookup; two dtypes are multiplied in fp32."""
+    dtype = queue.dtype if queries.dtype == queue.dtype else torch.float32
+    return tile("neighbor", dtype, queue.shape[1], arch)
+
+
+def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, t: Tile) -> list[Launch]:
     """The two launches of a lookup."""
     (count, width), size = queries.shape, queue.shape[0]
-    mixed = queries.dtype != queue.dtype
-    t = tile("neighbor", torch.float32 if mixed else queue.dtype, width, arch)
     tiles = blocks(size, t.columns)
     scores = torch.empty((tiles, count), dtype=torch.float32, device=queue.device)
     rows = torch.empty((tiles, count), dtype=torch.int32, device=queue.device)
@@ -113,7 +119,7 @@ def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, arch: int
         ROWS=t.rows,
         COLUMNS=t.columns,
         DEPTH=t.depth,
-        WIDEN=mixed or (INTERPRETED and queue.dtype == torch.bfloat16),
+        WIDEN=queries.dtype != queue.dtype or (INTERPRETED and queue.dtype == torch.bfloat16),
     )
     merge = dict(
         scores=scores, rows=rows, nearest=nearest, M=count, TILES=tiles, QUERIES=MERGED_QUERIES, BLOCK=MERGED_TILES
@@ -132,7 +138,8 @@ def empty_nearest(queries: Tensor, queue: Tensor) -> Tensor:
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """[M, D] queries and [K, D] queue to [M] rows."""
     nearest = empty_nearest(queries, queue)
-    run(neighbor_launches(queries, queue, nearest, architecture(queue)), queue.device)
+    t = neighbor_tile(queries, queue, architecture(queue))
+    run(neighbor_launches(queries, queue, nearest, t), queue.device)
     return nearest
 
 

@@ -38,12 +38,12 @@ def divide_kernel(
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """patches = divide(images), or where BACKWARD the gradient of images from that of patches, dense in [4N, A, B, L]."""
+    """patches = divide(images), or where BACKWARD images from patches, their gradients; patches are dense."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < 4 * N * A * B * L
-    row, rest = index // (A * B * L), index % (A * B * L)
+    # Each from the index itself: from a remainder of a remainder Triton 3.8 sees no neighbors, and loads one by one.
+    row, a, b, column = index // (A * B * L), index // (B * L) % A, index // L % B, index % L
     patch, image = row // N, row % N
-    a, b, column = rest // (B * L), rest // L % B, rest % L
     place = image * IMAGE_STRIDE + a * A_STRIDE + b * B_STRIDE + column * L_STRIDE
     place += patch // 2 * DOWN + patch % 2 * RIGHT
     if BACKWARD:
@@ -123,7 +123,7 @@ def divide_launches(images: Tensor, patches: Tensor, *, backward: bool) -> list[
 
 
 def combine_launches(features: Tensor, combined: Tensor, k: int, *, backward: bool) -> list[Launch]:
-    """The launch between [4N, F] features and [S * N, F] combined; what is written is dense, what is read need not be."""
+    """The launch between [4N, F] features and [S * N, F] combined; what is written is dense."""
     read = combined if backward else features
     count, width = features.shape[0] // PATCHES, features.shape[1]
     arguments = dict(

@@ -38,9 +38,9 @@ class Tile:
     stages: int
 
 
-# A tile takes about (stages - 1) * (rows + columns) * depth * bytes of shared memory: sm_86 and sm_89 have 99 KiB a block
-# and 100 an SM, sm_80 163 and 164, sm_90 227 and 228. These let two programs or more share an SM. fp32 multiplies without
-# tensor cores (input_precision "ieee"), so registers set its tile.
+# A tile takes about (stages - 1) * (rows + columns) * depth * bytes of shared memory: sm_86 and sm_89 have 99 KiB a
+# block and 100 an SM, sm_80 163 and 164, sm_90 227 and 228. These let two programs or more share an SM. fp32 multiplies
+# without tensor cores (input_precision "ieee"), so registers set its tile.
 _SMALL = {arch: Tile(64, 64, 32, 4, 3) for arch in ARCHITECTURES}
 _WIDE = {arch: Tile(64, 128, 32, 4, 3) for arch in ARCHITECTURES}
 _LARGE = {
@@ -78,16 +78,23 @@ def tile(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> Tile:
         width: D.
         arch: 86 for sm_86; one that the table does not know takes the entry of the nearest one below it.
     """
-    kind = "fp32" if dtype == torch.float32 else "half"
-    bucket = next(end for end in WIDTHS if width <= end)
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
-    tuned = read_tuning(tuning_path()).get(key(operator, kind, bucket, arch))
-    return tuned or TABLE[operator, kind][WIDTHS.index(bucket)][known]
+    tuned = read_tuning(tuning_path()).get(key(operator, dtype, width, arch))
+    return tuned or TABLE[operator, kind(dtype)][bucket(width)][known]
 
 
-def key(operator: str, kind: str, bucket: int, arch: int) -> str:
-    """Name of an entry in the tuning file."""
-    return f"{operator}/{kind}/{bucket}/sm_{arch}"
+def kind(dtype: torch.dtype) -> Literal["half", "fp32"]:
+    return "fp32" if dtype == torch.float32 else "half"
+
+
+def bucket(width: int) -> int:
+    """Position in WIDTHS of the bucket that a width is in; what is wider than all is in the last."""
+    return next((i for i, end in enumerate(WIDTHS[:-1]) if width <= end), len(WIDTHS) - 1)
+
+
+def key(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> str:
+    """Name of an entry in the tuning file, such as neighbor/half/D65536/sm_86."""
+    return f"{operator}/{kind(dtype)}/D{WIDTHS[bucket(width)]}/sm_{arch}"
 
 
 def tuning_path() -> Path:

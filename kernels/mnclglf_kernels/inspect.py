@@ -1,0 +1,265 @@
+"""`python -m mnclglf_kernels.inspect`: compiles the kernels for a GPU that is not here and says what became of them.
+
+What is compiled are the launches that the operators make (`Launch`), with tensors on the meta device in place of data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
+from mnclglf_kernels._triton.launch import Launch
+from mnclglf_kernels._triton.tiles import tile
+from mnclglf_kernels.backend import INTERPRETED
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPERATORS = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Gpu(NamedTuple):
+    """Limits of an architecture, and the GPU that stands for it."""
+
+    name: str
+    processors: int  # SMs
+    shared_block: int  # bytes a block can have
+    shared_processor: int  # bytes an SM has; a block takes 1 KiB more than it asks for
+    warps: int  # an SM can hold
+    blocks: int  # an SM can hold
+    registers: int = 65536  # an SM has
+
+
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities, technical specifications per capability
+GPUS = {
+    80: Gpu("A100", 108, 163 << 10, 164 << 10, 64, 32),
+    86: Gpu("RTX 3090", 82, 99 << 10, 100 << 10, 48, 16),
+    89: Gpu("RTX 4090", 128, 99 << 10, 100 << 10, 48, 24),
+    90: Gpu("H100 SXM", 132, 227 << 10, 228 << 10, 64, 32),
+}
+
+
+class Sizes(NamedTuple):
+    """Sizes of a training step."""
+
+    images: int
+    side: int
+    features: int
+    k: int
+    width: int
+    queue: int
+
+
+PAPER = Sizes(images=256, side=32, features=512, k=2, width=2048, queue=16384)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A compiled kernel: what it takes of an SM, and which instructions it has."""
+
+    op: str
+    kernel: str
+    dtype: str
+    arch: str
+    grid: tuple[int, ...]
+    warps: int
+    registers: int
+    stack_bytes: int  # above 0: registers are spilled
+    shared_bytes: int
+    shared_limit_bytes: int
+    blocks_per_sm: int
+    warps_per_sm: int
+    mma: int  # tensor-core instructions
+    mma_fp32: bool  # all of them with fp32 sums
+    async_copies: int  # of 16 bytes
+    wide_loads: int  # global loads of 16 bytes a thread
+
+
+def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER) -> list[Launch]:
+    """What the operator launches in a step, forward and then backward, on the meta device."""
+
+    def rows(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, side, features, k, width, size = sizes
+    if op == "divide":
+        images = rows(n, 3, side, side).contiguous(memory_format=torch.channels_last)
+        divided = patches.empty_patches(images)
+        return [x for back in (False, True) for x in patches.divide_launches(images, divided, backward=back)]
+    if op == "combine":
+        patch_features = rows(4 * n, features)
+        combined = patches.empty_combined(patch_features, k)
+        return [x for b in (False, True) for x in patches.combine_launches(patch_features, combined, k, backward=b)]
+    if op == "enqueue":
+        return queue.enqueue_launches(
+            rows(size, width), rows(dtype=torch.int64), rows(n, width), rows(dtype=torch.bool)
+        )
+    if op == "nearest_neighbor":
+        queries, keys = rows(2 * n, width), rows(size, width)
+        t = neighbor.neighbor_tile(queries, keys, arch)
+        return neighbor.neighbor_launches(queries, keys, neighbor.empty_nearest(queries, keys), t)
+    subsets = comb(4, k)
+    targets, predictions = [rows(s * n, width) for s in (subsets, subsets, 1, 1)], [rows(n, width) for _ in range(4)]
+    t, gradient_tile = (tile(name, dtype, width, arch) for name in ("contrastive", "gradient"))
+    results = contrastive.empty_forward(targets, predictions, 1.0)
+    shared = (targets, predictions, 1.0, results)
+    return [
+        *contrastive.forward_launches(*shared, t),
+        *contrastive.backward_launches(*shared, results.losses, targets, predictions, t, gradient_tile),
+    ]
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The kernel as a launch with pointers aligned to 16 bytes compiles it, for sm_`arch`."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set, so Triton compiles nothing in this process; unset it")
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            aligned.append((i,))
+        elif isinstance(value, tuple) and isinstance(value[0], Tensor):
+            signature[name] = tuple(POINTERS[x.dtype] for x in value)
+            aligned += [(i, j) for j in range(len(value))]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "constexpr"
+            constants[i,] = value
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def tool(name: str) -> str:
+    """Path of one of the CUDA tools that come with triton."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    if registers is None or stack is None:
+        raise RuntimeError(f"{command[0]} named no registers and stack: {text!r}")
+    return int(registers[1]), int(stack[1])
+
+
+def inspect(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
+    """Compiles a launch and reads the result."""
+    compiled, gpu = compile_launch(launch, arch), GPUS[arch]
+    registers, stack = resources(compiled.asm["cubin"])
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\S*", ptx)
+    blocks = min(
+        gpu.registers // (32 * launch.warps * (-(-registers // 8) * 8)),  # allocated by eights
+        gpu.shared_processor // (shared + 1024),
+        gpu.warps // launch.warps,
+        gpu.blocks,
+    )
+    return Variant(
+        op=op,
+        kernel=launch.kernel.fn.__name__,
+        dtype=dtype,
+        arch=f"sm_{arch}",
+        grid=launch.grid,
+        warps=launch.warps,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=shared,
+        shared_limit_bytes=gpu.shared_block,
+        blocks_per_sm=blocks,
+        warps_per_sm=blocks * launch.warps,
+        mma=len(mma),
+        mma_fp32=all(".f32." in instruction for instruction in mma),
+        async_copies=len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v8\.b16)", ptx)),
+    )
+
+
+def variants(
+    ops: Sequence[str], dtypes: Sequence[str], archs: Sequence[int], sizes: Sizes = PAPER
+) -> Iterator[Variant]:
+    """Every kernel of these operators in these dtypes for these architectures."""
+    for arch in archs:
+        for op in ops:
+            for dtype in dtypes:
+                for launch in launches(op, DTYPES[dtype], arch, sizes):
+                    yield inspect(op, launch, dtype, arch)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mnclglf_kernels.inspect", description=__doc__)
+    parser.add_argument("--arch", choices=[f"sm_{arch}" for arch in GPUS], default="sm_86")
+    parser.add_argument("--op", choices=OPERATORS, nargs="+", default=OPERATORS)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
+    parser.add_argument("--width", type=int, default=PAPER.width, help="D of the embeddings")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    sizes = PAPER._replace(width=options.width)
+    found = list(variants(options.op, options.dtype, [int(options.arch.removeprefix("sm_"))], sizes))
+    if options.json:
+        print(json.dumps({"sizes": sizes._asdict(), "variants": [asdict(v) for v in found]}, indent=1))
+    else:
+        print(table(found))
+    return 0
+
+
+COLUMNS = {
+    "op": "operator",
+    "kernel": "kernel",
+    "dtype": "dtype",
+    "grid": "grid",
+    "warps": "warps",
+    "registers": "registers",
+    "stack_bytes": "spilled",
+    "shared_bytes": "shared",
+    "blocks_per_sm": "blocks/SM",
+    "mma": "mma",
+    "async_copies": "cp.async",
+    "wide_loads": "128-bit loads",
+}
+
+
+def table(found: Sequence[Variant]) -> str:
+    """The variants as aligned columns."""
+    rows = [tuple(COLUMNS.values())]
+    for variant in found:
+        values = asdict(variant) | {"grid": " x ".join(map(str, variant.grid))}
+        rows.append(tuple(str(values[name]) for name in COLUMNS))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

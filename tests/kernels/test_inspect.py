@@ -1,0 +1,75 @@
+"""What the kernels compile to for GPUs that are not here: within the limits, on tensor cores, without spills."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MATMULS = {"neighbor_kernel", "forward_kernel", "coefficient_kernel", "gradient_kernel"}
+WIDTHS = [96, 123, 512, 2048]  # of each bucket of the table, and one that no vector fits
+
+
+def inspect(*arguments: str) -> str:
+    """Output of python -m mnclglf_kernels.inspect, in a process of its own: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "mnclglf_kernels.inspect", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def variants(request):
+    return json.loads(inspect("--json", "--width", str(request.param)))["variants"]
+
+
+def test_every_kernel_of_every_operator_is_there(variants):
+    found = {(v["op"], v["kernel"]) for v in variants}
+    assert {op for op, _ in found} == {"divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue"}
+    assert {kernel for _, kernel in found} == MATMULS | {
+        "divide_kernel",
+        "combine_kernel",
+        "merge_kernel",
+        "enqueue_kernel",
+        "advance_kernel",
+    }
+    assert {v["dtype"] for v in variants} == {"bf16", "fp16", "fp32"}
+
+
+def test_no_register_is_spilled(variants):
+    assert [v for v in variants if v["stack_bytes"]] == []
+
+
+def test_shared_memory_fits_a_block(variants):
+    assert {v["shared_limit_bytes"] for v in variants} == {99 * 1024}
+    assert [v for v in variants if v["shared_bytes"] > v["shared_limit_bytes"] or not v["blocks_per_sm"]] == []
+
+
+def test_half_precision_multiplies_on_tensor_cores_and_sums_in_fp32(variants):
+    for v in variants:
+        if v["kernel"] in MATMULS:
+            assert (v["mma"] > 0) == (v["dtype"] != "fp32"), v
+            assert v["mma_fp32"], v
+
+
+def test_loads_are_wide_where_the_width_allows():
+    for v in json.loads(inspect("--json"))["variants"]:
+        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_kernel"):
+            assert v["wide_loads"], v
+        if v["kernel"] in MATMULS:
+            assert v["async_copies"], v
+
+
+def test_the_paper_s_sizes_keep_82_processors_busy():
+    for v in json.loads(inspect("--json", "--op", "nearest_neighbor", "contrastive_losses", "--dtype", "bf16"))[
+        "variants"
+    ]:
+        programs = v["grid"][0] * (v["grid"][1] if len(v["grid"]) > 1 else 1)
+        if v["kernel"] in MATMULS:
+            assert programs >= 82, v
+
+
+def test_the_table_for_a_reader():
+    lines = inspect("--op", "combine", "--dtype", "bf16").splitlines()
+    assert lines[0].split()[:4] == ["operator", "kernel", "dtype", "grid"]
+    assert [line.split()[:3] for line in lines[1:]] == [["combine", "combine_kernel", "bf16"]] * 2

@@ -1,0 +1,117 @@
+"""The launch configurations, and the tuning file that overrules them."""
+
+import itertools
+
+import pytest
+import torch
+
+from mnclglf_kernels import contrastive_loss, tune
+from mnclglf_kernels._triton import launch, tiles
+from mnclglf_kernels._triton.tiles import ARCHITECTURES, TABLE, WIDTHS, Tile, tile
+
+
+@pytest.fixture(autouse=True)
+def tuning(tmp_path, monkeypatch):
+    """A tuning file of this test's own, not there yet."""
+    path = tmp_path / "cache" / "tuning.json"
+    monkeypatch.setenv("MNCLGLF_TUNING", str(path))
+    return path
+
+
+def test_every_operator_has_a_tile_for_every_dtype_width_and_architecture():
+    for operator, dtype, width, arch in itertools.product(
+        ("neighbor", "contrastive", "gradient"),
+        (torch.float32, torch.float16, torch.bfloat16),
+        (1, *WIDTHS, 10**6),
+        ARCHITECTURES,
+    ):
+        assert isinstance(tile(operator, dtype, width, arch), Tile)
+    assert all(set(entry) == set(ARCHITECTURES) for entries in TABLE.values() for entry in entries)
+
+
+@pytest.mark.parametrize(("arch", "known"), [(87, 86), (103, 90), (120, 90), (75, 80)])
+def test_an_unknown_architecture_takes_the_nearest_one_below(arch, known):
+    assert tile("neighbor", torch.bfloat16, 2048, arch) == tile("neighbor", torch.bfloat16, 2048, known)
+
+
+def test_the_tuning_file_overrules_the_table_for_its_gpu(tuning):
+    mine = Tile(64, 64, 64, 8, 2)
+    tiles.write_tuning(tuning, {tiles.key("neighbor", torch.bfloat16, 2048, 86): mine})
+    assert tile("neighbor", torch.float16, 1024, 86) == mine  # the same bucket
+    for other in (("neighbor", torch.float32, 2048, 86), ("gradient", torch.float16, 2048, 86)):
+        assert tile(*other) != mine
+    for width, arch in ((512, 86), (2048, 80)):
+        assert tile("neighbor", torch.bfloat16, width, arch) != mine
+    assert [path.name for path in tuning.parent.iterdir()] == ["tuning.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', "[1]", '{"tiles": 3}'])
+def test_a_broken_tuning_file_is_named_with_the_remedy(text, tuning):
+    tuning.parent.mkdir()
+    tuning.write_text(text)
+    with pytest.raises(ValueError, match=r"tuning\.json is no tuning file .*delete it"):
+        tile("neighbor", torch.bfloat16, 2048, 86)
+
+
+def test_the_tuning_file_is_what_is_launched(tuning, monkeypatch):
+    launched = []
+    monkeypatch.setattr("mnclglf_kernels._triton.contrastive.run", lambda launches, _: launched.extend(launches))
+    rows = torch.randn(70, 16)
+    for rows_of_a_tile in (64, 32):
+        tiles.write_tuning(
+            tuning, {tiles.key("contrastive", torch.float32, 16, 86): Tile(rows_of_a_tile, 64, 16, 4, 2)}
+        )
+        contrastive_loss(rows, rows, 1.0, backend="triton")
+    assert [x.grid for x in launched if x.kernel.fn.__name__ == "forward_kernel"] == [(2, 2), (2, 3)]
+
+
+def test_without_a_gpu_tune_says_so_and_writes_nothing(tuning, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not tuning.exists()
+
+
+@pytest.mark.parametrize("operator", tune.OPERATORS)
+def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monkeypatch):
+    case = tune.make_case(operator, torch.float32, torch.device("cpu"), width=32, n=16, k=70)
+    table, fast, slow, wrong = (Tile(64, 64, 32, 4, stages) for stages in (1, 2, 3, 4))
+    seconds = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5}
+    last: list[Tile] = []
+
+    def launches(t: Tile) -> list[launch.Launch]:
+        last[:] = [t]
+        if t == wrong:
+            for result in case.results:
+                result.zero_()
+            return []
+        return case.launches(t)
+
+    watched = tune.Case(launches, case.results)
+
+    def milliseconds(call) -> float:
+        call()
+        return seconds[last[0].stages]
+
+    found = tune.best(watched, table, [slow, wrong, fast], torch.device("cpu"), milliseconds)
+    assert found == (fast, 1.0, 3.0)
+
+
+def test_a_candidate_that_cannot_be_launched_is_passed_over(capsys):
+    def launches(t: Tile) -> list[launch.Launch]:
+        if t.stages == 2:
+            raise RuntimeError("out of resource: shared memory")
+        return []
+
+    case = tune.Case(launches, [torch.ones(2)])
+    table, impossible = Tile(64, 64, 32, 4, 1), Tile(64, 64, 32, 4, 2)
+    assert tune.best(case, table, [impossible], torch.device("cpu"), lambda call: 1.0)[0] == table
+    assert "out of resource" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates_fit_into_shared_memory(dtype):
+    found = tune.candidates(dtype, 99 << 10)
+    assert len(found) > 20
+    assert len(set(found)) == len(found)
+    assert all((t.stages - 1) * (t.rows + t.columns) * t.depth * dtype.itemsize <= 99 << 10 for t in found)
