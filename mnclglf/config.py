@@ -22,7 +22,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
 Precision = Literal["auto", "bf16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
-KernelBackend = Literal["auto", "triton", "torch", "faiss"]
+KernelPolicy = Literal["auto", "require", "off"]
+Lookup = Literal["auto", "faiss"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -201,8 +202,10 @@ class EngineConfig:
     """auto is cuda where torch sees a GPU."""
     precision: Precision = "auto"
     """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
-    kernels: KernelBackend = "auto"
-    """Backend of the operators in mnclglf_kernels: auto is triton on a GPU, else torch; faiss does the lookup only."""
+    kernels: KernelPolicy = "auto"
+    """Triton kernels: auto uses those that prove right on this GPU, require stops where one does not, off uses none."""
+    lookup: Lookup = "auto"
+    """faiss finds the nearest neighbors with FAISS in place of our kernel."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     save_every: float = 1.0

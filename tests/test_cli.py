@@ -83,7 +83,7 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
         (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
-        (f"{TINY} --kernels triton", "backend 'triton' needs CUDA tensors"),
+        (f"{TINY} --kernels require", "backend 'triton' needs CUDA tensors"),
     ],
 )
 def test_an_error_is_one_line_without_a_traceback(

@@ -4,7 +4,7 @@ Letters in shapes: N images, C channels, H and W sides, F feature width, S = C(4
 K queue rows, M queries.
 """
 
-from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, resolve
+from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, Backends, resolve
 from mnclglf_kernels.contrastive import contrastive_loss, contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
 from mnclglf_kernels.patches import combine, divide
@@ -17,6 +17,7 @@ if HAS_FAISS:
 
 __all__ = [
     "Backend",
+    "Backends",
     "combine",
     "contrastive_loss",
     "contrastive_losses",

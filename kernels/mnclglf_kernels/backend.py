@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,23 @@ from torch import Tensor
 Backend = Literal["auto", "triton", "torch", "faiss"]
 Resolved = Literal["triton", "torch", "faiss"]
 Kind = Literal["elementwise", "matmul", "lookup"]
+
+
+class Backends(NamedTuple):
+    """What each operator is called with: they can fall back one by one."""
+
+    divide: Backend = "auto"
+    combine: Backend = "auto"
+    contrastive_losses: Backend = "auto"
+    nearest_neighbor: Backend = "auto"
+    enqueue: Backend = "auto"
+
+    @classmethod
+    def all(cls, backend: Backend) -> Backends:
+        """The same for every operator; those that FAISS has not choose for themselves beside it."""
+        others: Backend = "auto" if backend == "faiss" else backend
+        return cls(others, others, others, backend, others)
+
 
 HAS_TRITON = find_spec("triton") is not None
 HAS_FAISS = find_spec("faiss") is not None

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -27,9 +27,10 @@ from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.tiles import tile
 from mnclglf_kernels.backend import INTERPRETED
+from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
+from mnclglf_kernels.traffic import Traffic, traffic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERATORS = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -41,7 +42,7 @@ POINTERS = {
 
 
 class Gpu(NamedTuple):
-    """Limits of an architecture, and the GPU that stands for it."""
+    """Limits and peaks of an architecture's GPU that stands for it."""
 
     name: str
     processors: int  # SMs
@@ -49,30 +50,25 @@ class Gpu(NamedTuple):
     shared_processor: int  # bytes an SM has; a block takes 1 KiB more than it asks for
     warps: int  # an SM can hold
     blocks: int  # an SM can hold
+    half_flops: float  # a second, dense fp16 or bf16 on tensor cores with fp32 sums
+    fp32_flops: float  # a second, without tensor cores
+    dram_bytes: float  # a second
+    l2_bytes: float  # a second, at most
     registers: int = 65536  # an SM has
 
 
-# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities, technical specifications per capability
+# Limits: CUDA C++ Programming Guide, technical specifications per compute capability. Peaks at boost clock: NVIDIA's
+# white papers of GA102, GA100 (5,120 bytes a clock from L2), AD102 and GH100. Where the paper has no rate for L2 it is
+# the 64 bytes a clock that an SM can take (Jia et al. 2018, arXiv:1804.06826): an upper end, so bounds stay bounds.
 GPUS = {
-    80: Gpu("A100", 108, 163 << 10, 164 << 10, 64, 32),
-    86: Gpu("RTX 3090", 82, 99 << 10, 100 << 10, 48, 16),
-    89: Gpu("RTX 4090", 128, 99 << 10, 100 << 10, 48, 24),
-    90: Gpu("H100 SXM", 132, 227 << 10, 228 << 10, 64, 32),
+    80: Gpu("A100 SXM 80 GB", 108, 163 << 10, 164 << 10, 64, 32, 312e12, 19.5e12, 2039e9, 5120 * 1.41e9),
+    86: Gpu("RTX 3090", 82, 99 << 10, 100 << 10, 48, 16, 71e12, 35.6e12, 936e9, 64 * 82 * 1.695e9),
+    89: Gpu("RTX 4090", 128, 99 << 10, 100 << 10, 48, 24, 165.2e12, 82.6e12, 1008e9, 64 * 128 * 2.52e9),
+    90: Gpu("H100 SXM", 132, 227 << 10, 228 << 10, 64, 32, 989.4e12, 66.9e12, 3352e9, 64 * 132 * 1.83e9),
 }
 
 
-class Sizes(NamedTuple):
-    """Sizes of a training step."""
-
-    images: int
-    side: int
-    features: int
-    k: int
-    width: int
-    queue: int
-
-
-PAPER = Sizes(images=256, side=32, features=512, k=2, width=2048, queue=16384)
+Bound = Literal["compute", "L2", "DRAM"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +91,12 @@ class Variant:
     mma_fp32: bool  # all of them with fp32 sums
     async_copies: int  # of 16 bytes
     wide_loads: int  # global loads of 16 bytes a thread
+    flops: int  # of the matrix products
+    unique_bytes: int  # read or written once each
+    issued_bytes: int  # asked for by the programs, which L2 serves
+    intensity: float  # flops a unique byte
+    bound: Bound
+    bound_microseconds: float  # least time of the launch on this GPU
 
 
 def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER) -> list[Launch]:
@@ -175,8 +177,22 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
+def least_time(moved: Traffic, dtype: str, gpu: Gpu) -> tuple[float, Bound]:
+    """(seconds, what sets them): the longest of computing at the peak, L2's share and DRAM's."""
+    rate = gpu.fp32_flops if dtype == "fp32" else gpu.half_flops
+    times: dict[Bound, float] = {
+        "compute": moved.flops / rate,
+        "L2": moved.issued_bytes / gpu.l2_bytes,
+        "DRAM": moved.unique_bytes / gpu.dram_bytes,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
 def inspect(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
     """Compiles a launch and reads the result."""
+    moved = traffic(launch)
+    seconds, bound = least_time(moved, dtype, GPUS[arch])
     compiled, gpu = compile_launch(launch, arch), GPUS[arch]
     registers, stack = resources(compiled.asm["cubin"])
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
@@ -204,6 +220,10 @@ def inspect(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
         mma_fp32=all(".f32." in instruction for instruction in mma),
         async_copies=len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)),
         wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v8\.b16)", ptx)),
+        **moved._asdict(),
+        intensity=moved.flops / moved.unique_bytes,
+        bound=bound,
+        bound_microseconds=1e6 * seconds,
     )
 
 
@@ -231,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"sizes": sizes._asdict(), "variants": [asdict(v) for v in found]}, indent=1))
     else:
+        gpu = GPUS[int(options.arch.removeprefix("sm_"))]
+        print(f"{options.arch}, bounds of an {gpu.name}; {' '.join(f'{k} {v}' for k, v in sizes._asdict().items())}")
         print(table(found))
     return 0
 
@@ -244,10 +266,16 @@ COLUMNS = {
     "registers": "registers",
     "stack_bytes": "spilled",
     "shared_bytes": "shared",
-    "blocks_per_sm": "blocks/SM",
+    "blocks_per_sm": "blocks (warps)/SM",
     "mma": "mma",
     "async_copies": "cp.async",
-    "wide_loads": "128-bit loads",
+    "wide_loads": "128-bit",
+    "flops": "GFLOP",
+    "unique_bytes": "unique MB",
+    "issued_bytes": "issued MB",
+    "intensity": "FLOP/B",
+    "bound": "bound",
+    "bound_microseconds": "least us",
 }
 
 
@@ -255,7 +283,16 @@ def table(found: Sequence[Variant]) -> str:
     """The variants as aligned columns."""
     rows = [tuple(COLUMNS.values())]
     for variant in found:
-        values = asdict(variant) | {"grid": " x ".join(map(str, variant.grid))}
+        values = asdict(variant) | {
+            "grid": " x ".join(map(str, variant.grid)),
+            "shared_bytes": f"{variant.shared_bytes / 1024:.0f}/{variant.shared_limit_bytes // 1024} K",
+            "blocks_per_sm": f"{variant.blocks_per_sm} ({variant.warps_per_sm})",
+            "flops": f"{variant.flops / 1e9:.2f}",
+            "unique_bytes": f"{variant.unique_bytes / 1e6:.2f}",
+            "issued_bytes": f"{variant.issued_bytes / 1e6:.2f}",
+            "intensity": f"{variant.intensity:.0f}",
+            "bound_microseconds": f"{variant.bound_microseconds:.1f}",
+        }
         rows.append(tuple(str(values[name]) for name in COLUMNS))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

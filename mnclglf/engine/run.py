@@ -25,9 +25,7 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
     """The method of a run with fresh weights of its seed, on the CPU in channels_last."""
     torch.manual_seed(config.seed)
     queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
-    method = METHODS[config.method](
-        config.model, config.objective, queue_dtype=queue_dtype, backend=config.engine.kernels
-    )
+    method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
     return method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
 
 

@@ -31,13 +31,13 @@ from mnclglf.engine.checkpoint import (
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.guard import Guard, NonFiniteError
 from mnclglf.engine.health import effective_rank, feature_std, neighbor_agreement
+from mnclglf.engine.kernels import choose_backends, describe_backends
 from mnclglf.engine.log import RunLog, duration
 from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
 from mnclglf.engine.schedule import Schedule
 from mnclglf.engine.step import make_optimizer, train_step
 from mnclglf.files import write_atomically
 from mnclglf.methods import Losses, Method
-from mnclglf_kernels import resolve
 
 PICTURED_IMAGES = 6  # in the report
 
@@ -84,13 +84,13 @@ class Trainer:
         self.config, self.out, self.console = config, out, console or Console()
         self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
-        self.kernels = resolve(config.engine.kernels, torch.empty(0, device=self.device), kind="lookup")
         checkpoint = find_checkpoint(out, resume)
         self.dtype = autocast_dtype(config.engine, self.device)
         train_images, _ = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)
         self.images, _ = split_train(train_images, config.data)
         self.side = view_side(self.images, config.data.image_size)
         self.method = build_method(config, self.dtype).to(self.device).train()
+        self.method.backends = choose_backends(config, self.side, self.dtype, self.device, self.console)
         self.loader = self._make_loader()
         self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
         self.optimizer = make_optimizer(self.method, config.optim)
@@ -246,7 +246,8 @@ class Trainer:
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed while it saved
             left_over.unlink()
         loader, dtype = type(self.loader).__name__, str(self.dtype).removeprefix("torch.")
-        chosen = {"precision": dtype, "loader": loader, "kernels": self.kernels, "image_side": self.side}
+        kernels = describe_backends(self.method.backends)
+        chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
@@ -260,7 +261,7 @@ class Trainer:
         say(
             f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
             f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
-            f"{dtype}, loader {loader}, kernels {self.kernels}"
+            f"{dtype}, loader {loader}, kernels {kernels}"
         )
         if self.start:
             say(f"going on after step {self.start} of {total}")

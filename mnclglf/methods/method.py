@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.resnet import ResNet18
-from mnclglf_kernels import Backend
+from mnclglf_kernels import Backend, Backends
 
 
 class Losses(NamedTuple):
@@ -33,13 +33,13 @@ class Method(nn.Module, ABC):
     Attributes:
         views: how many views of an image `forward` takes.
         encoder: f_o, what is kept after pre-training.
-        backend, lookup: implementation of the operators, and of the nearest-neighbor lookup, the only one FAISS has.
+        backends: implementation of each operator; may be set before the first step.
     """
 
     views: int
 
     def __init__(
-        self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend
+        self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend = "auto"
     ) -> None:
         """Makes the encoder.
 
@@ -51,8 +51,7 @@ class Method(nn.Module, ABC):
         """
         super().__init__()
         self.objective = objective
-        self.lookup: Backend = backend
-        self.backend: Backend = "auto" if backend == "faiss" else backend
+        self.backends = Backends.all(backend)
         self.encoder = ResNet18(model.stem, model.width)
 
     @abstractmethod

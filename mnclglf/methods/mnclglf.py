@@ -57,7 +57,7 @@ class MNCLGLF(Method):
         with torch.no_grad():
             z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
             keys = torch.cat([z1, z2])
-            neighbors, sources = self.queue.nearest(keys, self.lookup)
+            neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
 
@@ -76,13 +76,14 @@ class MNCLGLF(Method):
         update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
         assert losses.keys is not None
         z1 = losses.keys[: len(indices)]  # as it was before the lookup
-        self.queue.push(z1, indices, keep, self.backend)
+        self.queue.push(z1, indices, keep, self.backends.enqueue)
 
     def stop_gradient_network(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
         """c1, c3: the online weights (equations 5, 6) on combined patches, leaving the online running statistics."""
         with batch_statistics_only(self.encoder, self.projector):
-            y1, y3 = (divide(x, backend=self.backend) for x in (x1, x3))  # [4N, C, H/2, W/2]
-            v1, v3 = (combine(self.encoder(y), self.objective.k, backend=self.backend) for y in (y1, y3))  # [S * N, F]
+            y1, y3 = (divide(x, backend=self.backends.divide) for x in (x1, x3))  # [4N, C, H/2, W/2]
+            f1, f3 = self.encoder(y1), self.encoder(y3)  # [4N, F]
+            v1, v3 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f3))  # [S * N, F]
             c1, c3 = self.projector(v1), self.projector(v3)
         if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once a step
             subsets = len(c1) // len(x1)
@@ -95,4 +96,4 @@ class MNCLGLF(Method):
 
     def contrast(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
         """L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow."""
-        return contrastive_losses(pairs, self.objective.temperature, backend=self.backend)
+        return contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)

@@ -13,7 +13,7 @@ from mnclglf.data.loader import Batch
 from mnclglf.engine.guard import Guard, NonFiniteError
 from mnclglf.engine.step import make_optimizer, train_step
 from mnclglf.methods import MNCLGLF
-from mnclglf_kernels import Backend
+from mnclglf_kernels import Backend, Backends
 
 N, SIDE, K = 6, 16, 20  # K is no multiple of N: the ring wraps in the fourth step
 MODEL = ModelConfig(width=4, projector_width=24, predictor_width=12)
@@ -294,7 +294,7 @@ def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch)
 
 def test_faiss_looks_up_and_the_other_operators_choose_for_themselves() -> None:
     faiss, torch_only = (make_method(torch.float32, backend=backend) for backend in ("faiss", "torch"))
-    assert (faiss.lookup, faiss.backend) == ("faiss", "auto")
+    assert faiss.backends == Backends("auto", "auto", "auto", "faiss", "auto")
     faiss.load_state_dict(torch_only.state_dict())
     batch = make_batch(torch.float32)
     losses, expected = Stepper(faiss)(batch), Stepper(torch_only)(batch)

@@ -62,7 +62,7 @@ def neighbor_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def neighbor_merge_kernel(
     scores,
     rows,
     nearest,  # [M] int64
@@ -126,7 +126,7 @@ def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, t: Tile) 
     )
     return [
         Launch(neighbor_kernel, (blocks(count, t.rows), tiles), search, t.warps, t.stages),
-        Launch(merge_kernel, (blocks(count, MERGED_QUERIES),), merge),
+        Launch(neighbor_merge_kernel, (blocks(count, MERGED_QUERIES),), merge),
     ]
 
 

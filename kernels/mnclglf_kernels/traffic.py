@@ -1,0 +1,135 @@
+"""What a launch computes and moves, in closed form: floating-point operations, unique and issued bytes.
+
+Unique bytes are what any implementation has to move: each element that is read once, each that is written once. Issued
+bytes are what the programs ask for, tiles read again and again included: on a GPU the difference is traffic of the L2
+cache. tests/kernels/test_traffic.py holds both against counts of the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mnclglf_kernels._triton.launch import Launch, blocks
+
+
+class Traffic(NamedTuple):
+    """Of one launch."""
+
+    flops: int  # multiplications and additions of the matrix products; the rest is not counted
+    unique_bytes: int
+    issued_bytes: int
+
+
+def traffic(launch: Launch) -> Traffic:
+    """The traffic of a launch, from its arguments alone."""
+    name = launch.kernel.__name__
+    return FORMULAS[name](launch, launch.arguments)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of tensors, each counted once."""
+    return sum({id(x): x.numel() * x.itemsize for x in tensors}.values())
+
+
+def divide(launch: Launch, a: dict[str, Any]) -> Traffic:
+    moved = 2 * a["patches"].numel() * a["patches"].itemsize
+    return Traffic(0, moved, moved)
+
+
+def combine(launch: Launch, a: dict[str, Any]) -> Traffic:
+    moved = total_bytes([a["features"], a["combined"]])
+    return Traffic(0, moved, moved)
+
+
+def enqueue(launch: Launch, a: dict[str, Any]) -> Traffic:
+    rows, gate = a["rows"], a["keep"].itemsize if a["GATED"] else 0
+    moved = rows.numel() * (rows.itemsize + a["queue"].itemsize)
+    return Traffic(0, moved + 8 + gate, moved + len(rows) * (8 + gate))
+
+
+def advance(launch: Launch, a: dict[str, Any]) -> Traffic:
+    moved = 16 + (a["keep"].itemsize if a["GATED"] else 0)
+    return Traffic(0, moved, moved)
+
+
+def neighbor(launch: Launch, a: dict[str, Any]) -> Traffic:
+    m, k, d = a["M"], a["K"], a["D"]
+    query_tiles, tiles = launch.grid
+    query_bytes, queue_bytes = a["queries"].itemsize, a["queue"].itemsize
+    found = tiles * m * (4 + 4)
+    return Traffic(
+        2 * m * k * d,
+        d * (m * query_bytes + k * queue_bytes) + found,
+        query_tiles * tiles * d * (a["ROWS"] * query_bytes + a["COLUMNS"] * queue_bytes) + found,
+    )
+
+
+def neighbor_merge(launch: Launch, a: dict[str, Any]) -> Traffic:
+    m, steps = a["M"], blocks(a["TILES"], a["BLOCK"])
+    moved = 4 * a["TILES"] * m + 4 * steps * m + 8 * m
+    return Traffic(0, moved, moved)
+
+
+def logits(launch: Launch, a: dict[str, Any]) -> tuple[int, int, int]:
+    """(flops, unique bytes, issued bytes) of the products of all pairs."""
+    d, rows = a["D"], a["FIRST_ROWS"][-1]
+    candidate_tiles, row_tiles = launch.grid
+    read = candidate_tiles * row_tiles * d * (a["ROWS"] + a["COLUMNS"]) * a["targets"][0].itemsize
+    return 2 * rows * a["N"] * d, total_bytes([*a["targets"], *a["predictions"]]), read
+
+
+def forward(launch: Launch, a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logits(launch, a)
+    rows, candidate_tiles = a["FIRST_ROWS"][-1], launch.grid[0]
+    written = 4 * (2 * candidate_tiles * rows + 2 * rows + len(a["targets"]) * a["N"])
+    return Traffic(flops, unique + written, issued + written)
+
+
+def merge(launch: Launch, a: dict[str, Any]) -> Traffic:
+    rows = a["FIRST_ROWS"][-1]
+    moved = 4 * (2 * a["TILES"] * rows + 2 * rows + a["PAIRS"])
+    return Traffic(0, moved, moved)
+
+
+def coefficient(launch: Launch, a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logits(launch, a)
+    n, rows, pairs = a["N"], a["FIRST_ROWS"][-1], len(a["targets"])
+    candidate_tiles, row_tiles = launch.grid
+    written = 4 * (rows * n + candidate_tiles * rows + row_tiles * n)
+    return Traffic(
+        flops,
+        unique + 4 * (2 * rows + pairs * n) + written,
+        issued + 4 * (2 * candidate_tiles * rows + row_tiles * n) + written,
+    )
+
+
+def gradient(launch: Launch, a: dict[str, Any]) -> Traffic:
+    n, d, first_rows, own_blocks = a["N"], a["D"], a["FIRST_ROWS"], a["FIRST_BLOCKS"]
+    itemsize, column_blocks, halves = a["rows"][0].itemsize, launch.grid[0], 1 if a["rows"][0].itemsize == 4 else 2
+    flops = unique = issued = 0
+    for i in range(len(a["rows"])):
+        rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]
+        parts = a["PARTS"] if a["OF_TARGETS"] else a["FIRST_TILES"][i + 1] - a["FIRST_TILES"][i]
+        own, others = (rows, n) if a["OF_TARGETS"] else (n, rows)
+        flops += 2 * halves * rows * n * d
+        unique += 4 * (rows * n + others + own * (parts + 1) + 1) + own * d * itemsize
+        issued += column_blocks * 4 * (rows * n + programs * (others + 1) + own * (parts + 1))
+        issued += programs * others * d * itemsize + 2 * own * d * itemsize
+    return Traffic(flops, unique + total_bytes([*a["rows"], *a["others"]]), issued)
+
+
+FORMULAS = {
+    "divide_kernel": divide,
+    "combine_kernel": combine,
+    "enqueue_kernel": enqueue,
+    "advance_kernel": advance,
+    "neighbor_kernel": neighbor,
+    "neighbor_merge_kernel": neighbor_merge,
+    "forward_kernel": forward,
+    "merge_kernel": merge,
+    "coefficient_kernel": coefficient,
+    "gradient_kernel": gradient,
+}

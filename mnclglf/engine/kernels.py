@@ -1,0 +1,66 @@
+"""Which implementation each operator of a run gets: decided once, after the kernels have proved themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from rich.console import Console
+
+from mnclglf.config import RunConfig
+from mnclglf_kernels import Backends, canary, resolve
+from mnclglf_kernels.sizes import Sizes
+
+
+def choose_backends(
+    config: RunConfig, side: int, dtype: torch.dtype, device: torch.device, console: Console
+) -> Backends:
+    """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
+
+    Args:
+        config: the run; `engine.kernels` and `engine.lookup` are what is asked for.
+        side: of the images as the networks see them.
+        dtype: autocast's.
+        device: of the run.
+        console: where a kernel that is not used is reported.
+
+    Raises:
+        RuntimeError: kernels are required and cannot run, or one is wrong; or FAISS cannot run here.
+    """
+    policy, probe = config.engine.kernels, torch.empty(0, dtype=dtype, device=device)
+    backends = Backends.all("torch")
+    if policy != "off" and resolve("triton" if policy == "require" else "auto", probe, kind="matmul") == "triton":
+        backends = Backends.all("triton")
+        sizes = Sizes(
+            images=config.optim.batch_size,
+            side=side,
+            features=8 * config.model.width,
+            k=config.objective.k,
+            width=config.model.projector_width,
+            queue=config.objective.queue_size,
+        )
+        queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
+        problems = canary.failures(sizes, dtype, queue_dtype, device)
+        if problems and policy == "require":
+            found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")
+        for name, problem in problems.items():
+            console.print(
+                f"WARNING: the Triton kernel of {name} is wrong on this machine ({problem}); PyTorch does its work. "
+                "`make gpu-report` writes a file to attach to an issue.",
+                style="bold red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            backends = backends._replace(**{name: "torch"})
+    if config.engine.lookup == "faiss":
+        resolve("faiss", probe, kind="lookup")
+        backends = backends._replace(nearest_neighbor="faiss")
+    return backends
+
+
+def describe_backends(backends: Backends) -> str:
+    """One word where all are alike, else the most used one and the exceptions: "triton, nearest_neighbor faiss"."""
+    (most, _), *_ = Counter(backends).most_common(1)
+    return ", ".join([most, *(f"{name} {used}" for name, used in backends._asdict().items() if used != most)])
