@@ -8,11 +8,12 @@ OUT ?= runs/$(DATASET)-$(RECIPE)-seed$(SEED)
 RUN ?= $(OUT)
 DATA_DIR ?=
 ARGS ?=
+BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/)
 
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-gpu bench check clean
+.PHONY: help setup train report test test-gpu bench gpu-report check-aot check clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -37,8 +38,17 @@ test: setup ## run the tests; ARGS go to pytest
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: setup ## run the benchmarks; ARGS go to pytest
-	$(BIN)/python -m pytest bench/ $(ARGS)
+bench: setup ## run the benchmarks, save and draw them in bench/results/; BENCH, ARGS go to pytest
+	@mkdir -p bench/results
+	saved="bench/results/$$(date -u +%Y%m%d-%H%M%S).json" && \
+	$(BIN)/python -m pytest $(BENCH) --benchmark-json="$$saved" -W "ignore:Not saving anything" $(ARGS) && \
+	if [ -e "$$saved" ]; then $(BIN)/python -m bench.draw "$$saved"; fi
+
+gpu-report: setup ## all that only a GPU can tell, into bench/results/gpu-report.md
+	$(BIN)/python -m bench.gpu_report $(ARGS)
+
+check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
+	$(BIN)/python -m pytest tests/kernels/test_inspect.py -m aot $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -7,13 +7,13 @@ normalised in every step. Ours is the step that `mnclglf train` runs.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import oracles
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.side_by_side import timed
 from mnclglf.config import EngineConfig
 from mnclglf.data.loader import Batch
 from mnclglf.engine.device import autocast_dtype, choose_device
@@ -28,22 +28,13 @@ ROUNDS = 5
 MATMUL = 4096  # rows, columns and depth of the product that the machine's rate is measured with
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    since = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - since
-
-
 def our_step(method: Method, views: list[torch.Tensor], dtype: torch.dtype) -> Callable[[], object]:
     config, device = paper("mnclglf", "cifar10"), views[0].device
     optimizer, guard = make_optimizer(method, config.optim), Guard(device)
     ready = tuple(view.to(dtype, memory_format=torch.channels_last) for view in views)
     batch = Batch(ready, torch.arange(len(views[0]), device=device))
     return lambda: train_step(
-        method, optimizer, guard, batch, step=0, lr=0.1, momentum=config.objective.ema_momentum, dtype=dtype
+        method, method, optimizer, guard, batch, step=0, lr=0.1, momentum=config.objective.ema_momentum, dtype=dtype
     )
 
 

@@ -1,18 +1,36 @@
-"""What every benchmark shares: the machine's name, and lines that pytest prints at its end."""
+"""What every benchmark shares: the machine's name, measured rows, and lines that pytest prints at its end."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.row import Row
+from bench.side_by_side import (
+    AUTOCAST,
+    DTYPES,
+    Case,
+    Implementation,
+    call,
+    left_out,
+    line,
+    measure,
+    replay,
+    replayed_seconds,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference path is the tests' oracle
 
 LINES = pytest.StashKey[list[str]]()
+MEASURED = pytest.StashKey[dict[Case, dict[Implementation, Row]]]()
 
 
 def machine() -> str:
@@ -22,13 +40,67 @@ def machine() -> str:
     return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {os.cpu_count()} cores"
 
 
+def versions() -> dict[str, str]:
+    """Of what is measured, as far as it is installed."""
+    found = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
+    for name in ("torch", "triton", "faiss-cpu", "faiss-gpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Adds a line to what is printed at the end of the run."""
     return request.config.stash.setdefault(LINES, []).append
 
 
+@pytest.fixture
+def side_by_side(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, say: Callable[[str], None]
+) -> Callable[[Case, Implementation], None]:
+    """Measures a case when the first of its rows is asked for, and gives pytest-benchmark the row."""
+    measured = request.config.stash.setdefault(MEASURED, {})
+
+    def give(case: Case, implementation: Implementation) -> None:
+        if not benchmark.enabled:  # --benchmark-disable: one call, no figures
+            benchmark.pedantic(call(case, implementation))
+            return
+        if case not in measured:
+            if not measured:
+                say("x reference: times as fast as Algorithm 1 as printed; median of the rounds (least to greatest)")
+                say(line(""))
+            measured[case] = measure(case)
+            rows = list(measured[case].values())
+            say(f"{rows[0].case} ({len(rows[0].seconds)} rounds)")
+            for row in rows:
+                say(line(row.implementation, row.cells()))
+        replay(benchmark, measured[case][implementation])
+
+    return give
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "max", "rounds"]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "side_by_side" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.benchmark(timer=replayed_seconds))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info.update(
+        device=machine(), threads=torch.get_num_threads(), autocast=DTYPES[AUTOCAST], versions=versions()
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's table
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     terminalreporter.section(f"benchmarks on {machine()}, torch {torch.__version__}")
-    for line in config.stash.get(LINES, []):
-        terminalreporter.write_line(line)
+    for name, reason in left_out.items():
+        terminalreporter.write_line(f"left out: {name}: {reason}")
+    for text in config.stash.get(LINES, []):
+        terminalreporter.write_line(text)

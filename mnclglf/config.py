@@ -206,6 +206,10 @@ class EngineConfig:
     """Triton kernels: auto uses those that prove right on this GPU, require stops where one does not, off uses none."""
     lookup: Lookup = "auto"
     """faiss finds the nearest neighbors with FAISS in place of our kernel."""
+    compile: bool = False
+    """The forward as one graph of torch.compile; compiling takes minutes before the first step."""
+    graphs: bool = False
+    """With compile, on CUDA: replays CUDA graphs (torch.compile's reduce-overhead)."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     save_every: float = 1.0
@@ -216,6 +220,11 @@ class EngineConfig:
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 
     def __post_init__(self) -> None:
+        require(self.compile or not self.graphs, "graphs replay what compile made; give --compile too, or no --graphs")
+        require(
+            self.lookup == "auto" or not self.graphs,
+            f"lookup {self.lookup} cannot be in a CUDA graph; give --lookup auto, or no --graphs",
+        )
         require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
         require(self.save_every > 0, f"save_every {self.save_every} must be positive")
         require(self.keep_last >= 1, f"keep_last {self.keep_last} must be at least 1: resuming needs one")

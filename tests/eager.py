@@ -1,4 +1,4 @@
-"""What eager PyTorch launches and moves, counted as mnclglf_kernels.traffic counts a launch's unique bytes."""
+"""What eager PyTorch launches and moves, counted as mnclglf_kernels._triton.traffic counts a launch's unique bytes."""
 
 from dataclasses import dataclass
 from typing import Any

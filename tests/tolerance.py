@@ -1,7 +1,11 @@
 """How far a result may be from the truth: never further than plain PyTorch in the same dtype, by more than rounding."""
 
+import math
+
+import oracles
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ULPS_FP32 = 8  # a sum taken in another order, and exp and log, differ from ours by a few units in the last place
 
@@ -27,3 +31,49 @@ def assert_as_accurate_as_plain(
     allowed = torch.where(torch.isnan(allowed), torch.inf, allowed)  # plain PyTorch has no number: any number will do
     worst = int((error - allowed).argmax())
     assert (error <= allowed).all(), f"{what}: row {worst} is off by {error[worst]:.3e}, allowed {allowed[worst]:.3e}"
+
+
+def loss_floor(temperature: float, candidates: int, dtype: torch.dtype) -> float:
+    """Rounding of the contrastive loss: relative to logits of up to 1/tau, whatever log-sum-exp leaves of them."""
+    return ULPS_FP32 * working_epsilon(dtype) * (1 + 1 / temperature + math.log(candidates))
+
+
+def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float, truth: Tensor) -> Tensor:
+    """Rounding of the contrastive loss's gradient of `rows` [M, D]: [M].
+
+    A logit of up to 1/tau carries an error of eps/tau into exp, the gradient of a row is a sum of coefficients of up to
+    upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
+    """
+    norms = rows.double().norm(dim=1).clamp(min=oracles.NORM_FLOOR)
+    scale = abs(upstream) / (terms * temperature * norms)
+    rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature) * scale
+    stored = torch.finfo(rows.dtype).eps * truth.abs().amax(dim=1) + torch.finfo(rows.dtype).tiny
+    return rounding + stored
+
+
+def combine_floor(features: Tensor, truth: Tensor) -> Tensor:
+    """[S*N]: one rounding to the dtype of the features at the store, and that of an fp32 sum of four terms."""
+    stored = torch.finfo(features.dtype).eps / 2 * truth.abs().amax(dim=1) + torch.finfo(features.dtype).tiny
+    return stored + ULPS_FP32 * working_epsilon(features.dtype) * features.double().abs().max()
+
+
+def unit_scores(queries: Tensor, queue: Tensor) -> Tensor:
+    """[M, D] and [K, D] to [M, K] in fp64: products of the queries' directions, of any length, and the rows as stored."""
+    queries = queries.double()
+    queries = queries / queries.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return F.normalize(queries, dim=1) @ queue.double().t()
+
+
+def assert_nearest(index: Tensor, queries: Tensor, queue: Tensor, scored: torch.dtype | None = None) -> None:
+    """No row of the queue is more similar than that at the index, but for rounding of the scores.
+
+    Scores are fp32, and fp64 for an fp64 queue: `scored` says in what they are instead.
+    """
+    assert index.dtype == torch.int64
+    assert index.shape == (len(queries),)
+    assert ((index >= 0) & (index < len(queue))).all()
+    scores = unit_scores(queries, queue).nan_to_num(-torch.inf)
+    regret = scores.amax(dim=1) - scores.gather(1, index[:, None])[:, 0]
+    allowed = ULPS_FP32 * working_epsilon(scored or queue.dtype)
+    worst = int(regret.argmax())
+    assert (regret <= allowed).all(), f"query {worst} is {regret[worst]:.3e} from its neighbor, allowed {allowed:.1e}"

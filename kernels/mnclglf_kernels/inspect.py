@@ -26,11 +26,12 @@ from triton.compiler import ASTSource
 from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.tiles import tile
+from mnclglf_kernels._triton.traffic import Traffic, traffic
 from mnclglf_kernels.backend import INTERPRETED
 from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
-from mnclglf_kernels.traffic import Traffic, traffic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+META = torch.device("meta")
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -99,11 +100,11 @@ class Variant:
     bound_microseconds: float  # least time of the launch on this GPU
 
 
-def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER) -> list[Launch]:
-    """What the operator launches in a step, forward and then backward, on the meta device."""
+def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER, device: torch.device = META) -> list[Launch]:
+    """What the operator launches in a step, forward and then backward; on the meta device there are no values."""
 
     def rows(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device)
 
     n, side, features, k, width, size = sizes
     if op == "divide":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_matrix
+from mnclglf_kernels.layout import memory_format
 
 PATCHES = 4
 
@@ -34,8 +35,12 @@ def divide(images: Tensor, *, backend: Backend = "auto") -> Tensor:
             raise ValueError(f"image side {side} is odd or zero; the 2 x 2 division needs an even side")
     if images.shape[0] and resolve(backend, images) == "triton":
         return torch.ops.mnclglf.divide(images)
-    top, bottom = images[:, :, :height], images[:, :, height:]
-    return torch.cat([top[..., :width], top[..., width:], bottom[..., :width], bottom[..., width:]])
+    n, channels = images.shape[:2]
+    if memory_format(images) == torch.channels_last:
+        grid = images.permute(0, 2, 3, 1).reshape(n, 2, height, 2, width, channels).permute(1, 3, 0, 2, 4, 5)
+        return grid.reshape(PATCHES * n, height, width, channels).permute(0, 3, 1, 2)
+    grid = images.reshape(n, channels, 2, height, 2, width).permute(2, 4, 0, 1, 3, 5)
+    return grid.reshape(PATCHES * n, channels, height, width)
 
 
 def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from mnclglf.config import OptimConfig
+from mnclglf.config import EngineConfig, OptimConfig
 from mnclglf.data.loader import Batch
 from mnclglf.engine.guard import Guard
 from mnclglf.methods.method import Losses, Method
@@ -23,8 +25,22 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
     return optimizer
 
 
+def make_forward(method: Method, config: EngineConfig) -> Callable[[Sequence[Tensor]], Losses]:
+    """The method's forward, compiled where the configuration asks for it; eager else."""
+    if not config.compile:
+        return method
+    forward = torch.compile(method, fullgraph=True, mode="reduce-overhead" if config.graphs else None)
+
+    def begin_and_forward(views: Sequence[Tensor]) -> Losses:
+        torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
+        return forward(views)
+
+    return begin_and_forward if config.graphs else forward
+
+
 def train_step(
     method: Method,
+    forward: Callable[[Sequence[Tensor]], Losses],
     optimizer: torch.optim.SGD,
     guard: Guard,
     batch: Batch,
@@ -36,11 +52,12 @@ def train_step(
 ) -> tuple[Losses, Tensor]:
     """Trains on one batch; gives the losses and the gradient's norm, both still on the device.
 
+    `forward` is what `make_forward` made of `method`, which is updated after it, outside of what may be compiled.
     Nothing here waits for the device. Where loss, gradient or queue keys are not finite, now or in an earlier step,
     weights, momentum network and queue stay as they are.
     """
     with torch.autocast(batch.indices.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        losses = method(batch.views)
+        losses = forward(batch.views)
     losses.total.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradient_norm = torch.nn.utils.get_total_norm(gradients)

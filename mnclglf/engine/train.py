@@ -35,7 +35,7 @@ from mnclglf.engine.kernels import choose_backends, describe_backends
 from mnclglf.engine.log import RunLog, duration
 from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
 from mnclglf.engine.schedule import Schedule
-from mnclglf.engine.step import make_optimizer, train_step
+from mnclglf.engine.step import make_forward, make_optimizer, train_step
 from mnclglf.files import write_atomically
 from mnclglf.methods import Losses, Method
 
@@ -93,6 +93,7 @@ class Trainer:
         self.method.backends = choose_backends(config, self.side, self.dtype, self.device, self.console)
         self.loader = self._make_loader()
         self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
+        self.forward = make_forward(self.method, config.engine)
         self.optimizer = make_optimizer(self.method, config.optim)
         self.guard = Guard(self.device)
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
@@ -111,6 +112,7 @@ class Trainer:
             for step, batch, wait in timed(self.loader, self.start, total):
                 losses, gradient_norm = train_step(
                     self.method,
+                    self.forward,
                     self.optimizer,
                     self.guard,
                     batch,
@@ -268,6 +270,8 @@ class Trainer:
         if self.start < total:
             seconds = step_seconds(self.method, self.config.optim.batch_size, self.side, self.device, self.dtype)
             say(f"estimated time: {duration(seconds * (total - self.start))}")
+            if self.config.engine.compile:
+                say("the first step compiles the forward, which takes minutes")
 
 
 def timed(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:

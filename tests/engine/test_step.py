@@ -33,7 +33,7 @@ def make_step(device: torch.device, dtype: torch.dtype) -> Any:
     views = torch.randn(3, 16, 3, 16, 16, device=device).to(dtype).unbind()
     batch = Batch(tuple(view.to(memory_format=torch.channels_last) for view in views), torch.arange(16, device=device))
     settings = {"step": 0, "lr": 0.1, "momentum": 0.99, "dtype": dtype}
-    return lambda: train_step(method, optimizer, guard, batch, **settings)
+    return lambda: train_step(method, method, optimizer, guard, batch, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,14 +8,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, lay_out
-from tolerance import ULPS_FP32, assert_as_accurate_as_plain, working_epsilon
+from tolerance import ULPS_FP32, assert_as_accurate_as_plain, gradient_floor, loss_floor, working_epsilon
 from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import contrastive_loss
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (1, 1, 5), (6, 1, 63), (1, 63, 65), (6, 65, 7), (4, 16, 123)]  # (S, N, D)
+SHAPES = [  # (S, N, D): S need not be a C(4, k)
+    (1, 1, 1),
+    (1, 1, 5),
+    (6, 1, 63),
+    (1, 63, 65),
+    (6, 65, 7),
+    (4, 16, 123),
+    (2, 123, 96),
+    (3, 5, 255),
+    (5, 255, 3),  # 1275 rows: more than one step of Triton's merge
+    (1, 3, 2048),
+]
 
 
 def plain_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
@@ -34,19 +45,6 @@ def with_gradients(function, targets: Tensor, predictions: Tensor, temperature: 
     return loss.detach(), *gradients
 
 
-def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float, truth: Tensor) -> Tensor:
-    """Rounding of the gradient of `rows` [M, D]: [M].
-
-    A logit of up to 1/tau carries an error of eps/tau into exp, the gradient of a row is a sum of coefficients of up to
-    upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
-    """
-    norms = rows.double().norm(dim=1).clamp(min=oracles.NORM_FLOOR)
-    scale = abs(upstream) / (terms * temperature * norms)
-    rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature) * scale
-    stored = torch.finfo(rows.dtype).eps * truth.abs().amax(dim=1) + torch.finfo(rows.dtype).tiny
-    return rounding + stored
-
-
 def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str, upstream: float = 1.0) -> None:
     """Loss and both gradients against the fp64 loops and against plain PyTorch in the dtype of the input."""
     if backend == "triton" and torch.float64 in (targets.dtype, predictions.dtype):
@@ -61,8 +59,7 @@ def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str
     )
     assert loss.dtype == (torch.float64 if targets.dtype == torch.float64 else torch.float32)
     assert loss.shape == ()
-    # log-sum-exp of logits of up to 1/tau: rounding is relative to the logits, whatever is left of them in the loss.
-    floor = ULPS_FP32 * working_epsilon(targets.dtype) * (1 + 1 / temperature + math.log(len(predictions)))
+    floor = loss_floor(temperature, len(predictions), targets.dtype)
     assert_as_accurate_as_plain(loss, plain_loss, true_loss, floor, what="loss")
     sides = (("targets", targets, len(targets)), ("predictions", predictions, len(predictions)))
     for (name, rows, terms), gradient, plain, truth in zip(
@@ -94,9 +91,9 @@ def test_temperatures(temperature, dtype, backend):
 
 
 @given(
-    subsets=st.sampled_from([1, 4, 6]),
-    images=st.integers(1, 12),
-    width=st.integers(1, 40),
+    subsets=st.integers(1, 6),
+    images=st.integers(1, 70),
+    width=st.integers(1, 70),
     temperature=st.floats(0.05, 10),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
@@ -110,6 +107,12 @@ def test_any_shape(subsets, images, width, temperature, dtype, seed, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_upstream_gradient_scales(upstream, dtype, backend):
     check(*rows_of((2, 9, 21), dtype), 0.5, backend, upstream=upstream)
+
+
+@pytest.mark.parametrize("images", [65, 130])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_several_tiles_of_wide_rows(images, dtype, backend):
+    check(*rows_of((2, images, 160), dtype), 0.2, backend)  # tiles of up to 128 columns, of 32 and 16 of the width
 
 
 def test_upstream_gradient_of_stride_zero(backend):
@@ -139,6 +142,18 @@ def test_no_gradient_where_none_is_asked(backend):
     assert not contrastive_loss(targets, predictions, 1.0, backend=backend).requires_grad
     with torch.no_grad():
         assert not contrastive_loss(targets.requires_grad_(), predictions, 1.0, backend=backend).requires_grad
+
+
+def test_a_second_derivative_is_refused(backend):
+    targets, predictions = (rows.requires_grad_() for rows in rows_of((1, 3, 5), torch.float64))
+    if backend == "torch":
+        assert torch.autograd.gradgradcheck(lambda h, p: contrastive_loss(h, p, 0.7), (targets, predictions))
+        return
+    targets, predictions = (rows.detach().float().requires_grad_() for rows in (targets, predictions))
+    loss = contrastive_loss(targets, predictions, 0.7, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, predictions, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive_losses_backward"):
+        gradient.square().sum().backward()
 
 
 def test_gradient_through_both_sides_of_one_tensor(backend):
@@ -310,21 +325,26 @@ def test_targets_of_another_dtype(backend):
         ((6, 5), (3, 4), "5"),
         ((6, 4, 1), (3, 4), r"3|\(6, 4, 1\)"),
         ((6, 4), (4,), r"1|\(4,\)"),
+        ((0, 4), (0, 4), "0 target rows"),
+        ((0, 4), (3, 4), "0 target rows"),
     ],
-    ids=["rows not a multiple", "fewer rows", "widths", "three dimensions", "one dimension"],
+    ids=["rows not a multiple", "fewer rows", "widths", "three dimensions", "one dimension", "no rows", "no targets"],
 )
 def test_wrong_shapes_are_named(targets, predictions, named, backend):
     with pytest.raises(ValueError, match=named):
         contrastive_loss(torch.randn(targets), torch.randn(predictions), 1.0, backend=backend)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5])
+@pytest.mark.parametrize("temperature", [0.0, -0.5, math.nan])
 def test_wrong_temperature_is_named(temperature, backend):
     rows = torch.randn(3, 4)
     with pytest.raises(ValueError, match=str(temperature)):
         contrastive_loss(rows, rows, temperature, backend=backend)
 
 
-def test_wrong_dtype_is_named(backend):
-    with pytest.raises((TypeError, ValueError), match="int64"):
-        contrastive_loss(torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 4), 1.0, backend=backend)
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_wrong_dtype_is_named(wrong, backend):
+    rows = [torch.randn(3, 4), torch.randn(3, 4)]
+    rows[wrong] = torch.ones(3, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"(targets|predictions).*int64"):
+        contrastive_loss(*rows, 1.0, backend=backend)

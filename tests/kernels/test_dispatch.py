@@ -1,4 +1,4 @@
-"""The choice of a backend, torch.compile, and what importing the operators brings along."""
+"""The choice of a backend, tensors on two devices, and what importing the operators brings along."""
 
 import subprocess
 import sys
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import mnclglf_kernels
-from mnclglf_kernels import combine, contrastive_loss, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
 
 CALLS = {
     "divide": lambda **how: divide(torch.randn(1, 1, 2, 2), **how),
     "combine": lambda **how: combine(torch.randn(4, 3), 2, **how),
     "contrastive_loss": lambda **how: contrastive_loss(torch.randn(3, 4), torch.randn(3, 4), 1.0, **how),
+    "contrastive_losses": lambda **how: contrastive_losses([(torch.randn(3, 4), torch.randn(3, 4))], 1.0, **how)[0],
     "nearest_neighbor": lambda **how: nearest_neighbor(torch.randn(3, 4), torch.randn(5, 4), **how),
     "enqueue": lambda **how: enqueue(torch.randn(5, 4), torch.tensor(0), torch.randn(3, 4), **how),
 }
@@ -46,6 +47,7 @@ def test_backend_is_a_keyword(name):
         "divide": (torch.randn(1, 1, 2, 2), "torch"),
         "combine": (torch.randn(4, 3), 2, "torch"),
         "contrastive_loss": (torch.randn(3, 4), torch.randn(3, 4), 1.0, "torch"),
+        "contrastive_losses": ([(torch.randn(3, 4), torch.randn(3, 4))], 1.0, "torch"),
         "nearest_neighbor": (torch.randn(3, 4), torch.randn(5, 4), "torch"),
         "enqueue": (torch.randn(5, 4), torch.tensor(0), torch.randn(3, 4), None, "torch"),
     }
@@ -53,46 +55,63 @@ def test_backend_is_a_keyword(name):
         getattr(mnclglf_kernels, name)(*arguments[name])
 
 
-def forward(images, weight, queue, backend):
-    """A step in miniature: every operator that belongs inside a compiled forward. Returns (loss, index)."""
-    features = divide(images, backend=backend).flatten(1) @ weight
-    targets = combine(features, 2, backend=backend)
-    predictions = images.flatten(1)[:, : weight.shape[1]] * weight.sum()
-    index = nearest_neighbor(predictions.detach(), queue, backend=backend)
-    loss = contrastive_loss(targets, predictions, 0.5, backend=backend)
-    return loss + contrastive_loss(queue[index], predictions, 0.5, backend=backend), index
+@pytest.mark.parametrize("name", CALLS.keys() - {"nearest_neighbor"})
+def test_faiss_does_nothing_but_look_up(name):
+    with pytest.raises(ValueError, match=r"'faiss'.*'auto'"):
+        CALLS[name](backend="faiss")
 
 
-def check_compiled(compiler: str, backend: str) -> None:
-    """Loss, neighbors, gradient and queue of a compiled step against the same step run eagerly."""
-    images, weight, queue = (
-        torch.randn(5, 2, 4, 4),
-        torch.randn(8, 6),
-        torch.nn.functional.normalize(torch.randn(17, 6)),
-    )
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        run = torch.compile(forward, fullgraph=True, backend=compiler) if compiled else forward
-        write = torch.compile(enqueue, fullgraph=True, backend=compiler) if compiled else enqueue
-        leaf, ring, pointer = weight.clone().requires_grad_(), queue.clone(), torch.tensor(15)
-        loss, index = run(images, leaf, ring, backend)
-        loss.backward()
-        write(ring, pointer, images.flatten(1)[:, :6], backend=backend)
-        write(ring, pointer, images.flatten(1)[:, 6:12], keep=torch.tensor(False), backend=backend)
-        results.append((loss.detach(), index, leaf.grad, ring, pointer))
-    for eager, compiled in zip(*results, strict=True):
-        # A compiler may fuse and reorder fp32 sums of up to 60 terms.
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+def test_faiss_that_is_not_installed_is_named_with_its_extras(monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.HAS_FAISS", False)
+    with pytest.raises(RuntimeError, match=r"mnclglf\[faiss-gpu\].*mnclglf\[faiss-cpu\]"):
+        CALLS["nearest_neighbor"](backend="faiss")
+    CALLS["nearest_neighbor"](backend="auto")
 
 
-def test_the_operators_compile_into_one_graph(backend):
-    check_compiled("aot_eager", backend)
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_that_is_not_installed_is_named(name, monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="package triton"):
+        CALLS[name](backend="triton")
+    CALLS[name](backend="auto")
 
 
-@pytest.mark.slow
-def test_the_operators_compile_with_inductor(backend):
-    check_compiled("inductor", backend)
+def rows(count: int, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(count, 4, device=device)
+
+
+ACROSS_DEVICES = {
+    "targets": lambda **how: contrastive_loss(rows(3, "meta"), rows(3), 1.0, **how),
+    "predictions": lambda **how: contrastive_loss(rows(3), rows(3, "meta"), 1.0, **how),
+    "second pair": lambda **how: contrastive_losses([(rows(3), rows(3)), (rows(3, "meta"),) * 2], 1.0, **how),
+    "queries": lambda **how: nearest_neighbor(rows(3, "meta"), rows(5), **how),
+    "keys": lambda **how: nearest_neighbor(rows(3), rows(5, "meta"), **how),
+    "no queries": lambda **how: nearest_neighbor(rows(0), rows(5, "meta"), **how),
+    "queue": lambda **how: enqueue(rows(5, "meta"), torch.tensor(0), rows(3), **how),
+    "pointer": lambda **how: enqueue(rows(5), torch.tensor(0, device="meta"), rows(3), **how),
+    "rows": lambda **how: enqueue(rows(5), torch.tensor(0), rows(3, "meta"), **how),
+    "keep": lambda **how: enqueue(
+        rows(5), torch.tensor(0), rows(3), keep=torch.tensor(True, device="meta"), **how
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACROSS_DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_two_devices_are_named(name, backend):
+    with pytest.raises(ValueError, match=r"cpu and on meta|meta and on cpu"):
+        ACROSS_DEVICES[name](backend=backend)
+
+
+@pytest.mark.parametrize("name", ["queries", "keys"])
+def test_two_devices_are_named_by_faiss_too(name):
+    with pytest.raises(ValueError, match=r"cpu and on meta|meta and on cpu"):
+        ACROSS_DEVICES[name](backend="faiss")
+
+
+def test_faiss_names_a_device_it_has_no_search_on():
+    with pytest.raises(RuntimeError, match="meta"):
+        nearest_neighbor(rows(3, "meta"), rows(5, "meta"), backend="faiss")
 
 
 def test_the_operators_import_nothing_of_the_project(tmp_path):
@@ -110,5 +129,5 @@ def test_the_operators_import_nothing_of_the_project(tmp_path):
     assert result.stdout.strip() == ""
 
 
-def test_the_five_operators_are_public():
+def test_the_operators_are_public():
     assert set(CALLS) <= set(mnclglf_kernels.__all__)

@@ -45,11 +45,17 @@ def test_dtypes(queue_dtype, row_dtype, backend):
 
 @pytest.mark.parametrize(
     ("rows", "start", "capacity"),
-    [(1, 0, 1), (1, 4, 5), (5, 0, 5), (5, 3, 5), (4, 1, 5), (4, 2, 5), (63, 60, 65), (65, 64, 65)],
+    [(1, 0, 1), (1, 4, 5), (5, 0, 5), (5, 3, 5), (4, 1, 5), (4, 2, 5), (63, 60, 65), (65, 64, 65), (123, 200, 255)],
     ids=str,
 )
 def test_ring(rows, start, capacity, backend):
     check(torch.randn(capacity, 7), start, torch.randn(rows, 7), backend)
+
+
+@pytest.mark.parametrize("width", [1, 96, 123, 2048])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widths(width, dtype, backend):
+    check(torch.randn(5, width).to(dtype), 3, (torch.randn(3, width) * 5).to(dtype), backend)
 
 
 @given(data=st.data())
@@ -57,8 +63,9 @@ def test_any_ring(data, backend):
     capacity = data.draw(st.integers(1, 70), label="capacity")
     rows = data.draw(st.integers(1, capacity), label="rows")
     start = data.draw(st.integers(0, capacity - 1), label="start")
-    width = data.draw(st.integers(1, 9), label="width")
-    check(torch.randn(capacity, width), start, torch.randn(rows, width) + 0.1, backend)
+    width = data.draw(st.integers(1, 40), label="width")
+    layout = data.draw(st.sampled_from(LAYOUTS), label="layout")
+    check(torch.randn(capacity, width), start, lay_out(torch.randn(rows, width) + 0.1, layout), backend)
 
 
 def test_many_steps_go_round(backend):
@@ -79,22 +86,54 @@ def test_zero_tiny_and_huge_rows(scale, backend):
     check(torch.randn(9, 7), 3, rows, backend)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_is_not_finite_is_stored_as_f_normalize_has_it(value, dtype, backend):
+    queue, rows = torch.randn(9, 7).to(dtype), torch.randn(5, 7)
+    rows[2, 3] = value
+    expected = F.normalize(rows).to(dtype)
+    enqueue(queue, torch.tensor(1), rows, backend=backend)
+    assert torch.equal(queue[3].isnan(), expected[2].isnan())
+    assert queue[3].isnan().any()
+    # The other rows: one unit in the last place of the queue, and a norm of 7 terms in fp32.
+    tolerance = dict(rtol=torch.finfo(dtype).eps + ULPS_FP32 * working_epsilon(dtype), atol=0)
+    torch.testing.assert_close(queue[[1, 2, 4, 5]], expected[[0, 1, 3, 4]], **tolerance)
+
+
+def test_duplicated_rows_are_stored_twice(backend):
+    queue = torch.randn(9, 7)
+    enqueue(queue, torch.tensor(7), torch.randn(1, 7).expand(4, -1), backend=backend)
+    assert torch.equal(queue[[8, 0, 1]], queue[7:8].expand(3, -1))
+
+
+def test_no_rows_change_nothing(backend):
+    queue, pointer = torch.randn(9, 7), torch.tensor(6)
+    before = queue.clone()
+    for keep in (None, torch.tensor(True)):
+        enqueue(queue, pointer, torch.empty(0, 7), keep=keep, backend=backend)
+    assert torch.equal(queue, before)
+    assert pointer.item() == 6
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_row_layouts(layout, backend):
     check(torch.randn(9, 7), 6, lay_out(torch.randn(5, 7), layout), backend)
 
 
+def test_expanded_columns(backend):
+    check(torch.randn(9, 7), 6, torch.randn(5, 1).expand(-1, 7), backend)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_strided_queue_is_written_in_place_or_refused(layout, backend):
+def test_a_strided_queue_is_written_in_place_and_its_gaps_are_not(layout, backend):
     queue, pointer, rows = lay_out(torch.randn(9, 7), layout), torch.tensor(6), torch.randn(5, 7)
-    before = queue.clone()
-    expected, expected_pointer = oracles.enqueue(before, 6, rows)
-    try:
-        enqueue(queue, pointer, rows, backend=backend)
-    except ValueError:
-        expected, expected_pointer = before, 6
+    storage = torch.tensor([], dtype=queue.dtype).set_(queue.untyped_storage())
+    gaps = storage.isnan()
+    expected, expected_pointer = oracles.enqueue(queue, 6, rows)
+    enqueue(queue, pointer, rows, backend=backend)
     assert pointer.item() == expected_pointer
     torch.testing.assert_close(queue, expected, rtol=ULPS_FP32 * working_epsilon(torch.float32), atol=0)
+    assert torch.equal(storage.isnan(), gaps)
 
 
 def test_rows_of_the_queue_itself(backend):
@@ -183,6 +222,9 @@ def test_a_wrong_gate_is_named(keep, named, backend):
         enqueue(torch.randn(9, 7), torch.tensor(0), torch.randn(5, 7), keep=keep, backend=backend)
 
 
-def test_wrong_dtype_is_named(backend):
-    with pytest.raises((TypeError, ValueError), match="int64"):
-        enqueue(torch.randn(9, 7), torch.tensor(0), torch.ones(5, 7, dtype=torch.int64), backend=backend)
+@pytest.mark.parametrize("wrong", ["queue", "rows"])
+def test_wrong_dtype_is_named(wrong, backend):
+    matrices = {"queue": torch.randn(9, 7), "rows": torch.randn(5, 7)}
+    matrices[wrong] = matrices[wrong].long()
+    with pytest.raises(TypeError, match=f"{wrong}.*int64"):
+        enqueue(matrices["queue"], torch.tensor(0), matrices["rows"], backend=backend)

@@ -11,7 +11,7 @@ from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queu
 from mnclglf_kernels._triton.tiles import Tile
 from mnclglf_kernels.inspect import launches
 from mnclglf_kernels.sizes import OPERATORS, PAPER
-from mnclglf_kernels.traffic import traffic
+from mnclglf_kernels._triton.traffic import traffic
 
 TILES = [Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2)]
 ELEMENTWISE = {"divide_kernel", "combine_kernel", "enqueue_kernel"}

@@ -61,6 +61,7 @@ class Stepper:
     def __call__(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         losses, _ = train_step(
             self.method,
+            self.method,
             self.optimizer,
             self.guard,
             batch,

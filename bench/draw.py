@@ -1,0 +1,204 @@
+"""Draws saved benchmarks: a picture and a Markdown table beside the JSON of pytest-benchmark.
+
+python -m bench.draw bench/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from bench.row import HEADINGS, Row
+from mnclglf.reports.figures import DOTS_PER_INCH, LIGHT
+
+# One hue a backend, of Okabe and Ito's palette; bf16 is the darker one.
+COLORS = {
+    "reference bf16": "#8c959f",
+    "torch fp32": "#7cc0ea",
+    "torch bf16": "#0072b2",
+    "triton fp32": "#f2b48a",
+    "triton bf16": "#d55e00",
+    "faiss fp32": "#009e73",
+}
+# Inches.
+BAR, GAP, AROUND, HEAD = 0.15, 0.17, 0.75, 0.95  # height of a bar, between cases, around a panel, above the panels
+COLUMN, LABELS, MARGIN = 6.6, 2.35, 0.15  # width of a column, of its labels, beside them
+BARS = COLUMN - LABELS - 2 * MARGIN
+TWO_COLUMNS_ABOVE = 40  # bars
+
+
+def read(path: Path) -> tuple[list[Row], str]:
+    """The rows of a JSON file, and one line on how they were measured."""
+    saved = json.loads(path.read_text())
+    rows = [Row.from_json(benchmark) for benchmark in saved["benchmarks"] if "operator" in benchmark["extra_info"]]
+    return rows, provenance(saved)
+
+
+def provenance(saved: dict[str, Any]) -> str:
+    machine, commit = saved["machine_info"], saved["commit_info"]
+    measured = {"torch", "cuda"} | {benchmark["extra_info"].get("backend") for benchmark in saved["benchmarks"]}
+    versions = machine["versions"].items()
+    versions = ", ".join(f"{name} {version}" for name, version in versions if name.split("-")[0] in measured)
+    changed = " with uncommitted changes" if commit["dirty"] else ""
+    return (
+        f"{machine['device']}, {machine['threads']} threads; {versions}; "
+        f"commit {commit['id'][:10]}{changed}; {saved['datetime'][:10]}"
+    )
+
+
+def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """The rows by an attribute, in the order of their first ones."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, key), []).append(row)
+    return groups
+
+
+def markdown(rows: Sequence[Row], source: str) -> str:
+    """One table of all rows."""
+    explained = (
+        "x reference: times as fast as Algorithm 1 as printed, in fp32 and, for bf16, under autocast to bf16; median "
+        "(least to greatest) of the rounds, in which the implementations take turns."
+    )
+    lines = [
+        f"{source}.",
+        "",
+        explained,
+        "",
+        f"| case | implementation | {' | '.join(HEADINGS)} |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for case, group in grouped(rows, "case").items():
+        names = [case] + [""] * (len(group) - 1)
+        lines += [
+            f"| {' | '.join((name, row.implementation, *row.cells()))} |"
+            for name, row in zip(names, group, strict=True)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def bars(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have a ratio to the reference."""
+    return [row for row in rows if row.ratio is not None]
+
+
+def panel_inches(rows: Sequence[Row]) -> float:
+    return BAR * len(bars(rows)) + GAP * len(grouped(bars(rows), "case")) + AROUND
+
+
+def columns(panels: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """The panels in one column, or in two: the tallest against the others."""
+    if len(panels) == 1 or sum(len(bars(panel)) for panel in panels) <= TWO_COLUMNS_ABOVE:
+        return [list(panels)]
+    tallest = max(panels, key=panel_inches)
+    return [[panel for panel in panels if panel is not tallest], [tallest]]
+
+
+def picture(rows: Sequence[Row], source: str) -> Figure:
+    """Horizontal bars of the ratio to the reference in fp32, a panel an operator."""
+    split = columns([group for group in grouped(rows, "operator").values() if bars(group)])
+    width = COLUMN * len(split)
+    height = HEAD + max(sum(panel_inches(panel) for panel in column) for column in split)
+    figure = Figure(figsize=(width, height), facecolor=LIGHT.background)
+    ratios = [1.0, *(row.ratio.median for row in bars(rows) if row.ratio)]
+    for index, column in enumerate(split):
+        left, bottom = COLUMN * index + MARGIN + LABELS, height - HEAD
+        for panel in column:
+            bottom -= panel_inches(panel)
+            box = (left / width, (bottom + 0.45) / height, BARS / width, (panel_inches(panel) - AROUND) / height)
+            draw_panel(figure.add_axes(box), panel, (min(ratios) / 1.25, max(ratios) * 1.3))
+    write_head(figure, rows, source)
+    return figure
+
+
+def draw_panel(axis: Axes, rows: Sequence[Row], limits: tuple[float, float]) -> None:
+    directions = len({row.direction for row in rows}) > 1
+    y, places, names = 0.0, [], []
+    for group in grouped(bars(rows), "case").values():
+        places.append(y + BAR * (len(group) - 1) / 2)
+        names.append(group[0].shape + (f"\n{group[0].direction}" if directions else ""))
+        for row in group:
+            draw_bar(axis, y, row)
+            y += BAR
+        y += GAP
+    axis.set(xscale="log", xlim=limits, ylim=(y - GAP, -BAR))
+    axis.set_yticks(places, names, fontsize=7.5, ha="left")
+    axis.tick_params(axis="x", colors=LIGHT.muted, labelsize=7.5, length=0)
+    axis.tick_params(axis="y", colors=LIGHT.text, length=0, pad=72 * LABELS)
+    axis.set_title(rows[0].operator, loc="left", fontsize=10, fontweight="bold", color=LIGHT.text, x=-LABELS / (BARS))
+    axis.axvline(1, color=LIGHT.text, linewidth=0.9)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(axis="x", color=LIGHT.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def draw_bar(axis: Axes, y: float, row: Row) -> None:
+    assert row.ratio is not None
+    faster = row.ratio.median >= 1
+    axis.barh(y, row.ratio.median - 1, left=1, height=0.85 * BAR, color=COLORS[row.implementation], linewidth=0)
+    axis.annotate(
+        f"{row.ratio.median:.2f}",
+        (row.ratio.median, y),
+        xytext=(3 if faster else -3, 0),
+        textcoords="offset points",
+        ha="left" if faster else "right",
+        va="center_baseline",
+        fontsize=6.5,
+        color=LIGHT.muted,
+    )
+
+
+def write_head(figure: Figure, rows: Sequence[Row], source: str) -> None:
+    width, height = figure.get_size_inches()
+    left, at = MARGIN / width, lambda inches: 1 - inches / height
+    title = "Speed relative to Algorithm 1 as printed, in fp32: longer to the right is faster"
+    figure.text(left, at(0.27), title, fontsize=11.5, color=LIGHT.text)
+    figure.text(left, at(0.46), source, fontsize=6.5, color=LIGHT.muted)
+    shown = [name for name in COLORS if any(row.implementation == name for row in bars(rows))]
+    handles = [Patch(color=COLORS[name], label=name) for name in shown]
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(left, at(0.56)),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8,
+        labelcolor=LIGHT.text,
+        handlelength=1.2,
+        handleheight=0.8,
+        columnspacing=1.4,
+        borderpad=0.2,
+        borderaxespad=0,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.draw", description="Draws saved benchmarks.")
+    parser.add_argument("results", type=Path, help="JSON that make bench saved")
+    path = parser.parse_args(arguments).results
+    rows, source = read(path)
+    if not rows:
+        raise SystemExit(f"{path} holds no measured cases; run make bench with an operator's file")
+    table = path.with_suffix(".md")
+    table.write_text(markdown(rows, source))
+    print(table)
+    if bars(rows):
+        image = path.with_suffix(".png")
+        picture(rows, source).savefig(image, dpi=DOTS_PER_INCH)
+        print(image)
+
+
+if __name__ == "__main__":
+    main()

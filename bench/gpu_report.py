@@ -1,0 +1,410 @@
+"""`make gpu-report`: everything that only a GPU can tell, in stages, into one Markdown and one JSON file to attach.
+
+Each stage is a process of its own with a time limit (`python -m bench.gpu_report --stage NAME`), so that one which
+fails, hangs or takes the process down leaves the others. What was not run is named with its reason; the files are
+written anew after every stage, whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mnclglf.files import write_atomically
+from mnclglf_kernels.sizes import OPERATORS, PAPER
+
+Figures = dict[str, Any]
+Outcome = Literal["passed", "failed", "timed out", "not run"]
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE, SIZES, STEPS = torch.device("cuda"), PAPER, 50
+MARK = "figures: "  # begins the line of a stage's output that holds its figures
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        title: for the reader.
+        work: what to run: it returns figures or raises.
+        limit: seconds.
+        needs_gpu: whether it is left out without one.
+    """
+
+    title: str
+    work: Callable[[], Figures]
+    limit: float
+    needs_gpu: bool = True
+
+
+@dataclass
+class Result:
+    """What became of a stage."""
+
+    stage: str
+    title: str
+    outcome: Outcome
+    seconds: float = 0.0
+    reason: str = ""
+    figures: Figures = field(default_factory=dict)
+    output: str = ""  # its last lines, where it did not pass
+
+
+def environment() -> Figures:
+    """Versions, driver, compiler and the GPU."""
+    import triton
+
+    figures: Figures = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "compiler": shutil.which("g++") or "none: torch.compile on the CPU needs g++",
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        figures |= {
+            "gpu": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "memory GiB": round(properties.total_memory / 2**30, 1),
+            "SMs": properties.multi_processor_count,
+        }
+    if shutil.which("nvidia-smi"):
+        query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        figures["driver, power limit, clocks, temperature"] = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60
+        ).stdout.strip()
+    return figures
+
+
+def compiled_ahead() -> Figures:
+    """Every kernel compiled for this GPU's architecture (sm_86 without one): spills, shared memory, tensor cores."""
+    from mnclglf_kernels.inspect import DTYPES, variants
+
+    arch = nearest_architecture()
+    found = list(variants(OPERATORS, tuple(DTYPES), [arch]))
+    bad = [v for v in found if v.stack_bytes or v.shared_bytes > v.shared_limit_bytes]
+    assert not bad, f"spilled or too large: {bad}"
+    return {"architecture": f"sm_{arch}", "variants": len(found)}
+
+
+def kernels() -> Figures:
+    """Every kernel against PyTorch in fp64 at the paper's sizes, and 100 launches that must agree bit for bit."""
+    from mnclglf_kernels import canary
+
+    figures: Figures = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        problems = canary.failures(SIZES, dtype, dtype, DEVICE)
+        assert not problems, f"{dtype}: {problems}"
+        figures[str(dtype)] = "right"
+    for name, launch in operator_calls(torch.bfloat16).items():
+        first = [x.clone() for x in launch()]
+        for _ in range(99):
+            assert all(torch.equal(x, y) for x, y in zip(first, launch(), strict=True)), f"{name} does not repeat"
+    return figures | {"launches that agree bit for bit": 100}
+
+
+def operator_calls(dtype: torch.dtype) -> dict[str, Callable[[], list[torch.Tensor]]]:
+    """Each operator at the paper's sizes on CUDA, forward and backward: calls that give all results."""
+    from mnclglf_kernels import combine, contrastive_losses, divide, nearest_neighbor
+
+    n, side, features, k, width, size = SIZES
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    images = random(n, 3, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    patch_features = random(4 * n, features).requires_grad_()
+    pairs = [(random(s * n, width), random(n, width).requires_grad_()) for s in (6, 6, 1, 1)]
+    queries, queue = random(2 * n, width), torch.nn.functional.normalize(random(size, width))
+
+    def with_gradient(result: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [result.detach(), *torch.autograd.grad(result.float().square().sum(), leaves)]
+
+    return {
+        "divide": lambda: with_gradient(divide(images, backend="triton"), [images]),
+        "combine": lambda: with_gradient(combine(patch_features, k, backend="triton"), [patch_features]),
+        "contrastive_losses": lambda: with_gradient(
+            torch.stack(contrastive_losses(pairs, 0.5, backend="triton")), [p for _, p in pairs]
+        ),
+        "nearest_neighbor": lambda: [nearest_neighbor(queries, queue, backend="triton")],
+    }
+
+
+def compiled_operators() -> Figures:
+    """Each operator under torch.compile(fullgraph=True), against itself run eagerly."""
+    figures: Figures = {}
+    for name, call in operator_calls(torch.bfloat16).items():
+        expected = call()
+        since = time.perf_counter()
+        actual = torch.compile(call)()
+        figures[f"{name}: seconds to compile"] = round(time.perf_counter() - since, 1)
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-6 * max(y.abs().max().item(), 1e-30))
+    return figures
+
+
+def cuda_graphs() -> Figures:
+    """The lookup and the loss captured in a CUDA graph and replayed on other values."""
+    from mnclglf_kernels import contrastive_losses, nearest_neighbor
+
+    queries, queue = torch.randn(64, 512, device="cuda"), torch.randn(4096, 512, device="cuda")
+    queue = torch.nn.functional.normalize(queue)
+
+    def call() -> list[torch.Tensor]:
+        found = nearest_neighbor(queries, queue, backend="triton")
+        return [found, *contrastive_losses([(queue[found], queries)], 0.5, backend="triton")]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for _ in range(3):
+        queries.copy_(torch.randn_like(queries))
+        graph.replay()
+        for captured, eager in zip(results, call(), strict=True):
+            assert torch.equal(captured, eager)
+    return {"replays": 3}
+
+
+def loaders() -> Figures:
+    """Images per second of each loader by itself, three views of 32 x 32."""
+    from mnclglf.config import LoaderName, ViewConfig
+    from mnclglf.data.datasets import load_dataset
+    from mnclglf.data.loader import make_loader
+
+    images, _ = load_dataset("mnist5k", None, download=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = dict(views=3, side=32, batch_size=SIZES.images, seed=0, dtype=torch.bfloat16, device=device, threads=2)
+    steps: dict[LoaderName, int] = {"dali": 12, "reference": 1}
+    figures: Figures = {}
+    for backend, count in steps.items():
+        batches = make_loader(images, ViewConfig(), backend=backend, **sizes).batches(0, count + 1)
+        next(batches)
+        since = time.perf_counter()
+        for batch in batches:
+            assert all(view.isfinite().all() for view in batch.views)  # waits for the device
+        figures[f"{backend}: images/s"] = round(SIZES.images * count / (time.perf_counter() - since), 1)
+    return figures
+
+
+def faiss_gpu() -> Figures:
+    """FAISS's search on the GPU against PyTorch's."""
+    from mnclglf_kernels import nearest_neighbor, resolve
+
+    queue = torch.nn.functional.normalize(torch.randn(16384, 2048, device="cuda"))
+    queries = torch.randn(512, 2048, device="cuda")
+    resolve("faiss", queries, kind="lookup")
+    found, expected = (nearest_neighbor(queries, queue, backend=backend) for backend in ("faiss", "torch"))
+    agreement = (found == expected).float().mean().item()
+    assert agreement > 0.99, f"agrees on {agreement:.1%} of the queries only"
+    return {"agreement with PyTorch": agreement}
+
+
+def training(**engine: Any) -> Figures:
+    """STEPS steps of the paper recipe on noise: speed without the first fifth, peak memory, and a finite loss."""
+    from rich.console import Console
+
+    from mnclglf.config import EngineConfig
+    from mnclglf.data.loader import Batch
+    from mnclglf.engine.device import autocast_dtype
+    from mnclglf.engine.guard import Guard
+    from mnclglf.engine.kernels import choose_backends, describe_backends
+    from mnclglf.engine.run import build_method
+    from mnclglf.engine.step import make_forward, make_optimizer, train_step
+    from mnclglf.recipes import paper
+
+    config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
+    dtype = autocast_dtype(config.engine, DEVICE)
+    method = build_method(config, dtype).to(DEVICE).train()
+    method.backends = choose_backends(config, SIZES.side, dtype, DEVICE, Console(stderr=True))
+    forward, optimizer, guard = make_forward(method, config.engine), make_optimizer(method, config.optim), Guard(DEVICE)
+    shape = (SIZES.images, 3, SIZES.side, SIZES.side)
+    views = [torch.randn(shape, device=DEVICE).to(dtype, memory_format=torch.channels_last) for _ in range(3)]
+    batch, seconds = Batch(tuple(views), torch.arange(SIZES.images, device=DEVICE)), []
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(STEPS):
+        since = time.perf_counter()
+        losses, _ = train_step(method, forward, optimizer, guard, batch, step=step, lr=0.1, momentum=0.99, dtype=dtype)
+        losses.total.item()  # waits for the device
+        seconds.append(time.perf_counter() - since)
+    guard.raise_if_failed()
+    steady = statistics.median(seconds[STEPS // 5 :])
+    return {
+        "kernels": describe_backends(method.backends),
+        "first step, seconds": round(seconds[0], 1),
+        "median step, ms": round(1000 * steady, 2),
+        "images/s": round(SIZES.images / steady, 1),
+        "peak memory, GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss at the end": round(losses.total.item(), 4),
+    }
+
+
+def roofline() -> Figures:
+    """Each kernel's time with a cold L2 beside the least that its computing and its bytes allow on this GPU."""
+    from triton.testing import do_bench
+
+    from mnclglf_kernels._triton.launch import run
+    from mnclglf_kernels._triton.traffic import traffic
+    from mnclglf_kernels.inspect import GPUS, launches, least_time
+
+    arch = nearest_architecture()
+    figures: Figures = {"bounds are those of": GPUS[arch].name}
+    for op in OPERATORS:
+        for x in launches(op, torch.bfloat16, arch, SIZES, DEVICE):
+            for tensor in (y for y in x.arguments.values() if isinstance(y, torch.Tensor)):
+                tensor.zero_()  # uninitialised memory may hold a pointer or a gate that stops the kernel short
+            least = 1e6 * least_time(traffic(x), "bf16", GPUS[arch])[0]
+            measured = 1e3 * float(do_bench(partial(run, [x], DEVICE), return_mode="median"))
+            name = f"{op}, {x.kernel.__name__} {x.grid}"
+            figures[name] = f"{measured:.1f} us, at least {least:.1f} us: {least / measured:.0%}"
+    return figures
+
+
+def nearest_architecture() -> int:
+    """The newest architecture of the inspect table that is not newer than this GPU's; sm_86 without one."""
+    from mnclglf_kernels.inspect import GPUS
+
+    if not torch.cuda.is_available():
+        return 86
+    properties = torch.cuda.get_device_properties(0)
+    return max(arch for arch in GPUS if arch <= 10 * properties.major + properties.minor)
+
+
+def command(*arguments: str) -> Callable[[], Figures]:
+    """A stage that is a command of its own; the last line that it prints is its figure."""
+
+    def work() -> Figures:
+        answer = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        print(answer.stdout)
+        assert answer.returncode == 0, f"{' '.join(arguments)} ended with exit code {answer.returncode}"
+        return {"result": next((line for line in reversed(answer.stdout.splitlines()) if line.strip()), "")}
+
+    return work
+
+
+BENCHES = [f"bench/bench_{name}.py" for name in ("divide", "combine", "contrastive", "neighbor", "enqueue")]
+STAGES = {
+    "environment": Stage("Driver, versions and compiler", environment, 120, needs_gpu=False),
+    "compiled_ahead": Stage("Kernels compiled ahead of time", compiled_ahead, 600, needs_gpu=False),
+    "kernels": Stage("Kernels against PyTorch, repeated", kernels, 900),
+    "tests": Stage("The tests marked gpu", command("-m", "pytest", "-m", "gpu", "-q"), 1800),
+    "compiled_operators": Stage("Operators under torch.compile", compiled_operators, 900),
+    "cuda_graphs": Stage("Operators in a CUDA graph", cuda_graphs, 300),
+    "loaders": Stage("Loaders", loaders, 600, needs_gpu=False),
+    "faiss_gpu": Stage("FAISS on the GPU", faiss_gpu, 300),
+    "eager": Stage("50 steps, PyTorch operators", partial(training, kernels="off"), 900),
+    "triton": Stage("50 steps, Triton kernels", partial(training, kernels="require"), 900),
+    "compile": Stage("50 steps, compiled", partial(training, kernels="require", compile=True), 1800),
+    "graphs": Stage(
+        "50 steps, compiled, CUDA graphs", partial(training, kernels="require", compile=True, graphs=True), 1800
+    ),
+    "roofline": Stage("Each kernel beside its bound", roofline, 600),
+    "benches": Stage("Operators beside the reference", command("-m", "pytest", *BENCHES, "-q"), 1800),
+}
+
+
+def run_stage(name: str, stage: Stage, program: Sequence[str]) -> Result:
+    """A stage in a process of its own, `program` with the stage's name behind it."""
+    result = Result(name, stage.title, "not run")
+    if stage.needs_gpu and not torch.cuda.is_available():
+        result.reason = "torch sees no CUDA device"
+        return result
+    since = time.perf_counter()
+    with subprocess.Popen(
+        [*program, name],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=stage.limit)
+            result.outcome = "passed" if process.returncode == 0 else "failed"
+            result.reason = "" if process.returncode == 0 else f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too
+            text, _ = process.communicate()
+            result.outcome, result.reason = "timed out", f"ran longer than {stage.limit:g} s"
+    result.seconds = round(time.perf_counter() - since, 1)
+    figures = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
+    if figures:
+        result.figures = json.loads(figures[-1])
+    elif result.outcome == "passed":
+        result.outcome, result.reason = "failed", "ended without its figures"
+    if result.outcome != "passed":
+        result.output = "\n".join(text.splitlines()[-40:])
+    return result
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The report for a reader."""
+    counts = Counter(result.outcome for result in results)
+    lines = ["# GPU report", "", ", ".join(f"{count} {outcome}" for outcome, count in counts.items()), ""]
+    lines += ["| stage | outcome | seconds |", "|---|---|--:|"]
+    for result in results:
+        reason = f": {result.reason}" if result.reason else ""
+        lines.append(f"| {result.title} | {result.outcome}{reason} | {result.seconds:.1f} |")
+    for result in results:
+        if result.figures or result.output:
+            lines += ["", f"## {result.title}", ""]
+            lines += [f"- {name}: {value}" for name, value in result.figures.items()]
+            lines += ["", "~~~", result.output.replace("~~~", "---"), "~~~"] if result.output else []
+    return "\n".join(lines) + "\n"
+
+
+def report(stages: Mapping[str, Stage], out: Path, program: Sequence[str]) -> list[Result]:
+    """Runs the stages in order; writes OUT.md and OUT.json after each."""
+    results: list[Result] = []
+    for name, stage in stages.items():
+        print(f"{stage.title} ...", end=" ", flush=True)
+        result = run_stage(name, stage, program)
+        print(f"{result.outcome}{f': {result.reason}' if result.reason else ''} ({result.seconds:.1f} s)", flush=True)
+        results.append(result)
+        as_json = json.dumps([asdict(result) for result in results], indent=1) + "\n"
+        for path, text in ((out.with_suffix(".md"), markdown(results)), (out.with_suffix(".json"), as_json)):
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-report", help="without suffix")
+    parser.add_argument("--stage", choices=STAGES, help="run this stage alone, in this process")
+    options = parser.parse_args(arguments)
+    if options.stage:
+        print(MARK + json.dumps(STAGES[options.stage].work()))
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = report(STAGES, options.out, [sys.executable, "-m", "bench.gpu_report", "--stage"])
+    print(f"wrote {options.out.with_suffix('.md')} and {options.out.with_suffix('.json')}; attach them to an issue")
+    return int(any(result.outcome in ("failed", "timed out") for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Every operator under torch.compile(fullgraph=True), forward and backward, against the same operator run eagerly."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnclglf_kernels import combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
+BF16 = dict(rtol=2**-7, atol=2**-8)  # one unit in the last place of bf16, at 1.0 and at 0.5: a product may round elsewhere
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_filled() -> None:
+    """Not here: deterministic algorithms would change what Inductor generates."""
+
+
+def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> dict[str, Tensor]:
+    """A scalar of each operator, by its name: one function, because each graph costs Inductor seconds."""
+    rows = images.flatten(1) @ weight
+    index = nearest_neighbor(rows, queue, backend=backend)
+    pairs = [(rows.repeat(2, 1) + 1, rows), (queue[index], rows), (rows[:2] + 1, rows[2:4])]
+    first, second, third = contrastive_losses(pairs, 0.5, backend=backend)
+    return {
+        "divide": (divide(images, backend=backend).flatten(1) @ weight[:8]).square().sum(),
+        "combine": combine(rows[:4], 2, backend=backend).square().sum(),
+        "contrastive_loss": contrastive_loss(rows.repeat(3, 1) + 1, rows, 0.5, backend=backend),
+        "contrastive_losses": first - 2 * second + 3 * third,
+        "nearest_neighbor": (queue[index] * rows).sum(),
+    }
+
+
+def with_gradients(function, name: str, backend: str, autocast: bool) -> tuple[Tensor, ...]:
+    """(result, gradient of the images, gradient of the weight) of one operator, on the same numbers each time."""
+    torch.manual_seed(5)
+    images, weight, queue = torch.randn(5, 2, 4, 4), torch.randn(32, 7), F.normalize(torch.randn(17, 7))
+    leaves = images.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = function(*leaves, queue, backend)[name]
+    result.backward()
+    return result.detach(), images.grad, weight.grad
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_forward_and_backward(compiler, autocast, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(operators, fullgraph=True, backend=compiler)
+    for name in ("divide", "combine", "contrastive_loss", "contrastive_losses", "nearest_neighbor"):
+        expected = with_gradients(operators, name, backend, autocast)
+        for result, reference in zip(with_gradients(compiled, name, backend, autocast), expected, strict=True):
+            torch.testing.assert_close(
+                result, reference, **(BF16 if autocast else FP32), msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("keep", [None, True, False], ids=str)
+def test_enqueue(keep, compiler, backend):
+    torch._dynamo.reset()
+    gate = None if keep is None else torch.tensor(keep)
+    queue, rows = F.normalize(torch.randn(17, 6)), torch.randn(5, 6)
+    results = []
+    for write in (enqueue, torch.compile(enqueue, fullgraph=True, backend=compiler)):
+        ring, pointer = queue.clone(), torch.tensor(15)
+        for _ in range(2):
+            write(ring, pointer, rows, keep=gate, backend=backend)
+        results.append((ring, pointer))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, **FP32)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("lookup", ["torch", "triton", "faiss"])
+def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
+    torch._dynamo.reset()
+    queue, queries = F.normalize(torch.randn(65, 7)), torch.randn(9, 7)
+    compiled = torch.compile(nearest_neighbor, fullgraph=True, backend=compiler)
+    expected = nearest_neighbor(queries, queue, backend="torch")
+    assert torch.equal(compiled(queries, queue, backend=lookup), expected)
+    if lookup == "torch":  # the loop of a CPU that does not multiply bf16
+        torch._dynamo.reset()
+        monkeypatch.setattr("mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False)
+        monkeypatch.setattr("mnclglf_kernels.neighbor.CHUNK", 16)
+        assert torch.equal(compiled(queries, queue, backend=lookup), expected)

@@ -1,0 +1,104 @@
+"""What the operators launch: how often, and into memory that holds nothing before."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels._triton.launch import Launch, run
+
+MODULES = ["patches", "contrastive", "neighbor", "queue"]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Launch]:
+    """Every launch, as they come."""
+    launches: list[Launch] = []
+
+    def record(some: list[Launch], device: torch.device) -> None:
+        launches.extend(some)
+        run(some, device)
+
+    for module in MODULES:
+        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", record)
+    return launches
+
+
+def pairs_of(subsets: tuple[int, ...], images: int, width: int, targets_learn: bool) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (torch.randn(s * images, width, requires_grad=targets_learn), torch.randn(images, width, requires_grad=True))
+        for s in subsets
+    ]
+
+
+@pytest.mark.parametrize("targets_learn", [False, True], ids=["predictions learn", "both learn"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn, launched):
+    pairs = [pair for group in range(groups) for pair in pairs_of((6, 6, 1, 1), 5 + group, 9, targets_learn)]
+    losses = contrastive_losses(pairs, 0.5, backend="triton")
+    assert len(launched) == 2 * groups
+    launched.clear()
+    torch.stack(losses).sum().backward()
+    assert len(launched) == (3 if targets_learn else 2) * groups
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
+        (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
+        (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
+        (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
+        (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),
+    ],
+    ids=["divide and its gradient", "combine and its gradient", "nearest_neighbor", "enqueue", "loss alone"],
+)
+def test_number_of_launches(call, count, launched):
+    call()
+    assert len(launched) == count
+
+
+def is_blank(memory: Tensor) -> bool:
+    """What conftest.py's fixture fills uninitialised memory with."""
+    return bool(memory.isnan().all() if memory.is_floating_point() else (memory == torch.iinfo(memory.dtype).max).all())
+
+
+def test_what_a_kernel_writes_is_blank_before(monkeypatch):
+    """Else a NaN in a result would not say that an element was left out."""
+    inputs: list[Tensor] = []
+    written: set[str] = set()
+
+    def inspect(launches: list[Launch], device: torch.device) -> None:
+        given = {x.untyped_storage().data_ptr() for x in inputs}
+        for launch in launches:
+            for name, value in launch.arguments.items():
+                for x in value if isinstance(value, tuple) else [value]:
+                    if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                        assert is_blank(x), f"{name} of {launch.kernel.fn.__name__}"
+                        written.add(name)
+        run(launches, device)
+
+    for module in MODULES:
+        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", inspect)
+
+    def known(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return x
+
+    operators = torch.ops.mnclglf
+    images = known(torch.randn(2, 3, 4, 4))
+    operators.divide_backward(known(operators.divide(images)))
+    operators.divide(known(images.contiguous(memory_format=torch.channels_last)))
+    operators.combine_backward(known(operators.combine(known(torch.randn(8, 5)), 2)), 2)
+    operators.nearest_neighbor(known(torch.randn(3, 5)), known(torch.randn(70, 5)))
+    pair = [known(torch.randn(140, 5))], [known(torch.randn(70, 5))]
+    losses, *saved = operators.contrastive_losses(*pair, 0.5)
+    saved = [known(x) for x in saved]
+    operators.contrastive_losses_backward(known(torch.ones_like(losses)), *pair, *saved, 0.5, True, True)
+
+    assert written == {
+        *("patches", "images", "combined", "features"),
+        *("scores", "rows", "nearest"),
+        *("maxima", "sums", "positives", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
+        *("coefficients", "target_dots", "prediction_dots", "dots", "gradients"),
+    }

@@ -1,0 +1,90 @@
+"""torch.library.opcheck of every operator of torch.ops.mnclglf: schema, fake tensors, autograd, AOT dispatch."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import mnclglf_kernels  # noqa: F401  # registers the operators
+
+CHANNELS_LAST = torch.channels_last
+
+
+def learner(x: Tensor) -> Tensor:
+    return x.requires_grad_()
+
+
+def pairs(learn: tuple[bool, ...] = (False,) * 4, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
+    """Targets of S = 2 and S = 1 with their predictions; `learn` says of targets, then predictions, what learns."""
+    rows = [torch.randn(count, 4).to(dtype).requires_grad_(asks) for count, asks in zip((10, 5, 5, 5), learn, strict=True)]
+    return rows[:2], rows[2:]
+
+
+def backward_of(of_targets: bool, of_predictions: bool) -> tuple:
+    targets, predictions = pairs()
+    _, *saved = torch.ops.mnclglf.contrastive_losses(targets, predictions, 0.5)
+    return torch.randn(2), targets, predictions, *saved, 0.5, of_targets, of_predictions
+
+
+def ring(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(9, 4).to(dtype), torch.tensor(7), torch.randn(5, 4)
+
+
+INPUTS = {
+    "divide": [
+        lambda: (torch.randn(3, 4, 6, 8),),
+        lambda: (learner(torch.randn(3, 4, 6, 8)),),
+        lambda: (learner(torch.randn(3, 4, 6, 8).contiguous(memory_format=CHANNELS_LAST)),),
+        lambda: (learner(torch.randn(3, 4, 6, 8).bfloat16().transpose(2, 3)),),
+    ],
+    "divide_backward": [
+        lambda: (torch.randn(12, 4, 3, 2),),
+        lambda: (torch.randn(12, 4, 3, 2).half().contiguous(memory_format=CHANNELS_LAST),),
+    ],
+    "combine": [
+        lambda: (torch.randn(12, 5), 2),
+        lambda: (learner(torch.randn(12, 5).bfloat16()), 3),
+        lambda: (learner(torch.randn(5, 12, dtype=torch.float64).t()), 1),
+    ],
+    "combine_backward": [lambda: (torch.randn(18, 5), 2), lambda: (torch.ones(1, 1).expand(12, 5), 3)],
+    "enqueue": [
+        lambda: (*ring(), None),
+        lambda: (*ring(), torch.tensor(True)),
+        lambda: (*ring(torch.bfloat16), torch.tensor(False)),
+    ],
+    "nearest_neighbor": [
+        lambda: (torch.randn(5, 4), torch.randn(9, 4)),
+        lambda: (torch.randn(4, 5).t(), torch.randn(9, 4).bfloat16()),
+    ],
+    "screened_nearest_neighbor": [
+        lambda: (torch.randn(5, 4), torch.randn(9, 4)),
+        lambda: (torch.randn(4, 5).t().half(), torch.randn(9, 4).bfloat16()),
+    ],
+    "faiss_nearest_neighbor": [
+        lambda: (torch.randn(5, 4), torch.randn(9, 4)),
+        lambda: (torch.randn(4, 5).t(), torch.randn(9, 4).bfloat16()),
+        lambda: (torch.randn(0, 4), torch.randn(9, 4)),
+    ],
+    "contrastive_losses": [
+        lambda: (*pairs(), 0.5),
+        lambda: (*pairs((True,) * 4), 0.5),
+        lambda: (*pairs((False, False, True, True), torch.bfloat16), 0.5),
+        lambda: (*pairs((True, False, False, True)), 0.5),
+    ],
+    "contrastive_losses_backward": [
+        lambda: backward_of(True, True),
+        lambda: backward_of(True, False),
+        lambda: backward_of(False, True),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize(("name", "make"), [(name, make) for name, makers in INPUTS.items() for make in makers])
+def test_opcheck(name, make):
+    opcheck(getattr(torch.ops.mnclglf, name), make())
+
+
+def test_every_operator_is_checked():
+    names = torch._C._dispatch_get_all_op_names()
+    assert {name.removeprefix("mnclglf::") for name in names if name.startswith("mnclglf::")} == INPUTS.keys()

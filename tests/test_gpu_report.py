@@ -1,0 +1,133 @@
+"""The GPU report goes on after whatever a stage does, and says what it did; stages are injected, no GPU is needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_report
+from bench.gpu_report import MARK, STAGES, Stage, main, markdown, report
+from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf_kernels.sizes import Sizes
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = RunConfig(
+    model=ModelConfig(width=4, projector_width=24, predictor_width=12),
+    objective=ObjectiveConfig(queue_size=20),
+    optim=OptimConfig(batch_size=6),
+)
+# What each injected stage does in its process.
+SCRIPTS = {
+    "good": f"print('noise'); print({MARK!r} + '{{\"speed\": 3}}')",
+    "raises": "print('about to'); raise ValueError('the lookup is wrong')",
+    "aborts": "import os; print('before', flush=True); os.abort()",
+    "hangs": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
+    "says nothing": "print('no figures')",
+    "no text": "import sys; sys.stdout.buffer.write(bytes([255, 254])); sys.exit(3)",
+    "last": f"print({MARK!r} + '{{\"speed\": 4}}')",
+}
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    """A command that runs the script of the stage that is appended to it."""
+    path = tmp_path / "stage.py"
+    path.write_text(f"import sys\nexec({SCRIPTS!r}[sys.argv[1]])\n")
+    return [sys.executable, str(path)]
+
+
+def stages(*names: str, needs_gpu: bool = False, limit: float = 20) -> dict[str, Stage]:
+    return {name: Stage(f"Stage {name}", dict, limit, needs_gpu) for name in names}
+
+
+def test_it_goes_on_after_every_kind_of_failure(program, tmp_path, capsys):
+    injected = stages(*SCRIPTS) | stages("hangs", limit=1)
+    results = report(injected, tmp_path / "report", program)
+    assert [(result.stage, result.outcome, result.reason) for result in results] == [
+        ("good", "passed", ""),
+        ("raises", "failed", "exit code 1"),
+        ("aborts", "failed", "exit code -6"),
+        ("hangs", "timed out", "ran longer than 1 s"),
+        ("says nothing", "failed", "ended without its figures"),
+        ("no text", "failed", "exit code 3"),
+        ("last", "passed", ""),
+    ]
+    assert results[0].figures == {"speed": 3}
+    assert "ValueError: the lookup is wrong" in results[1].output
+    assert results[2].output.startswith("before")
+    assert results[3].seconds < 10  # its child, which holds the output open, was ended too
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert [result["outcome"] for result in saved] == [result.outcome for result in results]
+    text = (tmp_path / "report.md").read_text()
+    assert text == markdown(results)
+    assert "2 passed, 4 failed, 1 timed out" in text
+    assert "| Stage hangs | timed out: ran longer than 1 s |" in text
+    assert "- speed: 4" in text
+    assert "Stage raises ... failed: exit code 1" in capsys.readouterr().out
+
+
+def test_what_was_done_is_on_disk_before_the_next_stage(program, tmp_path):
+    out = tmp_path / "report"
+    names = list(SCRIPTS)
+    script = f"import json; print({MARK!r} + json.dumps({{'saved': len(json.load(open({str(out) + '.json'!r})))}}))"
+    Path(program[-1]).write_text(f"import sys\nexec({{**{SCRIPTS!r}, 'last': {script!r}}}[sys.argv[1]])\n")
+    results = report(stages("good", "raises", "last"), out, program)
+    assert results[-1].figures == {"saved": 2}
+    assert names[-1] == "last"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "stage.py"]
+
+
+def test_without_a_gpu_its_stages_are_named_and_not_run(program, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpu, cpu = stages("raises", needs_gpu=True), stages("good")
+    results = report(gpu | cpu, tmp_path / "report", program)
+    assert [(result.outcome, result.reason) for result in results] == [
+        ("not run", "torch sees no CUDA device"),
+        ("passed", ""),
+    ]
+    assert "not run: torch sees no CUDA device" in (tmp_path / "report.md").read_text()
+
+
+def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
+    injected = {"raises": Stage("Raises", lambda: 1 / 0, 60, needs_gpu=False)}
+    for name, code in (("environment", 0), ("raises", 1)):
+        chosen = {name: STAGES.get(name) or injected[name]}
+        monkeypatch.setattr("bench.gpu_report.STAGES", chosen)
+        assert main(["--out", str(tmp_path / name)]) == code
+
+
+def test_a_stage_runs_by_itself():
+    command = [sys.executable, "-m", "bench.gpu_report", "--stage", "environment"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    figures = json.loads(text.splitlines()[-1].removeprefix(MARK))
+    assert {"python", "torch", "triton", "gpu", "compiler"} <= set(figures)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages that are a GPU's, on the CPU with interpreted kernels and small sizes."""
+    monkeypatch.setattr(gpu_report, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_report, "SIZES", Sizes(images=6, side=16, features=12, k=2, width=20, queue=40))
+    monkeypatch.setattr(gpu_report, "STEPS", 5)
+    monkeypatch.setattr("mnclglf.recipes.paper", lambda *_: CONFIG)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode: call() or 0.25)
+
+
+def test_the_stages_of_a_gpu_run_through(tiny):
+    assert gpu_report.kernels()["launches that agree bit for bit"] == 100
+    training = gpu_report.training(kernels="require", precision="fp32")
+    assert training["kernels"] == "triton"
+    assert training["images/s"] > 0
+    shares = gpu_report.roofline()
+    assert len(shares) == 1 + 13  # a line a kernel
+    assert all("250.0 us, at least " in share for name, share in shares.items() if "kernel" in name)
+
+
+def test_a_wrong_kernel_fails_its_stage(tiny, monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels._triton.queue.run", lambda launches, device: None)
+    with pytest.raises(AssertionError, match="'enqueue': 'the pointer is"):
+        gpu_report.kernels()
