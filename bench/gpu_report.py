@@ -273,13 +273,14 @@ def roofline() -> Figures:
     arch = nearest_architecture()
     figures: Figures = {"bounds are those of": GPUS[arch].name}
     for op in OPERATORS:
-        for x in launches(op, torch.bfloat16, arch, SIZES, DEVICE):
+        for i, x in enumerate(launches(op, torch.bfloat16, arch, SIZES, DEVICE), start=1):
             for tensor in (y for y in x.arguments.values() if isinstance(y, torch.Tensor)):
                 tensor.zero_()  # uninitialised memory may hold a pointer or a gate that stops the kernel short
             least = 1e6 * least_time(traffic(x), "bf16", GPUS[arch])[0]
             measured = 1e3 * float(do_bench(partial(run, [x], DEVICE), return_mode="median"))
-            name = f"{op}, {x.kernel.__name__} {x.grid}"
-            figures[name] = f"{measured:.1f} us, at least {least:.1f} us: {least / measured:.0%}"
+            figures[f"{op} {i}, {x.kernel.__name__} {x.grid}"] = (
+                f"{measured:.1f} us, at least {least:.1f} us: {least / measured:.0%}"
+            )
     return figures
 
 
