@@ -98,6 +98,8 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (EngineConfig, {"save_every": 0.0}, "save_every 0.0"),
         (EngineConfig, {"keep_last": 0}, "keep_last 0"),
         (EngineConfig, {"keep_every": 0}, "keep_every 0"),
+        (EngineConfig, {"graphs": True}, "graphs replay what compile made; give --compile too"),
+        (EngineConfig, {"graphs": True, "compile": True, "lookup": "faiss"}, "lookup faiss cannot be in a CUDA graph"),
         (RunConfig, {"seed": -1}, "seed -1"),
         (RunConfig, {"engine": EngineConfig(keep_every=201)}, "keep_every 201 is more than the run's 200 epochs"),
         (RunConfig, {"objective": ObjectiveConfig(queue_size=255)}, "batch_size 256 is more than queue_size 255"),

@@ -15,6 +15,10 @@ def choose_device(config: EngineConfig) -> torch.device:
         config.device != "cuda" or available,
         "device cuda was asked for, but torch sees no GPU; check nvidia-smi and the driver, or take --device cpu",
     )
+    require(
+        not config.graphs or (available and config.device != "cpu"),
+        "graphs are CUDA graphs, and this run is on the CPU; take --no-graphs",
+    )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 

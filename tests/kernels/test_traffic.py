@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from eager import Eager
 from interpreter import counting
-from oracles import Algorithm1AsPrinted as reference
-from torch import Tensor
 
+from bench.traffic import Eager, rows
 from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queue
 from mnclglf_kernels._triton.tiles import Tile
-from mnclglf_kernels.inspect import launches
-from mnclglf_kernels.sizes import OPERATORS, PAPER
 from mnclglf_kernels._triton.traffic import traffic
+from mnclglf_kernels.inspect import launches
+from mnclglf_kernels.sizes import OPERATORS
 
 TILES = [Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2)]
 ELEMENTWISE = {"divide_kernel", "combine_kernel", "enqueue_kernel"}
@@ -89,52 +87,19 @@ def test_elementwise_kernels_issue_what_they_must(dtype):
                 assert moved.issued_bytes <= 1.05 * moved.unique_bytes, x.kernel.__name__
 
 
-def on_meta(*shape: int, dtype: torch.dtype, gradient: bool = False) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
-
-
-def eager(op: str, dtype: torch.dtype) -> Eager:
-    """The reference's launches and bytes of one operator in a step of the paper's sizes, forward and backward."""
-    n, side, features, k, width, size = PAPER
-    with Eager() as counted:
-        if op == "divide":
-            images = on_meta(n, 3, side, side, dtype=dtype, gradient=True)
-            divided = reference.divide(images.contiguous(memory_format=torch.channels_last))
-            divided.backward(torch.empty_like(divided))
-        elif op == "combine":
-            combined = reference.combine(on_meta(4 * n, features, dtype=dtype, gradient=True), k)
-            combined.backward(torch.empty_like(combined))
-        elif op == "nearest_neighbor":
-            for _ in range(2):
-                reference.nearest_neighbor(on_meta(n, width, dtype=dtype), on_meta(size, width, dtype=dtype))
-        elif op == "enqueue":
-            reference.enqueue(on_meta(size, width, dtype=dtype), 100, on_meta(n, width, dtype=dtype))
-        else:
-            for subsets in (6, 6, 1, 1):
-                predictions = on_meta(n, width, dtype=dtype, gradient=True)
-                loss = reference.contrastive_loss(on_meta(subsets * n, width, dtype=dtype), predictions, 1.0)
-                loss.backward(on_meta(dtype=dtype))
-    return counted
-
-
-def ours(op: str, dtype: torch.dtype) -> list[launch.Launch]:
-    """Ours of the same work: of the loss, only the predictions' gradient, as in a step."""
-    found = launches(op, dtype, 86)
-    return [x for x in found if not x.arguments.get("OF_TARGETS")]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_s_operators_launch_and_move_a_fraction_of_eager_pytorch(dtype):
-    launched, moved, eager_launched, eager_moved = 0, 0, 0, 0
-    for op in OPERATORS:
-        mine, theirs = ours(op, dtype), eager(op, dtype)
-        unique = sum(traffic(x).unique_bytes for x in mine)
-        print(
-            f"{op:18} {dtype} launches {len(mine):3} eager {theirs.launches:4}   "
-            f"MB {unique / 1e6:7.1f} eager {theirs.unique_bytes / 1e6:7.1f}"
-        )
-        launched, moved = launched + len(mine), moved + unique
-        eager_launched, eager_moved = eager_launched + theirs.launches, eager_moved + theirs.unique_bytes
-    print(f"together launches {launched} {eager_launched} MB {moved / 1e6:.1f} {eager_moved / 1e6:.1f}")
-    assert eager_launched >= 4 * launched
-    assert eager_moved >= 3 * moved
+    *operators, together = rows(dtype)
+    assert together.eager_launches >= 4 * together.launches
+    assert together.eager_bytes >= 3 * together.unique_bytes
+    for row in operators:
+        assert row.launches < row.eager_launches
+        assert row.unique_bytes < row.eager_bytes
+
+
+def test_eager_pytorch_is_counted_as_by_hand():
+    a, b = (torch.empty(8, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with Eager() as counted:
+        product = (a[:2] + 1) @ b.t()  # an addition of 2 x 4 and a product of 2 x 4 and 4 x 8 to 2 x 8
+    assert product.shape == (2, 8)
+    assert (counted.launches, counted.unique_bytes) == (2, 2 * (8 + 8) + 2 * (8 + 32 + 16))
