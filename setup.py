@@ -37,6 +37,13 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=2.4; sys_platform == 'linux'"],
         "faiss-gpu": ["faiss-gpu>=1.15; sys_platform == 'linux'"],
         "faiss-cpu": ["faiss-cpu>=1.12"],
-        "dev": ["pytest>=9", "pytest-benchmark>=5.2", "hypothesis>=6.100", "coverage>=7.6", "ruff>=0.17", "basedpyright>=1.40"],
+        "dev": [
+            "pytest>=9",
+            "pytest-benchmark>=5.2",
+            "hypothesis>=6.100",
+            "coverage>=7.6",
+            "ruff>=0.17",
+            "basedpyright>=1.40",
+        ],
     },
 )

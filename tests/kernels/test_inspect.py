@@ -84,3 +84,34 @@ def test_the_table_for_a_reader():
     assert title.startswith("sm_86, bounds of an RTX 3090; images 256 ")
     assert lines[0].split()[:4] == ["operator", "kernel", "dtype", "grid"]
     assert [line.split()[:3] for line in lines[1:]] == [["combine", "combine_kernel", "bf16"]] * 2
+
+
+# A launch goes through triton.jit's own binding of arguments as far as it can without a GPU: to the compiled kernel.
+JIT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 86, 32)
+    get_current_device = get_current_stream = lambda self, *_: 0
+
+driver.set_active(Driver())
+from mnclglf_kernels.inspect import OPERATORS, Sizes, compile_launch, launches
+
+sizes = Sizes(images=64, side=32, features=64, k=2, width=256, queue=512)
+for op in OPERATORS:
+    for x in launches(op, torch.bfloat16, 86, sizes, torch.device("cpu")):
+        options = dict(num_warps=x.warps, num_stages=x.stages)
+        compiled = x.kernel.run(grid=x.grid, warmup=True, **x.arguments, **options)
+        assert compiled.asm["ptx"] == compile_launch(x, 86).asm["ptx"], x.kernel.__name__
+        print(x.kernel.__name__)
+"""
+
+
+def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", JIT]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert len(printed) == 13
+    assert set(printed) >= MATMULS
