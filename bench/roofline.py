@@ -2,9 +2,9 @@
 
 The step runs on the meta device, so nothing is computed: each convolution and matrix product counts its floating-point
 operations, each operation the bytes that it has to move, and a part takes at least the longer of the two at the GPU's
-peaks. What a better program could fuse is counted as fused: of batch norm and what follows it, only the reads and
-writes of activations that no fusion saves. So this is a bound, which a measured step can be held against, not a
-forecast.
+peaks. What the usual fusions save is counted as saved: of batch norm and what follows it, only its own passes over the
+activations. Parts follow each other. So this is a yardstick to hold a measured step against, not a forecast; statistics
+made in a convolution's epilogue, or parts that overlap, could go below it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CONVOLUTIONS = {
     aten.convolution_backward.default: "convolutions, backward",
 }
 PRODUCTS = {aten.mm.default, aten.addmm.default}
-# Reads and writes of its activation that no fusion saves: batch norm needs its input whole before it writes, and
-# backward both input and gradient whole; a residual is read where it is added; ReLU comes with what is written anyway,
-# and its backward with the gradient, for the sign of what was written.
+# Reads and writes of its activation that the usual fusions leave: batch norm needs its input whole before it writes,
+# and backward both input and gradient whole; a residual is read where it is added; ReLU comes with what is written
+# anyway, and its backward with the gradient, for the sign of what was written.
 ACTIVATION_PASSES = {
     aten.native_batch_norm.default: 3,
     aten._native_batch_norm_legit.default: 3,
@@ -161,7 +161,7 @@ def table(method: MethodName, batch_size: int, side: int, dtype: str, arch: int)
     lines.append(
         f"| together | {sum(row[3].flops for row in rows) / 1e12:.3f} | "
         f"{sum(row[3].unique_bytes for row in rows) / 1e9:.3f} | {1e3 * total:.2f} | "
-        f"{batch_size / total:.0f} images/s at most |"
+        f"{batch_size / total:.0f} images/s |"
     )
     return "\n".join(lines)
 

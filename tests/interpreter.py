@@ -1,12 +1,13 @@
 """Triton's interpreter, made to round as a GPU does. Imported by conftest.py where kernels are interpreted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 
 
@@ -60,3 +61,48 @@ def counting() -> Iterator[Counted]:
         yield counted
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
+
+
+def are_elements(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Which addresses are those of elements of the tensor, whose strides must not overlap but may be 0."""
+    offsets = addresses.astype(np.int64) - tensor.data_ptr()
+    inside = (offsets >= 0) & (offsets % tensor.element_size() == 0) & (tensor.numel() > 0)
+    offsets //= tensor.element_size()
+    steps = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if stride and size > 1]
+    for stride, size in sorted(steps, reverse=True):
+        inside &= offsets // stride < size
+        offsets %= stride
+    return inside & (offsets == 0)
+
+
+@contextmanager
+def confined(tensors: Sequence[Tensor], kernel: str) -> Iterator[None]:
+    """Asserts that a kernel that is interpreted within touches elements of `tensors` alone, and stores each once."""
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    stored: list[np.ndarray] = []
+
+    def touched(pointers, mask) -> np.ndarray:
+        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+        outside = np.ones(addresses.shape, dtype=bool)
+        for tensor in tensors:
+            outside &= ~are_elements(addresses, tensor)
+            if not outside.any():
+                return addresses
+        raise AssertionError(f"{kernel} touches {outside.sum()} addresses that are no elements of its arguments")
+
+    def confined_load(self, pointers, mask, *rest, **named):
+        touched(pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def confined_store(self, pointers, value, mask, *rest, **named):
+        stored.append(touched(pointers, mask))
+        return store(self, pointers, value, mask, *rest, **named)
+
+    builder.create_masked_load, builder.create_masked_store = confined_load, confined_store
+    try:
+        yield
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+    addresses = np.concatenate(stored)
+    assert np.unique(addresses).size == addresses.size, f"{kernel} stores an element twice: it has two owners"

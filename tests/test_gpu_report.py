@@ -1,8 +1,10 @@
 """The GPU report goes on after whatever a stage does, and says what it did; stages are injected, no GPU is needed."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ SCRIPTS = {
     "aborts": "import os; print('before', flush=True); os.abort()",
     "hangs": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
     "says nothing": "print('no figures')",
+    "broken figures": f"print({MARK!r} + '{{oops'); import sys; sys.exit(4)",
     "no text": "import sys; sys.stdout.buffer.write(bytes([255, 254])); sys.exit(3)",
     "last": f"print({MARK!r} + '{{\"speed\": 4}}')",
 }
@@ -52,6 +55,7 @@ def test_it_goes_on_after_every_kind_of_failure(program, tmp_path, capsys):
         ("aborts", "failed", "exit code -6"),
         ("hangs", "timed out", "ran longer than 1 s"),
         ("says nothing", "failed", "ended without its figures"),
+        ("broken figures", "failed", "exit code 4"),
         ("no text", "failed", "exit code 3"),
         ("last", "passed", ""),
     ]
@@ -63,7 +67,7 @@ def test_it_goes_on_after_every_kind_of_failure(program, tmp_path, capsys):
     assert [result["outcome"] for result in saved] == [result.outcome for result in results]
     text = (tmp_path / "report.md").read_text()
     assert text == markdown(results)
-    assert "2 passed, 4 failed, 1 timed out" in text
+    assert "2 passed, 5 failed, 1 timed out" in text
     assert "| Stage hangs | timed out: ran longer than 1 s |" in text
     assert "- speed: 4" in text
     assert "Stage raises ... failed: exit code 1" in capsys.readouterr().out
@@ -93,6 +97,8 @@ def test_without_a_gpu_its_stages_are_named_and_not_run(program, tmp_path, monke
 
 def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
     injected = {"raises": Stage("Raises", lambda: 1 / 0, 60, needs_gpu=False)}
+    monkeypatch.setitem(STAGES, "wrong", Stage("Wrong", lambda: {gpu_report.WRONG: ["a"]}, 60, needs_gpu=False))
+    assert main(["--stage", "wrong"]) == 1
     for name, code in (("environment", 0), ("raises", 1)):
         chosen = {name: STAGES.get(name) or injected[name]}
         monkeypatch.setattr("bench.gpu_report.STAGES", chosen)
@@ -115,20 +121,52 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report, "REPEATS", 3)
     monkeypatch.setattr("mnclglf.recipes.paper", lambda *_: CONFIG)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode: call() or 0.25)
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode: (call(), 0.25)[1])
 
 
 def test_the_stages_of_a_gpu_run_through(tiny):
-    assert gpu_report.kernels()["launches that agree bit for bit"] == 3
+    assert gpu_report.kernels()[gpu_report.WRONG] == []
     training = gpu_report.training(kernels="require", precision="fp32")
     assert training["kernels"] == "triton"
     assert training["images/s"] > 0
     shares = gpu_report.roofline()
-    assert len(shares) == 1 + 13  # a line a kernel
+    assert len(shares) == 3 + 13  # the GPU, its matmul and copy, and a line a kernel
     assert all("250.0 us, at least " in share for name, share in shares.items() if "kernel" in name)
 
 
 def test_a_wrong_kernel_fails_its_stage(tiny, monkeypatch):
     monkeypatch.setattr("mnclglf_kernels._triton.queue.run", lambda launches, device: None)
-    with pytest.raises(AssertionError, match="'enqueue': 'the pointer is"):
-        gpu_report.kernels()
+    wrong = gpu_report.kernels()["wrong"]
+    assert [problem.split(": ")[0] for problem in wrong] == [
+        f"{dtype}, enqueue" for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    assert "the pointer is" in wrong[0]
+
+
+def test_an_interrupted_report_ends_its_stage(program, tmp_path):
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    Path(program[-1]).write_text(
+        f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(4); "
+        f"pathlib.Path({str(ended)!r}).touch()"
+    )
+    code = (
+        "import pathlib, sys; from bench.gpu_report import Stage, report; "
+        f"report({{'x': Stage('X', dict, 60, False)}}, pathlib.Path({str(tmp_path / 'report')!r}), {program!r})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        while not started.exists():
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        run.wait(timeout=30)
+    time.sleep(4.5)
+    assert not ended.exists()
+
+
+def test_a_pytest_stage_fails_where_nothing_passed():
+    passed = gpu_report.pytest("tests/test_roofline.py", "-k", "by_hand", "-p", "no:cacheprovider")()
+    assert passed[gpu_report.WRONG] == []
+    assert passed["result"].startswith("1 passed")
+    skipped = gpu_report.pytest("tests/test_roofline.py", "-k", "nothing_of_this_name", "-p", "no:cacheprovider")()
+    assert len(skipped[gpu_report.WRONG]) == 1

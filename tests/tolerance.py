@@ -58,22 +58,22 @@ def combine_floor(features: Tensor, truth: Tensor) -> Tensor:
 
 
 def unit_scores(queries: Tensor, queue: Tensor) -> Tensor:
-    """[M, D] and [K, D] to [M, K] in fp64: products of the queries' directions, of any length, and the rows as stored."""
+    """[M, D] and [K, D] to [M, K] in fp64: products of the queries' directions, whatever their length, and the rows."""
     queries = queries.double()
     queries = queries / queries.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return F.normalize(queries, dim=1) @ queue.double().t()
 
 
-def assert_nearest(index: Tensor, queries: Tensor, queue: Tensor, scored: torch.dtype | None = None) -> None:
+def assert_nearest(index: Tensor, queries: Tensor, queue: Tensor, epsilon: float | None = None) -> None:
     """No row of the queue is more similar than that at the index, but for rounding of the scores.
 
-    Scores are fp32, and fp64 for an fp64 queue: `scored` says in what they are instead.
+    `epsilon` is the spacing of the scores at 1.0 where they are not fp32, or fp64 for an fp64 queue.
     """
     assert index.dtype == torch.int64
     assert index.shape == (len(queries),)
     assert ((index >= 0) & (index < len(queue))).all()
     scores = unit_scores(queries, queue).nan_to_num(-torch.inf)
     regret = scores.amax(dim=1) - scores.gather(1, index[:, None])[:, 0]
-    allowed = ULPS_FP32 * working_epsilon(scored or queue.dtype)
+    allowed = ULPS_FP32 * (epsilon or working_epsilon(queue.dtype))
     worst = int(regret.argmax())
     assert (regret <= allowed).all(), f"query {worst} is {regret[worst]:.3e} from its neighbor, allowed {allowed:.1e}"

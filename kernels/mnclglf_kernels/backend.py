@@ -41,7 +41,7 @@ def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> R
     """The backend that an operator called with `backend` on `tensors` runs.
 
     "auto" is "triton" on CUDA and "torch" elsewhere, and "torch" where Triton cannot run. With TRITON_INTERPRET=1 set
-    before the import, "triton" interprets its kernels on the CPU, slowly.
+    before the import, "triton" interprets its kernels, slowly, on the CPU too. On the meta device it gives shapes.
 
     Raises:
         ValueError: `backend` is not a name this package knows, or the tensors are on several devices.
@@ -75,6 +75,8 @@ def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
             f"backend 'triton' needs CUDA tensors, got one on {device}; use 'auto' or 'torch' (or set "
             "TRITON_INTERPRET=1 before the import, to interpret the kernels)"
         )
+    if device.type == "cuda" and torch.version.hip is not None:
+        return RuntimeError("backend 'triton' is for NVIDIA GPUs, and this torch is built for AMD's; use 'torch'")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)  # Dynamo folds this call into a constant
         if properties.major < 8:
@@ -111,3 +113,9 @@ def faiss_gpus() -> int:
     import faiss
 
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short: its type where it says nothing."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no text'}"

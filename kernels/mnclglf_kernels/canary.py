@@ -6,19 +6,46 @@ is what the run needs anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import comb
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from mnclglf_kernels.backend import first_line
 from mnclglf_kernels.contrastive import contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
 from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
 from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
 
-TEMPERATURE = 0.5
+TEMPERATURE = 0.1
+UPSTREAM = 2.0**12  # of gradients: keeps those of fp16 out of its subnormal numbers
 
 
-def failures(sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device) -> dict[Operator, str]:
+class Run(NamedTuple):
+    """What a check needs to know of the run."""
+
+    sizes: Sizes
+    dtype: torch.dtype  # of images, features and embeddings
+    queue_dtype: torch.dtype
+    subsets: int  # S of the combined targets
+    device: torch.device
+    generator: torch.Generator
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+
+
+def failures(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    queue_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    one_embedding: bool = False,
+) -> dict[Operator, str]:
     """What went wrong with the Triton kernels of each operator; operators in order are not in it.
 
     Args:
@@ -26,114 +53,128 @@ def failures(sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device:
         dtype: of images, features and embeddings.
         queue_dtype: of the queue's rows.
         device: where to run.
+        one_embedding: whether one of the S combinations is contrasted, not all.
+
+    Raises:
+        torch.OutOfMemoryError: the run does not fit this device, which says nothing of the kernels.
+        RuntimeError: a kernel took the device's context down; nothing can run on it in this process.
     """
     found: dict[Operator, str] = {}
+    run = Run(sizes, dtype, queue_dtype, 1 if one_embedding else comb(4, sizes.k), device, torch.Generator())
     for name in OPERATORS:
-        generator = torch.Generator().manual_seed(0)
+        run.generator.manual_seed(0)
         try:
-            problem = CHECKS[name](sizes, dtype, queue_dtype, device, generator)
+            problem = CHECKS[name](run)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler or a driver may raise
-            problem = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
-            )
+            problem = first_line(error)
         if problem is not None:
             found[name] = problem
+            check_context(name, problem, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the fp64 copies, up to some GiB
     return found
 
 
-def off(name: str, actual: Tensor, truth: Tensor) -> str | None:
-    """How far a result is from the fp64 truth, if that is over four roundings of its dtype at its greatest value."""
-    limit = max(4 * torch.finfo(actual.dtype).eps, 1e-4) * max(truth.abs().max().item(), 1e-30)
+def check_context(name: Operator, problem: str, device: torch.device) -> None:
+    """RuntimeError where the device answers no more: after an illegal access every later call fails too."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        raise RuntimeError(
+            f"the Triton kernel of {name} took the CUDA context down ({problem}); take --kernels off, and "
+            "`make gpu-report` for a file to attach to an issue"
+        ) from error
+
+
+def excess(name: str, actual: Tensor, truth: Tensor) -> str | None:
+    """How far a result is from the fp64 truth, where that is more than its dtype's roundings at its greatest value."""
+    kind = torch.finfo(actual.dtype)
+    limit = max(4 * kind.eps, 1e-4) * truth.abs().max().item() + kind.smallest_normal * kind.eps
     error = (actual.double() - truth).abs().max().item()
     if error <= limit:  # a NaN is not
         return None
     return f"{name} is off by {error:.3g}, more than {limit:.3g}"
 
 
-def first(*problems: str | None) -> str | None:
+def first_problem(*problems: str | None) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
-def random(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def check_divide(
-    sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> str | None:
-    images = random(generator, device, dtype, sizes.images, 3, sizes.side, sizes.side)
+def check_divide(run: Run) -> str | None:
+    images = run.random(run.sizes.images, 3, run.sizes.side, run.sizes.side)
     leaf = images.contiguous(memory_format=torch.channels_last).requires_grad_()
-    patches, expected = divide(leaf, backend="triton"), divide(images, backend="torch")
-    upstream = random(generator, device, dtype, *expected.shape)
-    (gradient,) = torch.autograd.grad(patches, leaf, upstream)
     twin = images.clone().requires_grad_()
-    (expected_gradient,) = torch.autograd.grad(divide(twin, backend="torch"), twin, upstream)
-    return first(off("patches", patches, expected.double()), off("the gradient", gradient, expected_gradient.double()))
+    patches, expected = divide(leaf, backend="triton"), divide(twin, backend="torch")
+    upstream = run.random(*expected.shape)
+    (gradient,) = torch.autograd.grad(patches, leaf, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, twin, upstream)
+    return first_problem(
+        excess("a patch", patches, expected.double()), excess("the gradient", gradient, expected_gradient.double())
+    )
 
 
-def check_combine(
-    sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> str | None:
-    features = random(generator, device, dtype, 4 * sizes.images, sizes.features)
+def check_combine(run: Run) -> str | None:
+    features, k = run.random(4 * run.sizes.images, run.sizes.features), run.sizes.k
     leaf, twin = features.clone().requires_grad_(), features.double().requires_grad_()
-    combined, expected = combine(leaf, sizes.k, backend="triton"), combine(twin, sizes.k, backend="torch")
-    upstream = random(generator, device, dtype, *combined.shape)
+    combined, expected = combine(leaf, k, backend="triton"), combine(twin, k, backend="torch")
+    upstream = run.random(*combined.shape)
     (gradient,) = torch.autograd.grad(combined, leaf, upstream)
     (expected_gradient,) = torch.autograd.grad(expected, twin, upstream.double())
-    return first(off("the mean", combined, expected), off("the gradient", gradient, expected_gradient))
+    return first_problem(excess("the mean", combined, expected), excess("the gradient", gradient, expected_gradient))
 
 
-def check_contrastive(
-    sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> str | None:
-    n, width, subsets = sizes.images, sizes.width, len(combine(torch.empty(4, 1), sizes.k, backend="torch"))
-    sides = [
-        (random(generator, device, dtype, s * n, width), random(generator, device, dtype, n, width))
-        for s in (subsets, subsets, 1, 1)
-    ]
-    leaves = [x.clone().requires_grad_() for pair in sides for x in pair]
-    twins = [x.double().requires_grad_() for pair in sides for x in pair]
+def check_contrastive(run: Run) -> str | None:
+    n, width = run.sizes.images, run.sizes.width
+    # Rows that resemble each other, and their positives most: every part of softmax and gradient weighs in the result.
+    common = run.random(1, width)
+    leaves: list[Tensor] = []
+    for subsets, dtype in ((run.subsets, run.dtype), (run.subsets, run.dtype), *[(1, run.queue_dtype)] * 2):
+        predictions = common + run.random(n, width) / 2
+        targets = predictions.repeat(subsets, 1) + run.random(subsets * n, width) / 2
+        leaves += [targets.to(dtype).requires_grad_(), predictions.detach().requires_grad_()]
+    twins = [x.detach().double().requires_grad_() for x in leaves]
     mine, theirs = (list(zip(x[::2], x[1::2], strict=True)) for x in (leaves, twins))
     losses = torch.stack(contrastive_losses(mine, TEMPERATURE, backend="triton"))
     expected = torch.stack(contrastive_losses(theirs, TEMPERATURE, backend="torch"))
-    weights = torch.tensor([1.0, -2.0, 3.0, 0.5], device=device)
+    weights = UPSTREAM * torch.tensor([1.0, -2.0, 3.0, 0.5], device=run.device)
     gradients = torch.autograd.grad((losses * weights).sum(), leaves)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), twins)
     pairs = zip(gradients, expected_gradients, strict=True)
-    return first(off("the loss", losses, expected), *(off("a gradient", ours, truth) for ours, truth in pairs))
+    return first_problem(
+        excess("the loss", losses, expected), *(excess("a gradient", ours, truth) for ours, truth in pairs)
+    )
 
 
-def check_neighbor(
-    sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> str | None:
-    queries = random(generator, device, dtype, 2 * sizes.images, sizes.width)
-    queue = torch.nn.functional.normalize(random(generator, device, torch.float32, sizes.queue, sizes.width))
-    queue = queue.to(queue_dtype)
+def check_neighbor(run: Run) -> str | None:
+    queries = run.random(2 * run.sizes.images, run.sizes.width)
+    queue = torch.nn.functional.normalize(run.random(run.sizes.queue, run.sizes.width, dtype=torch.float32))
+    queue = queue.to(run.queue_dtype)
     nearest = nearest_neighbor(queries, queue, backend="triton")
-    if not ((nearest >= 0) & (nearest < sizes.queue)).all():
+    if not ((nearest >= 0) & (nearest < run.sizes.queue)).all():
         return "a row is outside the queue"
     truth = nearest_neighbor(queries.double(), queue.double(), backend="torch")
     score, best = (torch.linalg.vecdot(queries.double(), queue[rows].double()) for rows in (nearest, truth))
-    return off("the score", score.float(), best)
+    return excess("the score", score.float(), best)
 
 
-def check_enqueue(
-    sizes: Sizes, dtype: torch.dtype, queue_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> str | None:
-    rows = random(generator, device, dtype, sizes.images, sizes.width)
-    queue = torch.zeros(sizes.queue, sizes.width, dtype=queue_dtype, device=device)
-    expected, start = queue.double(), sizes.queue - sizes.images // 2 - 1  # over the end of the ring
-    pointer, expected_pointer = (torch.tensor(start, device=device) for _ in range(2))
+def check_enqueue(run: Run) -> str | None:
+    rows, size = run.random(run.sizes.images, run.sizes.width), run.sizes.queue
+    queue = torch.zeros(size, run.sizes.width, dtype=run.queue_dtype, device=run.device)
+    expected, start = queue.double(), size - run.sizes.images // 2 - 1  # over the end of the ring
+    pointer, expected_pointer = (torch.tensor(start, device=run.device) for _ in range(2))
     for keep in (True, False):
-        gate = torch.tensor(keep, device=device)
+        gate = torch.tensor(keep, device=run.device)
         enqueue(queue, pointer, rows, keep=gate, backend="triton")
         enqueue(expected, expected_pointer, rows.double(), keep=gate, backend="torch")
     if pointer != expected_pointer:
         return f"the pointer is {pointer.item()}, not {expected_pointer.item()}"
-    return off("a row", queue, expected)
+    return excess("a row", queue, expected)
 
 
-CHECKS = {
+CHECKS: dict[Operator, Callable[[Run], str | None]] = {
     "divide": check_divide,
     "combine": check_combine,
     "contrastive_losses": check_contrastive,

@@ -97,7 +97,7 @@ def common_dtype(targets: Tensor, predictions: Tensor) -> torch.dtype:
 
 
 def torch_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """One pair in PyTorch: norms divide the [S * N, N] products, so that no [S * N, D] rows are written."""
+    """One pair in PyTorch: norms divide the [S * N, N] products, so that no normalised [S * N, D] rows are written."""
     dtype = torch.promote_types(common_dtype(targets, predictions), torch.float32)
     with torch.autocast(predictions.device.type, enabled=False):
         targets, predictions = targets.to(dtype), predictions.to(dtype)

@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
 from mnclglf_kernels._triton.launch import Launch
-from mnclglf_kernels._triton.tiles import tile
 from mnclglf_kernels._triton.traffic import Traffic, traffic
 from mnclglf_kernels.backend import INTERPRETED
 from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
@@ -125,8 +124,8 @@ def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER, devic
         return neighbor.neighbor_launches(queries, keys, neighbor.empty_nearest(queries, keys), t)
     subsets = comb(4, k)
     targets, predictions = [rows(s * n, width) for s in (subsets, subsets, 1, 1)], [rows(n, width) for _ in range(4)]
-    t, gradient_tile = (tile(name, dtype, width, arch) for name in ("contrastive", "gradient"))
-    results = contrastive.empty_forward(targets, predictions, 1.0)
+    t, gradient_tile = contrastive.contrastive_tiles(targets[0], arch)
+    results = contrastive.empty_forward(targets, predictions)
     shared = (targets, predictions, 1.0, results)
     return [
         *contrastive.forward_launches(*shared, t),

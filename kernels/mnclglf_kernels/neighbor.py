@@ -23,7 +23,8 @@ def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto
     Args:
         queries: [M, D], any floating dtype.
         queue: [K, D] of unit-norm rows, any floating dtype.
-        backend: see `resolve`; "faiss" is exact search, on the GPU in the queue's dtype and in place.
+        backend: see `resolve`; "faiss" is exact search, on the GPU in the queue's dtype and in place, on the CPU in
+            fp32. What it does with ties and NaN on a GPU is its own.
 
     Returns:
         [M] int64 rows of the queue.

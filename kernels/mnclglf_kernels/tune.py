@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mnclglf_kernels._triton import contrastive, launch, neighbor, tiles
-from mnclglf_kernels._triton.launch import Launch
+from mnclglf_kernels._triton.launch import Launch, architecture
 from mnclglf_kernels._triton.tiles import Operator, Tile
+from mnclglf_kernels.backend import INTERPRETED, first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS: tuple[Operator, ...] = ("contrastive", "gradient", "neighbor")
@@ -40,10 +41,10 @@ def make_case(operator: Operator, dtype: torch.dtype, device: torch.device, *, w
         nearest = neighbor.empty_nearest(queries, queue)
         return Case(lambda t: neighbor.neighbor_launches(queries, queue, nearest, t), [nearest])
     targets, predictions = [rows(s * n) for s in (6, 6, 1, 1)], [rows(n) for _ in range(4)]
-    forward = contrastive.empty_forward(targets, predictions, 1.0)
+    forward = contrastive.empty_forward(targets, predictions)
     if operator == "contrastive":
         return Case(lambda t: contrastive.forward_launches(targets, predictions, 1.0, forward, t), list(forward))
-    logits, _ = contrastive.contrastive_tiles(targets[0])
+    logits, _ = contrastive.contrastive_tiles(targets[0], architecture(targets[0]))
     launch.run(contrastive.forward_launches(targets, predictions, 1.0, forward, logits), device)
     gradients, upstream = [torch.empty_like(p) for p in predictions], torch.ones_like(forward.losses)
     shared = (targets, predictions, 1.0, forward, upstream, [], gradients, logits)
@@ -83,10 +84,12 @@ def best(
     fastest, least = table, milliseconds(lambda: launch.run(case.launches(table), device))
     table_time = least
     for t in tried:
+        for result in case.results:  # what a candidate leaves out must not look right
+            result.fill_(-1 if result.dtype == torch.int64 else torch.nan)
         try:
             launch.run(case.launches(t), device)
         except Exception as error:  # too much shared memory or too many registers, in whatever way Triton says so
-            print(f"    {t}: {str(error).splitlines()[0]}")
+            print(f"    {t}: {first_line(error)}")
             continue
         if not same(case.results, expected):
             print(f"    {t}: wrong results, not considered")
@@ -94,6 +97,13 @@ def best(
         time = milliseconds(lambda t=t: launch.run(case.launches(t), device))
         if time < least:
             fastest, least = t, time
+    if fastest != table:  # the least of many noisy times is too small: once more, turn by turn
+        times = [
+            [milliseconds(lambda t=t: launch.run(case.launches(t), device)) for t in (table, fastest)] for _ in range(3)
+        ]
+        table_time, least = (sorted(column)[1] for column in zip(*times, strict=True))
+        if least >= table_time:
+            return table, table_time, table_time
     return fastest, least, table_time
 
 
@@ -107,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: torch sees no CUDA device, the only kind that is tuned for; nothing was written", file=sys.stderr)
         return 1
+    if INTERPRETED:
+        print("tune: TRITON_INTERPRET is set, and the interpreter's times mean nothing; unset it", file=sys.stderr)
+        return 1
     from triton.testing import do_bench
 
     def milliseconds(call: Callable[[], None]) -> float:
@@ -114,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[options.dtype]
     properties = torch.cuda.get_device_properties(device)
-    arch, path = 10 * properties.major + properties.minor, tiles.tuning_path()
+    arch, path = architecture(torch.empty(0, device=device)), tiles.tuning_path()
     found = dict(tiles.read_tuning(path))
+    tiles.write_tuning(path, found)  # a folder that cannot be written is found now, not after the measurements
     print(f"tuning for {properties.name}, D {options.width}, N {options.images}, K {options.queue}, {options.dtype}")
     for operator in OPERATORS:
         case = make_case(operator, dtype, device, width=options.width, n=options.images, k=options.queue)

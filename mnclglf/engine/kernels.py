@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mnclglf.config import RunConfig
 from mnclglf_kernels import Backends, canary, resolve
+from mnclglf_kernels.backend import triton_problem
 from mnclglf_kernels.sizes import Sizes
 
 
@@ -28,8 +29,13 @@ def choose_backends(
         RuntimeError: kernels are required and cannot run, or one is wrong; or FAISS cannot run here.
     """
     policy, probe = config.engine.kernels, torch.empty(0, dtype=dtype, device=device)
+    problem = triton_problem((probe,), "matmul")
+    if policy == "require" and problem is not None:
+        raise RuntimeError(f"kernels are required, but {problem}; take --kernels auto to go on without them")
+    if policy == "auto" and problem is not None and device.type == "cuda":
+        console.print(f"PyTorch does the kernels' work: {problem}", highlight=False, markup=False, soft_wrap=True)
     backends = Backends.all("torch")
-    if policy != "off" and resolve("triton" if policy == "require" else "auto", probe, kind="matmul") == "triton":
+    if policy == "require" or (policy == "auto" and resolve("auto", probe, kind="matmul") == "triton"):
         backends = Backends.all("triton")
         sizes = Sizes(
             images=config.optim.batch_size,
@@ -40,7 +46,8 @@ def choose_backends(
             queue=config.objective.queue_size,
         )
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
-        problems = canary.failures(sizes, dtype, queue_dtype, device)
+        one = config.objective.one_embedding
+        problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")

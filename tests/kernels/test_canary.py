@@ -5,7 +5,7 @@ import torch
 
 from mnclglf_kernels import canary
 from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queue
-from mnclglf_kernels.sizes import OPERATORS, Sizes
+from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
 
 SIZES = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40)
 CPU = torch.device("cpu")
@@ -66,6 +66,78 @@ def test_a_launch_that_fails_is_named(operator, text, monkeypatch):
     monkeypatch.setattr(MODULES[operator], "run", fail)
     found = canary.failures(SIZES, torch.float32, torch.float32, CPU)
     assert found == {operator: f"RuntimeError: {text.splitlines()[0] if text else 'no text'}"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", ["no radial part", "half of the softmax", "softmax times 0.6", "temperature 1"])
+def test_a_wrong_gradient_is_found_in_every_dtype(fault, dtype, monkeypatch):
+    """Faults of the backward that are small where rows are random and the softmax uniform."""
+
+    def run(launches, device):
+        for x in launches:
+            if x.kernel.__name__ == "coefficient_kernel" and fault == "temperature 1":
+                x.arguments["inverse_temperature"] = 1.0
+            launch.run([x], device)
+            if x.kernel.__name__ == "coefficient_kernel":
+                onehot = torch.eye(SIZES.images).repeat(14, 1)
+                coefficients = x.arguments["coefficients"]
+                if fault == "no radial part":
+                    x.arguments["prediction_dots"].zero_()
+                elif fault == "half of the softmax":
+                    coefficients[:, ::2] = -onehot[:, ::2]
+                elif fault == "softmax times 0.6":
+                    coefficients.copy_(0.6 * (coefficients + onehot) - onehot)
+
+    monkeypatch.setattr(contrastive, "run", run)
+    assert set(canary.failures(SIZES, dtype, dtype, CPU)) == {"contrastive_losses"}
+
+
+@pytest.mark.parametrize("one_embedding", [False, True])
+def test_what_the_canary_launches_is_what_the_run_launches(one_embedding, monkeypatch):
+    """One embedding contrasts other numbers of rows; a queue of another dtype splits the pairs."""
+    launched = []
+    monkeypatch.setattr(contrastive, "run", lambda launches, _: launched.extend(launches))
+    canary.failures(SIZES, torch.bfloat16, torch.float32, CPU, one_embedding=one_embedding)
+    forward = [x.arguments for x in launched if x.kernel.__name__ == "forward_kernel"]
+    subsets = 1 if one_embedding else 6
+    assert [x["FIRST_ROWS"] for x in forward] == [(0, 6 * subsets, 12 * subsets), (0, 6, 12)]
+    assert [x["targets"][0].dtype for x in forward] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
+    """The limits are not too narrow where sums are long and gradients small."""
+    for name in ("divide", "combine", "contrastive_losses", "enqueue"):
+        operator = getattr(canary, name)
+
+        def plain(*arguments, operator=operator, **named):
+            return operator(*arguments, **named | {"backend": "torch"})
+
+        monkeypatch.setattr(canary, name, plain)
+    monkeypatch.setitem(
+        canary.CHECKS, "nearest_neighbor", lambda run: None
+    )  # 35 GFLOP in fp64; the loss has as long sums
+    assert canary.failures(PAPER, dtype, dtype, CPU) == {}
+
+
+def test_a_device_that_is_too_small_says_nothing_of_the_kernels(monkeypatch):
+    def full(launches, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(neighbor, "run", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        canary.failures(SIZES, torch.float32, torch.float32, CPU)
+
+
+def test_a_kernel_that_takes_the_context_down_ends_the_run(monkeypatch):
+    def gone(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    with pytest.raises(RuntimeError, match=r"of divide took the CUDA context down \(wrong\); take --kernels off"):
+        canary.check_context("divide", "wrong", torch.device("cuda"))
+    canary.check_context("divide", "wrong", CPU)
 
 
 def test_a_kernel_that_writes_nan_is_found(monkeypatch):

@@ -243,6 +243,21 @@ def test_a_row_that_is_not_finite_shows_in_the_loss(side, value, backend):
     assert torch.isnan(contrastive_loss(targets, predictions, 0.5, backend=backend))
 
 
+@pytest.mark.parametrize("side", ["targets", "predictions"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_spoils_the_gradients_that_see_it_and_no_other(side, value, backend):
+    targets, predictions = rows_of((2, 7, 19), torch.float32)
+    _, *finite = with_gradients(contrastive_loss, targets, predictions, 0.5, 1.0, backend=backend)
+    (targets if side == "targets" else predictions)[3, 2] = value
+    _, *gradients = with_gradients(contrastive_loss, targets, predictions, 0.5, 1.0, backend=backend)
+    _, *plain = with_gradients(plain_contrastive_loss, targets, predictions, 0.5, 1.0)
+    for gradient, expected, unspoilt in zip(gradients, plain, finite, strict=True):
+        spoilt = expected.isnan().any(dim=1)  # all rows but where the row is a target: then all targets are well but it
+        assert torch.equal(gradient.isnan().any(dim=1), spoilt)
+        # A matmul may sum in another order next to a row of NaN: a few units in the last place.
+        torch.testing.assert_close(gradient[~spoilt], unspoilt[~spoilt], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("images", [1, 63, 65])
 def test_uniform_embeddings_give_log_n(images, backend):
     rows = torch.ones(images, 16)

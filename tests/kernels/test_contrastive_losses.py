@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import loss_floor
+from tolerance import gradient_floor, loss_floor
 from torch import Tensor
 
 from mnclglf_kernels import contrastive_loss, contrastive_losses
+from mnclglf_kernels._triton.tiles import Tile
 
 UPSTREAM = torch.tensor([1.0, -2.5, 0.0, 3e3, 0.125, 7.0])
 
@@ -42,6 +43,31 @@ def check_pair_by_pair(pairs: list[tuple[Tensor, Tensor]], temperature: float, b
 @pytest.mark.parametrize("subsets", [(6, 6, 1, 1), (1, 2, 3, 4, 5, 6)], ids=str)
 def test_pairs_of_several_s(subsets, dtype, backend):
     check_pair_by_pair([pair(s, 13, 21, dtype) for s in subsets], 0.3, backend)
+
+
+@pytest.mark.parametrize("logits", [(16, 32, 16), (32, 16, 64)], ids=str)
+@pytest.mark.parametrize("gradients", [(16, 32, 16), (32, 16, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_s_tiles_need_not_be_square(logits, gradients, dtype, monkeypatch):
+    shapes = {"contrastive": logits, "gradient": gradients}
+    monkeypatch.setattr(
+        "mnclglf_kernels._triton.contrastive.tile", lambda name, *_: Tile(*shapes[name], warps=4, stages=1)
+    )
+    monkeypatch.setattr("mnclglf_kernels._triton.contrastive.MERGED", 16)
+    pairs = [pair(subsets, 37, 43, dtype) for subsets in (2, 1, 3)]
+    losses = contrastive_losses(pairs, 0.3, backend="triton")
+    upstream = UPSTREAM[:3]
+    leaves = [rows for both in pairs for rows in both]
+    gradients = torch.autograd.grad(torch.stack(losses) @ upstream, leaves)
+    doubled = [rows.detach().double().requires_grad_() for rows in leaves]
+    truth = [oracles.contrastive_loss(*doubled[i : i + 2], 0.3) for i in (0, 2, 4)]
+    true_gradients = torch.autograd.grad(torch.stack(truth) @ upstream.double(), doubled)
+    for loss, true_loss in zip(losses, truth, strict=True):
+        assert loss.item() == pytest.approx(true_loss.item(), abs=loss_floor(0.3, 37, dtype))
+    for i, (gradient, true_gradient) in enumerate(zip(gradients, true_gradients, strict=True)):
+        floor = gradient_floor(leaves[i], len(leaves[i]), 0.3, upstream[i // 2].item(), true_gradient)
+        error = (gradient.double() - true_gradient).abs().amax(dim=1)
+        assert (error <= floor).all(), f"gradient {i} is off by {error.max():.3e}"
 
 
 def test_pairs_of_several_tiles(backend):
@@ -151,3 +177,10 @@ def test_a_wrong_pair_among_right_ones_is_named(backend):
         contrastive_losses(
             [pair(2, 9, 21), (torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 4))], 0.5, backend=backend
         )
+
+
+def test_triton_names_the_dtype_of_a_pair_it_cannot_multiply():
+    pairs = [pair(2, 9, 21), pair(1, 9, 21, torch.float64)]
+    with pytest.raises(TypeError, match="float64"):
+        contrastive_losses(pairs, 0.5, backend="triton")
+    assert [loss.dtype for loss in contrastive_losses(pairs, 0.5, backend="auto")] == [torch.float32, torch.float64]

@@ -90,9 +90,7 @@ ACROSS_DEVICES = {
     "queue": lambda **how: enqueue(rows(5, "meta"), torch.tensor(0), rows(3), **how),
     "pointer": lambda **how: enqueue(rows(5), torch.tensor(0, device="meta"), rows(3), **how),
     "rows": lambda **how: enqueue(rows(5), torch.tensor(0), rows(3, "meta"), **how),
-    "keep": lambda **how: enqueue(
-        rows(5), torch.tensor(0), rows(3), keep=torch.tensor(True, device="meta"), **how
-    ),
+    "keep": lambda **how: enqueue(rows(5), torch.tensor(0), rows(3), keep=torch.tensor(True, device="meta"), **how),
 }
 
 

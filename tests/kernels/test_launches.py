@@ -1,11 +1,13 @@
-"""What the operators launch: how often, and into memory that holds nothing before."""
+"""What the operators launch: how often, into memory that holds nothing before, and that conftest.py's checks see it."""
 
 import pytest
 import torch
+from interpreter import confined
 from torch import Tensor
 
 from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
 from mnclglf_kernels._triton.launch import Launch, run
+from mnclglf_kernels._triton.patches import divide_launches
 
 MODULES = ["patches", "contrastive", "neighbor", "queue"]
 
@@ -102,3 +104,21 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
         *("maxima", "sums", "positives", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
         *("coefficients", "target_dots", "prediction_dots", "dots", "gradients"),
     }
+
+
+def test_a_kernel_that_leaves_its_tensors_is_found():
+    images, patches = torch.randn(1, 1, 2, 2), torch.empty(4, 1, 1, 1)
+    launches = divide_launches(images, patches, backward=False)
+    with pytest.raises(Exception, match="1 addresses that are no elements"), confined([images, patches[:3]], "divide"):
+        run(launches, images.device)
+    with (
+        pytest.raises(Exception, match="2 addresses that are no elements"),
+        confined([images[..., 0], patches], "divide"),
+    ):
+        run(launches, images.device)
+
+
+def test_an_element_that_is_stored_twice_is_found():
+    images, patches = torch.empty(1).expand(1, 1, 2, 2), torch.randn(4, 1, 1, 1)
+    with pytest.raises(AssertionError, match="two owners"), confined([images, patches], "divide"):
+        run(divide_launches(images, patches, backward=True), images.device)

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, lay_out
-from tolerance import assert_nearest
+from tolerance import assert_nearest, working_epsilon
 from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import nearest_neighbor
+from mnclglf_kernels._triton.tiles import Tile
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOOKUP_BACKENDS = ["torch", "triton", "faiss"]
@@ -35,9 +36,8 @@ def check(queries: Tensor, queue: Tensor, backend: str) -> None:
         with pytest.raises(TypeError, match="float64"):
             nearest_neighbor(queries, queue, backend=backend)
         return
-    # FAISS converts to fp32 on the CPU.
-    scored = torch.float32 if backend == "faiss" else torch.promote_types(queries.dtype, queue.dtype)
-    assert_nearest(nearest_neighbor(queries, queue, backend=backend), queries, queue, scored)
+    epsilon = working_epsilon(torch.float32) if backend == "faiss" else None  # it searches in fp32 on the CPU
+    assert_nearest(nearest_neighbor(queries, queue, backend=backend), queries, queue, epsilon)
 
 
 @pytest.mark.parametrize("queries", [1, 63, 65])
@@ -62,6 +62,16 @@ def test_across_tiles_and_chunks(backend):
     rows = torch.tensor([1, 64, 127, 128, 4096, 8191, 8192, 8298, 8299])
     found = nearest_neighbor(queue[rows], queue, backend=backend)
     assert found.tolist() == [1, 64, 127, 128, 4096, 8191, 8192, 8298, 64]
+
+
+@pytest.mark.parametrize("tile", [(16, 32, 16), (32, 16, 32), (64, 16, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_triton_s_tiles_need_not_be_square(tile, dtype, monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels._triton.neighbor.tile", lambda *_: Tile(*tile, warps=4, stages=1))
+    monkeypatch.setattr("mnclglf_kernels._triton.neighbor.MERGED_TILES", 2)
+    check(torch.randn(37, 70).to(dtype), unit_rows(83, 70, dtype), "triton")
+    queue = unit_rows(83, 70, dtype)
+    assert nearest_neighbor(queue, queue, backend="triton").tolist() == list(range(83))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,9 @@ def learner(x: Tensor) -> Tensor:
 
 def pairs(learn: tuple[bool, ...] = (False,) * 4, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
     """Targets of S = 2 and S = 1 with their predictions; `learn` says of targets, then predictions, what learns."""
-    rows = [torch.randn(count, 4).to(dtype).requires_grad_(asks) for count, asks in zip((10, 5, 5, 5), learn, strict=True)]
+    rows = [
+        torch.randn(count, 4).to(dtype).requires_grad_(asks) for count, asks in zip((10, 5, 5, 5), learn, strict=True)
+    ]
     return rows[:2], rows[2:]
 
 

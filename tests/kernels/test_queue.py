@@ -86,6 +86,11 @@ def test_zero_tiny_and_huge_rows(scale, backend):
     check(torch.randn(9, 7), 3, rows, backend)
 
 
+@pytest.mark.parametrize("norm", [0.5e-12, 0.99e-12, 1.01e-12, 2e-12])
+def test_rows_beside_the_floor(norm, backend):
+    check(torch.randn(9, 7), 3, norm * F.normalize(torch.randn(4, 7)), backend)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_that_is_not_finite_is_stored_as_f_normalize_has_it(value, dtype, backend):

@@ -1,4 +1,4 @@
-"""The lookup in PyTorch on a CPU, with and without bf16 products: candidates, chunks, and what rounding may not hide."""
+"""The lookup in PyTorch on a CPU, with and without bf16 products: candidates, chunks, and what rounding may hide."""
 
 import math
 

@@ -45,12 +45,49 @@ def test_the_tuning_file_overrules_the_table_for_its_gpu(tuning):
     assert [path.name for path in tuning.parent.iterdir()] == ["tuning.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', "[1]", '{"tiles": 3}'])
+SIZES = '"columns": 64, "depth": 32, "warps": 4, "stages": 2'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"tiles": {"a": {"rows": 1}}}',
+        "[1]",
+        '{"tiles": 3}',
+        f'{{"tiles": {{"a": {{"rows": "128", {SIZES}}}}}}}',
+        f'{{"tiles": {{"a": {{"rows": 100, {SIZES}}}}}}}',
+        f'{{"tiles": {{"a": {{"rows": 8, {SIZES}}}}}}}',
+        f'{{"tiles": {{"a": {{"rows": -128, {SIZES}}}}}}}',
+    ],
+)
 def test_a_broken_tuning_file_is_named_with_the_remedy(text, tuning):
     tuning.parent.mkdir()
     tuning.write_text(text)
     with pytest.raises(ValueError, match=r"tuning\.json is no tuning file .*delete it"):
         tile("neighbor", torch.bfloat16, 2048, 86)
+
+
+def test_a_tuning_file_is_written_whole_or_not_at_all(tuning, monkeypatch):
+    tiles.write_tuning(tuning, {"a": Tile(64, 64, 64, 8, 2)})
+    before = tuning.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        tiles.write_tuning(tuning, {"a": Tile(32, 64, 64, 8, 2)})
+    assert tuning.read_text() == before
+    assert [path.name for path in tuning.parent.iterdir()] == ["tuning.json"]
+
+
+def test_without_a_home_there_is_no_tuning_file(monkeypatch):
+    for name in ("MNCLGLF_TUNING", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is without a home
+    assert isinstance(tile("neighbor", torch.bfloat16, 2048, 86), Tile)
 
 
 def test_the_tuning_file_is_what_is_launched(tuning, monkeypatch):
@@ -81,11 +118,7 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monke
 
     def launches(t: Tile) -> list[launch.Launch]:
         last[:] = [t]
-        if t == wrong:
-            for result in case.results:
-                result.zero_()
-            return []
-        return case.launches(t)
+        return [] if t == wrong else case.launches(t)  # it leaves all results as they were
 
     watched = tune.Case(launches, case.results)
 
@@ -95,6 +128,13 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monke
 
     found = tune.best(watched, table, [slow, wrong, fast], torch.device("cpu"), milliseconds)
     assert found == (fast, 1.0, 3.0)
+
+
+def test_a_candidate_that_was_fast_once_only_is_not_taken():
+    case = tune.Case(lambda t: [], [])
+    table, lucky = Tile(64, 64, 32, 4, 1), Tile(64, 64, 32, 4, 2)
+    times = iter([2.0, 1.0, *[2.0, 2.5] * 3])  # the table and the candidate, then both in turn
+    assert tune.best(case, table, [lucky], torch.device("cpu"), lambda call: next(times)) == (table, 2.0, 2.0)
 
 
 def test_a_candidate_that_cannot_be_launched_is_passed_over(capsys):

@@ -56,7 +56,7 @@ def contrastive_launches() -> list[launch.Launch]:
         for n, d, subsets in ((7, 16, (1,)), (20, 37, (3, 1, 2))):
             targets = [torch.randn(s * n, d).to(dtype) for s in subsets]
             predictions = [torch.randn(n, d).to(dtype) for _ in subsets]
-            results = contrastive.empty_forward(targets, predictions, 1.0)
+            results = contrastive.empty_forward(targets, predictions)
             gradients = [[torch.empty_like(x) for x in side] for side in (targets, predictions)]
             for t in TILES:
                 found += contrastive.forward_launches(targets, predictions, 1.0, results, t)

@@ -29,7 +29,7 @@ class TinyEncoder(nn.Sequential):
 
 
 def two_steps(method: MNCLGLF, compiler: str | None) -> list[Tensor]:
-    """Loss and gradients of each step, then queue, pointer, moving average: what follows a forward is never compiled."""
+    """Loss and gradients of each step, then queue, pointer and moving average, whose update is a call of its own."""
     forward = method.forward if compiler is None else torch.compile(method.forward, fullgraph=True, backend=compiler)
     results: list[Tensor] = []
     torch.manual_seed(11)

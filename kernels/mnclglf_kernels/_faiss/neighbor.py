@@ -21,7 +21,7 @@ def resources(device: int) -> Any:
     return faiss.StandardGpuResources()
 
 
-@torch.library.custom_op("mnclglf::faiss_nearest_neighbor", mutates_args=())
+@torch.library.custom_op("mnclglf::faiss_nearest_neighbor", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """[M, D] queries and [K, D] queue to [M] int64 rows."""
     import faiss

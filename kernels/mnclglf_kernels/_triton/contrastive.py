@@ -1,7 +1,8 @@
 """contrastive_loss in Triton, for several pairs of targets and predictions at once.
 
     forward       a tile of logits a program, reduced to log-sum-exp parts at once; the norms on the way
-    merge         the parts in a fixed order: log-sum-exp of every row, the loss of every pair
+    merge         the parts in a fixed order: log-sum-exp of every row, the loss of every pair. It stays two numbers,
+                  greatest logit and log of the sum of exp(logit - greatest): their sum would round the second
     coefficients  the logits again, as softmax - onehot; with cosines, the radial part of the gradients
     gradient      coefficients times the other side's unit rows, less the radial part
 
@@ -27,6 +28,7 @@ from mnclglf_kernels._triton.tiles import Tile, tile
 from mnclglf_kernels.backend import INTERPRETED
 
 FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
+HALF_SCALE = tl.constexpr(4096.0)  # lifts fp16 coefficients, 2 at most, out of the subnormals
 CLAMPED = tl.constexpr(0.999999e12)  # an inverse norm above it comes from the floor
 MERGED = 1024  # rows of a step of the merge
 
@@ -108,7 +110,8 @@ def merge_kernel(
     maxima,
     sums,
     positives,
-    log_sums,  # [R] fp32: log-sum-exp
+    tops,  # [R] fp32: greatest logit
+    log_sums,  # [R] fp32: log of the sum of exp(logit - top)
     losses,  # [P] fp32
     PAIRS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
@@ -135,9 +138,10 @@ def merge_kernel(
             total = total * tl.exp(top - greater)
             total += tl.load(part_sums, mask=inside, other=0.0) * tl.exp(other - greater)
             top = greater
-        log_sum = top + tl.log(total)
+        log_sum = tl.log(total)
+        tl.store(tops + row, top, mask=inside)
         tl.store(log_sums + row, log_sum, mask=inside)
-        loss += tl.where(inside, log_sum - tl.load(positives + row, mask=inside, other=0.0), 0.0)
+        loss += tl.where(inside, log_sum - (tl.load(positives + row, mask=inside, other=0.0) - top), 0.0)
     tl.store(losses + pair, tl.sum(loss, 0) / (last_row - first_row))
 
 
@@ -145,6 +149,7 @@ def merge_kernel(
 def coefficient_kernel(
     targets,
     predictions,
+    tops,
     log_sums,
     inverse_targets,
     inverse_predictions,
@@ -182,9 +187,12 @@ def coefficient_kernel(
     place, inside = first_row + row, row < last_row - first_row
     row_inverse = tl.load(inverse_targets + place, mask=inside, other=0.0)
     column_inverse = tl.load(inverse_predictions + pair * N + column, mask=column < N, other=0.0)
+    top = tl.load(tops + place, mask=inside, other=0.0)
     log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
     cosines = products * row_inverse[:, None] * column_inverse[None, :]
-    coefficient = tl.exp(cosines * inverse_temperature - log_sum[:, None])
+    # In the forward's order of factors, so that the greatest logit less itself is 0.
+    logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
+    coefficient = tl.exp((logits - top[:, None]) - log_sum[:, None])
     coefficient -= tl.where(column[None, :] == (row % N)[:, None], 1.0, 0.0)
     valid = inside[:, None] & (column < N)[None, :]
     radial = tl.where(valid, coefficient * cosines, 0.0)
@@ -255,7 +263,7 @@ def gradient_kernel(
         if values.dtype == tl.float16:  # its range is too small: the values take the power of two, exactly
             power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             values = (values.to(tl.float32) * power[:, None]).to(tl.float16)
-            inverse = tl.where(power > 0, inverse / power, inverse)
+            inverse = tl.where(power > 0, inverse / power, inverse) * HALF_SCALE
         weight *= inverse[None, :]
         if WIDEN:
             total = tl.dot(weight, values.to(tl.float32), total, input_precision="ieee")
@@ -266,6 +274,8 @@ def gradient_kernel(
             total = tl.dot(high, values, total)
             total = tl.dot((weight - high.to(tl.float32)).to(values.dtype), values, total)
 
+    if y.dtype.element_ty == tl.float16:
+        total /= HALF_SCALE
     radial = tl.zeros([ROWS], tl.float32)
     for part in range(first_part, last_part):
         radial += tl.load(dots + part * part_size + part_place, mask=inside, other=0.0)
@@ -302,15 +312,16 @@ class Forward(NamedTuple):
     """What the operator returns."""
 
     losses: Tensor  # [P] fp32
+    tops: Tensor  # [R] fp32
     log_sums: Tensor  # [R] fp32
     inverse_targets: Tensor  # [R] fp32
     inverse_predictions: Tensor  # [P, N] fp32
 
 
-def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float) -> Forward:
+def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Forward:
     geometry = Geometry.of(targets, predictions)
     rows = sum(geometry.row_counts)
-    shapes = [(len(targets),), (rows,), (rows,), (len(targets), geometry.candidates)]
+    shapes = [(len(targets),), (rows,), (rows,), (rows,), (len(targets), geometry.candidates)]
     return Forward(*(torch.empty(shape, dtype=torch.float32, device=targets[0].device) for shape in shapes))
 
 
@@ -342,6 +353,7 @@ def forward_launches(
         **reduced,
     )
     merge = dict(
+        tops=results.tops,
         log_sums=results.log_sums,
         losses=results.losses,
         PAIRS=len(targets),
@@ -395,6 +407,7 @@ def backward_launches(
     coefficient = dict(
         targets=tuple(targets),
         predictions=tuple(predictions),
+        tops=results.tops,
         log_sums=results.log_sums,
         inverse_targets=results.inverse_targets,
         inverse_predictions=results.inverse_predictions,
@@ -437,22 +450,32 @@ def backward_launches(
     return launches
 
 
-def contrastive_tiles(rows: Tensor) -> tuple[Tile, Tile]:
+def contrastive_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
     """The configurations for rows of this width and dtype: of the logits, and of the gradients."""
-    arch = architecture(rows)
     logits, gradients = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("contrastive", "gradient"))
     return logits, gradients
+
+
+def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:
+    """ValueError where a row would be read from the wrong place."""
+    for rows in (*targets, *predictions):
+        if not rows.is_contiguous() or rows.dtype != targets[0].dtype:
+            raise ValueError(
+                f"rows of shape {tuple(rows.shape)}, strides {rows.stride()} and {rows.dtype}; this operator takes "
+                "dense rows of one dtype, which mnclglf_kernels.contrastive_losses makes of any"
+            )
 
 
 @torch.library.custom_op("mnclglf::contrastive_losses", mutates_args=())
 def contrastive_losses(
     targets: list[Tensor], predictions: list[Tensor], temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype: see Forward."""
-    results = empty_forward(targets, predictions, temperature)
-    t, _ = contrastive_tiles(targets[0])
+    results = empty_forward(targets, predictions)
+    check_dense(targets, predictions)
+    t, _ = contrastive_tiles(targets[0], architecture(targets[0]))
     run(forward_launches(targets, predictions, temperature, results, t), targets[0].device)
-    return results.losses, results.log_sums, results.inverse_targets, results.inverse_predictions
+    return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
 @torch.library.custom_op("mnclglf::contrastive_losses_backward", mutates_args=())
@@ -460,6 +483,7 @@ def contrastive_losses_backward(
     upstream: Tensor,
     targets: list[Tensor],
     predictions: list[Tensor],
+    tops: Tensor,
     log_sums: Tensor,
     inverse_targets: Tensor,
     inverse_predictions: Tensor,
@@ -468,7 +492,8 @@ def contrastive_losses_backward(
     of_predictions: bool,
 ) -> list[Tensor]:
     """Gradients of the targets, if asked for, then of the predictions, if asked for."""
-    results = Forward(upstream, log_sums, inverse_targets, inverse_predictions)
+    check_dense(targets, predictions)
+    results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
     target_gradients, prediction_gradients = (
         [torch.empty_like(x) for x in side] if asked else []
         for side, asked in ((targets, of_targets), (predictions, of_predictions))
@@ -481,7 +506,7 @@ def contrastive_losses_backward(
         upstream,
         target_gradients,
         prediction_gradients,
-        *contrastive_tiles(targets[0]),
+        *contrastive_tiles(targets[0], architecture(targets[0])),
     )
     run(launches, targets[0].device)
     return target_gradients + prediction_gradients
@@ -489,7 +514,7 @@ def contrastive_losses_backward(
 
 @contrastive_losses.register_fake
 def _(targets: list[Tensor], predictions: list[Tensor], temperature: float) -> tuple[Tensor, ...]:
-    return tuple(empty_forward(targets, predictions, temperature))
+    return tuple(empty_forward(targets, predictions))
 
 
 @contrastive_losses_backward.register_fake
@@ -497,6 +522,7 @@ def _(
     upstream: Tensor,
     targets: list[Tensor],
     predictions: list[Tensor],
+    tops: Tensor,
     log_sums: Tensor,
     inverse_targets: Tensor,
     inverse_predictions: Tensor,

@@ -99,8 +99,10 @@ def key(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> str:
 
 def tuning_path() -> Path:
     """Where the tuning file is: MNCLGLF_TUNING, else in the user's cache folder."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MNCLGLF_TUNING") or cache_home / "mnclglf" / "tuning.json")
+    if chosen := os.environ.get("MNCLGLF_TUNING"):
+        return Path(chosen)
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # stays "~/..." without a home
+    return Path(cache_home) / "mnclglf" / "tuning.json"
 
 
 @cache
@@ -113,17 +115,35 @@ def read_tuning(path: Path) -> dict[str, Tile]:
     if not path.exists():
         return {}
     try:
-        return {name: Tile(**entry) for name, entry in json.loads(path.read_text())["tiles"].items()}
+        found = {name: Tile(**entry) for name, entry in json.loads(path.read_text())["tiles"].items()}
+        for name, t in found.items():
+            check_tile(name, t)
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no tuning file ({error}); delete it, or write it anew with python -m mnclglf_kernels.tune"
         ) from error
 
 
+def check_tile(name: str, t: Tile) -> None:
+    """ValueError unless Triton could make such a tile."""
+    if not all(type(value) is int and value > 0 for value in asdict(t).values()):
+        raise ValueError(f"{name} has {t}, whose numbers must be whole and positive")
+    if any(side < 16 or side & (side - 1) for side in (t.rows, t.columns, t.depth)) or t.warps & (t.warps - 1):
+        raise ValueError(f"{name} has {t}, whose sides must be powers of two from 16 on, and its warps a power of two")
+
+
 def write_tuning(path: Path, tiles: dict[str, Tile]) -> None:
     """Writes a tuning file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps({"tiles": {name: asdict(entry) for name, entry in tiles.items()}}, indent=1) + "\n")
-    part.replace(path)
+    text = json.dumps({"tiles": {name: asdict(entry) for name, entry in tiles.items()}}, indent=1) + "\n"
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     read_tuning.cache_clear()

@@ -25,8 +25,7 @@ class Traffic(NamedTuple):
 
 def traffic(launch: Launch) -> Traffic:
     """The traffic of a launch, from its arguments alone."""
-    name = launch.kernel.__name__
-    return FORMULAS[name](launch, launch.arguments)
+    return FORMULAS[launch.kernel.__name__](launch.grid, launch.arguments)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
@@ -34,30 +33,30 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(x): x.numel() * x.itemsize for x in tensors}.values())
 
 
-def divide(launch: Launch, a: dict[str, Any]) -> Traffic:
+def divide(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     moved = 2 * a["patches"].numel() * a["patches"].itemsize
     return Traffic(0, moved, moved)
 
 
-def combine(launch: Launch, a: dict[str, Any]) -> Traffic:
+def combine(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     moved = total_bytes([a["features"], a["combined"]])
     return Traffic(0, moved, moved)
 
 
-def enqueue(launch: Launch, a: dict[str, Any]) -> Traffic:
+def enqueue(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     rows, gate = a["rows"], a["keep"].itemsize if a["GATED"] else 0
     moved = rows.numel() * (rows.itemsize + a["queue"].itemsize)
     return Traffic(0, moved + 8 + gate, moved + len(rows) * (8 + gate))
 
 
-def advance(launch: Launch, a: dict[str, Any]) -> Traffic:
+def advance(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     moved = 16 + (a["keep"].itemsize if a["GATED"] else 0)
     return Traffic(0, moved, moved)
 
 
-def neighbor(launch: Launch, a: dict[str, Any]) -> Traffic:
+def neighbor(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     m, k, d = a["M"], a["K"], a["D"]
-    query_tiles, tiles = launch.grid
+    query_tiles, tiles = grid
     query_bytes, queue_bytes = a["queries"].itemsize, a["queue"].itemsize
     found = tiles * m * (4 + 4)
     return Traffic(
@@ -67,48 +66,48 @@ def neighbor(launch: Launch, a: dict[str, Any]) -> Traffic:
     )
 
 
-def neighbor_merge(launch: Launch, a: dict[str, Any]) -> Traffic:
+def neighbor_merge(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     m, steps = a["M"], blocks(a["TILES"], a["BLOCK"])
     moved = 4 * a["TILES"] * m + 4 * steps * m + 8 * m
     return Traffic(0, moved, moved)
 
 
-def logits(launch: Launch, a: dict[str, Any]) -> tuple[int, int, int]:
+def logits(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
     """(flops, unique bytes, issued bytes) of the products of all pairs."""
     d, rows = a["D"], a["FIRST_ROWS"][-1]
-    candidate_tiles, row_tiles = launch.grid
+    candidate_tiles, row_tiles = grid
     read = candidate_tiles * row_tiles * d * (a["ROWS"] + a["COLUMNS"]) * a["targets"][0].itemsize
     return 2 * rows * a["N"] * d, total_bytes([*a["targets"], *a["predictions"]]), read
 
 
-def forward(launch: Launch, a: dict[str, Any]) -> Traffic:
-    flops, unique, issued = logits(launch, a)
-    rows, candidate_tiles = a["FIRST_ROWS"][-1], launch.grid[0]
+def forward(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logits(grid, a)
+    rows, candidate_tiles = a["FIRST_ROWS"][-1], grid[0]
     written = 4 * (2 * candidate_tiles * rows + 2 * rows + len(a["targets"]) * a["N"])
     return Traffic(flops, unique + written, issued + written)
 
 
-def merge(launch: Launch, a: dict[str, Any]) -> Traffic:
+def merge(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     rows = a["FIRST_ROWS"][-1]
-    moved = 4 * (2 * a["TILES"] * rows + 2 * rows + a["PAIRS"])
+    moved = 4 * (2 * a["TILES"] * rows + 3 * rows + a["PAIRS"])
     return Traffic(0, moved, moved)
 
 
-def coefficient(launch: Launch, a: dict[str, Any]) -> Traffic:
-    flops, unique, issued = logits(launch, a)
+def coefficient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logits(grid, a)
     n, rows, pairs = a["N"], a["FIRST_ROWS"][-1], len(a["targets"])
-    candidate_tiles, row_tiles = launch.grid
+    candidate_tiles, row_tiles = grid
     written = 4 * (rows * n + candidate_tiles * rows + row_tiles * n)
     return Traffic(
         flops,
-        unique + 4 * (2 * rows + pairs * n) + written,
-        issued + 4 * (2 * candidate_tiles * rows + row_tiles * n) + written,
+        unique + 4 * (3 * rows + pairs * n) + written,
+        issued + 4 * (3 * candidate_tiles * rows + row_tiles * n) + written,
     )
 
 
-def gradient(launch: Launch, a: dict[str, Any]) -> Traffic:
+def gradient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     n, d, first_rows, own_blocks = a["N"], a["D"], a["FIRST_ROWS"], a["FIRST_BLOCKS"]
-    itemsize, column_blocks, halves = a["rows"][0].itemsize, launch.grid[0], 1 if a["rows"][0].itemsize == 4 else 2
+    itemsize, column_blocks, halves = a["rows"][0].itemsize, grid[0], 1 if a["rows"][0].itemsize == 4 else 2
     flops = unique = issued = 0
     for i in range(len(a["rows"])):
         rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]

@@ -1,0 +1,239 @@
+"""The operators on a GPU: against PyTorch in fp64 on the CPU and plain PyTorch on the same GPU, repeated, compiled."""
+
+from collections.abc import Callable, Sequence
+
+import oracles
+import pytest
+import torch
+from tolerance import (
+    ULPS_FP32,
+    assert_as_accurate_as_plain,
+    assert_nearest,
+    combine_floor,
+    gradient_floor,
+    loss_floor,
+    working_epsilon,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.backend import HAS_FAISS, INTERPRETED, faiss_gpus
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device, and TRITON_INTERPRET unset"
+    ),
+]
+
+DEVICE = torch.device("cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAUNCHES = 20
+PLAIN = oracles.Algorithm1AsPrinted
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Result and gradients of every input, on the CPU."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    gradients = torch.autograd.grad(result, leaves, upstream.to(result))
+    return [x.detach().cpu() for x in (result, *gradients)]
+
+
+def on_gpu(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.to(DEVICE) for x in inputs]
+
+
+def in_fp64(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.double() for x in inputs]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divide(dtype, memory_format):
+    images = torch.randn(65, 3, 32, 32).to(dtype).contiguous(memory_format=memory_format)
+    upstream = torch.randn(260, 3, 16, 16).to(dtype)
+    actual = with_gradients(lambda x: divide(x, backend="triton"), on_gpu([images]), upstream)
+    expected = with_gradients(lambda x: divide(x, backend="torch"), in_fp64([images]), upstream)
+    for result, truth in zip(actual, expected, strict=True):
+        assert torch.equal(result.double(), truth)  # copies: exact
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(65, 123), (256, 512)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine(dtype, size, k):
+    images, width = size
+    features = torch.randn(4 * images, width).to(dtype)
+    upstream = torch.randn(len(PLAIN.combine(features, k)), width).to(dtype)
+    actual = with_gradients(lambda v: combine(v, k, backend="triton"), on_gpu([features]), upstream)
+    plain = with_gradients(lambda v: PLAIN.combine(v, k), on_gpu([features]), upstream)
+    truth = with_gradients(lambda v: combine(v, k, backend="torch"), in_fp64([features]), upstream)
+    for i, read in enumerate((features, upstream)):
+        assert actual[i].dtype == dtype
+        assert_as_accurate_as_plain(
+            actual[i], plain[i], truth[i], combine_floor(read, truth[i]), what=("combine", "its gradient")[i]
+        )
+
+
+@pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contrastive_losses(dtype, size):
+    images, width = size
+    temperature, subsets, upstream = 0.1, (6, 2, 1), torch.tensor([1.0, -3.0, 0.5])
+    inputs = [torch.randn(rows * images, width).to(dtype) for s in subsets for rows in (s, 1)]
+
+    def losses(*rows: Tensor, backend: str) -> Tensor:
+        return torch.stack(
+            contrastive_losses(list(zip(rows[::2], rows[1::2], strict=True)), temperature, backend=backend)
+        )
+
+    def plain_losses(*rows: Tensor) -> Tensor:
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        return torch.stack([PLAIN.contrastive_loss(h, p, temperature) for h, p in pairs])
+
+    actual = with_gradients(lambda *rows: losses(*rows, backend="triton"), on_gpu(inputs), upstream)
+    plain = with_gradients(plain_losses, on_gpu(inputs), upstream)
+    truth = with_gradients(lambda *rows: losses(*rows, backend="torch"), in_fp64(inputs), upstream)
+    assert actual[0].dtype == torch.float32
+    floor = loss_floor(temperature, images, dtype)
+    assert_as_accurate_as_plain(actual[0], plain[0], truth[0], floor, what="losses")
+    for i, rows in enumerate(inputs):
+        side, scale = ("targets", "predictions")[i % 2], upstream[i // 2].item()
+        floor = gradient_floor(rows, len(rows), temperature, scale, truth[i + 1])
+        what = f"gradient of {side} {i // 2}"
+        assert actual[i + 1].dtype == dtype
+        assert_as_accurate_as_plain(actual[i + 1], plain[i + 1], truth[i + 1], floor, what=what)
+
+
+@pytest.mark.parametrize("size", [(65, 1000, 123), (128, 4096, 2048)], ids=str)
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nearest_neighbor(dtype, query_dtype, size):
+    count, rows, width = size
+    queries, queue = torch.randn(count, width).to(query_dtype), F.normalize(torch.randn(rows, width)).to(dtype)
+    assert_nearest(nearest_neighbor(*on_gpu([queries, queue]), backend="triton").cpu(), queries, queue)
+    itself = queue.to(DEVICE)
+    assert torch.equal(nearest_neighbor(itself, itself, backend="triton").cpu(), torch.arange(rows))
+
+
+def test_the_lowest_index_wins_a_tie_and_nan_never():
+    corner = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]], device=DEVICE)
+    queue = corner[[0, 1, 0, 1]].repeat(5000, 1)
+    queue[0, 2] = torch.nan
+    queries = torch.cat([corner, torch.zeros(1, 4, device=DEVICE), torch.full((1, 4), torch.nan, device=DEVICE)])
+    assert nearest_neighbor(queries, queue, backend="triton").tolist() == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_faiss(dtype):
+    if not HAS_FAISS or faiss_gpus() == 0:
+        pytest.skip("needs a build of faiss that sees a GPU")
+    queries, queue = torch.randn(65, 256).to(dtype), F.normalize(torch.randn(4096, 256)).to(dtype)
+    index = nearest_neighbor(*on_gpu([queries, queue]), backend="faiss").cpu()
+    assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # it may round its scores to the queue's dtype
+
+
+@pytest.mark.parametrize("row_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_enqueue(dtype, row_dtype):
+    before, rows = torch.randn(1000, 2048).to(dtype), (torch.randn(256, 2048) * 5).to(row_dtype)
+    results = []
+    for queue, device, backend in ((before, DEVICE, "triton"), (before.double(), "cpu", "torch")):
+        ring, pointer = queue.to(device, copy=True), torch.tensor(900, device=device)
+        values = rows.to(device) if backend == "triton" else rows.double()
+        enqueue(ring, pointer, values, keep=torch.tensor(True, device=device), backend=backend)
+        enqueue(ring, pointer, values, keep=torch.tensor(False, device=device), backend=backend)
+        assert pointer.item() == 156
+        results.append(ring.cpu())
+    plain = results[1].clone()
+    written = (900 + torch.arange(256)) % 1000
+    plain[written] = F.normalize(rows.to(DEVICE).float()).to(dtype).double().cpu()
+    # One rounding at the store, and that of a norm of 2048 terms in fp32.
+    floor = torch.finfo(dtype).eps / 2 + ULPS_FP32 * working_epsilon(row_dtype)
+    assert_as_accurate_as_plain(results[0], plain, results[1], floor, what="queue")
+    kept = torch.ones(1000, dtype=torch.bool)
+    kept[written] = False
+    assert torch.equal(results[0][kept], before[kept])
+
+
+def test_a_queue_of_more_than_2_to_the_31_elements():
+    rows = 2**20 + 3
+    queue = torch.zeros(rows, 2048, dtype=torch.float16, device=DEVICE)
+    queries = torch.eye(2, 2048, dtype=torch.float16, device=DEVICE)
+    enqueue(queue, torch.tensor(rows - 2, device=DEVICE), queries, backend="triton")
+    assert torch.equal(queue[-2:], queries)
+    assert nearest_neighbor(queries, queue, backend="triton").tolist() == [rows - 2, rows - 1]
+
+
+def every_operator(images: Tensor, features: Tensor, rows: Tensor, queue: Tensor) -> tuple[Tensor, ...]:
+    """(losses of two pairs, patches, combined, neighbors); nothing around the operators that a compiler could fuse."""
+    combined = combine(features, 2, backend="triton")
+    index = nearest_neighbor(rows.detach(), queue, backend="triton")
+    first, second = contrastive_losses([(combined, rows), (queue[index], rows)], 0.2, backend="triton")
+    return first, second, divide(images, backend="triton"), combined, index
+
+
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    """Images, features, rows and queue; the same numbers each time."""
+    torch.manual_seed(7)
+    values = (
+        torch.randn(65, 3, 16, 16),
+        torch.randn(520, 300),
+        torch.randn(130, 300),
+        F.normalize(torch.randn(1000, 300)),
+    )
+    return on_gpu([x.to(dtype) for x in values])
+
+
+def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> list[Tensor]:
+    """What every_operator gives, the gradients, and the queue and the pointer after an enqueue."""
+    *values, queue = (x.detach().clone() for x in values)
+    leaves = [x.requires_grad_() for x in values]
+    first, second, patches, *others = function(*leaves, queue)
+    upstream = [torch.ones_like(first), 2 * torch.ones_like(second), patches.detach()]
+    gradients = torch.autograd.grad([first, second, patches], leaves, upstream)
+    pointer = torch.full((), 950, device=DEVICE)
+    enqueue(queue, pointer, leaves[2], keep=patches[0, 0, 0, 0] < 100, backend="triton")
+    return [x.detach() for x in (first, second, patches, *others, *gradients, queue, pointer)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_launches_are_equal_bit_by_bit(dtype):
+    values = inputs(dtype)
+    first = step(every_operator, values)
+    for _ in range(LAUNCHES - 1):
+        for again, result in zip(step(every_operator, values), first, strict=True):
+            assert torch.equal(again, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_operators_compile_into_one_graph(dtype):
+    torch._dynamo.reset()
+    compiled = torch.compile(every_operator, fullgraph=True)
+    for result, eager in zip(step(compiled, inputs(dtype)), step(every_operator, inputs(dtype)), strict=True):
+        torch.testing.assert_close(
+            result, eager, rtol=torch.finfo(dtype).eps, atol=0
+        )  # the gradients of rows are added
+
+
+def test_nothing_waits_for_the_gpu():
+    values = inputs(torch.bfloat16)
+    step(every_operator, values)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(every_operator, values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    values = inputs(torch.bfloat16)
+    moved = [x.to("cuda:1") for x in values]
+    for there, here in zip(every_operator(*moved), every_operator(*values), strict=True):
+        assert there.device == torch.device("cuda:1")
+        assert there.shape == here.shape
+        assert not there.isnan().any()
