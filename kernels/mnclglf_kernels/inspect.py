@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import comb
+from math import comb, prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -245,11 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
     parser.add_argument("--width", type=int, default=PAPER.width, help="D of the embeddings")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table that docs/kernels.md has")
     options = parser.parse_args(arguments)
     sizes = PAPER._replace(width=options.width)
     found = list(variants(options.op, options.dtype, [int(options.arch.removeprefix("sm_"))], sizes))
     if options.json:
         print(json.dumps({"sizes": sizes._asdict(), "variants": [asdict(v) for v in found]}, indent=1))
+    elif options.markdown:
+        print(markdown(found))
     else:
         gpu = GPUS[int(options.arch.removeprefix("sm_"))]
         print(f"{options.arch}, bounds of an {gpu.name}; {' '.join(f'{k} {v}' for k, v in sizes._asdict().items())}")
@@ -296,6 +299,21 @@ def table(found: Sequence[Variant]) -> str:
         rows.append(tuple(str(values[name]) for name in COLUMNS))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def markdown(found: Sequence[Variant]) -> str:
+    """The variants as a Markdown table of what matters most."""
+    lines = [
+        "| operator | kernel | programs | registers | shared | blocks (warps) an SM | mma | cp.async | GFLOP | unique MB "
+        "| issued MB | bound | least us |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    for v in found:
+        cells = [v.op, v.kernel, prod(v.grid), v.registers, f"{v.shared_bytes / 1024:.0f} K"]
+        cells += [f"{v.blocks_per_sm} ({v.warps_per_sm})", v.mma or "", v.async_copies or "", f"{v.flops / 1e9:.2f}"]
+        cells += [f"{v.unique_bytes / 1e6:.2f}", f"{v.issued_bytes / 1e6:.2f}", v.bound, f"{v.bound_microseconds:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

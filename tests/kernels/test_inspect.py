@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MATMULS = {"neighbor_kernel", "forward_kernel", "coefficient_kernel", "gradient_kernel"}
 WIDTHS = [96, 123, 512, 2048]  # of each bucket of the table, and one that no vector fits
@@ -84,6 +87,10 @@ def test_the_table_for_a_reader():
     assert title.startswith("sm_86, bounds of an RTX 3090; images 256 ")
     assert lines[0].split()[:4] == ["operator", "kernel", "dtype", "grid"]
     assert [line.split()[:3] for line in lines[1:]] == [["combine", "combine_kernel", "bf16"]] * 2
+
+
+def test_the_table_in_the_documents_is_what_the_command_prints():
+    assert inspect("--dtype", "bf16", "--markdown") in (ROOT / "docs" / "kernels.md").read_text()
 
 
 # A launch goes through triton.jit's own binding of arguments as far as it can without a GPU: to the compiled kernel.

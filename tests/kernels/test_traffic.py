@@ -1,10 +1,12 @@
 """Bytes and launches: the closed forms against what the interpreter counts, and ours against eager PyTorch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from interpreter import counting
 
-from bench.traffic import Eager, rows
+from bench.traffic import Eager, main, rows
 from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queue
 from mnclglf_kernels._triton.tiles import Tile
 from mnclglf_kernels._triton.traffic import traffic
@@ -95,6 +97,13 @@ def test_a_step_s_operators_launch_and_move_a_fraction_of_eager_pytorch(dtype):
     for row in operators:
         assert row.launches < row.eager_launches
         assert row.unique_bytes < row.eager_bytes
+
+
+def test_the_tables_in_the_documents_are_what_the_command_prints(capsys):
+    main()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in text
 
 
 def test_eager_pytorch_is_counted_as_by_hand():
