@@ -36,7 +36,7 @@ test: setup ## run the tests; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: setup ## run the benchmarks, save and draw them in bench/results/; BENCH, ARGS go to pytest
 	@mkdir -p bench/results

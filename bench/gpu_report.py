@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -328,12 +329,16 @@ def pytest(*arguments: str) -> Callable[[], Figures]:
     def work() -> Figures:
         last = ""
         with subprocess.Popen(
-            [sys.executable, "-u", "-m", "pytest", "-q", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-u", "-m", "pytest", "-q", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "MNCLGLF_TEST_GPU": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)  # what was said before a time-out is kept
-                last = line.strip() or last
+                last = line.strip() if re.search(r"\d+ (passed|failed|skipped|error)", line) else last
         wrong = [] if process.returncode == 0 and " passed" in last else [f"exit code {process.returncode}: {last}"]
         return {"result": last, WRONG: wrong}
 

@@ -5,28 +5,54 @@ import os
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Read when triton is imported.
-if not os.path.exists("/dev/nvidiactl"):
+# The tests are the same on every machine: on the CPU, with the Triton kernels in Triton's interpreter. `make test-gpu`
+# sets this variable and runs those marked gpu. Both settings are read when torch and triton are loaded.
+if os.environ.get("MNCLGLF_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-os.environ["MNCLGLF_TUNING"] = os.path.join(os.sep, "nonexistent", "tuning.json")  # this user's own is not tested
+os.environ["MNCLGLF_TUNING"] = "/nonexistent/tuning.json"  # this user's own is not tested
 
 import hypothesis
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+ON_GPU = os.environ.get("MNCLGLF_TEST_GPU") == "1"
+if not ON_GPU:
     from interpreter import round_to_nearest_bf16
 
     round_to_nearest_bf16()
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
 torch.set_num_threads(2)
 
 # No deadline: the first call of an operator pays for lazy initialisation. Derandomised: the same examples every run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+NOT_ON_GPU = pytest.StashKey[str]()  # the line that counts what was not run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked gpu, where there is none, and counts it."""
+    waiting = [item for item in items if item.get_closest_marker("gpu")]
+    if waiting and not (ON_GPU and torch.cuda.is_available()):
+        reason = "torch sees no CUDA device" if ON_GPU else "they run with `make test-gpu`"
+        config.stash[NOT_ON_GPU] = f"{len(waiting)} tests marked gpu were not run: {reason}"
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in waiting]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and NOT_ON_GPU in session.config.stash:
+        session.exitstatus = pytest.ExitCode.OK  # all there was to run needs a GPU, and the line below says so
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if NOT_ON_GPU in config.stash:
+        terminalreporter.write_line(config.stash[NOT_ON_GPU], yellow=True)
 
 
 @pytest.fixture(autouse=True)

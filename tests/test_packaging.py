@@ -112,7 +112,7 @@ def test_make_alone_lists_every_target():
 @pytest.mark.parametrize("target", [target for target in TARGETS if target not in ("setup", "clean")])
 def test_target_sets_up_the_environment_before_it_runs_it(target):
     printed = make("--dry-run", target)
-    assert 0 <= printed.index("tools/setup_environment.py") < printed.index("\n.venv/bin/")
+    assert 0 <= printed.index("tools/setup_environment.py") < printed.index(".venv/bin/")
 
 
 def test_make_train_hands_its_choices_on():

@@ -185,7 +185,6 @@ def test_the_gpu_pipeline_can_be_described_without_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "side"), [(32, 32), (32, 16)])
 def test_the_whole_chain_agrees_on_the_gpu(

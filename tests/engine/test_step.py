@@ -87,7 +87,6 @@ def test_without_compile_the_forward_is_the_method() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_on_the_gpu_never_synchronises(dtype: torch.dtype) -> None:
     step = make_step(torch.device("cuda"), dtype)

@@ -18,14 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
-from mnclglf_kernels.backend import HAS_FAISS, INTERPRETED, faiss_gpus
+from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device, and TRITON_INTERPRET unset"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
