@@ -101,7 +101,7 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
     assert written == {
         *("patches", "images", "combined", "features"),
         *("scores", "rows", "nearest"),
-        *("maxima", "sums", "positives", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
+        *("maxima", "sums", "positives", "tops", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
         *("coefficients", "target_dots", "prediction_dots", "dots", "gradients"),
     }
 
