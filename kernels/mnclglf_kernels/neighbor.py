@@ -9,7 +9,7 @@ from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, Backend, resolve
 from mnclglf_kernels.checks import check_matrix, check_widths
 
 CHUNK = 4096  # queue rows at a time: 512 queries' scores stay in a cache
-CANDIDATES = 8  # a query, in a chunk: beyond them one matmul is cheaper than gathering rows
+CANDIDATES = 16  # a query, in a chunk: beyond them one matmul is cheaper than gathering rows
 
 
 @torch.no_grad()
@@ -69,22 +69,25 @@ def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
 def screened_nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """The lookup on a CPU that multiplies bf16: a bf16 matmul leaves a few candidates, whose scores are fp32.
 
-    The rough score of a row is off by at most ||q|| (2^-8 [operands rounded to bf16] + D 2^-24 [fp32 sum]) + 2^-9
-    |score| [result rounded to bf16]. So a row whose rough score is below the greatest one by more than twice that is
-    not the nearest, and what is left is compared in fp32: the answer is that of fp32 scores.
+    bf16 rounds by up to 2^-8 of a number. So the rough score of a row is off by at most what rounding took from the
+    query, 2^-8 ||q|| [the row rounded], D 2^-24 ||q|| [fp32 sum] and 2^-8 |score| [result rounded]. A row whose rough
+    score is below the greatest one by more than twice that is not the nearest, and what is left is compared in fp32:
+    the answer is that of fp32 scores.
     """
     with torch.autocast("cpu", enabled=False):
-        exact, rough = queries.float(), queries.bfloat16()
-        both_bf16 = queries.dtype == queue.dtype == torch.bfloat16
-        # 0.008 > 2 * 2^-8, for stored rows whose norm is not quite 1; 2^-7: also for rounding the threshold to bf16.
-        margin = exact.norm(dim=1) * (2**-23 * queries.shape[1] + (0.0 if both_bf16 else 0.008))
+        exact = unit_scale(queries.float())
+        rough = exact.bfloat16()
+        norm, taken = exact.norm(dim=1), (exact - rough.float()).norm(dim=1)
+        rounded = taken if queue.dtype == torch.bfloat16 else taken + 2**-8 * norm
+        # 1.01: stored rows have norm 1 to 2^-8.
+        margin = 2 * 1.01 * rounded + 2**-23 * queries.shape[1] * norm
         best = torch.full((len(queries),), -torch.inf)
         nearest = torch.zeros(len(queries), dtype=torch.int64)
         for first in range(0, len(queue), CHUNK):
             keys = queue[first : first + CHUNK]
             scores = (rough @ keys.bfloat16().T).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             top = torch.maximum(scores.amax(dim=1).float(), best)
-            threshold = top - 2**-7 * top.abs() - margin
+            threshold = top - 2**-6 * top.abs() - margin  # 3 * 2^-8 < 2^-6: the threshold is rounded to bf16 too
             query, key = (scores >= threshold.bfloat16()[:, None]).nonzero(as_tuple=True)
             if len(query) > CANDIDATES * len(queries):
                 top, row = best_of(exact @ keys.float().T)
@@ -96,6 +99,13 @@ def screened_nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
             nearest = torch.where(top > best, first + row, nearest)
             best = torch.maximum(top, best)
     return nearest
+
+
+def unit_scale(rows: Tensor) -> Tensor:
+    """Rows [M, D] times a power of two each, so that the greatest element is in 1/2 to 1: exact, and no product of it
+    underflows."""
+    exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-120, 120)
+    return torch.ldexp(rows, -exponent)
 
 
 @screened_nearest_neighbor.register_fake
