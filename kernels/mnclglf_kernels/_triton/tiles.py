@@ -56,7 +56,7 @@ _DEEP = {
     90: Tile(64, 128, 64, 4, 4),
 }
 _FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
-_FP32_GRADIENT = {arch: Tile(64, 64, 16, 4, 2) for arch in ARCHITECTURES}
+_FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in ARCHITECTURES}
 
 # D up to                                       128              512              65536
 TABLE: dict[tuple[Operator, Literal["half", "fp32"]], tuple[dict[int, Tile], ...]] = {
