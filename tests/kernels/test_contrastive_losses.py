@@ -90,7 +90,7 @@ def test_one_pair_of_two_dtypes(backend):
     assert first.item() == pytest.approx(truth.item(), abs=loss_floor(0.5, 9, torch.float32))
 
 
-@settings(max_examples=15)  # each interprets some 50 launches
+@settings(max_examples=10)  # each interprets some 50 launches
 @given(data=st.data())
 def test_any_pairs(data, backend):
     shapes = st.tuples(st.integers(1, 6), st.sampled_from([1, 11]), st.sampled_from([3, 17]))

@@ -76,6 +76,18 @@ def test_rounding_of_both_operands_hides_no_row(query_dtype, queue_dtype, tilt, 
     assert_nearest(search(queries, queue), queries, queue)
 
 
+def test_rounding_of_the_scores_hides_no_row(search):
+    # In units in the last place of bf16 at 4: the rough scores are 133.52 and 132.49, which round to 134 and 132; the
+    # margin of the rows' rounding is 1.45, and the scores themselves are 133.0005 and 133.0073.
+    up, down = (1 + 2**-8 + 2**-18) / 8, (1 + 2**-8 - 2**-18) / 8
+    query, queue = torch.zeros(1, 36), torch.zeros(2, 36)
+    query[0, :33], queue[0, :33], queue[1, :33] = 1, up, down
+    query[0, 33], queue[:, 33] = 31 / 256, 1 / 8
+    query[0, 34], queue[1, 34] = 1 / 16, 2**-8
+    queue[:, 35] = (1 - queue.square().sum(dim=1)).sqrt()  # to unit norm, where the query has 0
+    assert search(query, queue).tolist() == [1]
+
+
 @pytest.mark.parametrize("power", [-110, -70, 70, 110])
 def test_the_length_of_a_query_hides_no_row(power, search):
     queries, queue = parted_by_rounding(torch.float32, torch.float32, 0.001)
@@ -112,6 +124,8 @@ def test_few_candidates_are_compared_one_by_one(dense_chunks, monkeypatch):
     monkeypatch.setattr(neighbor, "CHUNK", 16)
     queue = F.normalize(torch.randn(40, 512))
     assert screened_nearest_neighbor(queue, queue).tolist() == list(range(40))
+    queue[[9, 20]] = queue[[5, 5]]  # a tie in one chunk, and of two
+    assert screened_nearest_neighbor(queue[[5, 9, 20, 21]], queue).tolist() == [5, 5, 5, 21]
     assert dense_chunks == []
 
 
