@@ -104,7 +104,7 @@ def compiled_ahead() -> Figures:
     """Every kernel compiled for the nearest architecture of the table (sm_86 without a GPU): spills, shared memory."""
     from mnclglf_kernels.inspect import DTYPES, variants
 
-    arch = nearest_architecture()
+    arch = table_architecture()
     found = list(variants(OPERATORS, tuple(DTYPES), [arch]))
     bad = [v for v in found if v.stack_bytes or v.shared_bytes > v.shared_limit_bytes]
     return {"architecture": f"sm_{arch}", "variants": len(found), WRONG: [f"{v.kernel}: {v}" for v in bad]}
@@ -291,7 +291,7 @@ def roofline() -> Figures:
     from mnclglf_kernels._triton.traffic import traffic
     from mnclglf_kernels.inspect import GPUS, launches, least_time
 
-    arch = nearest_architecture()
+    arch = table_architecture()
     square = torch.randn(4096, 4096, device=DEVICE).bfloat16()
     seconds = 1e-3 * float(do_bench(lambda: square @ square, return_mode="median"))
     moved = torch.empty(2**29, dtype=torch.uint8, device=DEVICE) if DEVICE.type == "cuda" else square
@@ -323,14 +323,12 @@ def fill(tensor: torch.Tensor) -> None:
         tensor.fill_(tensor.dtype == torch.bool)
 
 
-def nearest_architecture() -> int:
-    """The newest architecture of the inspect table that is not newer than this GPU's; sm_86 without one."""
-    from mnclglf_kernels.inspect import GPUS
+def table_architecture() -> int:
+    """This GPU's entry in the tables; sm_86 without a GPU."""
+    from mnclglf_kernels._triton.launch import architecture
+    from mnclglf_kernels._triton.tiles import nearest_architecture
 
-    if not torch.cuda.is_available():
-        return 86
-    properties = torch.cuda.get_device_properties(0)
-    return max(arch for arch in GPUS if arch <= 10 * properties.major + properties.minor)
+    return nearest_architecture(architecture(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def pytest(*arguments: str) -> Callable[[], Figures]:

@@ -34,7 +34,7 @@ HAS_TRITON = find_spec("triton") is not None
 HAS_FAISS = find_spec("faiss") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 CPU_MULTIPLIES_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> Resolved:
@@ -43,8 +43,14 @@ def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> R
     "auto" is "triton" on CUDA and "torch" elsewhere, and "torch" where Triton cannot run. With TRITON_INTERPRET=1 set
     before the import, "triton" interprets its kernels, slowly, on the CPU too. On the meta device it gives shapes.
 
+    Args:
+        backend: what the caller asked for.
+        tensors: all that the operator is given.
+        kind: of operator. Only the lookup has FAISS; the Triton kernels that multiply matrices have no fp64.
+
     Raises:
-        ValueError: `backend` is not a name this package knows, or the tensors are on several devices.
+        ValueError: `backend` is not a name this package knows or not one of this operator's, or the tensors are on
+            several devices.
         RuntimeError: the backend was asked for by name and cannot run; only "auto" falls back.
         TypeError: the same, because of a dtype.
     """
@@ -85,7 +91,7 @@ def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
                 f"{properties.major}.{properties.minor}; use 'auto' or 'torch'"
             )
     for tensor in tensors:
-        if kind != "elementwise" and tensor.dtype not in TRITON_DTYPES:
+        if kind != "elementwise" and tensor.dtype not in TRITON_DTYPES.values():
             return TypeError(f"backend 'triton' multiplies fp32, fp16 and bf16, not {tensor.dtype}; use 'torch'")
     return None
 

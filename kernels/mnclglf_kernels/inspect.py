@@ -27,9 +27,9 @@ from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.traffic import Traffic, traffic
 from mnclglf_kernels.backend import INTERPRETED
+from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 META = torch.device("meta")
 POINTERS = {
     torch.float32: "*fp32",

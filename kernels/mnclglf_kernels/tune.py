@@ -18,8 +18,8 @@ from mnclglf_kernels._triton import contrastive, launch, neighbor, tiles
 from mnclglf_kernels._triton.launch import Launch, architecture
 from mnclglf_kernels._triton.tiles import Operator, Tile
 from mnclglf_kernels.backend import INTERPRETED, first_line
+from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS: tuple[Operator, ...] = ("contrastive", "gradient", "neighbor")
 
 

@@ -40,15 +40,39 @@ def inverse_norm(squares):
 
 
 @triton.jit
-def locate(tile, targets, predictions, FIRST_ROWS: tl.constexpr, FIRST_TILES: tl.constexpr):
-    """(pair, its first tile, its first row, the row after its last, targets, predictions) of a row tile."""
+def tile_products(
+    targets,
+    predictions,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
+    FIRST_TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NORMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """What a program of the logits works on: products of [ROWS] targets and [COLUMNS] predictions of its pair.
+
+    Returns (pair, whether this is the pair's first row tile, rows within the pair, which of them are there, their
+    places among all rows, columns, products, squared norms of the targets, of the predictions).
+    """
+    tile = tl.program_id(1)
     pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
     h, p = targets[0], predictions[0]
     for i in tl.static_range(1, len(targets)):
         if tile >= FIRST_TILES[i]:
             pair, first_tile, first_row, last_row = i, FIRST_TILES[i], FIRST_ROWS[i], FIRST_ROWS[i + 1]
             h, p = targets[i], predictions[i]
-    return pair, first_tile, first_row, last_row, h, p
+    count = last_row - first_row
+    row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    products, row_squares, column_squares = row_products(
+        h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, WIDEN
+    )
+    leads = tile == first_tile
+    return pair, leads, row, row < count, first_row + row, column, products, row_squares, column_squares
 
 
 @triton.jit
@@ -70,23 +94,8 @@ def forward_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    pair, first_tile, first_row, last_row, h, p = locate(tile, targets, predictions, FIRST_ROWS, FIRST_TILES)
-    row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    products, row_squares, column_squares = row_products(
-        h,
-        p,
-        tl.minimum(row, last_row - first_row - 1),
-        tl.minimum(column, N - 1),
-        D,
-        D,
-        1,
-        D,
-        1,
-        DEPTH,
-        NORMS=True,
-        WIDEN=WIDEN,
+    pair, leads, row, inside, place, column, products, row_squares, column_squares = tile_products(
+        targets, predictions, N, D, FIRST_ROWS, FIRST_TILES, ROWS, COLUMNS, DEPTH, NORMS=True, WIDEN=WIDEN
     )
     row_inverse, column_inverse = inverse_norm(row_squares), inverse_norm(column_squares)
     logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
@@ -96,13 +105,12 @@ def forward_kernel(
     label = row % N
     positive = tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
 
-    place, inside = first_row + row, row < last_row - first_row
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
     tl.store(maxima + part, top, mask=inside)
     tl.store(sums + part, total, mask=inside)
     tl.store(positives + place, positive, mask=inside & (label // COLUMNS == tl.program_id(0)))
     tl.store(inverse_targets + place, row_inverse, mask=inside & (tl.program_id(0) == 0))
-    tl.store(inverse_predictions + pair * N + column, column_inverse, mask=(column < N) & (tile == first_tile))
+    tl.store(inverse_predictions + pair * N + column, column_inverse, mask=(column < N) & leads)
 
 
 @triton.jit
@@ -166,33 +174,17 @@ def coefficient_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    pair, first_tile, first_row, last_row, h, p = locate(tile, targets, predictions, FIRST_ROWS, FIRST_TILES)
-    row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    products, _, _ = row_products(
-        h,
-        p,
-        tl.minimum(row, last_row - first_row - 1),
-        tl.minimum(column, N - 1),
-        D,
-        D,
-        1,
-        D,
-        1,
-        DEPTH,
-        NORMS=False,
-        WIDEN=WIDEN,
+    pair, _, row, inside, place, column, products, _, _ = tile_products(
+        targets, predictions, N, D, FIRST_ROWS, FIRST_TILES, ROWS, COLUMNS, DEPTH, NORMS=False, WIDEN=WIDEN
     )
-    place, inside = first_row + row, row < last_row - first_row
     row_inverse = tl.load(inverse_targets + place, mask=inside, other=0.0)
     column_inverse = tl.load(inverse_predictions + pair * N + column, mask=column < N, other=0.0)
     top = tl.load(tops + place, mask=inside, other=0.0)
     log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
     cosines = products * row_inverse[:, None] * column_inverse[None, :]
-    # In the forward's order of factors, so that the greatest logit less itself is 0.
-    logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
-    coefficient = tl.exp((logits - top[:, None]) - log_sum[:, None])
+    # The forward's factors in the forward's order, so that the greatest logit less itself is 0
+    # (or what a fused multiply-add leaves of its rounding).
+    coefficient = tl.exp((cosines * inverse_temperature - top[:, None]) - log_sum[:, None])
     coefficient -= tl.where(column[None, :] == (row % N)[:, None], 1.0, 0.0)
     valid = inside[:, None] & (column < N)[None, :]
     radial = tl.where(valid, coefficient * cosines, 0.0)
@@ -200,7 +192,7 @@ def coefficient_kernel(
     tl.store(coefficients + matrix_place, coefficient, mask=valid)
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
     tl.store(target_dots + part, tl.sum(radial, 1), mask=inside)
-    tl.store(prediction_dots + tile.to(tl.int64) * N + column, tl.sum(radial, 0), mask=column < N)
+    tl.store(prediction_dots + tl.program_id(1).to(tl.int64) * N + column, tl.sum(radial, 0), mask=column < N)
 
 
 @triton.jit

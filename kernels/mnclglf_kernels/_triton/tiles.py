@@ -78,9 +78,13 @@ def tile(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> Tile:
         width: D.
         arch: 86 for sm_86; one that the table does not know takes the entry of the nearest one below it.
     """
-    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     tuned = read_tuning(tuning_path()).get(key(operator, dtype, width, arch))
-    return tuned or TABLE[operator, kind(dtype)][bucket(width)][known]
+    return tuned or TABLE[operator, kind(dtype)][bucket(width)][nearest_architecture(arch)]
+
+
+def nearest_architecture(arch: int) -> int:
+    """The newest architecture of the table that is not newer than `arch`; the oldest where there is none."""
+    return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
 
 
 def kind(dtype: torch.dtype) -> Literal["half", "fp32"]:
