@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 from rich.console import Console
 
-from mnclglf.config import DatasetName, Device, MethodName, RecipeName, RunConfig, require, to_dict
+from mnclglf.config import DATASETS, FOLDER, Device, MethodName, RecipeName, RunConfig, require, to_dict
 from mnclglf.recipes import RECIPES
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -127,10 +127,10 @@ def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
     chosen, _ = tyro.cli(Selection, args=[*arguments], return_unknown_args=True, add_help=False)
     known = RunConfig()
     methods: dict[str, MethodName] = {name: name for name in get_args(MethodName)}
-    datasets: dict[str, DatasetName] = {name: name for name in get_args(DatasetName)}
     recipes: dict[str, RecipeName] = {name: name for name in get_args(RecipeName)}
     recipe = RECIPES[recipes.get(chosen.recipe, known.recipe)]
-    return recipe(methods.get(chosen.method, known.method), datasets.get(chosen.dataset, known.dataset))
+    dataset = chosen.dataset if chosen.dataset in DATASETS or chosen.dataset.startswith(FOLDER) else known.dataset
+    return recipe(methods.get(chosen.method, known.method), dataset)
 
 
 def run(command: Command, console: Console) -> int:
@@ -176,7 +176,8 @@ def evaluate_run(command: Knn | Linear, console: Console) -> None:
     """Evaluates a run's encoder, the untrained one and raw pixels; writes evaluation.json and prints the table."""
     import torch
 
-    from mnclglf.data.datasets import channel_statistics, load_dataset, split_train, view_side
+    from mnclglf.data.datasets import load_dataset
+    from mnclglf.data.images import split_train, view_side
     from mnclglf.engine.device import autocast_dtype, choose_device
     from mnclglf.engine.run import build_method, load_trained
     from mnclglf.evaluation.features import extract_features, raw_pixels
@@ -194,7 +195,7 @@ def evaluate_run(command: Knn | Linear, console: Console) -> None:
     if command.split == "validation":
         require(len(held_out) > 0, f"{command.run} held no images out; train with --validation-images N to have some")
         test = held_out
-    side, (mean, std) = view_side(images, config.data.image_size), channel_statistics(images.images)
+    side, (mean, std) = view_side(images, config.data.image_size), images.statistics()
 
     def features(encoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         extract = partial(

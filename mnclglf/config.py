@@ -15,15 +15,18 @@ from typing import Annotated, Any, Literal
 import tyro
 
 MethodName = Literal["mnclglf"]
-DatasetName = Literal["mnist5k", "digits", "fashion_mnist", "cifar10"]
 RecipeName = Literal["paper", "quick"]
-LoaderName = Literal["auto", "dali", "reference"]
+LoaderName = Literal["auto", "dali", "resident", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
 Precision = Literal["auto", "bf16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
+
+DATASETS = ("mnist5k", "digits", "fashion_mnist", "cifar10", "cifar100", "tinyimagenet")
+FOLDER = "folder:"
+"""What the name of a data set starts with that is a folder of image files: folder:PATH."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -70,6 +73,8 @@ class ViewConfig:
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels: least and most."""
+    blur_kernel: int | None = None
+    """Width of the blur's window in pixels (odd); None is the odd number nearest a tenth of the side, at least 5."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -84,6 +89,8 @@ class ViewConfig:
         for name in ("brightness", "contrast", "saturation"):
             _require_probability(name, getattr(self, name))
         require(0 <= self.hue <= 0.5, f"hue {self.hue} must lie in 0..0.5 turns")
+        kernel = self.blur_kernel
+        require(kernel is None or (kernel >= 1 and kernel % 2 == 1), f"blur_kernel {kernel} must be odd, as in 5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,8 @@ class DataConfig:
     """Folder of the data set's files; None looks in the data set's usual places."""
     download: bool = False
     """Fetch the data set into data_dir where it is missing."""
+    skip_corrupt: bool = False
+    """Leave out image files that cannot be read, which otherwise end the run before it starts."""
     image_size: int | None = None
     """Side of a view in pixels (even); None is the data set's own side, made even."""
     train_images: int | None = None
@@ -101,7 +110,8 @@ class DataConfig:
     validation_images: int = 0
     """Hold this many training images out (a fixed random choice) to choose settings on."""
     loader: LoaderName = "auto"
-    """auto is dali where DALI is installed, else the slow torchvision reference."""
+    """dali: NVIDIA DALI. resident: all images on the device and one fused kernel, up to 64 x 64. reference:
+    torchvision, slow. auto is dali where it is installed, and on a GPU the faster of dali and resident."""
     loader_threads: int = 2
     """CPU threads of the loader."""
 
@@ -236,7 +246,8 @@ class RunConfig:
     """One pre-training run, whole."""
 
     method: MethodName = "mnclglf"
-    dataset: DatasetName = "cifar10"
+    dataset: str = "cifar10"
+    """mnist5k, digits, fashion_mnist, cifar10, cifar100, tinyimagenet, or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
     """Weights, views, order of the images: the same seed gives the same run."""
@@ -248,6 +259,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_dataset(self.dataset)
         require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
         milestones = self.engine.keep_every
         require(
@@ -259,6 +271,14 @@ class RunConfig:
             f"batch_size {self.optim.batch_size} is more than queue_size {self.objective.queue_size}: a step would "
             "overwrite its own rows; enlarge the queue or take smaller batches",
         )
+
+
+def check_dataset(name: str) -> None:
+    """ValueError unless this is the name of a data set, or folder:PATH."""
+    require(
+        name in DATASETS or (name.startswith(FOLDER) and name != FOLDER),
+        f"dataset {name!r} is none of {', '.join(DATASETS)}; for image files of your own give folder:PATH",
+    )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mnclglf.cli import Knn, Linear, Train, main, parse
 from mnclglf.config import from_dict
-from mnclglf.data.datasets import channel_statistics, load_dataset, split_train
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.engine.run import build_method, load_trained
 from mnclglf.recipes import paper, quick
@@ -60,7 +61,7 @@ def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]) 
     [
         ("train --lambada 3", "Unrecognized options: --lambada"),
         ("train --recipe qick", "invalid choice 'qick' for argument '--recipe'"),
-        ("train --dataset mnist", "invalid choice 'mnist' for argument '--dataset'"),
+        ("train --dataset mnist", "dataset 'mnist' is none of"),
         ("train --k 5", "k 5 must be 1, 2, 3 or 4"),
         ("train --image-size 31", "image_size 31 must be even"),
         ("train --queue-size 100", "batch_size 256 is more than queue_size 100"),
@@ -116,7 +117,7 @@ def nearest_one(encoder: torch.nn.Module | None) -> float:
     encoder = (encoder or build_method(config, torch.float32).encoder).eval()
     train, test = load_dataset("digits")
     train, _ = split_train(train, config.data)
-    mean, std = channel_statistics(train.images)
+    mean, std = train.statistics()
     with torch.no_grad():
         features = [encoder(whole_views(s.images, 8, mean, std, torch.float32)).numpy() for s in (train, test)]
     nearest = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(features[0], train.labels)

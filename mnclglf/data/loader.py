@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnclglf.config import LoaderName, ViewConfig
-from mnclglf.data.datasets import ImageSet, channel_statistics
+from mnclglf.data.images import ImageArray
 from mnclglf.data.philox import permutation
 from mnclglf.data.reference import render_view
 from mnclglf.data.views import ViewParameters, draw_parameters
@@ -53,7 +53,7 @@ class Loader(ABC):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: ImageArray,
         view: ViewConfig,
         *,
         views: int,
@@ -71,7 +71,7 @@ class Loader(ABC):
             )
         self.steps_per_epoch = len(images) // batch_size
         """Whole batches in an epoch; an incomplete last one is dropped."""
-        self.mean, self.std = channel_statistics(images.images)
+        self.mean, self.std = images.statistics()
         """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
         self.side = side
         self._images = images.images
@@ -196,7 +196,7 @@ class DaliLoader(Loader):
 
 
 def make_loader(
-    images: ImageSet,
+    images: ImageArray,
     view: ViewConfig,
     *,
     views: int,

@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import RunConfig, from_dict, to_dict
-from mnclglf.data.datasets import load_dataset, split_train, view_side
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import split_train, view_side
 from mnclglf.data.loader import Batch, Loader, batch_indices, make_loader
 from mnclglf.engine.checkpoint import (
     CheckpointError,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mnclglf.data.datasets import ImageSet
+from mnclglf.data.images import ImageArray
 from mnclglf.data.views import whole_views
 
 CHUNK_IMAGES = 4096  # resized at once: 4096 x 3 x 64 x 64 in fp32 are 200 MB
@@ -32,7 +32,7 @@ def eval_mode(module: nn.Module) -> Generator[None, None, None]:
 
 def extract_features(
     encoder: nn.Module,
-    images: ImageSet,
+    images: ImageArray,
     *,
     side: int,
     mean: NDArray[np.float32],
@@ -74,7 +74,7 @@ def extract_features(
     return torch.cat(chunks)  # outside, so that it is a normal tensor again, not one of inference mode
 
 
-def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
+def raw_pixels(images: ImageArray, *, side: int) -> Tensor:
     """The images resized to side x side pixels, as rows: the representation that nobody learned.
 
     Returns:
@@ -114,6 +114,6 @@ def check_sets(
         )
 
 
-def _require_images(images: ImageSet) -> None:
+def _require_images(images: ImageArray) -> None:
     if len(images) == 0:
         raise ValueError(f"{images.name} {images.split} holds no images")

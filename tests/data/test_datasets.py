@@ -14,20 +14,16 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import utils
 
-from mnclglf.config import DataConfig
 from mnclglf.data import datasets
 from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import (
     CIFAR10_BINARY,
     CIFAR10_PYTHON,
     DEBIAN_FASHION_MNIST,
-    ImageSet,
     cache_dir,
-    channel_statistics,
     load_dataset,
-    split_train,
-    view_side,
 )
+from mnclglf.data.images import ImageArray
 
 RECORDS = 4  # in each batch file of the small CIFAR-10 below
 
@@ -44,9 +40,9 @@ def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "download_url", refuse)
 
 
-def image_set(count: int, height: int = 6, width: int = 6) -> ImageSet:
+def image_set(count: int, height: int = 6, width: int = 6) -> ImageArray:
     rng = np.random.default_rng(0)
-    return ImageSet(
+    return ImageArray(
         name="made",
         split="train",
         images=rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
@@ -74,7 +70,6 @@ def test_digits_are_split_evenly_and_for_good(name: str, train: int, test: int, 
 def test_no_image_is_in_both_parts_and_labels_stay_with_images() -> None:
     train, test = load_dataset("digits")
     whole = np.concatenate([train.images, test.images])[..., 0].reshape(-1, 64)
-    from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     scaled = np.rint(pixels * 255 / 16).astype(np.uint8)
@@ -167,7 +162,7 @@ def write_cifar10(folder: Path, form: str, pixels: np.ndarray) -> Path:
     return batches
 
 
-def assert_is_small_cifar10(sets: tuple[ImageSet, ImageSet], pixels: np.ndarray) -> None:
+def assert_is_small_cifar10(sets: tuple[ImageArray, ImageArray], pixels: np.ndarray) -> None:
     train, test = sets
     assert (len(train), len(test)) == (5 * RECORDS, RECORDS)
     assert (train.name, train.split, test.name, test.split) == ("cifar10", "train", "cifar10", "test")
@@ -291,68 +286,3 @@ def test_subset_keeps_images_with_labels() -> None:
     np.testing.assert_array_equal(part.images, images.images[rows])
     np.testing.assert_array_equal(part.labels, images.labels[rows])
     assert (part.classes, len(part)) == (images.classes, 3)
-
-
-@pytest.mark.parametrize(
-    "images", [np.zeros((3, 6, 6), np.uint8), np.zeros((3, 6, 6, 1), np.uint8), np.zeros((2, 6, 6, 3), np.uint8),
-               np.zeros((3, 6, 6, 3), np.float32)]
-)  # fmt: skip
-def test_an_image_set_of_another_shape_is_refused(images: np.ndarray) -> None:
-    with pytest.raises(DataError, match=r"uint8 \(3, H, W, 3\) is expected"):
-        ImageSet(name="n", split="train", images=images, labels=np.zeros(3, np.int64), classes=("a",))
-
-
-def numbered(count: int) -> ImageSet:
-    return replace(image_set(count), labels=np.arange(count))
-
-
-def test_validation_images_are_fixed_and_apart() -> None:
-    train, held_out = split_train(numbered(100), DataConfig(validation_images=20))
-    assert (len(train), len(held_out), train.split, held_out.split) == (80, 20, "train", "validation")
-    assert sorted([*train.labels, *held_out.labels]) == list(range(100))
-    fewer, same = split_train(numbered(100), DataConfig(validation_images=20, train_images=30))
-    np.testing.assert_array_equal(same.labels, held_out.labels)
-    assert len(fewer) == 30
-    assert set(fewer.labels) < set(train.labels)
-    assert np.abs(np.diff(fewer.labels)).max() > 1  # spread over the set, not its first 30
-    # pinned, as a later version's choice must be the same
-    assert held_out.labels[:8].tolist() == [4, 8, 9, 12, 18, 28, 29, 31]
-
-
-def test_all_images_stay_in_order_when_none_is_left_out() -> None:
-    train, held_out = split_train(numbered(50), DataConfig())
-    np.testing.assert_array_equal(train.labels, np.arange(50))
-    assert len(held_out) == 0
-
-
-@pytest.mark.parametrize("settings", [{"train_images": 51}, {"validation_images": 50}, {"validation_images": 51},
-                                      {"train_images": 31, "validation_images": 20}])  # fmt: skip
-def test_more_images_than_there_are_is_an_error(settings: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="made has 50 training images") as raised:
-        split_train(numbered(50), DataConfig(**settings))
-    for value in settings.values():
-        assert str(value) in str(raised.value)
-
-
-def test_channel_statistics_are_those_of_the_pixels() -> None:
-    images = image_set(20).images // np.array([1, 2, 3], dtype=np.uint8)
-    mean, std = channel_statistics(images)
-    scaled = images.astype(np.float64).reshape(-1, 3) / 255
-    np.testing.assert_allclose(mean, scaled.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(std, scaled.std(axis=0), rtol=1e-6)
-    assert mean.dtype == std.dtype == np.float32
-    assert channel_statistics(np.full((2, 4, 4, 3), 9, np.uint8))[1] == pytest.approx([1 / 255] * 3)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "side"), [(28, 28, None, 28), (27, 27, None, 28), (48, 31, None, 32), (28, 28, 16, 16)]
-)
-def test_view_side(height: int, width: int, size: int | None, side: int) -> None:
-    assert view_side(image_set(2, height, width), size) == side
-
-
-def test_a_choice_of_a_choice_knows_where_its_images_stand_in_the_whole():
-    kept, _ = split_train(load_dataset("digits")[0], DataConfig(train_images=50, validation_images=10))
-    picked = kept.subset([3, 1])
-    published = load_digits().images[picked.published_rows(np.arange(2))]
-    np.testing.assert_array_equal(np.rint(published * (255 / 16)), picked.images[..., 0])

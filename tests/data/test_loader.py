@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.datasets import ImageSet
+from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, DaliLoader, Loader, ReferenceLoader, batch_indices, make_loader
 
 try:
@@ -28,12 +28,12 @@ IMAGES, BATCH, SIDE = 23, 4, 12  # 5 steps an epoch and 3 images left over
 
 
 @pytest.fixture
-def images(photos: Callable[..., np.ndarray]) -> ImageSet:
+def images(photos: Callable[..., np.ndarray]) -> ImageArray:
     made = photos(IMAGES, 14)
-    return ImageSet(name="photos", split="train", images=made, labels=np.zeros(IMAGES, np.int64), classes=("any",))
+    return ImageArray(name="photos", split="train", images=made, labels=np.zeros(IMAGES, np.int64), classes=("any",))
 
 
-def loader_of(images: ImageSet, backend: str, **changes: object) -> Loader:
+def loader_of(images: ImageArray, backend: str, **changes: object) -> Loader:
     arguments = {
         "view": ViewConfig(rotation_degrees=10),
         "views": 3,
@@ -79,7 +79,7 @@ def test_epochs_and_seeds_have_other_orders() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageSet, backend: str) -> None:
+def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageArray, backend: str) -> None:
     whole = list(loader_of(images, backend).batches(0, 8))  # past the end of the first epoch, which has 5 steps
     assert len(whole) == 8
     loader = loader_of(images, backend)
@@ -93,7 +93,7 @@ def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageSet, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_hold_the_views_of_their_images(images: ImageSet, backend: str) -> None:
+def test_batches_hold_the_views_of_their_images(images: ImageArray, backend: str) -> None:
     loader = loader_of(images, backend)
     assert loader.steps_per_epoch == IMAGES // BATCH
     seen: list[int] = []
@@ -111,7 +111,7 @@ def test_batches_hold_the_views_of_their_images(images: ImageSet, backend: str) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_epoch_seed_and_view_of_an_image_is_another(images: ImageSet, backend: str) -> None:
+def test_every_epoch_seed_and_view_of_an_image_is_another(images: ImageArray, backend: str) -> None:
     rows = np.arange(IMAGES)
     loader = loader_of(images, backend)
     views = [*loader.render(rows, 0), *loader.render(rows, 1), *loader_of(images, backend, seed=6).render(rows, 0)]
@@ -122,7 +122,7 @@ def test_every_epoch_seed_and_view_of_an_image_is_another(images: ImageSet, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_is_what_the_model_eats(images: ImageSet, backend: str, dtype: torch.dtype) -> None:
+def test_a_batch_is_what_the_model_eats(images: ImageArray, backend: str, dtype: torch.dtype) -> None:
     (batch,) = loader_of(images, backend, dtype=dtype).batches(0, 1)
     assert batch.indices.dtype == torch.int64
     assert batch.indices.shape == (BATCH,)
@@ -138,7 +138,7 @@ def test_a_batch_is_what_the_model_eats(images: ImageSet, backend: str, dtype: t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_normalised_with_the_images_statistics(images: ImageSet, backend: str) -> None:
+def test_views_are_normalised_with_the_images_statistics(images: ImageArray, backend: str) -> None:
     plain = ViewConfig(
         crop_scale=(1, 1),
         crop_ratio=(1, 1),
@@ -154,7 +154,7 @@ def test_views_are_normalised_with_the_images_statistics(images: ImageSet, backe
 
 
 @needs_dali
-def test_the_loaders_agree(images: ImageSet) -> None:
+def test_the_loaders_agree(images: ImageArray) -> None:
     ours, truth = (list(loader_of(images, backend).batches(2, 7)) for backend in ("dali", "reference"))
     for one, two in zip(ours, truth, strict=True):
         assert torch.equal(one.indices, two.indices)
@@ -164,14 +164,14 @@ def test_the_loaders_agree(images: ImageSet) -> None:
 
 
 @needs_dali
-def test_threads_do_not_change_the_batches(images: ImageSet) -> None:
+def test_threads_do_not_change_the_batches(images: ImageArray) -> None:
     one, three = (list(loader_of(images, "dali", threads=threads).batches(0, 6)) for threads in (1, 3))
     for first, second in zip(one, three, strict=True):
         assert_same(first, second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_outlives_the_batches_after_it(images: ImageSet, backend: str) -> None:
+def test_a_batch_outlives_the_batches_after_it(images: ImageArray, backend: str) -> None:
     """DALI's memory is handed over without a copy: it must not be written again while a tensor uses it."""
     loader = loader_of(images, backend)
     copies = [tuple(view.clone() for view in batch.views) for batch in loader.batches(0, 9)]
@@ -182,7 +182,7 @@ def test_a_batch_outlives_the_batches_after_it(images: ImageSet, backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_through_one_loader_do_not_mix(images: ImageSet, backend: str) -> None:
+def test_two_runs_through_one_loader_do_not_mix(images: ImageArray, backend: str) -> None:
     loader = loader_of(images, backend)
     expected = list(loader.batches(0, 4))
     for one, two, truth in zip(loader.batches(0, 4), loader.batches(0, 4), expected, strict=True):
@@ -196,7 +196,7 @@ def threads() -> int:
 
 @needs_dali
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
-def test_a_run_that_is_left_early_leaves_no_thread(images: ImageSet) -> None:
+def test_a_run_that_is_left_early_leaves_no_thread(images: ImageArray) -> None:
     loader = loader_of(images, "dali", threads=4)
     list(loader.batches(0, 2))  # what stays for the process's life is there now
     before = threads()
@@ -213,7 +213,7 @@ def test_a_run_that_is_left_early_leaves_no_thread(images: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_too_few_images_are_an_error_before_the_run(images: ImageSet, backend: str) -> None:
+def test_too_few_images_are_an_error_before_the_run(images: ImageArray, backend: str) -> None:
     with pytest.raises(ValueError, match="photos has 23 training images, fewer than one batch of 24") as raised:
         loader_of(images, backend, batch_size=24)
     assert "--batch-size" in str(raised.value)
@@ -221,14 +221,14 @@ def test_too_few_images_are_an_error_before_the_run(images: ImageSet, backend: s
 
 
 @needs_dali
-def test_auto_takes_dali(images: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_dali(images: ImageArray, caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(loader_of(images, "auto"), DaliLoader)
     assert isinstance(loader_of(images, "reference"), ReferenceLoader)
     assert not caplog.records
 
 
 def test_without_dali_auto_says_so_and_dali_is_an_error(
-    images: ImageSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    images: ImageArray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
     with caplog.at_level(logging.WARNING):

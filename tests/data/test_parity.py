@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.datasets import ImageSet
+from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import make_loader
 
 pytest.importorskip("nvidia.dali", reason="the extra dali-cuda13 is not installed")
@@ -55,7 +55,7 @@ def render(images: np.ndarray, view: ViewConfig, side: int, backend: str, device
     """Two views of each image in levels, [2 n, 3, side, side], on the CPU."""
     labels = np.zeros(len(images), np.int64)
     loader = make_loader(
-        ImageSet(name="photos", split="train", images=images, labels=labels, classes=("any",)),
+        ImageArray(name="photos", split="train", images=images, labels=labels, classes=("any",)),
         view,
         views=2,
         side=side,

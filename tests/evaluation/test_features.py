@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnclglf.data.datasets import ImageSet
+from mnclglf.data.images import ImageArray
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.models.resnet import ResNet18
@@ -14,14 +14,14 @@ MEAN, STD = np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.25, 0.3], np
 CPU = torch.device("cpu")
 
 
-def image_set(n: int = 11, side: int = 16, gray: bool = False) -> ImageSet:
+def image_set(n: int = 11, side: int = 16, gray: bool = False) -> ImageArray:
     pixels = np.random.default_rng(0).integers(0, 256, (n, side, side, 1 if gray else 3), dtype=np.uint8)
     images = np.broadcast_to(pixels, (n, side, side, 3)).copy()
-    return ImageSet(name="made up", split="test", images=images, labels=np.arange(n) % 3, classes=("a", "b", "c"))
+    return ImageArray(name="made up", split="test", images=images, labels=np.arange(n) % 3, classes=("a", "b", "c"))
 
 
 def features(
-    encoder: nn.Module, images: ImageSet, *, dtype: torch.dtype = torch.float32, batch_size: int = 4
+    encoder: nn.Module, images: ImageArray, *, dtype: torch.dtype = torch.float32, batch_size: int = 4
 ) -> Tensor:
     return extract_features(
         encoder, images, side=16, mean=MEAN, std=STD, dtype=dtype, device=CPU, batch_size=batch_size
