@@ -30,7 +30,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mnclglf.files import write_atomically
-from mnclglf_kernels.sizes import OPERATORS, PAPER
+from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS
 
 Figures = dict[str, Any]
 Outcome = Literal["passed", "failed", "timed out", "not run"]
@@ -129,9 +129,10 @@ def kernels() -> Figures:
 
 def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[torch.Tensor], list[torch.Tensor]]]:
     """Each operator at SIZES on DEVICE: (forward, its tensors, those of them that need a gradient)."""
-    from mnclglf_kernels import combine, contrastive_losses, divide, nearest_neighbor
+    from mnclglf_kernels import augment, combine, contrastive_losses, divide, nearest_neighbor
+    from mnclglf_kernels.augment import Recipe
 
-    n, side, features, k, width, size = SIZES
+    n, side, features, k, width, size, source = SIZES
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE).to(dtype)
@@ -144,7 +145,11 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
     patches = random(4 * n, features).requires_grad_()
     rows = [x for s in (6, 6, 1, 1) for x in (random(s * n, width), random(n, width).requires_grad_())]
     queue = torch.nn.functional.normalize(random(size, width))
+    stored = torch.randint(256, (n, 3, source, source), dtype=torch.uint8, device=DEVICE)
+    numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1], device=DEVICE)
+    view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS * n, 1), numbers[6:9], numbers[6:9]]
     return {
+        "augment": (partial(augment, recipe=Recipe(side), dtype=dtype, backend="triton"), view, []),
         "divide": (partial(divide, backend="triton"), [images], [images]),
         "combine": (partial(combine, k=k, backend="triton"), [patches], [patches]),
         "contrastive_losses": (losses, rows, rows[1::2]),
@@ -260,7 +265,7 @@ def training(**engine: Any) -> Figures:
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
     dtype = autocast_dtype(config.engine, DEVICE)
     method = build_method(config, dtype).to(DEVICE).train()
-    method.backends = choose_backends(config, SIZES.side, dtype, DEVICE, Console(stderr=True))
+    method.backends = choose_backends(config, SIZES.source, SIZES.side, dtype, DEVICE, Console(stderr=True))
     forward, optimizer, guard = make_forward(method, config.engine), make_optimizer(method, config.optim), Guard(DEVICE)
     shape = (SIZES.images, 3, SIZES.side, SIZES.side)
     views = [torch.randn(shape, device=DEVICE).to(dtype, memory_format=torch.channels_last) for _ in range(3)]

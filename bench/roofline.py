@@ -125,7 +125,6 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86) -> dict
     parts["weight casts"] = Part(0, casts)
     parts["optimizer"] = Part(0, 4 * 5 * trained)  # reads weight, gradient, momentum; writes weight, momentum
     parts["moving average"] = Part(0, 4 * 3 * followed)
-    parts["input"] = Part(0, sum(unique_bytes(view) for view in views))
     return parts
 
 

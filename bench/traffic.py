@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mnclglf_kernels import augment
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.traffic import traffic
+from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.inspect import launches
-from mnclglf_kernels.sizes import OPERATORS, PAPER, Operator
+from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Operator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracles import Algorithm1AsPrinted as reference
@@ -68,9 +70,13 @@ def on_meta(*shape: int, dtype: torch.dtype, gradient: bool = False) -> Tensor:
 
 def eager(op: Operator, dtype: torch.dtype) -> Eager:
     """The reference's launches and bytes of one operator in a step of the paper's sizes, forward and backward."""
-    n, side, features, k, width, size = PAPER
+    n, side, features, k, width, size, source = PAPER
     with Eager() as counted:
-        if op == "divide":
+        if op == "augment":
+            images, rows = (on_meta(n, 3, source, source, dtype=torch.uint8), on_meta(n, dtype=torch.int64))
+            numbers = (on_meta(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 12), (3,), (3,)))
+            augment(images, rows, *numbers, Recipe(side), dtype=dtype, backend="torch")
+        elif op == "divide":
             images = on_meta(n, 3, side, side, dtype=dtype, gradient=True)
             divided = reference.divide(images.contiguous(memory_format=torch.channels_last))
             divided.backward(torch.empty_like(divided))
@@ -96,13 +102,14 @@ def ours(op: Operator, dtype: torch.dtype) -> list[Launch]:
 
 
 def rows(dtype: torch.dtype) -> list[Row]:
-    """A row an operator, and their sum."""
+    """A row an operator of the step, their sum, and augment against its own PyTorch form."""
     found: list[Row] = []
     for op in OPERATORS:
         mine, theirs = ours(op, dtype), eager(op, dtype)
         unique = sum(traffic(x).unique_bytes for x in mine)
         found.append(Row(op, len(mine), theirs.launches, unique, theirs.unique_bytes))
-    return [*found, Row("together", *(sum(column) for column in zip(*(row[1:] for row in found), strict=True)))]
+    *step, views = found
+    return [*step, Row("together", *(sum(column) for column in zip(*(row[1:] for row in step), strict=True))), views]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Letters in shapes: N images, C channels, H and W sides, F feature width, S = C(4
 K queue rows, M queries.
 """
 
+from mnclglf_kernels.augment import augment
 from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, Backends, resolve
 from mnclglf_kernels.contrastive import contrastive_loss, contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
@@ -18,6 +19,7 @@ if HAS_FAISS:
 __all__ = [
     "Backend",
     "Backends",
+    "augment",
     "combine",
     "contrastive_loss",
     "contrastive_losses",

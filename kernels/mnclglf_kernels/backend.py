@@ -22,12 +22,13 @@ class Backends(NamedTuple):
     contrastive_losses: Backend = "auto"
     nearest_neighbor: Backend = "auto"
     enqueue: Backend = "auto"
+    augment: Backend = "auto"
 
     @classmethod
     def all(cls, backend: Backend) -> Backends:
         """The same for every operator; those that FAISS has not choose for themselves beside it."""
         others: Backend = "auto" if backend == "faiss" else backend
-        return cls(others, others, others, backend, others)
+        return cls(others, others, others, backend, others, others)
 
 
 HAS_TRITON = find_spec("triton") is not None

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mnclglf_kernels.augment import LARGEST_SIDE, Recipe, augment
 from mnclglf_kernels.backend import first_line
 from mnclglf_kernels.contrastive import contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
 from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
-from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
+from mnclglf_kernels.sizes import OPERATORS, VIEWS, Operator, Sizes
 
 TEMPERATURE = 0.1
 UPSTREAM = 2.0**12  # of gradients: keeps those of fp16 out of its subnormal numbers
@@ -103,6 +104,33 @@ def first_problem(*problems: str | None) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
+def check_augment(run: Run) -> str | None:
+    n, side, source = run.sizes.images, run.sizes.side, run.sizes.source
+    if max(side, source) > LARGEST_SIDE:
+        return None  # such runs do without it
+    images = torch.randint(256, (n, 3, source, source), generator=run.generator, dtype=torch.uint8).to(run.device)
+    rows = torch.randperm(n, generator=run.generator).to(run.device)
+    u = torch.rand(VIEWS * n, 12, generator=run.generator).to(run.device)
+    start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
+    on = (u[:, [5, 10]] > 0.5).float()
+    numbers = [360 * u[:, :1] - 180, start, length, on[:, :1], 0.5 + u[:, 6:9], u[:, 9:10] - 0.5, on[:, 1:], u[:, 11:]]
+    numbers[-1] = numbers[-1].where(u[:, :1] > 0.3, 0.0) * 2
+    parameters, mean, std = torch.cat(numbers, 1), u[0, :3], 0.5 + u[1, :3]
+    for recipe in (Recipe(side), Recipe(side, cubic=False, rotates=True)):
+        views = augment(images, rows, parameters, mean, std, recipe, dtype=run.dtype, backend="triton")
+        doubles = parameters.double(), mean.double(), std.double()
+        truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
+        # Seldom a sum within rounding of a half becomes another whole level; two of them and the jitter stay below 8.
+        error = (views.double() - truth).abs() - torch.finfo(run.dtype).eps * truth.abs()
+        levels = (255 * std.double().view(3, 1, 1) * error).nan_to_num(torch.inf)
+        share = (levels > 0.1).double().mean().item()
+        if levels.max() > 8 or share > 0.02:
+            return (
+                f"a view is off by {levels.max().item():.3g} levels at most, {share:.2%} of its pixels by more than 0.1"
+            )
+    return None
+
+
 def check_divide(run: Run) -> str | None:
     images = run.random(run.sizes.images, 3, run.sizes.side, run.sizes.side)
     leaf = images.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -175,6 +203,7 @@ def check_enqueue(run: Run) -> str | None:
 
 
 CHECKS: dict[Operator, Callable[[Run], str | None]] = {
+    "augment": check_augment,
     "divide": check_divide,
     "combine": check_combine,
     "contrastive_losses": check_contrastive,

@@ -23,18 +23,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnclglf_kernels._triton import contrastive, neighbor, patches, queue
+from mnclglf_kernels._triton import augment, contrastive, neighbor, patches, queue
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.traffic import Traffic, traffic
 from mnclglf_kernels.backend import INTERPRETED
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
-from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
+from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Sizes
 
 META = torch.device("meta")
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -105,7 +106,14 @@ def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER, devic
     def rows(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    n, side, features, k, width, size = sizes
+    n, side, features, k, width, size, source = sizes
+    if op == "augment":
+        parameters, mean, std = (rows(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 12), (3,), (3,)))
+        images, chosen = rows(n, 3, source, source, dtype=torch.uint8), rows(n, dtype=torch.int64)
+        views = augment.empty_views(parameters, side, dtype)
+        return augment.augment_launches(
+            images, chosen, parameters, mean, std, views, cubic=True, blur_window=5, rotates=False
+        )
     if op == "divide":
         images = rows(n, 3, side, side).contiguous(memory_format=torch.channels_last)
         divided = patches.empty_patches(images)

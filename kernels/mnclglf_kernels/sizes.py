@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Operator = Literal["divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue"]
+Operator = Literal["divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue", "augment"]
+VIEWS = 3  # of an image in a step
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
 
 class Sizes(NamedTuple):
-    """N images, their side, F of their features, k of the combinations, D of the embeddings, K queue rows."""
+    """N images, the side of their views, F of their features, k of the combinations, D of the embeddings, K queue rows.
+
+    `source` is the side of the images that views are made of.
+    """
 
     images: int
     side: int
@@ -17,6 +21,7 @@ class Sizes(NamedTuple):
     k: int
     width: int
     queue: int
+    source: int = 32
 
 
 PAPER = Sizes(images=256, side=32, features=512, k=2, width=2048, queue=16384)

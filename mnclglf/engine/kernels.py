@@ -14,13 +14,14 @@ from mnclglf_kernels.sizes import Sizes
 
 
 def choose_backends(
-    config: RunConfig, side: int, dtype: torch.dtype, device: torch.device, console: Console
+    config: RunConfig, source: int, side: int, dtype: torch.dtype, device: torch.device, console: Console
 ) -> Backends:
     """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
 
     Args:
         config: the run; `engine.kernels` and `engine.lookup` are what is asked for.
-        side: of the images as the networks see them.
+        source: longer side of the images that views are made of.
+        side: of a view.
         dtype: autocast's.
         device: of the run.
         console: where a kernel that is not used is reported.
@@ -44,6 +45,7 @@ def choose_backends(
             k=config.objective.k,
             width=config.model.projector_width,
             queue=config.objective.queue_size,
+            source=source,
         )
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding

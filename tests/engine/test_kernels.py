@@ -24,7 +24,7 @@ def choose(**engine: object) -> tuple[Backends, str]:
     """(backends, what was printed) with the kernels interpreted on the CPU."""
     config = dataclasses.replace(CONFIG, engine=EngineConfig(**engine))
     console = Console(file=io.StringIO())
-    return choose_backends(config, 16, torch.float32, CPU, console), console.file.getvalue()
+    return choose_backends(config, 16, 16, torch.float32, CPU, console), console.file.getvalue()
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def test_faiss_that_is_not_there_stops_the_run(monkeypatch):
 
 def test_backends_are_described_in_a_word_and_its_exceptions():
     assert describe_backends(Backends.all("torch")) == "torch"
-    assert describe_backends(Backends("torch", "triton", "triton", "faiss", "triton")) == (
+    assert describe_backends(Backends("torch", "triton", "triton", "faiss", "triton", "triton")) == (
         "triton, divide torch, nearest_neighbor faiss"
     )

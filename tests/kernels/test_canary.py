@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from mnclglf_kernels import canary
-from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queue
+from mnclglf_kernels._triton import augment, contrastive, launch, neighbor, patches, queue
 from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
 
-SIZES = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40)
+SIZES = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
 CPU = torch.device("cpu")
 MODULES = {
+    "augment": augment,
     "divide": patches,
     "combine": patches,
     "contrastive_losses": contrastive,
@@ -18,6 +19,7 @@ MODULES = {
 }
 # (kernel, the argument that it writes, operator); a kernel with BACKWARD writes another one there.
 WRITTEN = [
+    ("augment_kernel", "views", "augment"),
     ("divide_kernel", "patches", "divide"),
     ("divide_kernel", "images", "divide"),
     ("combine_kernel", "combined", "combine"),
@@ -108,7 +110,7 @@ def test_what_the_canary_launches_is_what_the_run_launches(one_embedding, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
     """The limits are not too narrow where sums are long and gradients small."""
-    for name in ("divide", "combine", "contrastive_losses", "enqueue"):
+    for name in ("augment", "divide", "combine", "contrastive_losses", "enqueue"):
         operator = getattr(canary, name)
 
         def plain(*arguments, operator=operator, **named):

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import mnclglf_kernels
-from mnclglf_kernels import combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import augment, combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.augment import Recipe
 
+VIEW = torch.tensor([[0.0, 0, 0, 4, 4, 0, 1, 1, 1, 0, 0, 0]])
+STORED = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]), VIEW, torch.zeros(3), torch.ones(3), Recipe(4))
 CALLS = {
+    "augment": lambda **how: augment(*STORED, **how),
     "divide": lambda **how: divide(torch.randn(1, 1, 2, 2), **how),
     "combine": lambda **how: combine(torch.randn(4, 3), 2, **how),
     "contrastive_loss": lambda **how: contrastive_loss(torch.randn(3, 4), torch.randn(3, 4), 1.0, **how),
@@ -44,6 +48,7 @@ def test_a_backend_that_does_not_exist_is_named(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_backend_is_a_keyword(name):
     arguments = {
+        "augment": (*STORED, torch.float32, "torch"),
         "divide": (torch.randn(1, 1, 2, 2), "torch"),
         "combine": (torch.randn(4, 3), 2, "torch"),
         "contrastive_loss": (torch.randn(3, 4), torch.randn(3, 4), 1.0, "torch"),

@@ -17,7 +17,8 @@ from tolerance import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import augment, combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,28 @@ def on_gpu(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def in_fp64(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.double() for x in inputs]
+
+
+@pytest.mark.parametrize(("source", "side"), [(32, 32), (28, 16), (64, 64), (50, 33)])
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_augment(dtype, rotates, cubic, source, side):
+    images, rows = torch.randint(256, (20, 3, source, source), dtype=torch.uint8), torch.randperm(20)
+    u = torch.rand(60, 12)
+    start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
+    numbers = [360 * u[:, :1] - 180, start, length, (u[:, 5:6] > 0.5).float(), 0.6 + 0.8 * u[:, 6:9], u[:, 9:10] - 0.5]
+    parameters = torch.cat([*numbers, (u[:, 10:11] > 0.8).float(), 2 * u[:, 11:] * (u[:, :1] > 0.3)], 1)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    recipe = Recipe(side, cubic, 5, rotates)
+    given = on_gpu([images, rows, parameters, mean, std])
+    views = augment(*given, recipe, dtype=dtype, backend="triton").cpu().double()
+    doubles = in_fp64([parameters, mean, std])
+    truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
+    error = (views - truth).abs() - torch.finfo(dtype).eps * truth.abs()
+    levels = 255 * std.double().view(3, 1, 1) * error
+    assert levels.max() < 8  # two sums that end at another side of a half, then the jitter
+    assert (levels > 0.1).double().mean() < 0.02  # and such sums are rare in noise
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -37,8 +37,16 @@ def variants(request):
 
 def test_every_kernel_of_every_operator_is_there(variants):
     found = {(v["op"], v["kernel"]) for v in variants}
-    assert {op for op, _ in found} == {"divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue"}
+    assert {op for op, _ in found} == {
+        "augment",
+        "divide",
+        "combine",
+        "contrastive_losses",
+        "nearest_neighbor",
+        "enqueue",
+    }
     assert {kernel for _, kernel in found} == MATMULS | {
+        "augment_kernel",
         "divide_kernel",
         "combine_kernel",
         "merge_kernel",
@@ -63,6 +71,12 @@ def test_half_precision_multiplies_on_tensor_cores_and_sums_in_fp32(variants):
         if v["kernel"] in MATMULS:
             assert (v["mma"] > 0) == (v["dtype"] != "fp32"), v
             assert v["mma_fp32"], v
+
+
+def test_augment_multiplies_on_tensor_cores_whatever_it_writes(variants):
+    found = [v for v in variants if v["kernel"] == "augment_kernel"]
+    assert len(found) == 3
+    assert all(v["mma"] and v["mma_fp32"] for v in found)
 
 
 def test_loads_are_wide_where_the_width_allows():
@@ -120,5 +134,5 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", JIT]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(printed) == 13
+    assert len(printed) == 14
     assert set(printed) >= MATMULS

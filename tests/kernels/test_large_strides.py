@@ -10,7 +10,8 @@ from tolerance import assert_nearest
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import combine, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import augment, combine, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.augment import Recipe
 
 LIMIT = 2**31
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13
@@ -55,6 +56,19 @@ def test_divide(strides, far, backend):
     sizes = [2 if stride == LIMIT else 1 for stride in strides[:2]]
     x = torch.randn(*sizes, 4, 4).half()
     assert torch.equal(divide(place(x, far, strides), backend=backend), oracles.divide(x))
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [(2 * LIMIT - 2**20, 64, 8, 1), (64, LIMIT, 8, 1), (512, 64, LIMIT // 7 + 1, 1), (512, 64, 1, LIMIT // 7 + 1)],
+    ids=["images", "channels", "rows", "columns"],
+)
+def test_augment(strides, far, backend):
+    images = torch.randint(1, 256, (2 if strides[0] > LIMIT else 1, 3, 8, 8), dtype=torch.uint8)
+    numbers = torch.tensor([[0.0, 0, 0, 8, 8, 0, 1, 1, 1, 0, 0, 0]])
+    given = torch.tensor([len(images) - 1]), numbers, torch.zeros(3), torch.ones(3), Recipe(8)
+    spread = place(images, far.view(torch.uint8), strides)
+    assert torch.equal(augment(spread, *given, backend=backend), augment(images, *given, backend=backend))
 
 
 @pytest.mark.parametrize("strides", [(LIMIT // 3 + 1, 1), (1, LIMIT // 2)], ids=["rows", "columns"])

@@ -7,7 +7,7 @@ import torch
 from interpreter import counting
 
 from bench.traffic import Eager, main, rows
-from mnclglf_kernels._triton import contrastive, launch, neighbor, patches, queue
+from mnclglf_kernels._triton import augment, contrastive, launch, neighbor, patches, queue
 from mnclglf_kernels._triton.tiles import Tile
 from mnclglf_kernels._triton.traffic import traffic
 from mnclglf_kernels.inspect import launches
@@ -15,6 +15,17 @@ from mnclglf_kernels.sizes import OPERATORS
 
 TILES = [Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2)]
 ELEMENTWISE = {"divide_kernel", "combine_kernel", "enqueue_kernel"}
+
+
+def augment_launches() -> list[launch.Launch]:
+    found = []
+    for (height, width, side), window in (((9, 20, 16), 5), ((16, 16, 33), 1)):
+        images = torch.randint(256, (4, 3, height, width), dtype=torch.uint8)
+        numbers = torch.tensor([0.0, 1, 2, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1]).repeat(8, 1)
+        given = images, torch.randperm(4), numbers, torch.zeros(3), torch.ones(3)
+        settings = dict(cubic=True, blur_window=window, rotates=False)
+        found += augment.augment_launches(*given, augment.empty_views(numbers, side, torch.float16), **settings)
+    return found
 
 
 def divide_launches() -> list[launch.Launch]:
@@ -68,7 +79,8 @@ def contrastive_launches() -> list[launch.Launch]:
 
 
 @pytest.mark.parametrize(
-    "make", [divide_launches, combine_launches, enqueue_launches, neighbor_launches, contrastive_launches]
+    "make",
+    [augment_launches, divide_launches, combine_launches, enqueue_launches, neighbor_launches, contrastive_launches],
 )
 def test_the_closed_form_is_what_the_interpreter_counts(make):
     for x in make():
@@ -89,12 +101,20 @@ def test_elementwise_kernels_issue_what_they_must(dtype):
                 assert moved.issued_bytes <= 1.05 * moved.unique_bytes, x.kernel.__name__
 
 
+def test_augment_reads_an_image_once_a_view():
+    """With blur; of the stored bytes three views read three times what they must, and of all together half more."""
+    for dtype in (torch.float32, torch.bfloat16):
+        (x,) = launches("augment", dtype, 86)
+        assert x.arguments["WINDOW"] > 1
+        assert traffic(x).issued_bytes <= 1.5 * traffic(x).unique_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_s_operators_launch_and_move_a_fraction_of_eager_pytorch(dtype):
-    *operators, together = rows(dtype)
+    *operators, together, views = rows(dtype)
     assert together.eager_launches >= 4 * together.launches
     assert together.eager_bytes >= 3 * together.unique_bytes
-    for row in operators:
+    for row in (*operators, views):
         assert row.launches < row.eager_launches
         assert row.unique_bytes < row.eager_bytes
 

@@ -33,6 +33,20 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(x): x.numel() * x.itemsize for x in tensors}.values())
 
 
+def augment(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    """Each view reads its whole image; a rotation reads a pixel up to four times, which is what is counted."""
+    count, h, w, s = grid[0], a["HP"], a["WP"], a["SP"]
+    image, written = 3 * a["H"] * a["W"], total_bytes([a["views"]])
+    row = 8 + 4 * a["parameters"].shape[1] + 4 * 6  # which image, the numbers of the view, mean and std
+    resize = 2 * 4 * s * (h * w + h * s)
+    blur = 3 * 4 * s * s * s * 2 if a["WINDOW"] > 1 else 0
+    return Traffic(
+        2 * count * (resize + blur),
+        len(a["rows"]) * (image + 8) + total_bytes([a["parameters"], a["mean"], a["std"]]) + written,
+        count * (image * (4 if a["ROTATES"] else 1) + row) + written,
+    )
+
+
 def divide(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     moved = 2 * a["patches"].numel() * a["patches"].itemsize
     return Traffic(0, moved, moved)
@@ -121,6 +135,7 @@ def gradient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 FORMULAS = {
+    "augment_kernel": augment,
     "divide_kernel": divide,
     "combine_kernel": combine,
     "enqueue_kernel": enqueue,

@@ -1,0 +1,346 @@
+"""augment in Triton: a program makes a view, from the stored bytes to the finished pixels, and nothing in between is
+stored.
+
+Resize and blur are products with matrices of weights that each program makes for itself, so that no pixel has to be
+fetched from a neighboring thread. The planes of a view lie below each other, [4 * rows, columns] with a fourth of
+zeros, as sides must be powers of two. A pass weighs the last dimension; then rows and columns change places. Products
+are of fp16 numbers summed in fp32: a level is one, exactly, and everything else the sum of two.
+
+N images, H and W their sides, S side of a view; HP, WP and SP the same, padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mnclglf_kernels._triton.launch import Launch, run
+
+PARAMETERS = tl.constexpr(12)
+WHITE = tl.constexpr(255.0)
+DEGREE = tl.constexpr(0.017453292519943295)  # in radians
+RED = tl.constexpr(0.2989)
+GREEN = tl.constexpr(0.587)
+BLUE = tl.constexpr(0.114)
+
+
+@triton.jit
+def augment_kernel(
+    images,
+    rows,
+    parameters,
+    mean,
+    std,
+    views,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    IMAGE_STRIDE: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    CUBIC: tl.constexpr,
+    WINDOW: tl.constexpr,  # of the blur, 1 for none
+    ROTATES: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    SP: tl.constexpr,
+):
+    view = tl.program_id(0).to(tl.int64)
+    image = images + tl.load(rows + view % N) * IMAGE_STRIDE
+    given = parameters + view * PARAMETERS
+    angle, top, left = tl.load(given), tl.load(given + 1), tl.load(given + 2)
+    height, width, flip = tl.load(given + 3), tl.load(given + 4), tl.load(given + 5)
+    brightness, contrast, saturation = tl.load(given + 6), tl.load(given + 7), tl.load(given + 8)
+    hue, gray, sigma = tl.load(given + 9), tl.load(given + 10), tl.load(given + 11)
+
+    row = tl.arange(0, 4 * HP)[:, None]
+    y, x = row % HP, tl.arange(0, WP)[None, :]
+    planes = image + (row // HP).to(tl.int64) * CHANNEL_STRIDE
+    there = row < 3 * HP
+    if ROTATES:
+        pixels = to_levels(rotated(planes, y, x, there, angle * DEGREE, H, W, ROW_STRIDE, COLUMN_STRIDE))
+    else:
+        pixels = load_pixels(planes, y, x, there, H, W, ROW_STRIDE, COLUMN_STRIDE)
+    pixels = weigh_levels(pixels, resize_weights(left, width, S, SP, WP, CUBIC))
+    pixels = weigh_levels(swapped(pixels, HP, SP), resize_weights(top, height, S, SP, HP, CUBIC))  # [4 * columns, rows]
+
+    inside = (tl.arange(0, SP)[:, None] < S) & (tl.arange(0, SP)[None, :] < S)
+    red, green, blue = unstacked(pixels, SP)
+    red, green = tl.minimum(red * brightness, WHITE), tl.minimum(green * brightness, WHITE)
+    blue = tl.minimum(blue * brightness, WHITE)
+    middle = tl.sum(tl.where(inside, luma(red, green, blue), 0.0)) / (S * S)
+    red, green, blue = blend(middle, red, contrast), blend(middle, green, contrast), blend(middle, blue, contrast)
+    light = luma(red, green, blue)
+    red, green, blue = blend(light, red, saturation), blend(light, green, saturation), blend(light, blue, saturation)
+    red, green, blue = shift_hue(red, green, blue, hue)
+    light = luma(red, green, blue)
+    red, green, blue = tl.where(gray > 0, light, red), tl.where(gray > 0, light, green), tl.where(gray > 0, light, blue)
+    pixels = stacked(red, green, blue, SP)
+
+    if WINDOW > 1:
+        if sigma > 0:
+            weights = blur_weights(sigma, S, SP, WINDOW)
+            pixels = weigh(swapped(weigh(pixels, weights), SP, SP), weights)
+        else:
+            pixels = swapped(pixels, SP, SP)
+    else:
+        pixels = swapped(pixels, SP, SP)
+    row = tl.arange(0, 4 * SP)[:, None]
+    channel, y, x = row // SP, row % SP, tl.arange(0, SP)[None, :]
+    inside = (channel < 3) & (y < S) & (x < S)
+    middle = tl.where(channel == 0, tl.load(mean), tl.where(channel == 1, tl.load(mean + 1), tl.load(mean + 2)))
+    deviation = tl.where(channel == 0, tl.load(std), tl.where(channel == 1, tl.load(std + 1), tl.load(std + 2)))
+    pixels = pixels / (WHITE * deviation) - middle / deviation
+    place = views + ((view * S + y) * S + tl.where(flip > 0, S - 1 - x, x)) * 3 + channel
+    tl.store(place, pixels, mask=inside)
+
+
+@triton.jit
+def swapped(planes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[4 * ROWS, COLUMNS] to [4 * COLUMNS, ROWS]."""
+    return tl.reshape(tl.permute(tl.reshape(planes, [4, ROWS, COLUMNS]), [0, 2, 1]), [4 * COLUMNS, ROWS])
+
+
+@triton.jit
+def unstacked(planes, SP: tl.constexpr):
+    """Red, green and blue [SP, SP] of [4 * SP, SP]."""
+    even, odd = tl.split(tl.permute(tl.reshape(planes, [2, 2, SP, SP]), [2, 3, 0, 1]))
+    red, blue = tl.split(even)
+    green, _ = tl.split(odd)
+    return red, green, blue
+
+
+@triton.jit
+def stacked(red, green, blue, SP: tl.constexpr):
+    """The reverse of unstacked."""
+    planes = tl.join(tl.join(red, blue), tl.join(green, green))
+    return tl.reshape(tl.permute(planes, [2, 3, 0, 1]), [4 * SP, SP])
+
+
+@triton.jit
+def halves(x):
+    """fp32 as the sum of two fp16 numbers, to 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def weigh_levels(levels, weights):
+    """The weighted sums of the last dimension, of whole levels, in whole levels."""
+    high, low = halves(weights)
+    exact = levels.to(tl.float16)
+    return to_levels(tl.dot(exact, high, tl.dot(exact, low)))
+
+
+@triton.jit
+def weigh(pixels, weights):
+    """The weighted sums of the last dimension; low times low is below fp32's rounding."""
+    high, low = halves(weights)
+    pixels_high, pixels_low = halves(pixels)
+    return tl.dot(pixels_high, high, tl.dot(pixels_high, low, tl.dot(pixels_low, high)))
+
+
+@triton.jit
+def resize_weights(start, length, S: tl.constexpr, SP: tl.constexpr, SOURCES: tl.constexpr, CUBIC: tl.constexpr):
+    """Weights [SOURCES, SP] of an antialiased resize of `length` pixels from `start` on to S."""
+    source, out = tl.arange(0, SOURCES)[:, None], tl.arange(0, SP)[None, :]
+    scale = length / S
+    x = tl.abs((source - start + 0.5 - (out + 0.5) * scale) / tl.maximum(scale, 1.0))
+    if CUBIC:
+        far = tl.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0.0)
+        weights = tl.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far)
+    else:
+        weights = tl.maximum(1 - x, 0.0)
+    weights = tl.where((source >= start) & (source < start + length), weights, 0.0)
+    total = tl.sum(weights, 0)[None, :]
+    return tl.where(out < S, weights / tl.where(out < S, total, 1.0), 0.0)
+
+
+@triton.jit
+def load_pixels(
+    planes, y, x, there, H: tl.constexpr, W: tl.constexpr, ROW_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr
+):
+    """Bytes as fp32, 0 outside."""
+    inside = there & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    place = planes + y.to(tl.int64) * ROW_STRIDE + x.to(tl.int64) * COLUMN_STRIDE
+    return tl.load(place, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def rotated(
+    planes,
+    y,
+    x,
+    there,
+    radians,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+):
+    """The image turned about its middle, bilinear, black outside."""
+    sine, cosine = sine_and_cosine(radians)
+    from_middle_y, from_middle_x = y + 0.5 - H / 2, x + 0.5 - W / 2
+    source_y = sine * from_middle_x + cosine * from_middle_y + (H / 2 - 0.5)
+    source_x = cosine * from_middle_x - sine * from_middle_y + (W / 2 - 0.5)
+    first_y, first_x = tl.floor(source_y), tl.floor(source_x)
+    down, right = source_y - first_y, source_x - first_x
+    first_y, first_x = first_y.to(tl.int32), first_x.to(tl.int32)
+    there &= (y < H) & (x < W)
+    pixels = tl.zeros(source_y.shape, tl.float32)
+    for below in tl.static_range(2):
+        for beside in tl.static_range(2):
+            share = (down if below else 1 - down) * (right if beside else 1 - right)
+            tap = load_pixels(planes, first_y + below, first_x + beside, there, H, W, ROW_STRIDE, COLUMN_STRIDE)
+            pixels += share * tap
+    return pixels
+
+
+@triton.jit
+def sine_and_cosine(x):
+    """Of x up to pi either way, to 2e-7: tl.sin and tl.cos keep an array for larger numbers, which takes local memory.
+
+    Their series at a quarter of x, then twice sin 2x = 2 sin x cos x and cos 2x = 1 - 2 sin^2 x.
+    """
+    q = x / 4
+    s = q * q
+    sine = q * (1 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s / 362880))))
+    cosine = 1 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s / 3628800))))
+    for _ in tl.static_range(2):
+        sine, cosine = 2 * sine * cosine, 1 - 2 * sine * sine
+    return sine, cosine
+
+
+@triton.jit
+def to_levels(pixels):
+    """Whole numbers from 0 to 255, halves up."""
+    return tl.minimum(tl.maximum(tl.floor(pixels + 0.5), 0.0), WHITE)
+
+
+@triton.jit
+def luma(red, green, blue):
+    return RED * red + GREEN * green + BLUE * blue
+
+
+@triton.jit
+def blend(other, pixels, factor):
+    return tl.minimum(tl.maximum(other + factor * (pixels - other), 0.0), WHITE)
+
+
+@triton.jit
+def shift_hue(red, green, blue, turns):
+    """The formulas of mnclglf_kernels.augment."""
+    least = tl.minimum(tl.minimum(red, green), blue)
+    chroma = tl.maximum(tl.maximum(red, green), blue) - least
+    sixths = 1 + (green + blue - red - least) / tl.maximum(chroma, 1e-6)
+    hue = tl.where(green >= blue, sixths, 6 - sixths) + 6 * turns
+    hue -= 6 * tl.floor(hue / 6)
+    red = least + chroma * ramp(tl.abs(hue - 3) - 1)
+    green = least + chroma * ramp(2 - tl.abs(hue - 2))
+    return red, green, least + chroma * ramp(2 - tl.abs(hue - 4))
+
+
+@triton.jit
+def ramp(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def blur_weights(sigma, S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr):
+    """Weights [SP, SP] of a Gaussian over WINDOW taps, mirrored about the edge pixels."""
+    source, out = tl.arange(0, SP)[:, None], tl.arange(0, SP)[None, :]
+    weights = tl.zeros([SP, SP], tl.float32)
+    total = 0.0
+    for tap in tl.static_range(WINDOW):
+        away = (tap - WINDOW // 2) / sigma
+        weight = tl.exp(-0.5 * away * away)
+        mirrored = tl.abs(out + (tap - WINDOW // 2))
+        mirrored = S - 1 - tl.abs(S - 1 - mirrored)
+        weights += tl.where(mirrored == source, weight, 0.0)
+        total += weight
+    return tl.where((source < S) & (out < S), weights / total, 0.0)
+
+
+def augment_launches(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    views: Tensor,
+    *,
+    cubic: bool,
+    blur_window: int,
+    rotates: bool,
+) -> list[Launch]:
+    """The launch that writes [V * N, 3, S, S] channels_last views of [M, 3, H, W] images of any strides."""
+    (height, width), side = images.shape[2:], views.shape[2]
+    image, channel, down, right = images.stride()
+    padded = [max(16, triton.next_power_of_2(x)) for x in (height, width, side)]
+    arguments = dict(
+        images=images,
+        rows=rows,
+        parameters=parameters,
+        mean=mean,
+        std=std,
+        views=views,
+        N=len(rows),
+        H=height,
+        W=width,
+        S=side,
+        IMAGE_STRIDE=image,
+        CHANNEL_STRIDE=channel,
+        ROW_STRIDE=down,
+        COLUMN_STRIDE=right,
+        CUBIC=cubic,
+        WINDOW=blur_window,
+        ROTATES=rotates,
+        **dict(zip(("HP", "WP", "SP"), padded, strict=True)),
+    )
+    return [Launch(augment_kernel, (len(parameters),), arguments, warps=8 if max(padded) > 32 else 4)]
+
+
+def empty_views(parameters: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    views = torch.empty(len(parameters), side, side, 3, dtype=dtype, device=parameters.device)
+    return views.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("mnclglf::augment", mutates_args=())
+def augment(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    side: int,
+    cubic: bool,
+    blur_window: int,
+    rotates: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[M, 3, H, W] bytes to [V * N, 3, S, S]."""
+    views = empty_views(parameters, side, dtype)
+    given = [x.contiguous() for x in (rows, parameters, mean, std)]
+    launches = augment_launches(images, *given, views, cubic=cubic, blur_window=blur_window, rotates=rotates)
+    run(launches, images.device)
+    return views
+
+
+@augment.register_fake
+def _(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    side: int,
+    cubic: bool,
+    blur_window: int,
+    rotates: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return empty_views(parameters, side, dtype)

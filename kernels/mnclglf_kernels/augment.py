@@ -1,0 +1,217 @@
+"""augment: random views of stored images, from pixels in bytes to what a network eats, in one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnclglf_kernels.backend import Backend, resolve
+
+PARAMETERS: tuple[str, ...] = (
+    "angle",  # of the rotation in degrees, counter-clockwise
+    "top",  # of the crop in pixels
+    "left",
+    "crop_height",
+    "crop_width",
+    "flip",  # 1 where left and right change places
+    "brightness",  # factors, 1 is off
+    "contrast",
+    "saturation",
+    "hue",  # shift in turns of the colour wheel
+    "gray",  # 1 where the colours are dropped
+    "sigma",  # of the blur in pixels, 0 is off
+)
+LARGEST_SIDE = 64  # of images and views: a program of the kernel holds a whole image
+
+_LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+_WHITE = 255.0
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Recipe(NamedTuple):
+    """What is the same for all views of a run."""
+
+    side: int
+    """Of a view in pixels."""
+    cubic: bool = True
+    """Resampling of the crop: Keys' cubic with a = -1/2, else bilinear; both antialiased."""
+    blur_window: int = 5
+    """Taps of the blur, odd; 1 where no view is blurred."""
+    rotates: bool = False
+    """Whether angles are looked at."""
+
+
+def augment(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Views of images, in the order rotation, crop and resize, jitter, gray, flip, blur, normalisation.
+
+    The result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
+    of the resize, end in whole levels; from there on pixels are real numbers, clamped after each change of colour.
+
+    Args:
+        images: [M, 3, H, W] uint8.
+        rows: [N] int64, which images; below M.
+        parameters: [V * N, 12], the columns PARAMETERS, view-major: row v * N + n is view v of image rows[n]. The crop
+            lies within the image. fp32; computed in fp64 where it is fp64 (PyTorch form only).
+        mean: [3], of the images scaled to [0, 1], in the dtype of the parameters.
+        std: [3].
+        recipe: what all views have in common.
+        dtype: of the result.
+        backend: see `resolve`. The Triton form has sides of at most 64.
+
+    Returns:
+        [V * N, 3, side, side], channels_last.
+
+    Raises:
+        ValueError: a shape or a setting does not fit.
+        TypeError: a dtype does not.
+    """
+    _check(images, rows, parameters, mean, std, recipe, dtype)
+    resolved = resolve(backend, images, rows, parameters, mean, std)
+    largest = max(*images.shape[2:], recipe.side)
+    if resolved == "triton" and backend == "triton":
+        if largest > LARGEST_SIDE:
+            raise ValueError(f"a side is {largest}; backend 'triton' augments up to {LARGEST_SIDE}, use 'torch'")
+        if parameters.dtype == torch.float64:
+            raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
+    if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
+        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *recipe, dtype)
+    return _augment(images, rows, parameters, mean, std, recipe, dtype)
+
+
+def _check(
+    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, dtype: torch.dtype
+) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images have shape {tuple(images.shape)}; augment needs [M, 3, H, W]")
+    if images.dtype != torch.uint8 or rows.dtype != torch.int64:
+        raise TypeError(f"images are {images.dtype} and rows {rows.dtype}; augment needs uint8 and int64")
+    count = len(parameters)
+    if rows.dim() != 1 or parameters.shape != (count, len(PARAMETERS)) or count % max(len(rows), 1):
+        raise ValueError(
+            f"rows have shape {tuple(rows.shape)} and parameters {tuple(parameters.shape)}; augment needs [N] and "
+            f"[V * N, {len(PARAMETERS)}]"
+        )
+    if count and not len(rows):
+        raise ValueError(f"there are {count} rows of parameters and no image to make views of")
+    if parameters.dtype not in (torch.float32, torch.float64) or not parameters.dtype == mean.dtype == std.dtype:
+        raise TypeError(
+            f"parameters, mean and std are {parameters.dtype}, {mean.dtype} and {std.dtype}; they must be fp32 alike"
+        )
+    if mean.shape != (3,) or std.shape != (3,):
+        raise ValueError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}; augment needs [3]")
+    window = recipe.blur_window
+    if window < 1 or window % 2 == 0 or window // 2 >= recipe.side:
+        raise ValueError(f"blur_window {window} must be odd and its half less than the side, {recipe.side}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype {dtype} is not floating point; take fp32, fp16 or bf16")
+
+
+def _augment(
+    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, dtype: torch.dtype
+) -> Tensor:
+    """All views at once: resize and blur are products with matrices of weights, [V * N, out, in]."""
+    p = dict(zip(PARAMETERS, parameters[:, :, None, None].unbind(1), strict=True))  # each [V * N, 1, 1]
+    side, work = recipe.side, parameters.dtype
+    pixels = images[rows].to(work).repeat(len(parameters) // max(len(rows), 1), 1, 1, 1)
+    if recipe.rotates:
+        pixels = _to_levels(_rotate(pixels, p["angle"]))
+    across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, recipe.cubic)
+    down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, recipe.cubic)
+    pixels = _to_levels(pixels @ across.mT[:, None])  # across before down, as torchvision's
+    pixels = _to_levels(down[:, None] @ pixels)
+    colours = _change_colours(pixels.unbind(1), p)
+    pixels = torch.where(p["flip"][:, None] > 0, torch.stack(colours, 1).flip(3), torch.stack(colours, 1))
+    if recipe.blur_window > 1:
+        blur = _blur_weights(p["sigma"], side, recipe.blur_window)[:, None]
+        pixels = blur @ pixels @ blur.mT
+    scale, shift = (x.view(3, 1, 1) for x in (1 / (_WHITE * std), mean / std))
+    return (pixels * scale - shift).to(dtype, memory_format=torch.channels_last)
+
+
+def _to_levels(pixels: Tensor) -> Tensor:
+    """Whole numbers from 0 to 255, halves up."""
+    return (pixels + 0.5).floor().clamp(0, _WHITE)
+
+
+def _rotate(pixels: Tensor, angle: Tensor) -> Tensor:
+    """[n, 3, H, W] about their middle by degrees [n, 1, 1], bilinear, black outside."""
+    turn = angle.deg2rad().flatten()
+    cosine, sine, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
+    height, width = pixels.shape[2:]
+    ratio = height / width  # coordinates run from -1 to 1 over either side
+    affine = torch.stack([cosine, -sine * ratio, zero, sine / ratio, cosine, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _resize_weights(start: Tensor, length: Tensor, source: int, side: int, cubic: bool) -> Tensor:
+    """Weights [n, side, source] of an antialiased resize of `length` pixels from `start` on; both [n, 1, 1]."""
+    places = torch.arange(source, dtype=start.dtype, device=start.device)
+    out = torch.arange(side, dtype=start.dtype, device=start.device)[:, None]
+    scale = length / side
+    x = ((places - start + 0.5 - (out + 0.5) * scale) / scale.clamp(min=1)).abs()
+    if cubic:
+        far = torch.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0)
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far)
+    else:
+        weights = (1 - x).clamp(min=0)
+    weights = torch.where((places >= start) & (places < start + length), weights, 0)
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _change_colours(colours: tuple[Tensor, ...], p: dict[str, Tensor]) -> list[Tensor]:
+    """Brightness, contrast, saturation, hue and gray, in this order, of red, green and blue [n, S, S] in levels."""
+    changed = [(x * p["brightness"]).clamp(max=_WHITE) for x in colours]
+    middle = _luma(changed).mean((1, 2), keepdim=True)
+    changed = [torch.lerp(middle, x, p["contrast"]).clamp(0, _WHITE) for x in changed]
+    luma = _luma(changed)
+    changed = [torch.lerp(luma, x, p["saturation"]).clamp(0, _WHITE) for x in changed]
+    changed = _shift_hue(changed, p["hue"])
+    luma = _luma(changed)
+    return [torch.where(p["gray"] > 0, luma, x) for x in changed]
+
+
+def _luma(colours: list[Tensor]) -> Tensor:
+    red, green, blue = colours
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+
+
+def _shift_hue(colours: list[Tensor], turns: Tensor) -> list[Tensor]:
+    """Adds turns to the hue in HSV.
+
+    With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
+    q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green
+    m + C clamp(2 - |h - 2|), blue m + C clamp(2 - |h - 4|).
+    """
+    red, green, blue = colours
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue) - least
+    sixths = 1 + (green + blue - red - least) / chroma.clamp(min=1e-6)
+    hue = torch.where(green >= blue, sixths, 6 - sixths) + 6 * turns
+    hue = hue - 6 * (hue / 6).floor()
+    ramps = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
+    return [least + chroma * ramp.clamp(0, 1) for ramp in ramps]
+
+
+def _blur_weights(sigma: Tensor, side: int, window: int) -> Tensor:
+    """Weights [n, side, side] of a Gaussian [n, 1, 1] over `window` taps, mirrored about the edge pixels."""
+    taps = torch.arange(window, device=sigma.device) - window // 2
+    gauss = torch.where(sigma > 0, torch.exp(-0.5 * (taps / sigma) ** 2), (taps == 0).to(sigma.dtype))
+    gauss = gauss / gauss.sum(2, keepdim=True)  # [n, 1, window]
+    place = torch.arange(side, device=sigma.device)
+    mirrored = (place[:, None] + taps).abs()
+    mirrored = side - 1 - (side - 1 - mirrored).abs()
+    return torch.einsum("nt,otj->noj", gauss[:, 0], F.one_hot(mirrored, side).to(gauss.dtype))
