@@ -1,4 +1,4 @@
-"""The one command: mnclglf train | knn | linear | report."""
+"""The one command: mnclglf train | knn | linear | report | data."""
 
 from __future__ import annotations
 
@@ -86,7 +86,52 @@ class Report:
     """Run directory."""
 
 
-Command = Train | Knn | Linear | Report
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the looks at images have in common."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A data set's name, or folder:PATH."""
+    data_dir: Path | None = None
+    """Folder of the data set's files; None looks in its usual places."""
+    download: bool = False
+    """Fetch the data set where it is missing."""
+    skip_corrupt: bool = False
+    """Leave out image files that cannot be read."""
+    out: Path | None = None
+    """The picture; None is SOURCE-images.png or SOURCE-views.png here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Look):
+    """Sizes, classes and channel statistics of a source, and a picture of some images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views(Look):
+    """The views that each loader makes of some images, side by side, and their patches, as a picture."""
+
+    recipe: str = "paper"
+    """How views are made: paper, simclr, mocov2, byol, linear_train, eval or quick."""
+    side: int | None = None
+    """Side of a view in pixels; None is the images' own, 224 for a folder."""
+    images: int = 6
+    """Images to show."""
+    seed: int = 0
+    """Of the views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Look at a source of images: data inspect SOURCE, data views SOURCE."""
+
+    what: (
+        Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+        | Annotated[Views, tyro.conf.subcommand("views", prefix_name=False)]
+    )
+
+
+Command = Train | Knn | Linear | Report | Data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,6 +160,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Knn, tyro.conf.subcommand("knn")]
         | Annotated[Linear, tyro.conf.subcommand("linear")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
     )
     return tyro.cli(commands, args=[*arguments], prog="mnclglf", description=__doc__, config=MARKERS)
 
@@ -138,6 +184,9 @@ def run(command: Command, console: Console) -> int:
     if isinstance(command, Train) and command.print_config:
         sys.stdout.write(json.dumps(to_dict(command.config), indent=2) + "\n")
         return 0
+    if isinstance(command, Data):
+        look(command.what, console)
+        return 0
     # Imported here, so that --help, --print-config and a wrong option need not wait for it; torch likewise below.
     from mnclglf.reports.html import write_report
 
@@ -153,13 +202,32 @@ def run(command: Command, console: Console) -> int:
     return code
 
 
+def look(command: Inspect | Views, console: Console) -> None:
+    """Looks at a source of images."""
+    from mnclglf.data.datasets import load_dataset
+    from mnclglf.data_cli import inspect_source, show_views
+
+    kind = "views" if isinstance(command, Views) else "images"
+    picture = command.out or Path(f"{short_name(command.source)}-{kind}.png")
+    images = load_dataset(
+        command.source, command.data_dir, download=command.download, skip_corrupt=command.skip_corrupt
+    )
+    if isinstance(command, Views):
+        show_views(
+            images[0], picture, console, command.recipe, side=command.side, count=command.images, seed=command.seed
+        )
+    else:
+        inspect_source(images, picture, console)
+
+
 def train(command: Train, console: Console) -> tuple[Path, int]:
     """Trains; gives the run directory and the exit code."""
     from mnclglf.engine.train import Trainer, TrainingError
     from mnclglf.reports.html import write_report
 
     config = command.config
-    folder = command.out or Path("runs") / f"{config.method}-{config.dataset}-{config.recipe}-seed{config.seed}"
+    dataset = short_name(config.dataset)
+    folder = command.out or Path("runs") / f"{config.method}-{dataset}-{config.recipe}-seed{config.seed}"
     trainer = Trainer(config, folder, resume=command.resume, console=console)
     try:
         stopped = trainer.train()
@@ -170,6 +238,11 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
         return folder, 0
     console.print(f"stopped and saved; the same command with --out {folder} goes on from there", soft_wrap=True)
     return folder, 128 + stopped
+
+
+def short_name(dataset: str) -> str:
+    """The name of a data set as part of a file's: folder:PATH by the last part of the path."""
+    return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
 
 
 def evaluate_run(command: Knn | Linear, console: Console) -> None:
@@ -190,11 +263,22 @@ def evaluate_run(command: Knn | Linear, console: Console) -> None:
     config, method, step = load_trained(command.run, command.checkpoint)
     device = choose_device(replace(config.engine, device=command.device))
     dtype = autocast_dtype(config.engine, device)
-    images, test = load_dataset(config.dataset, command.data_dir or config.data.data_dir, download=config.data.download)
+    images, test = load_dataset(
+        config.dataset,
+        command.data_dir or config.data.data_dir,
+        download=config.data.download,
+        skip_corrupt=config.data.skip_corrupt,
+    )
+    require(images.labelled, f"{images.name} has no labels to evaluate on; give each class a subfolder of its own")
     images, held_out = split_train(images, config.data)
     if command.split == "validation":
         require(len(held_out) > 0, f"{command.run} held no images out; train with --validation-images N to have some")
         test = held_out
+    if test is None:
+        raise ValueError(
+            f"{images.name} has no test images; give the folder subfolders train and val, or train with "
+            "--validation-images N and evaluate with --split validation"
+        )
     side, (mean, std) = view_side(images, config.data.image_size), images.statistics()
 
     def features(encoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

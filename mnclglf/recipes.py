@@ -1,4 +1,4 @@
-"""Named runs: a recipe is a function from method and data set to a RunConfig."""
+"""Named runs: a recipe is a function from method and data set to a RunConfig. Named views: how images become views."""
 
 from __future__ import annotations
 
@@ -15,9 +15,51 @@ from mnclglf.config import (
     RecipeName,
     RunConfig,
     ViewConfig,
+    require,
 )
 
 DIGITS = {"mnist5k", "digits"}  # a flipped digit is another sign
+
+
+_CROPPED = ViewConfig(
+    crop_scale=(0.08, 1.0),
+    interpolation="bilinear",
+    jitter_probability=0.0,
+    gray_probability=0.0,
+    blur_probability=0.0,
+)
+
+VIEWS: dict[str, ViewConfig] = {
+    # The kinds of the paper's section 4.1; it gives no strengths: those of MoCo v2, cubic as in the authors' code.
+    "paper": ViewConfig(),
+    # Chen et al. 2020, appendix B.9 (CIFAR-10): Inception crops, flip, jitter of half strength, gray, no blur.
+    "simclr": ViewConfig(crop_scale=(0.08, 1.0), blur_probability=0.0, interpolation="bilinear"),
+    # He et al. 2020 and Chen et al. 2020 ("Improved baselines"), as in their code's aug_plus.
+    "mocov2": ViewConfig(interpolation="bilinear"),
+    # Grill et al. 2020, table 6, with one distribution for all views: theirs blur the first always, the second one time
+    # in ten, and solarise it one time in five, which is not done here.
+    "byol": ViewConfig(crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=0.55),
+    # The paper's linear evaluation: random resized crop, with torchvision's scales, and flip.
+    "linear_train": _CROPPED,
+    # The whole image.
+    "eval": replace(_CROPPED, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0),
+    # A learnable task for small images and short runs (docs/results.md).
+    "quick": ViewConfig(crop_scale=(0.5, 1.0), interpolation="bilinear", hue=0.0, blur_probability=0.0),
+}
+
+
+def view_of(name: str, dataset: str) -> ViewConfig:
+    """The views of this name for a data set: digits are never flipped, and have no colours.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    require(name in VIEWS, f"recipe {name!r} is none of {', '.join(VIEWS)}")
+    view = VIEWS[name]
+    if dataset not in DIGITS:
+        return view
+    view = replace(view, flip_probability=0.0)
+    return replace(view, rotation_degrees=15.0, gray_probability=0.0, saturation=0.0) if name == "quick" else view
 
 
 def paper(method: MethodName, dataset: str) -> RunConfig:
@@ -25,7 +67,7 @@ def paper(method: MethodName, dataset: str) -> RunConfig:
 
     A folder of images has none, and ImageNet's is taken: side 224, a 7 x 7 stem.
     """
-    view = ViewConfig(flip_probability=0.0 if dataset in DIGITS else 0.5)
+    view = view_of("paper", dataset)
     config = RunConfig(method=method, dataset=dataset, recipe="paper", view=view)
     if not dataset.startswith(FOLDER):
         return config
@@ -37,10 +79,9 @@ def quick(method: MethodName, dataset: str) -> RunConfig:
 
     Temperature, learning rate and jitter were chosen on 800 held-out training images of mnist5k (docs/results.md).
     """
-    view = ViewConfig(crop_scale=(0.5, 1.0), interpolation="bilinear", hue=0.0, blur_probability=0.0)
+    view = view_of("quick", dataset)
     data, epochs = DataConfig(image_size=16, train_images=10_000), 16
     if dataset in DIGITS:
-        view = replace(view, flip_probability=0.0, rotation_degrees=15.0, gray_probability=0.0, saturation=0.0)
         data, epochs = DataConfig(image_size=16), 40
     if dataset == "tinyimagenet" or dataset.startswith(FOLDER):
         data = replace(data, image_size=32, train_images=10_000 if dataset == "tinyimagenet" else None)

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "engine": RUNS,
     "evaluation": RUNS,
     "reports": LEAVES,
-    "cli": RUNS | {"engine", "evaluation", "reports", "recipes"},
+    "cli": RUNS | {"engine", "evaluation", "reports", "recipes", "data_cli"},
+    "data_cli": LEAVES | {"data", "recipes", "reports"},
     "__main__": {"cli"},
     "__init__": {"config"},
 }

@@ -10,18 +10,20 @@ import io
 import math
 import os
 import pickle
+import stat
 import struct
 import tarfile
 import tempfile
+import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_BYTES = 2**30  # of a file read here, unpacked: five times the largest in use
-CIFAR10_SHAPE = (3, 32, 32)
+CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
 
@@ -66,21 +68,27 @@ def _read_idx_shape(file: io.BufferedIOBase | gzip.GzipFile, path: Path) -> tupl
     return struct.unpack(f">{magic[3]}I", sizes)
 
 
-def read_cifar10_binary(path: Path, records: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [records, 32, 32, 3] and labels [records] of a batch file of CIFAR-10's binary version.
+def read_cifar_binary(
+    path: Path, records: int, *, classes: int = 10, label_bytes: int = 1
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [records, 32, 32, 3] and labels [records] of a file of CIFAR's binary version.
 
-    A record is one byte of label and 3,072 of pixels: 1,024 of red row by row, then green, then blue.
+    A record is `label_bytes` of labels, of which the last counts, and 3,072 of pixels: 1,024 of red row by row, then
+    green, then blue.
 
     Raises:
-        DataError: the file is missing, not of exactly this many records, or has a label above 9.
+        DataError: the file is missing, not of exactly this many records, or has a label that is no class.
     """
-    record_bytes = 1 + math.prod(CIFAR10_SHAPE)
+    record_bytes = label_bytes + math.prod(CIFAR_SHAPE)
     data = np.frombuffer(_read_exactly(path, records * record_bytes), np.uint8).reshape(records, record_bytes)
-    return _cifar10_images(data[:, 1:]), _cifar10_labels(data[:, 0].astype(np.int64), path)
+    labels = data[:, label_bytes - 1].astype(np.int64)
+    return _cifar_images(data[:, label_bytes:]), _cifar_labels(labels, classes, path)
 
 
-def read_cifar10_pickle(path: Path, records: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [records, 32, 32, 3] and labels [records] of a batch file of CIFAR-10's Python version.
+def read_cifar_pickle(
+    path: Path, records: int, *, classes: int = 10, key: bytes = b"labels"
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [records, 32, 32, 3] and labels [records], those at `key`, of a file of CIFAR's Python version.
 
     Raises:
         DataError: the file is missing, damaged, holds anything but arrays, bytes and plain containers, or is not of
@@ -89,22 +97,24 @@ def read_cifar10_pickle(path: Path, records: int) -> tuple[NDArray[np.uint8], ND
     batch = read_pickle(path)
     if not isinstance(batch, dict):
         raise damaged(path, f"holds a {type(batch).__name__} where a dict should be")
-    data, labels = batch.get(b"data"), batch.get(b"labels")
-    shape = (records, math.prod(CIFAR10_SHAPE))
+    data, labels = batch.get(b"data"), batch.get(key)
+    shape = (records, math.prod(CIFAR_SHAPE))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != shape:
         raise damaged(path, f"its b'data' is not a uint8 array of shape {shape}")
     if not isinstance(labels, list) or len(labels) != records or not all(type(label) is int for label in labels):
-        raise damaged(path, f"its b'labels' is not a list of {records} integers")
-    return _cifar10_images(data), _cifar10_labels(np.array(labels, dtype=np.int64), path)
+        raise damaged(path, f"its {key} is not a list of {records} integers")
+    if not all(0 <= label < classes for label in labels):
+        raise damaged(path, f"has labels from {min(labels)} to {max(labels)}, outside 0..{classes - 1}")
+    return _cifar_images(data), np.array(labels, dtype=np.int64)
 
 
-def _cifar10_images(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(planes.reshape(-1, *CIFAR10_SHAPE).transpose(0, 2, 3, 1))
+def _cifar_images(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(planes.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1))
 
 
-def _cifar10_labels(labels: NDArray[np.int64], path: Path) -> NDArray[np.int64]:
-    if labels.size and not 0 <= labels.min() <= labels.max() <= 9:
-        raise damaged(path, f"has labels from {labels.min()} to {labels.max()}, outside 0..9")
+def _cifar_labels(labels: NDArray[np.int64], classes: int, path: Path) -> NDArray[np.int64]:
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise damaged(path, f"has labels from {labels.min()} to {labels.max()}, outside 0..{classes - 1}")
     return labels
 
 
@@ -187,34 +197,53 @@ _ADMITTED = {
 }
 
 
-def extract_tar(archive: Path, folder: Path, member: str) -> Path:
-    """Extracts the folder `member` of a tar file into `folder`, whole or not at all, and returns its path.
+def extract(archive: Path, folder: Path, member: str) -> Path:
+    """Extracts the folder `member` of a tar or zip file into `folder`, whole or not at all, and returns its path.
 
     Only plain files and folders are admitted, and none may leave `folder`; nothing keeps an owner or a special mode.
 
     Raises:
         DataError: the archive is damaged, unpacks to too much, holds anything else, or cannot be written out.
     """
+    unpack = _unpack_zip if archive.suffix == ".zip" else _unpack_tar
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{archive.name}.") as temporary:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, members=_plain_members(tar, archive), filter="data")
+            unpack(archive, Path(temporary))
             made = Path(temporary, member)
             if not made.is_dir():
                 raise damaged(archive, f"holds no folder {member}")
             return made.rename(folder / member)
+    except DataError:
+        raise
     except PermissionError as error:
         raise DataError(f"{archive} cannot be extracted into {folder} ({error}); extract it there by hand") from error
-    except (tarfile.TarError, *_GZIP_ERRORS) as error:
-        raise damaged(archive, f"cannot be extracted into {folder} ({error})") from error
+    except Exception as error:  # damaged archives raise anything: TarError, BadZipFile, struct.error, ...
+        raise damaged(archive, f"cannot be extracted into {folder} ({type(error).__name__}: {error})") from error
 
 
-def _plain_members(tar: tarfile.TarFile, archive: Path) -> list[tarfile.TarInfo]:
-    members = tar.getmembers()
-    total = sum(member.size for member in members)
+def _unpack_tar(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+        _check_size(archive, sum(member.size for member in members))
+        for member in members:
+            if not (member.isfile() or member.isdir()):
+                raise damaged(archive, f"holds {member.name}, which is neither a file nor a folder")
+        tar.extractall(folder, members=members, filter="data")
+
+
+def _unpack_zip(archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        _check_size(archive, sum(member.file_size for member in members))
+        for member in members:
+            name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
+            if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
+                raise damaged(archive, f"holds {member.filename}, which points outside")
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise damaged(archive, f"holds {member.filename}, which is neither a file nor a folder")
+        file.extractall(folder)
+
+
+def _check_size(archive: Path, total: int) -> None:
     if total > LARGEST_BYTES:
         raise damaged(archive, f"unpacks to {total:,} bytes, more than {LARGEST_BYTES:,}")
-    for member in members:
-        if not (member.isfile() or member.isdir()):
-            raise damaged(archive, f"holds {member.name}, which is neither a file nor a folder")
-    return members

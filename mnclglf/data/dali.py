@@ -1,6 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
-"""Views made by DALI: one pipeline for the CPU and for the GPU, without randomness or state of its own.
+"""Views made by DALI: one pipeline for the CPU and the GPU, images in memory and in files, without randomness or state
+of its own.
 
 The parameters of each view are inputs, drawn by views.draw_parameters; the operations and their order are those of
 reference.py. Pixels are floats from 0 to 255 after the resize, clamped where torchvision clamps.
@@ -8,28 +9,97 @@ reference.py. Pixels are floats from 0 to 255 after the resize, clamped where to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.math as dmath
 import nvidia.dali.types as types
+import torch
 from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
 from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.views import ViewParameters, blur_kernel_size
+from mnclglf.data.batches import Batch, Loader
+from mnclglf.data.images import ImageArray, ImageFiles
+from mnclglf.data.views import ViewParameters, blur_window
 
 PREFETCH = 2  # batches in the making while one is consumed
 _LUMA = [0.2989, 0.587, 0.114]  # torchvision's weights of red, green and blue
 _WHITE = 255.0
 
 
+class DaliLoader(Loader):
+    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used.
+
+    On a GPU a batch belongs to the stream that is current when it is taken: its memory is used again in that order.
+    """
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        steps = range(start, stop)
+        plan = ((self._rows(step), step // self.steps_per_epoch) for step in steps)
+        with closing(self._made(plan, self._share.stop - self._share.start)) as made:
+            for step, views in zip(steps, made, strict=True):
+                yield self._batch(views, self._rows(step))
+
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        (views,) = self._made(iter([(indices, epoch)]), len(indices))
+        return self._to_device(views, torch.float32)
+
+    def _made(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[list[Tensor]]:
+        """A tensor a view, float32 [N, S, S, 3] in DALI's memory, for each (rows, epoch) of the plan; N <= `most`."""
+        cuda = self._device.type == "cuda"
+        device_id = torch.empty(0, device=self._device).device.index if cuda else None  # plain "cuda" has no index
+        ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not given back
+
+        def source() -> Iterator[list[Any]]:
+            for rows, epoch in plan:
+                ahead.append(rows)
+                drawn = [view_inputs(parameters, self._config) for parameters in self._draw(rows, epoch)]
+                yield [self._read(rows), *(column for view in drawn for column in view)]
+
+        pipeline = view_pipeline(
+            source(),
+            self._config,
+            views=self._views,
+            side=self.side,
+            batch_size=most,
+            threads=self._threads,
+            device_id=device_id,
+            mean=self.mean,
+            std=self.std,
+            files=isinstance(self._images, ImageFiles),
+        )
+        while True:
+            try:
+                # Given the stream that uses it, an output is waited for and freed in that stream's order: no host sync.
+                views = pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
+            except StopIteration:
+                return
+            except RuntimeError:
+                for row in np.concatenate(ahead) if isinstance(self._images, ImageFiles) else ():
+                    self._images.pixels(row)  # raises DataError, which names the file that DALI does not
+                raise
+            ahead.popleft()
+            yield [torch.from_dlpack(view.as_tensor()) for view in views]
+
+    def _read(self, rows: NDArray[np.int64]) -> Any:
+        """What the pipeline is given of these images: their pixels, or where they lie."""
+        if isinstance(self._images, ImageFiles):
+            root, paths = self._images.root, self._images.paths
+            return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
+        assert isinstance(self._images, ImageArray)
+        return self._images.images[rows]
+
+
 def input_names(config: ViewConfig) -> list[str]:
-    """The inputs of a pipeline: only what the config switches on, or DALI would copy the rest in vain."""
-    names = ["image", "start", "shape"]
+    """The inputs of a view: only what the config switches on, or DALI would copy the rest in vain."""
+    names = ["start", "shape"]
     if config.rotation_degrees > 0:
         names += ["angle"]
     if config.flip_probability > 0:
@@ -44,17 +114,9 @@ def input_names(config: ViewConfig) -> list[str]:
     return names
 
 
-def view_inputs(images: NDArray[np.uint8], parameters: ViewParameters, config: ViewConfig) -> list[NDArray[np.generic]]:
-    """The inputs of one batch, in the order of `input_names`.
-
-    Args:
-        images: uint8 [n, H, W, 3], the image of each row of the parameters.
-        parameters: n views.
-        config: what they were drawn with.
-    """
-    p = parameters
+def view_inputs(p: ViewParameters, config: ViewConfig) -> list[NDArray[np.generic]]:
+    """The inputs of one view of a batch, in the order of `input_names`."""
     inputs = p.arrays() | {
-        "image": images,
         "start": np.stack([p.top, p.left], axis=1),
         "shape": np.stack([p.crop_height, p.crop_width], axis=1),
         "flip": p.flip.astype(np.int32),
@@ -65,29 +127,35 @@ def view_inputs(images: NDArray[np.uint8], parameters: ViewParameters, config: V
 
 
 def view_pipeline(
-    source: Iterator[list[NDArray[np.generic]]],
+    source: Iterator[list[Any]],
     config: ViewConfig,
     *,
+    views: int,
     side: int,
     batch_size: int,
     threads: int,
     device_id: int | None,
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
+    files: bool = False,
 ) -> Pipeline:
-    """A pipeline that turns each item of `source` into float32 views [n, side, side, 3], normalised.
+    """A pipeline that turns each item of `source` into as many outputs as there are views, float32 [n, side, side, 3].
 
     Args:
-        source: `view_inputs` of each batch; its end is the pipeline's end.
+        source: of each batch the images, uint8 [n, H, W, 3], or where `files` their paths as bytes, uint8 [length]
+            each; then `view_inputs` of every view. Its end is the pipeline's end.
         config: how views are made.
+        views: of each image; it is read and decoded once.
         side: of a view in pixels.
-        batch_size: most views in an item.
+        batch_size: most images in an item.
         threads: CPU threads.
         device_id: the GPU's number, or None for the CPU.
         mean: [3] of the images scaled to [0, 1].
         std: [3] of the images scaled to [0, 1].
+        files: whether images come as paths.
     """
     names = input_names(config)
+    device = "cpu" if device_id is None else "gpu"
 
     @pipeline_def(
         batch_size=batch_size,
@@ -98,28 +166,49 @@ def view_pipeline(
         enable_conditionals=True,  # a fifth faster on the CPU than doing everything to every view, measured
     )
     def pipeline():
-        layouts = ["HWC" if name == "image" else "" for name in names]
-        values = fn.external_source(source=source, num_outputs=len(names), layout=layouts)
-        given = {name: values[number] for number, name in enumerate(names)}  # the conversion of `if` has no strict zip
-        pixels = given["image"] if device_id is None else given["image"].gpu()
-        pixels = fn.cast(_crop(pixels, given, side, config.interpolation), dtype=types.FLOAT)
-        # DALI's `if` takes the views for which its input is true; where the config has no such input it is not built.
-        if given.get("jitter"):
-            pixels = _jitter(pixels, given)
-        if given.get("gray"):
-            pixels = fn.coord_transform(pixels, M=_LUMA * 3)
-        if given.get("blur"):
-            pixels = fn.gaussian_blur(pixels, sigma=given["sigma"], window_size=blur_kernel_size(side))
-        return fn.crop_mirror_normalize(
-            pixels,
-            mirror=given.get("flip", 0),
-            mean=[_WHITE * float(value) for value in mean],
-            std=[_WHITE * float(value) for value in std],
-            dtype=types.FLOAT,
-            output_layout="HWC",
-        )
+        layouts = ["" if files else "HWC"] + [""] * (views * len(names))
+        images, *values = fn.external_source(source=source, num_outputs=1 + views * len(names), layout=layouts)
+        if files:  # "mixed" decodes on the GPU
+            decoder = "cpu" if device == "cpu" else "mixed"
+            images = fn.decoders.image(fn.io.file.read(images), device=decoder, output_type=types.RGB)
+        elif device == "gpu":
+            images = images.gpu()
+        made = []
+        for view in range(views):
+            given = {name: values[view * len(names) + number] for number, name in enumerate(names)}
+            made.append(_view(images, given, config, side, mean, std))
+        return tuple(made)
 
     return pipeline()
+
+
+def _view(
+    images: Any,
+    given: dict[str, Any],
+    config: ViewConfig,
+    side: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+) -> Any:
+    """One view, float32 [side, side, 3], of uint8 [H, W, 3].
+
+    DALI's `if` takes the images for which its input is true; where the config has no such input it is not built.
+    """
+    pixels = fn.cast(_crop(images, given, side, config.interpolation), dtype=types.FLOAT)
+    if given.get("jitter"):
+        pixels = _jitter(pixels, given)
+    if given.get("gray"):
+        pixels = fn.coord_transform(pixels, M=_LUMA * 3)
+    if given.get("blur"):
+        pixels = fn.gaussian_blur(pixels, sigma=given["sigma"], window_size=blur_window(config, side))
+    return fn.crop_mirror_normalize(
+        pixels,
+        mirror=given.get("flip", 0),
+        mean=[_WHITE * float(value) for value in mean],
+        std=[_WHITE * float(value) for value in std],
+        dtype=types.FLOAT,
+        output_layout="HWC",
+    )
 
 
 def _crop(pixels: Any, given: dict[str, Any], side: int, interpolation: str) -> Any:

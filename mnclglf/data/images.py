@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
@@ -15,6 +17,9 @@ from PIL import Image, ImageOps
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import DataError
 from mnclglf.data.philox import SPLIT_STREAM, permutation
+
+Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
+"""Images: one array [n, H, W, 3], or [H, W, 3] each."""
 
 SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
 _HASHED_IMAGES = 64  # of a fingerprint
@@ -52,6 +57,10 @@ class ImageSet(ABC):
         """Where the images at these row numbers stand in the data set as it was read, before any choice of images."""
         return rows if self.origin is None else self.origin[rows]
 
+    def names(self, rows: NDArray[np.int64]) -> list[str] | list[int]:
+        """What a user finds these images by: their numbers in the data set, or their paths."""
+        return self.published_rows(rows).tolist()
+
     @abstractmethod
     def _picked(self, rows: NDArray[np.int64]) -> Self:
         """A copy with the images at these rows; labels and origin are the caller's."""
@@ -59,6 +68,14 @@ class ImageSet(ABC):
     @abstractmethod
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Heights and widths of these images in pixels, [m] each."""
+
+    @abstractmethod
+    def read(self, rows: NDArray[np.int64]) -> Pixels:
+        """These images, each uint8 [H, W, 3]; one array [m, H, W, 3] where they are in memory.
+
+        Raises:
+            DataError: one of them cannot be read.
+        """
 
     @abstractmethod
     def pixels(self, row: int) -> NDArray[np.uint8]:
@@ -99,6 +116,9 @@ class ImageArray(ImageSet):
         height, width = self.images.shape[1:3]
         return np.full(len(rows), height, np.int32), np.full(len(rows), width, np.int32)
 
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.images[rows]
+
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return self.images[row]
 
@@ -131,6 +151,9 @@ class ImageFiles(ImageSet):
     moments: NDArray[np.float64]
     """[n, 2, 3]: mean of each channel and of its square, of pixels scaled to [0, 1]."""
 
+    def names(self, rows: NDArray[np.int64]) -> list[str]:
+        return [self.paths[row] for row in rows]
+
     def _picked(self, rows: NDArray[np.int64]) -> Self:
         return replace(
             self,
@@ -142,6 +165,10 @@ class ImageFiles(ImageSet):
 
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         return self.heights[rows], self.widths[rows]
+
+    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+            return list(threads.map(self.pixels, rows))
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return read_image(self.root / self.paths[row])
@@ -161,6 +188,11 @@ def _mean_and_deviation(
     """Both [3]; a deviation is at least one level, 1 / 255, so that a constant channel can be divided by it."""
     deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)
+
+
+def to_colour(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[n, H, W] as [n, H, W, 3] with three equal channels."""
+    return np.repeat(gray[..., None], 3, axis=3)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

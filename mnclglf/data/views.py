@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from mnclglf.config import ViewConfig
+from mnclglf.config import ViewConfig, require
+from mnclglf.data.images import Pixels
 from mnclglf.data.philox import philox, uniform
 
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, which then falls back to a central crop
@@ -59,7 +60,13 @@ class ViewParameters:
 
 
 def draw_parameters(
-    seed: int, epoch: int, indices: ArrayLike, view: ArrayLike, config: ViewConfig, height: int, width: int
+    seed: int,
+    epoch: int,
+    indices: ArrayLike,
+    view: ArrayLike,
+    config: ViewConfig,
+    height: ArrayLike,
+    width: ArrayLike,
 ) -> ViewParameters:
     """The random numbers of N views.
 
@@ -69,13 +76,13 @@ def draw_parameters(
         indices: [N] rows of the image set.
         view: which view of the image, one number or one for each index, [N].
         config: the distributions.
-        height: rows of an image in pixels.
-        width: columns of an image in pixels.
+        height: rows of an image in pixels, one number or one for each index, [N].
+        width: columns of an image in pixels, likewise.
     """
     rows, views = np.broadcast_arrays(np.asarray(indices, dtype=np.uint64), np.asarray(view, dtype=np.uint64))
     blocks = np.arange(_WORDS // 4, dtype=np.uint64)[:, None]
     u = uniform(philox((blocks, views, rows, epoch), seed).reshape(_WORDS, -1))  # each row used once, below
-    top, left, crop_height, crop_width = _draw_crop(u[:22], config, height, width)
+    top, left, crop_height, crop_width = _draw_crop(u[:22], config, np.asarray(height), np.asarray(width))
     jitter = u[22] < config.jitter_probability
 
     def factor(row: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
@@ -101,7 +108,9 @@ def _between(u: NDArray[np.float64], low: float, high: float) -> NDArray[np.floa
     return low + (high - low) * u
 
 
-def _draw_crop(u: NDArray[np.float64], config: ViewConfig, height: int, width: int) -> tuple[NDArray[np.int32], ...]:
+def _draw_crop(
+    u: NDArray[np.float64], config: ViewConfig, height: NDArray[np.int_], width: NDArray[np.int_]
+) -> tuple[NDArray[np.int32], ...]:
     """Top, left, height and width of N crops from u [22, N], distributed as RandomResizedCrop.get_params."""
     area = height * width * _between(u[:CROP_ATTEMPTS], *config.crop_scale)
     ratio = np.exp(_between(u[CROP_ATTEMPTS : 2 * CROP_ATTEMPTS], *np.log(config.crop_ratio)))
@@ -118,30 +127,40 @@ def _draw_crop(u: NDArray[np.float64], config: ViewConfig, height: int, width: i
     return tuple(column.astype(np.int32) for column in (top, left, crop_height, crop_width))
 
 
-def _central_crop(config: ViewConfig, height: int, width: int) -> tuple[int, int]:
+def _central_crop(
+    config: ViewConfig, height: NDArray[np.int_], width: NDArray[np.int_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Height and width of the crop that is taken when no attempt fits: the whole image, cut to a ratio in range."""
     low, high = config.crop_ratio
-    if width / height < low:
-        return max(1, round(width / low)), width
-    if width / height > high:
-        return height, max(1, round(height * high))
-    return height, width
+    tall, wide = width / height < low, width / height > high
+    crop_height = np.where(tall, np.maximum(1, np.rint(width / low)), height)
+    return crop_height, np.where(wide, np.maximum(1, np.rint(height * high)), width)
 
 
-def blur_kernel_size(side: int) -> int:
-    """Width of the blur's window in pixels: the odd number nearest side / 10, at least 5."""
-    return max(5, 2 * (side // 20) + 1)
+def blur_window(config: ViewConfig, side: int) -> int:
+    """Width of the blur's window in pixels: the config's, else the odd number nearest side / 10, at least 5.
+
+    Raises:
+        ValueError: half of it is not less than the side, so that it would be mirrored twice.
+    """
+    window = config.blur_kernel or max(5, 2 * (side // 20) + 1)
+    require(window // 2 < side, f"blur_kernel {window} is too wide for views of side {side}; lower it")
+    return window
 
 
 def whole_views(
-    images: NDArray[np.uint8], side: int, mean: NDArray[np.float32], std: NDArray[np.float32], dtype: torch.dtype
+    images: Pixels,
+    side: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The whole images at the size of a view, normalised, without randomness.
+    """The images at the size of a view, normalised, without randomness.
 
     Args:
-        images: uint8 [n, H, W, 3].
-        side: of the result in pixels; images of another size are resized (bicubic, antialiased) without keeping a ratio
-            of height to width other than 1.
+        images: n of uint8 [H, W, 3], of any sizes, or one array [n, H, W, 3].
+        side: of the result in pixels. The shorter side of an image becomes as long (bicubic, antialiased), and of the
+            longer one the middle is taken.
         mean: [3] of the images scaled to [0, 1].
         std: [3] of the images scaled to [0, 1].
         dtype: of the result.
@@ -149,8 +168,19 @@ def whole_views(
     Returns:
         [n, 3, side, side] in channels_last order, on the CPU.
     """
-    pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    if pixels.shape[2:] != (side, side):
-        pixels = F.resize(pixels, [side, side], F.InterpolationMode.BICUBIC, antialias=True)
+    if isinstance(images, np.ndarray):
+        pixels = _fit(torch.tensor(images).permute(0, 3, 1, 2), side)
+    else:
+        pixels = torch.stack([_fit(torch.tensor(image).permute(2, 0, 1), side) for image in images])
     scaled = F.normalize(pixels.float() / 255, mean.tolist(), std.tolist())
     return scaled.to(dtype, memory_format=torch.channels_last)
+
+
+def _fit(pixels: Tensor, side: int) -> Tensor:
+    """[..., H, W] to [..., side, side]."""
+    height, width = pixels.shape[-2:]
+    if min(height, width) != side:
+        shorter = min(height, width)
+        size = [round(height * side / shorter), round(width * side / shorter)]
+        pixels = F.resize(pixels, size, F.InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(pixels, [side, side])

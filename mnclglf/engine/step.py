@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.config import EngineConfig, OptimConfig
-from mnclglf.data.loader import Batch
+from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import Guard
 from mnclglf.methods.method import Losses, Method
 

@@ -6,21 +6,23 @@ import copy
 import json
 import signal
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import RunConfig, from_dict, to_dict
+from mnclglf.data.batches import Batch, Loader, batch_indices
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import split_train, view_side
-from mnclglf.data.loader import Batch, Loader, batch_indices, make_loader
+from mnclglf.data.images import Pixels, split_train, view_side
+from mnclglf.data.loader import make_loader
+from mnclglf.data.views import whole_views
 from mnclglf.engine.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -86,20 +88,24 @@ class Trainer:
         self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
         checkpoint = find_checkpoint(out, resume)
+        saved = None if checkpoint is None else load_checkpoint(checkpoint)
         self.dtype = autocast_dtype(config.engine, self.device)
-        train_images, _ = load_dataset(config.dataset, config.data.data_dir, download=config.data.download)
+        train_images, _ = load_dataset(
+            config.dataset, config.data.data_dir, download=config.data.download, skip_corrupt=config.data.skip_corrupt
+        )
         self.images, _ = split_train(train_images, config.data)
+        self.fingerprint = self.images.fingerprint()
         self.side = view_side(self.images, config.data.image_size)
         self.method = build_method(config, self.dtype).to(self.device).train()
         source = int(max(sides.max() for sides in self.images.sizes(np.arange(len(self.images)))))
         self.method.backends = choose_backends(config, source, self.side, self.dtype, self.device, self.console)
-        self.loader = self._make_loader()
+        self.loader = self._make_loader(saved)
         self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
         self.forward = make_forward(self.method, config.engine)
         self.optimizer = make_optimizer(self.method, config.optim)
         self.guard = Guard(self.device)
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
-        self.start = self._restore(checkpoint)
+        self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:
         """Trains to the end, or to SIGINT or SIGTERM, whose number it gives; a checkpoint holds the state either way.
@@ -110,8 +116,10 @@ class Trainer:
         """
         self._describe()
         total, logged, waited, since = self.schedule.total_steps, self.start, 0.0, time.perf_counter()
+        waiting = Waiting()
+        stopped: int | None = None
         with StopRequest() as stop, RunLog(self.out, start=self.start, total=total, console=self.console) as log:
-            for step, batch, wait in timed(self.loader, self.start, total):
+            for step, batch, wait in waiting.timed(self.loader, self.start, total):
                 losses, gradient_norm = train_step(
                     self.method,
                     self.forward,
@@ -136,12 +144,19 @@ class Trainer:
                     self._check()
                     self._save(done)
                 if stopped:
-                    return stopped
+                    break
+        self._say(waiting.summary())
+        if stopped:
+            return stopped
         if not checkpoint_path(self.checkpoints, total).exists():  # resumed at its end from another directory
             self._save(total)
         return None
 
-    def _make_loader(self) -> Loader:
+    def _make_loader(self, saved: dict[str, Any] | None) -> Loader:
+        """The loader; a run that goes on with "auto" takes the one that it had, whose views are the same to the bit."""
+        backend = self.config.data.loader
+        if backend == "auto" and saved is not None:
+            backend = saved.get("loader", backend)
         return make_loader(
             self.images,
             self.config.view,
@@ -151,15 +166,13 @@ class Trainer:
             seed=self.config.seed,
             dtype=self.dtype,
             device=self.device,
-            backend=self.config.data.loader,
+            backend=backend,
+            augment_backend=self.method.backends.augment,
             threads=self.config.data.loader_threads,
         )
 
-    def _restore(self, checkpoint: Path | None) -> int:
-        """Loads `checkpoint`, if any; gives the steps it has behind it."""
-        if checkpoint is None:
-            return 0
-        state = load_checkpoint(checkpoint)
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> int:
+        """Takes what a checkpoint holds; gives the steps it has behind it."""
         later = [path for step, path in list_checkpoints(self.checkpoints) if step > state["step"]]
         if later:
             raise CheckpointError(
@@ -174,6 +187,11 @@ class Trainer:
             raise CheckpointError(
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
                 "anew in another --out"
+            )
+        if state.get("images", self.fingerprint) != self.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
+                "them); put the old ones back, or start anew in another --out"
             )
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,6 +217,8 @@ class Trainer:
             "config": json.dumps(to_dict(self.config)),
             "method": method,
             "optimizer": self.optimizer.state_dict(),
+            "images": self.fingerprint,
+            "loader": self.loader.name,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -216,19 +236,19 @@ class Trainer:
             self.guard.raise_if_failed()
         except NonFiniteError as error:
             batch = batch_indices(self.config.seed, error.step, len(self.images), self.config.optim.batch_size)
-            rows, path = self.images.published_rows(batch).tolist(), self.out / "nonfinite.json"
-            write_json(path, {"step": error.step + 1, "terms": error.terms, "images": rows})
-            shown = ", ".join(map(str, rows[:8]))
+            names, path = self.images.names(batch), self.out / "nonfinite.json"
+            write_json(path, {"step": error.step + 1, "terms": error.terms, "images": names})
+            shown = ", ".join(map(str, names[:8]))
             raise TrainingError(
                 f"step {error.step + 1}: {', '.join(error.terms)} not finite; the batch holds the data set's images "
-                f"{shown}, ... (all {len(rows)} in {path}). Nothing of it was kept: checkpoints end before this step. "
+                f"{shown}, ... (all {len(names)} in {path}). Nothing of it was kept: checkpoints end before this step. "
                 "Look at these images, or lower --lr or raise --temperature, in another --out"
             ) from error
 
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
         """The figures of the step just done, as plain numbers."""
         agreement = None
-        if losses.neighbors is not None:
+        if losses.neighbors is not None and self.images.labelled:
             agreement = neighbor_agreement(losses.neighbors, batch.indices, self.labels)
         return {
             "step": done,
@@ -244,24 +264,28 @@ class Trainer:
             "queue_fill": self.method.queue_fill(),
         }
 
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def _describe(self) -> None:
         """Writes config.json, environment.json and the report's views; prints what was chosen and how long it takes."""
         self.out.mkdir(parents=True, exist_ok=True)
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed while it saved
             left_over.unlink()
-        loader, dtype = type(self.loader).__name__, str(self.dtype).removeprefix("torch.")
+        loader, dtype = self.loader.name, str(self.dtype).removeprefix("torch.")
         kernels = describe_backends(self.method.backends)
         chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
         views = np.stack([view.cpu().numpy() for view in self.loader.render(pictured, epoch=0)])
-        images, mean, std = self.images.images[pictured], self.loader.mean, self.loader.std
+        mean, std = self.loader.mean, self.loader.std
+        images = originals(self.images.read(pictured), self.side)
         write_atomically(
             self.out / "views.npz", lambda file: np.savez(file, images=images, views=views, mean=mean, std=std)
         )
 
-        say, total = partial(self.console.print, highlight=False, soft_wrap=True), self.schedule.total_steps
+        say, total = self._say, self.schedule.total_steps
         say(
             f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
             f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
@@ -276,13 +300,38 @@ class Trainer:
                 say("the first step compiles the forward, which takes minutes")
 
 
-def timed(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
-    """(step, batch, seconds waited for it) of the global steps from start up to stop."""
-    batches = loader.batches(start, stop)
-    for step in range(start, stop):
-        since = time.perf_counter()
-        batch = next(batches)
-        yield step, batch, time.perf_counter() - since
+class Waiting:
+    """Keeps the time that a run waits for data. The wait for the first batch, which starts the loader, stands apart."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.first = self.later = self.elapsed = 0.0
+        """Seconds: of the first wait, of those after it, and from the first batch to the last look at the clock."""
+
+    def timed(self, loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
+        """(step, batch, seconds waited for it, but 0 for the first) of the global steps from start up to stop."""
+        began, batches = self.clock(), loader.batches(start, stop)
+        for step in range(start, stop):
+            since = self.clock()
+            batch = next(batches)
+            now = self.clock()
+            if step == start:
+                self.first, began, since = now - began, now, now
+            self.later += now - since
+            yield step, batch, now - since
+            self.elapsed = self.clock() - began
+
+    def summary(self) -> str:
+        share = self.later / self.elapsed if self.elapsed else 0.0
+        return f"waited {share:.1%} of the time for data, and {self.first:.1f} s for the first batch"
+
+
+def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
+    """Images for the report, [n, H, W, 3]: as they are where they have one size, else their middles, side x side."""
+    if isinstance(images, np.ndarray):
+        return images
+    pixels = whole_views(images, side, np.zeros(3, np.float32), np.ones(3, np.float32), torch.float32)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def step_seconds(method: Method, batch_size: int, side: int, device: torch.device, dtype: torch.dtype) -> float:

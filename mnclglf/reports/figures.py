@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -156,20 +156,42 @@ def views_picture(
     pixels = np.nan_to_num(pixels).clip(0, 1)
     last = len(pixels) - 1
     columns = ["image", *(f"view {v + 1}" for v in range(last + 1)), "patches of\nview 1"]
-    pictures = [images, *pixels, [divided(image) for image in pixels[0]]]
+    pictures = [list(images), *map(list, pixels), [divided(image) for image in pixels[0]]]
     if last:
         columns.append(f"patches of\nview {last + 1}")
         pictures.append([divided(image) for image in pixels[last]])
-    rows, cell = len(images), 1.3  # inches
-    figure = Figure(figsize=(cell * len(columns), cell * rows + 0.5), facecolor=theme.background)
+    return picture_grid(columns, pictures, theme=theme)
+
+
+def picture_grid(
+    titles: Sequence[str],
+    columns: Sequence[Sequence[NDArray[Any]]],
+    *,
+    heading: str = "",
+    theme: Theme = LIGHT,
+) -> bytes:
+    """Columns of pictures under their titles; small pictures show their pixels.
+
+    Args:
+        titles: of the columns.
+        columns: of pictures [H, W, 3], uint8 or floats in [0, 1].
+        heading: over all.
+        theme: colours.
+    """
+    rows, cell = max(len(column) for column in columns), 1.3  # inches
+    above = 0.5 + (0.3 if heading else 0)
+    height = cell * rows + above
+    figure = Figure(figsize=(cell * len(columns), height), facecolor=theme.background)
     grid = figure.subplots(rows, len(columns), squeeze=False)
-    top = 1 - 0.5 / (cell * rows + 0.5)
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top, wspace=0.08, hspace=0.08)
-    for column, (title, group) in enumerate(zip(columns, pictures, strict=True)):
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=1 - above / height, wspace=0.08, hspace=0.08)
+    if heading:
+        figure.suptitle(heading, color=theme.text, fontsize=10, y=1 - 0.06 / height, va="top")
+    for axis in grid.ravel():
+        axis.set_axis_off()
+    for column, (title, group) in enumerate(zip(titles, columns, strict=True)):
         grid[0, column].set_title(title, color=theme.text, fontsize=9)
         for row, picture in enumerate(group):
-            grid[row, column].imshow(picture, interpolation="nearest")
-            grid[row, column].set_axis_off()
+            grid[row, column].imshow(picture, interpolation="nearest" if picture.shape[0] < 128 else "antialiased")
     return _png(figure)
 
 

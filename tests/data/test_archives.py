@@ -16,9 +16,9 @@ import pytest
 from mnclglf.data import archives
 from mnclglf.data.archives import (
     DataError,
-    extract_tar,
-    read_cifar10_binary,
-    read_cifar10_pickle,
+    extract,
+    read_cifar_binary,
+    read_cifar_pickle,
     read_idx,
     read_pickle,
 )
@@ -120,11 +120,11 @@ def test_cifar10_images_come_back_in_either_form(tmp_path: Path, form: str) -> N
         path.write_bytes(
             b"".join(bytes([label]) + image.tobytes() for image, label in zip(pixels, labels, strict=True))
         )
-        images, found = read_cifar10_binary(path, 6)
+        images, found = read_cifar_binary(path, 6)
     else:
         core = b"numpy._core.multiarray" if form == "numpy2" else b"numpy.core.multiarray"
         path.write_bytes(cifar_pickle(6, python2=form == "python2", core=core))
-        images, found = read_cifar10_pickle(path, 6)
+        images, found = read_cifar_pickle(path, 6)
     assert images.shape == (6, 32, 32, 3)
     assert found.dtype == np.int64
     np.testing.assert_array_equal(found, labels)
@@ -136,12 +136,12 @@ def test_cifar10_images_come_back_in_either_form(tmp_path: Path, form: str) -> N
 def test_cifar10_binary_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
     path = write(tmp_path / "data_batch_1.bin", bytes(size))
     with pytest.raises(DataError, match=f"data_batch_1.bin: has {size:,} bytes where 18,438 are expected"):
-        read_cifar10_binary(path, 6)
+        read_cifar_binary(path, 6)
 
 
 def test_cifar10_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"labels from 10 to 10, outside 0\.\.9"):
-        read_cifar10_binary(write(tmp_path / "batch", bytes([10]) + bytes(3072)), 1)
+        read_cifar_binary(write(tmp_path / "batch", bytes([10]) + bytes(3072)), 1)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_cifar10_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
 )
 def test_cifar10_pickle_of_other_contents_is_refused(tmp_path: Path, batch: object, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        read_cifar10_pickle(write(tmp_path / "data_batch_1", pickle.dumps(batch, protocol=2)), 2)
+        read_cifar_pickle(write(tmp_path / "data_batch_1", pickle.dumps(batch, protocol=2)), 2)
 
 
 class _Calls:
@@ -233,7 +233,7 @@ def link(name: str, target: str, kind: bytes) -> tuple[str, tarfile.TarInfo]:
 
 def test_tar_is_extracted_whole(tmp_path: Path) -> None:
     archive = tar_with(tmp_path / "a.tar.gz", ("batches/one", b"1"), ("batches/two", b"22"))
-    made = extract_tar(archive, tmp_path, "batches")
+    made = extract(archive, tmp_path, "batches")
     assert made == tmp_path / "batches"
     assert {path.name: path.read_bytes() for path in made.iterdir()} == {"one": b"1", "two": b"22"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "batches"]  # no leftovers
@@ -255,7 +255,7 @@ def test_no_member_of_a_tar_may_leave_the_folder(tmp_path: Path, member: tuple[s
     folder.mkdir()
     archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), member)
     with pytest.raises(DataError, match=r"a\.tar\.gz"):
-        extract_tar(archive, folder, "batches")
+        extract(archive, folder, "batches")
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "a.tar.gz"]
 
 
@@ -264,7 +264,7 @@ def test_an_absolute_member_stays_in_the_folder_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), (str(outside), b"x"))
-    extract_tar(archive, folder, "batches")  # the data filter makes such a name relative
+    extract(archive, folder, "batches")  # the data filter makes such a name relative
     assert not outside.exists()
 
 
@@ -274,10 +274,10 @@ def test_a_damaged_or_other_tar_is_refused(tmp_path: Path, monkeypatch: pytest.M
         path = tmp_path / "damaged.tar.gz"
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"damaged\.tar\.gz"):
-            extract_tar(path, tmp_path, "batches")
+            extract(path, tmp_path, "batches")
     with pytest.raises(DataError, match="holds no folder other"):
-        extract_tar(whole, tmp_path, "other")
+        extract(whole, tmp_path, "other")
     monkeypatch.setattr(archives, "LARGEST_BYTES", 10_000)
     with pytest.raises(DataError, match="unpacks to 20,000 bytes, more than 10,000"):
-        extract_tar(whole, tmp_path, "batches")
+        extract(whole, tmp_path, "batches")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.tar.gz", "whole.tar.gz"]

@@ -14,16 +14,12 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import utils
 
-from mnclglf.data import datasets
 from mnclglf.data.archives import DataError
-from mnclglf.data.datasets import (
-    CIFAR10_BINARY,
-    CIFAR10_PYTHON,
-    DEBIAN_FASHION_MNIST,
-    cache_dir,
-    load_dataset,
-)
+from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray
+from mnclglf.data.sources import cache_dir, fashion_mnist
+from mnclglf.data.sources.cifar import Cifar10
+from mnclglf.data.sources.fashion_mnist import DEBIAN
 
 RECORDS = 4  # in each batch file of the small CIFAR-10 below
 
@@ -32,7 +28,7 @@ RECORDS = 4  # in each batch file of the small CIFAR-10 below
 def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of this machine is found or written, and nothing is fetched."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "no-debian-package")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "no-debian-package")
 
     def refuse(url: str, *_: object, **__: object) -> None:
         raise urllib.error.URLError(f"no network in tests: {url}")
@@ -78,9 +74,9 @@ def test_no_image_is_in_both_parts_and_labels_stay_with_images() -> None:
     assert sorted((*row, label) for row, label in zip(whole.tolist(), found, strict=True)) == pairs
 
 
-@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_the_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", DEBIAN_FASHION_MNIST)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", DEBIAN)
     train, test = load_dataset("fashion_mnist")
     assert train.images.shape == (60_000, 28, 28, 3)
     assert test.images.shape == (10_000, 28, 28, 3)
@@ -142,7 +138,7 @@ def test_a_given_folder_is_the_only_one_that_is_looked_in(tmp_path: Path) -> Non
 @pytest.fixture
 def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The pixels [6, RECORDS, 3, 32, 32] of a small CIFAR-10, in which record r of file f has label f + r."""
-    monkeypatch.setattr(datasets, "CIFAR10_RECORDS", RECORDS)
+    monkeypatch.setattr(Cifar10, "records", (RECORDS, RECORDS))
     return np.random.default_rng(0).integers(0, 256, (6, RECORDS, 3, 32, 32), dtype=np.uint8)
 
 
@@ -184,7 +180,7 @@ def test_cifar10_in_a_folder(tmp_path: Path, small_cifar10: np.ndarray, form: st
 def test_cifar10_in_an_archive(
     tmp_path: Path, small_cifar10: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, version = {"bin": ("CIFAR10_BINARY", CIFAR10_BINARY), "py": ("CIFAR10_PYTHON", CIFAR10_PYTHON)}[form]
+    version = Cifar10.forms[form == "py"]
     batches = write_cifar10(tmp_path / "made", form, small_cifar10)
     folder = tmp_path / "data"
     folder.mkdir()
@@ -193,7 +189,7 @@ def test_cifar10_in_an_archive(
     with pytest.raises(DataError, match=f"{version.archive}: has MD5 .* where {version.md5} is published"):
         load_dataset("cifar10", folder)
     md5 = hashlib.md5((folder / version.archive).read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets, name, replace(version, md5=md5))
+    monkeypatch.setattr(Cifar10, "forms", (replace(version, md5=md5),))
     assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)
     (folder / version.archive).unlink()
     assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)  # extracted for good
@@ -221,7 +217,7 @@ def test_cifar10_is_fetched_into_the_cache_once(
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(batches, batches.name)
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets, "CIFAR10_BINARY", replace(CIFAR10_BINARY, md5=md5))
+    monkeypatch.setattr(Cifar10, "forms", (replace(Cifar10.forms[0], md5=md5),))
     fetched: list[tuple[str, str | None]] = []
 
     def fetch(url: str, root: Path, filename: str, md5: str | None = None) -> None:

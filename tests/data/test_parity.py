@@ -178,6 +178,7 @@ def test_the_gpu_pipeline_can_be_described_without_a_gpu() -> None:
         batch_size=8,
         threads=1,
         device_id=0,
+        views=3,
         mean=np.zeros(3, np.float32),
         std=np.ones(3, np.float32),
     )

@@ -10,7 +10,10 @@ from mnclglf.data.reference import render_view
 from mnclglf.data.views import ViewParameters, draw_parameters
 
 SIDE = 16
-OFF = ViewConfig(flip_probability=0, jitter_probability=0, gray_probability=0, blur_probability=0)
+OFF = ViewConfig(
+    interpolation="bilinear", flip_probability=0, jitter_probability=0, gray_probability=0, blur_probability=0
+)
+CUBIC = ViewConfig()
 HALF = np.float32(0.5 / 255)  # half a level
 
 
@@ -26,7 +29,7 @@ def parameters(**changes: object) -> ViewParameters:
 def render(image: np.ndarray, side: int = SIDE, **changes: object) -> np.ndarray:
     """The view as [side, side, 3] in [0, 1]."""
     mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
-    view = render_view(image, parameters(**changes), 0, side=side, interpolation="bilinear", mean=mean, std=std)
+    view = render_view(image, parameters(**changes), 0, side=side, config=OFF, mean=mean, std=std)
     assert view.shape == (3, side, side)
     return view.permute(1, 2, 0).numpy()
 
@@ -104,5 +107,5 @@ def test_blur_is_a_gaussian_of_sigma_pixels_in_a_window_of_five() -> None:
 
 def test_the_last_step_normalises(image: np.ndarray) -> None:
     mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 0.25, 0.125])
-    view = render_view(image, parameters(), 0, side=SIDE, interpolation="bicubic", mean=mean, std=std)
+    view = render_view(image, parameters(), 0, side=SIDE, config=CUBIC, mean=mean, std=std)
     np.testing.assert_allclose(view.permute(1, 2, 0), (image / 255 - mean) / std, atol=1e-5)

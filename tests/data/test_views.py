@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.views import ViewParameters, blur_kernel_size, draw_parameters, whole_views
+from mnclglf.data.views import ViewParameters, blur_window, draw_parameters, whole_views
 
 DRAWS = 20_000
 # Kolmogorov-Smirnov distance that two samples of this size from one distribution pass with probability 1e-6:
@@ -181,7 +181,8 @@ def test_columns_have_their_stated_types() -> None:
     ("side", "kernel"), [(8, 5), (32, 5), (59, 5), (61, 7), (64, 7), (79, 7), (81, 9), (96, 9), (99, 9), (224, 23)]
 )
 def test_blur_kernel_is_the_odd_number_nearest_a_tenth(side: int, kernel: int) -> None:
-    assert blur_kernel_size(side) == kernel
+    assert blur_window(ViewConfig(), side) == kernel
+    assert blur_window(ViewConfig(blur_kernel=3), side) == 3
 
 
 def test_whole_views_normalise_and_keep_the_image() -> None:
@@ -202,5 +203,37 @@ def test_whole_views_resize(shape: tuple[int, int]) -> None:
     assert made.dtype == torch.bfloat16
     assert made.is_contiguous(memory_format=torch.channels_last)
     pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    expected = F.resize(pixels, [12, 12], F.InterpolationMode.BICUBIC, antialias=True) / 255
+    expected = F.resize(pixels, 12, F.InterpolationMode.BICUBIC, antialias=True)  # of the shorter side
+    expected = F.center_crop(expected, [12, 12]) / 255
     torch.testing.assert_close(made.float(), expected, rtol=2**-8, atol=0)  # bfloat16's rounding
+
+
+def test_whole_views_of_images_of_many_sizes() -> None:
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((20, 31), (12, 12), (50, 9), (8, 200))]
+    made = whole_views(images, 12, zero, one, torch.float32)
+    assert made.shape == (4, 3, 12, 12)
+    for view, image in zip(made, images, strict=True):
+        assert torch.equal(view, whole_views(image[None], 12, zero, one, torch.float32)[0])
+    np.testing.assert_allclose(made[1].permute(1, 2, 0).numpy(), images[1] / 255, atol=1e-6)
+
+
+def test_each_image_has_the_crop_of_its_own_size() -> None:
+    heights, widths = np.array([32, 5, 300, 64, 17]), np.array([32, 200, 20, 64, 31])
+    together = draw_parameters(3, 1, np.arange(5), 2, ViewConfig(), heights, widths)
+    for row, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+        alone = draw_parameters(3, 1, [row], 2, ViewConfig(), height, width).arrays()
+        for name, column in together.arrays().items():
+            assert column[row] == alone[name][0], name
+    assert (together.top + together.crop_height <= heights).all()
+    assert (together.left + together.crop_width <= widths).all()
+    assert (together.crop_height >= 1).all()
+    assert (together.crop_width >= 1).all()
+
+
+def test_a_blur_that_is_wider_than_the_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="blur_kernel 33 is too wide for views of side 16"):
+        blur_window(ViewConfig(blur_kernel=33), 16)
+    with pytest.raises(ValueError, match="blur_kernel 4 must be odd"):
+        ViewConfig(blur_kernel=4)

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from mnclglf.cli import parse
 from mnclglf.config import to_dict
-from mnclglf.data.loader import Batch, Loader
+from mnclglf.data.batches import Batch, Loader
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from mnclglf.engine.run import build_method, load_trained
 from mnclglf.engine.train import Trainer, TrainingError, step_seconds
@@ -85,7 +85,7 @@ def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
     assert json.loads((straight / "config.json").read_text()) == json.loads(json.dumps(to_dict(CONFIG)))
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert (environment["loader"], environment["kernels"]) == ("ReferenceLoader", "torch")
+    assert (environment["loader"], environment["kernels"]) == ("reference", "torch")
     assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [10, 12]
     assert list((straight / "tensorboard").iterdir())
     with np.load(straight / "views.npz") as arrays:

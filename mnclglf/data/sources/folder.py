@@ -1,0 +1,228 @@
+"""folder:PATH: a user's own image files, of any size, labelled by subfolder or not."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mnclglf.config import FOLDER
+from mnclglf.data.archives import DataError
+from mnclglf.data.images import ImageFiles, read_image
+from mnclglf.data.sources.source import Request, Source, cache_dir
+from mnclglf.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SMALLEST_SIDE = 8  # pixels
+_NAMED = 5  # corrupt files in a message
+_MANY = 2000  # files that take a while to read
+
+
+class Folder(Source):
+    """The image files below a folder.
+
+    With subfolders train and val (or test) these are the training and the test images, else all are for training. The
+    first level of subfolders names the classes; files without any subfolder have no labels.
+
+    Args:
+        name: folder:PATH.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.root = Path(name.removeprefix(FOLDER)).expanduser()
+
+    def load(self, request: Request) -> tuple[ImageFiles, ImageFiles | None]:
+        if not self.root.is_dir():
+            raise DataError(f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH")
+        parts = [name for name in ("train", "val", "test") if (self.root / name).is_dir()]
+        if "train" not in parts or len(parts) == 1:
+            return self._image_set(self.root, "train", request.skip_corrupt), None
+        if len(parts) == 3:
+            logger.warning("%s has val and test: evaluating on val", self.root)
+        train = self._image_set(self.root / "train", "train", request.skip_corrupt)
+        test = self._image_set(self.root / parts[1], "test", request.skip_corrupt)
+        if train.classes != test.classes:
+            differing = sorted(set(train.classes) ^ set(test.classes))
+            raise DataError(
+                f"{self.root}: train and {parts[1]} have other classes, {', '.join(differing[:_NAMED])}; give both the "
+                "same subfolders"
+            )
+        return train, test
+
+    def _image_set(self, root: Path, split: str, skip_corrupt: bool) -> ImageFiles:
+        paths, labels, classes = find_images(root)
+        found = examine(root, paths)
+        whole = np.array([not entry.problem for entry in found])
+        if not whole.all():
+            _report_corrupt(root, paths, found, skip_corrupt)
+        kept = [number for number in range(len(paths)) if whole[number]]
+        return ImageFiles(
+            name=self.name,
+            split=split,
+            labels=np.array(labels, dtype=np.int64)[kept],
+            classes=classes,
+            root=root.resolve(),
+            paths=tuple(paths[number] for number in kept),
+            heights=np.array([found[number].height for number in kept], dtype=np.int32),
+            widths=np.array([found[number].width for number in kept], dtype=np.int32),
+            moments=np.array([found[number].moments for number in kept], dtype=np.float64).reshape(-1, 2, 3),
+        )
+
+
+def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Paths of the images relative to `root`, their labels, and the classes: none where there are no subfolders.
+
+    Raises:
+        DataError: there is no image, a subfolder has none, or images lie beside subfolders.
+    """
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir()]
+    loose = [path.name for path in entries if _is_image(path)]
+    if not folders:
+        if not loose:
+            raise DataError(f"{root} holds no image; {', '.join(SUFFIXES)} are read")
+        return loose, [-1] * len(loose), ()
+    if loose:
+        raise DataError(
+            f"{root} holds {loose[0]} beside the folder {folders[0].name}: move the images into folders, one a class, "
+            "or the folders away, for images without labels"
+        )
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        inside = sorted(str(path.relative_to(root)) for path in _walk(folder))
+        if not inside:
+            raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)}); fill it or remove it")
+        paths += inside
+        labels += [label] * len(inside)
+    return paths, labels, tuple(folder.name for folder in folders)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The images below a folder, through links, each real folder once: links may form a circle."""
+    seen: set[str] = set()
+    for at, inner, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from (path for path in (Path(at, name) for name in files) if _is_image(path))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one look at a file gave."""
+
+    size: int
+    modified: int
+    height: int = 0
+    width: int = 0
+    moments: tuple[float, ...] = (0.0,) * 6
+    problem: str = ""
+
+
+def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
+    """Every image decoded once: what was seen of a file counts until its size or its time of change is another.
+
+    The findings are kept in `cache_dir("folder")`, in a file of arrays; one that is damaged is made anew.
+    """
+    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
+    index = cache_dir("folder") / f"{key}.npz"
+    known, now = _read_index(index), [_stamp(root / path) for path in paths]
+    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]
+    if len(fresh) > _MANY:
+        logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", root)
+    since = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+        looked = dict(zip(fresh, threads.map(lambda path: _look(root / path), fresh), strict=True))
+    if time.monotonic() - since > 60:
+        logger.warning("read them in %.0f s", time.monotonic() - since)
+    found = [looked.get(path) or known[(path, *stamp)] for path, stamp in zip(paths, now, strict=True)]
+    if fresh or len(known) != len(paths):
+        _write_index(index, paths, found)
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change; zeros where it cannot be asked."""
+    try:
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
+def _look(path: Path) -> Examined:
+    stamp = _stamp(path)
+    try:
+        pixels = read_image(path)
+    except DataError as error:
+        return Examined(*stamp, problem=str(error).removeprefix(f"{path} "))
+    height, width = pixels.shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        return Examined(*stamp, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
+    levels = np.arange(256) / 255
+    shares = np.array(Image.fromarray(pixels).histogram()).reshape(3, 256) / (height * width)
+    return Examined(*stamp, height, width, (*(shares @ levels).tolist(), *(shares @ levels**2).tolist()))
+
+
+def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
+    """A warning that counts them where they may be skipped, else a DataError that names the first."""
+    corrupt = [f"{path} {entry.problem}" for path, entry in zip(paths, found, strict=True) if entry.problem]
+    count = f"{len(corrupt)} of {len(paths)} image files of {root} cannot be used"
+    if not skip:
+        raise DataError(
+            f"{count}: {'; '.join(corrupt[:_NAMED])}{'; ...' if len(corrupt) > _NAMED else ''}. Repair or remove them, "
+            "or leave them out with --skip-corrupt"
+        )
+    if len(corrupt) == len(paths):
+        raise DataError(f"{count}: none is left to train on; the first: {corrupt[0]}")
+    logger.warning("%s and are left out", count)
+
+
+def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) -> None:
+    texts = "\0".join(names), "\0".join(entry.problem.replace("\0", "") for entry in found)
+    named, problems = (np.frombuffer(text.encode(errors="surrogateescape"), np.uint8) for text in texts)
+    numbers = np.array([(x.size, x.modified, x.height, x.width) for x in found], np.int64).reshape(-1, 4)
+    moments = np.array([x.moments for x in found], np.float64).reshape(-1, 6)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = dict(names=named, problems=problems, numbers=numbers, moments=moments)
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    except OSError as error:  # the next run looks again
+        logger.warning("what was seen of the images cannot be kept in %s (%s)", path, error)
+
+
+def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
+    """By path, size and time of change; nothing where there is no index, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, problems = (
+                file[name].tobytes().decode(errors="surrogateescape").split("\0") for name in ("names", "problems")
+            )
+            numbers, moments = file["numbers"].tolist(), file["moments"].tolist()
+        return {
+            (name, size, modified): Examined(size, modified, height, width, tuple(row), problem)
+            for name, problem, (size, modified, height, width), row in zip(
+                names, problems, numbers, moments, strict=True
+            )
+        }
+    except Exception:  # a damaged file makes numpy raise anything
+        return {}

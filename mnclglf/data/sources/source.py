@@ -1,0 +1,85 @@
+"""What a source of images is, and what sources share: where files are looked for, downloads, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnclglf.data.archives import DataError, damaged
+from mnclglf.data.images import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user says of the files."""
+
+    data_dir: Path | None = None
+    """Folder of the files; None looks in the source's usual places."""
+    download: bool = False
+    """Fetch files that are found nowhere."""
+    skip_corrupt: bool = False
+    """Leave out image files that cannot be read."""
+
+
+class Source(ABC):
+    """A data set: where its files are and how they are read."""
+
+    name: str
+    """As --dataset has it."""
+
+    @abstractmethod
+    def load(self, request: Request) -> tuple[ImageSet, ImageSet | None]:
+        """The training images, and the test images where there are any.
+
+        Raises:
+            DataError: files are missing, damaged or cannot be fetched.
+        """
+
+
+def cache_dir(name: str) -> Path:
+    """Where downloads go without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "mnclglf", name)
+
+
+def check_md5(path: Path, expected: str) -> None:
+    """DataError unless the file has this MD5."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    if found != expected:
+        raise damaged(path, f"has MD5 {found} where {expected} is published")
+
+
+def download(urls: Sequence[str], target: Path, md5: str) -> None:
+    """Fetches `target` from the first address that gives a file of this MD5; a file that is there is whole."""
+    from torchvision.datasets import utils
+
+    part = target.with_name(target.name + ".part")
+    problems: list[str] = []
+    for url in urls:
+        try:
+            utils.download_url(url, part.parent, filename=part.name, md5=md5)
+            part.replace(target)
+            return
+        except (OSError, RuntimeError) as error:  # the latter: the MD5 differs
+            part.unlink(missing_ok=True)
+            problems.append(f"{url} ({error})")
+    raise DataError(
+        f"cannot download {target.name}: {'; '.join(problems)}. Try again, or fetch it by hand into {target.parent}"
+    )
+
+
+def missing(title: str, looked_for: str, places: Sequence[Path], *, otherwise: str = "") -> DataError:
+    """The error that says what was looked for, where, and what to do."""
+    where = ", ".join(str(place) for place in places)
+    return DataError(
+        f"{title}'s files are missing: looked for {looked_for} in {where}; give the folder that holds them as "
+        f"--data-dir, or let --download fetch them{otherwise}"
+    )

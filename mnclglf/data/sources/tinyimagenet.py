@@ -1,0 +1,194 @@
+"""TinyImageNet-200: JPEG files, decoded once into an array that is mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnclglf.data.archives import DataError, damaged, extract
+from mnclglf.data.images import ImageArray, read_image
+from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
+from mnclglf.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "tiny-imagenet-200"
+ARCHIVE = "tiny-imagenet-200.zip"
+URL = f"http://cs231n.stanford.edu/{ARCHIVE}"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+SIDE = 64
+_VERIFIED_BYTES = 2**24  # at once
+
+
+class TinyImageNet(Source):
+    """100,000 + 10,000 pictures of 200 classes, 64 x 64; the published validation images are what is tested on.
+
+    A smaller folder of the same form is read as well.
+    """
+
+    name = "tinyimagenet"
+
+    def load(self, request: Request) -> tuple[ImageArray, ImageArray]:
+        folder = request.data_dir or cache_dir(self.name)
+        root = _find(folder)
+        if root is None and request.download:
+            download([URL], folder / ARCHIVE, MD5)
+            root = _find(folder)
+        if root is None:
+            raise missing("TinyImageNet", f"{FOLDER}/ or {ARCHIVE}", [folder])
+        classes = _classes(root)
+        train = [(path, label) for label, wnid in enumerate(classes) for path in _class_files(root, wnid)]
+        names = _class_names(root, classes)
+        return (
+            self._image_set(root, "train", train, names),
+            self._image_set(root, "test", _validation_files(root, classes), names),
+        )
+
+    def _image_set(
+        self, root: Path, split: str, files: Sequence[tuple[Path, int]], classes: tuple[str, ...]
+    ) -> ImageArray:
+        images = decoded(root, split, [path for path, _ in files])
+        labels = np.array([label for _, label in files], dtype=np.int64)
+        return ImageArray(name=self.name, split=split, images=images, labels=labels, classes=classes)
+
+
+def _find(folder: Path) -> Path | None:
+    for root in (folder / FOLDER, folder):
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return root
+    if (folder / ARCHIVE).is_file():
+        check_md5(folder / ARCHIVE, MD5)
+        return extract(folder / ARCHIVE, folder, FOLDER)
+    return None
+
+
+def _classes(root: Path) -> list[str]:
+    """The wnids, sorted: the folders of train/."""
+    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    if not found:
+        raise damaged(root / "train", "holds no folder of a class")
+    return found
+
+
+def _class_files(root: Path, wnid: str) -> list[Path]:
+    folder = root / "train" / wnid / "images"
+    found = sorted(folder.glob("*.JPEG")) if folder.is_dir() else []
+    if not found:
+        raise damaged(folder, "holds no *.JPEG")
+    return found
+
+
+def _class_names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
+    """What words.txt calls the classes, the first of the names; a class that it does not have keeps its wnid."""
+    words: dict[str, str] = {}
+    if (root / "words.txt").is_file():
+        lines = _read_lines(root / "words.txt")
+        words = {key: names.split(",")[0].strip() for key, tab, names in (x.partition("\t") for x in lines) if tab}
+    return tuple(words.get(wnid) or wnid for wnid in wnids)
+
+
+def _validation_files(root: Path, wnids: Sequence[str]) -> list[tuple[Path, int]]:
+    path, labels = root / "val" / "val_annotations.txt", {wnid: label for label, wnid in enumerate(wnids)}
+    found: list[tuple[Path, int]] = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        name, tab, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if not tab or wnid not in labels:
+            raise damaged(path, f"line {number}, {line[:80]!r}, does not name a file and a class of train/")
+        if "/" in name or name.startswith(".") or "\0" in name:
+            raise damaged(path, f"line {number} names the file {name[:80]!r}, which is not one of val/images")
+        found.append((root / "val" / "images" / name, labels[wnid]))
+    if not found:
+        raise damaged(path, "names no image")
+    return sorted(found)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+
+
+def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
+    """The images of these files, uint8 [n, 64, 64, 3], mapped into memory from a file that is made once.
+
+    It lies beside the files, or in `cache_dir` where their folder cannot be written to, with a note of what it was made
+    of and its checksum. Where either does not fit it is made anew.
+    """
+    try:
+        listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except (OSError, ValueError) as error:
+        raise damaged(root, f"lacks an image that it lists ({error})") from error
+    made_of = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    writable = os.access(root, os.W_OK)
+    folder = root if writable else cache_dir("tinyimagenet")
+    array, note = folder / f"decoded-{split}.npy", folder / f"decoded-{split}.json"
+    whole = _mapped(array, note, made_of, len(files))
+    if whole is not None:
+        return whole
+    logger.warning("decoding %s images of TinyImageNet into %s, once", f"{len(files):,}", array)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        checksum = _Checksum()
+        write_atomically(array, lambda file: _write(file, files, checksum))
+        text = json.dumps({"made_of": made_of, "crc32": checksum.value})
+        write_atomically(note, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise DataError(
+            f"{array} cannot be written ({error}); it takes {len(files) * SIDE * SIDE * 3:,} bytes: make room there"
+        ) from error
+    return np.load(array, mmap_mode="c")
+
+
+class _Checksum:
+    """CRC-32 of what passes by."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, data: Any) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
+def _write(file: BinaryIO, files: Sequence[Path], checksum: _Checksum) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), SIDE, SIDE, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+        for pixels in threads.map(_read_square, files):
+            data = pixels.tobytes()
+            checksum.add(data)
+            file.write(data)
+
+
+def _read_square(path: Path) -> NDArray[np.uint8]:
+    pixels = read_image(path)
+    if pixels.shape != (SIDE, SIDE, 3):
+        raise damaged(path, f"is an image of {pixels.shape[0]} x {pixels.shape[1]} where {SIDE} x {SIDE} is expected")
+    return pixels
+
+
+def _mapped(array: Path, note: Path, made_of: str, count: int) -> NDArray[np.uint8] | None:
+    """The array if it is whole and of these files; copies of pages are made where somebody writes."""
+    try:
+        noted = json.loads(note.read_text())
+        images = np.load(array, mmap_mode="c")
+        if images.shape != (count, SIDE, SIDE, 3) or images.dtype != np.uint8 or noted["made_of"] != made_of:
+            return None
+        checksum, flat = _Checksum(), images.reshape(-1)
+        for start in range(0, len(flat), _VERIFIED_BYTES):
+            checksum.add(flat[start : start + _VERIFIED_BYTES])
+        return images if checksum.value == noted["crc32"] else None
+    except Exception:  # not there, or damaged in any way: it is made again
+        return None
