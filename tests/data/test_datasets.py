@@ -14,11 +14,12 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import utils
 
+from mnclglf.config import DATASETS
 from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray
-from mnclglf.data.sources import cache_dir, fashion_mnist
-from mnclglf.data.sources.cifar import Cifar10
+from mnclglf.data.sources import SOURCES, cache_dir, fashion_mnist
+from mnclglf.data.sources.cifar import Cifar10, Cifar100
 from mnclglf.data.sources.fashion_mnist import DEBIAN
 
 RECORDS = 4  # in each batch file of the small CIFAR-10 below
@@ -204,6 +205,77 @@ def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cif
     short.unlink()
     with pytest.raises(DataError, match=r"data_batch_3\.bin: cannot be read"):
         load_dataset("cifar10", tmp_path)
+
+
+# CIFAR-100
+
+
+@pytest.fixture
+def small_cifar100(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Pixels [6, 3, 32, 32]: four to train on, two to test on; the fine label of record r is 90 + r, the coarse one r."""
+    monkeypatch.setattr(Cifar100, "records", (4, 2))
+    return np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+
+
+def write_cifar100(folder: Path, form: str, pixels: np.ndarray) -> Path:
+    made = folder / {"bin": "cifar-100-binary", "py": "cifar-100-python"}[form]
+    made.mkdir(parents=True)
+    for name, rows in (("train", range(4)), ("test", range(4, 6))):
+        if form == "bin":
+            records = [bytes([row, 90 + row]) + pixels[row].tobytes() for row in rows]
+            (made / f"{name}.bin").write_bytes(b"".join(records))
+        else:
+            fine, coarse = [90 + row for row in rows], list(rows)
+            batch = {b"data": pixels[list(rows)].reshape(-1, 3072), b"fine_labels": fine, b"coarse_labels": coarse}
+            (made / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return made
+
+
+@pytest.mark.parametrize("form", ["bin", "py"])
+def test_cifar100_has_fine_labels(tmp_path: Path, small_cifar100: np.ndarray, form: str) -> None:
+    write_cifar100(tmp_path, form, small_cifar100)
+    train, test = load_dataset("cifar100", tmp_path)
+    assert (train.labels.tolist(), test.labels.tolist()) == ([90, 91, 92, 93], [94, 95])
+    assert (len(train.classes), train.classes[0], train.classes[91], train.classes[99]) == (
+        100,
+        "apple",
+        "trout",
+        "worm",
+    )
+    assert list(train.classes) == sorted(train.classes)
+    np.testing.assert_array_equal(train.images, small_cifar100[:4].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(test.images, small_cifar100[4:].transpose(0, 2, 3, 1))
+
+
+def test_cifar100_with_labels_out_of_range_is_refused(tmp_path: Path, small_cifar100: np.ndarray) -> None:
+    made = write_cifar100(tmp_path, "bin", small_cifar100)
+    data = bytearray((made / "train.bin").read_bytes())
+    data[1] = 100
+    (made / "train.bin").write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.bin: has labels from 91 to 100, outside 0\.\.99"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_another_version_is_not_taken_for_it(
+    tmp_path: Path, small_cifar10: np.ndarray, small_cifar100: np.ndarray
+) -> None:
+    write_cifar10(tmp_path, "bin", small_cifar10)
+    with pytest.raises(DataError, match=r"CIFAR-100's files are missing: looked for cifar-100-binary/"):
+        load_dataset("cifar100", tmp_path)
+    made = write_cifar100(tmp_path / "other", "py", small_cifar100)
+    batch = pickle.loads((made / "train").read_bytes())
+    (made / "train").write_bytes(pickle.dumps({b"data": batch[b"data"], b"labels": [0] * 4}, protocol=2))
+    with pytest.raises(DataError, match=r"train: its b'fine_labels' is not a list of 4 integers"):
+        load_dataset("cifar100", tmp_path / "other")
+
+
+def test_the_table_of_sources_is_the_list_of_names() -> None:
+    assert tuple(SOURCES) == DATASETS
+    assert all(source.name == name for name, source in SOURCES.items())
+    with pytest.raises(ValueError, match="dataset 'mnist' is none of mnist5k"):
+        load_dataset("mnist")
+    with pytest.raises(ValueError, match="dataset 'folder:' is none of"):
+        load_dataset("folder:")
 
 
 # downloads, from a stand-in for the network

@@ -1,4 +1,4 @@
-"""DALI's views against torchvision's, image by image, in levels of 1 / 255.
+"""DALI's and the resident loader's views against torchvision's, image by image, in levels of 1 / 255.
 
 After the resize both compute in float32, so a change of colour alone agrees to rounding. Rotation and resize end in
 whole levels, where a last bit makes one level. Two things differ by design and are bounded here: DALI repeats an
@@ -18,6 +18,7 @@ import torch
 from mnclglf.config import ViewConfig
 from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import make_loader
+from mnclglf.recipes import VIEWS
 
 pytest.importorskip("nvidia.dali", reason="the extra dali-cuda13 is not installed")
 from mnclglf.data.dali import view_pipeline
@@ -195,3 +196,39 @@ def test_the_whole_chain_agrees_on_the_gpu(
     difference = (render(images, view, side, "dali", "cuda") - render(images, view, side, "reference")).abs()
     assert difference.mean() < 0.5  # the CPU's 0.3, and room for another order of the sums
     assert difference.mean(dim=(1, 2, 3)).max() < 2
+
+
+# the resident loader, whose resize rounds between its passes and leaves outside pixels out as torchvision's does
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_resident_views_follow_the_resize_exactly(photos: Callable[..., np.ndarray], name: str) -> None:
+    images = photos(32, 32)
+    ours, truth = (render(images, COLOURS[name], 32, backend) for backend in ("resident", "reference"))
+    assert (ours - truth).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", sorted(VIEWS))
+@pytest.mark.parametrize(("size", "side"), [(32, 32), (28, 16), (64, 64)])
+def test_every_named_view_is_the_same_from_every_loader(
+    photos: Callable[..., np.ndarray], size: int, side: int, name: str
+) -> None:
+    images, view = photos(32, size), replace(VIEWS[name], rotation_degrees=10 if name == "quick" else 0)
+    truth = render(images, view, side, "reference")
+    for backend, mean, share in (("resident", 0.1, 0.002), ("dali", 0.3, 0.02)):  # DALI: edges, and no rounding between
+        difference = (render(images, view, side, backend) - truth).abs()
+        assert difference.mean() < mean, backend
+        assert (difference > 3).float().mean() < share, backend  # 3 as above
+        assert difference.mean(dim=(1, 2, 3)).max() < 2, backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "side"), [(32, 32), (32, 16), (64, 64)])
+def test_the_resident_chain_agrees_on_the_gpu(
+    photos: Callable[..., np.ndarray], size: int, side: int, interpolation: str
+) -> None:
+    images, view = photos(48, size), ViewConfig(rotation_degrees=15, interpolation=interpolation)
+    difference = (render(images, view, side, "resident", "cuda") - render(images, view, side, "reference")).abs()
+    assert difference.mean() < 0.1
+    assert (difference > 3).float().mean() < 0.002

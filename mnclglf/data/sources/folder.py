@@ -213,7 +213,7 @@ def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) ->
 def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
     """By path, size and time of change; nothing where there is no index, or a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names, problems = (
                 file[name].tobytes().decode(errors="surrogateescape").split("\0") for name in ("names", "problems")
             )

@@ -1,0 +1,324 @@
+"""folder:PATH: what counts as an image, how it is labelled, what is found out about it, and what is wrong with it."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnclglf.data import images as images_module
+from mnclglf.data.archives import DataError
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import read_image
+from mnclglf.data.sources import cache_dir, folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pixels(height: int = 12, width: int = 15, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write(path: Path, image: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(seed=hash(path.name) % 1000) if image is None else image).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """cats: 2 images, one deeper; dogs: 3; and files that are none."""
+    made = tmp_path / "photos"
+    for name in ("dogs/b.png", "dogs/a.JPG", "dogs/c.webp", "cats/x.jpeg", "cats/2019/y.Png"):
+        write(made / name)
+    (made / "dogs" / "notes.txt").write_text("not an image")
+    (made / "dogs" / ".hidden.png").write_text("nor this")
+    (made / ".git").mkdir()
+    (made / "readme.md").write_text("about")
+    return made
+
+
+def load(root: Path, **options: bool):
+    return load_dataset(f"folder:{root}", **options)
+
+
+def test_subfolders_are_classes(root: Path) -> None:
+    train, test = load(root)
+    assert test is None
+    assert train.classes == ("cats", "dogs")
+    assert train.paths == ("cats/2019/y.Png", "cats/x.jpeg", "dogs/a.JPG", "dogs/b.png", "dogs/c.webp")
+    assert train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert (train.name, train.split, train.labelled, len(train)) == (f"folder:{root}", "train", True, 5)
+    np.testing.assert_array_equal(train.pixels(3), read_image(root / "dogs/b.png"))
+    assert train.names(np.array([4, 0])) == ["dogs/c.webp", "cats/2019/y.Png"]
+
+
+def test_without_subfolders_there_are_no_labels(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png"):
+        write(tmp_path / "flat" / name)
+    train, test = load(tmp_path / "flat")
+    assert (train.paths, train.labels.tolist(), train.classes, train.labelled) == (
+        ("a.png", "b.png"),
+        [-1, -1],
+        (),
+        False,
+    )
+    assert test is None
+
+
+def test_train_and_val_are_a_split(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        for name in ("cats", "dogs"):
+            for number in range(count):
+                write(tmp_path / "split" / part / name / f"{number}.png")
+    train, test = load(tmp_path / "split")
+    assert (len(train), len(test), train.split, test.split) == (6, 4, "train", "test")
+    assert train.classes == test.classes == ("cats", "dogs")
+    assert "evaluating on val" in caplog.text
+    write(tmp_path / "split/val/birds/0.png")
+    with pytest.raises(DataError, match=r"train and val have other classes, birds; give both"):
+        load(tmp_path / "split")
+
+
+def test_sizes_and_statistics_are_those_of_the_pixels(tmp_path: Path) -> None:
+    made = [pixels(8, 40, 1), pixels(31, 9, 2), np.full((10, 10, 3), 7, np.uint8)]
+    for number, image in enumerate(made):
+        write(tmp_path / "flat" / f"{number}.png", image)
+    train, _ = load(tmp_path / "flat")
+    assert [x.tolist() for x in train.sizes(np.arange(3))] == [[8, 31, 10], [40, 9, 10]]
+    mean, std = train.statistics()  # every image counts alike, whatever its size
+    means = np.stack([(image / 255).mean((0, 1)) for image in made])
+    squares = np.stack([((image / 255) ** 2).mean((0, 1)) for image in made])
+    np.testing.assert_allclose(mean, means.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(std, np.sqrt(squares.mean(0) - means.mean(0) ** 2), rtol=1e-5)
+    part = train.subset([2, 2])
+    assert (part.paths, part.heights.tolist()) == (("2.png", "2.png"), [10, 10])
+    np.testing.assert_allclose(part.statistics()[0], [7 / 255] * 3, rtol=1e-5)
+    assert part.published_rows(np.array([0])).tolist() == [2]
+    assert len({train.fingerprint(), part.fingerprint(), train.subset([0, 1, 2]).fingerprint()}) == 2
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reads: list[str] = []
+    read = images_module.read_image
+
+    def counted(path: Path) -> np.ndarray:
+        reads.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(folder, "read_image", counted)
+    return reads
+
+
+def test_a_file_is_looked_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = count_reads(monkeypatch)
+    before, _ = load(root)
+    assert len(reads) == 5
+    reads.clear()
+    again, _ = load(root)
+    assert reads == []
+    assert again.fingerprint() == before.fingerprint()
+    write(root / "dogs/b.png", pixels(20, 20))
+    write(root / "dogs/new.png", pixels(9, 9))
+    changed, _ = load(root)
+    assert sorted(reads) == ["b.png", "new.png"]
+    assert changed.heights[changed.paths.index("dogs/b.png")] == 20
+    assert changed.fingerprint() != before.fingerprint()
+    reads.clear()
+    (root / "dogs/new.png").unlink()
+    assert len(load(root)[0]) == 5
+    assert reads == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", None], ids=["empty", "no zip", "cut"])
+def test_a_damaged_index_is_made_anew(root: Path, damage: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = load(root)
+    (index,) = cache_dir("folder").iterdir()
+    index.write_bytes(index.read_bytes()[:-200] if damage is None else damage)
+    reads = count_reads(monkeypatch)
+    again, _ = load(root)
+    assert len(reads) == 5
+    assert again.fingerprint() == before.fingerprint()
+
+
+def test_an_index_that_cannot_be_kept_is_said_and_no_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, write: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_atomically", full)
+    assert len(load(root)[0]) == 5
+    assert "No space left on device" in caplog.text
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"<html>404</html>"}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+@pytest.mark.parametrize("name", ["dogs/a.JPG", "dogs/b.png", "dogs/c.webp"])
+def test_a_corrupt_image_among_good_ones_is_named_or_left_out(
+    root: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(root / name, how)
+    for _ in range(2):  # the second time from the index
+        with pytest.raises(
+            DataError, match=f"1 of 5 image files of .* cannot be used: {name} cannot be read"
+        ) as raised:
+            load(root)
+        assert "--skip-corrupt" in str(raised.value)
+    train, _ = load(root, skip_corrupt=True)
+    assert len(train) == 4
+    assert name not in train.paths
+    assert train.classes == ("cats", "dogs")
+    assert "1 of 5 image files" in caplog.text
+    write(root / name, pixels())
+    assert len(load(root)[0]) == 5
+
+
+def test_many_corrupt_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    for number in range(9):
+        spoil(write(tmp_path / "flat" / f"{number}.png"), "cut")
+    with pytest.raises(DataError, match=r"9 of 9 .*: 0\.png .*1\.png .*2\.png .*3\.png .*4\.png .*; \.\.\.") as raised:
+        load(tmp_path / "flat")
+    assert "5.png" not in str(raised.value)
+    with pytest.raises(DataError, match="none is left to train on"):
+        load(tmp_path / "flat", skip_corrupt=True)
+
+
+def test_what_is_no_folder_of_images_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent is not a folder; give the folder of your images as folder:PATH"):
+        load(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty holds no image; \.jpg, \.jpeg, \.png, \.webp are read"):
+        load(tmp_path / "empty")
+    (root / "birds").mkdir()
+    with pytest.raises(DataError, match=r"birds holds no image .*; fill it or remove it"):
+        load(root)
+    (root / "birds").rmdir()
+    write(root / "loose.png")
+    with pytest.raises(DataError, match=r"holds loose.png beside the folder cats"):
+        load(root)
+
+
+def test_tiny_and_enormous_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "flat/a.png", pixels(7, 30))
+    with pytest.raises(DataError, match=r"a\.png is 7 x 30 pixels, smaller than 8"):
+        load(tmp_path / "flat")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write(tmp_path / "flat/a.png", pixels(30, 31))
+    with pytest.raises(DataError, match=r"a\.png .*930 pixels"):
+        load(tmp_path / "flat")
+    write(tmp_path / "flat/a.png", pixels(11, 10))  # between the limit and twice the limit, Pillow only warns
+    with pytest.raises(DataError, match=r"a\.png .*110 pixels"):
+        load(tmp_path / "flat")
+
+
+def test_links_are_followed_and_circles_end(root: Path) -> None:
+    (root / "dogs" / "again").symlink_to(root / "dogs")
+    (root / "cats" / "linked.png").symlink_to(root / "dogs" / "b.png")
+    (root / "cats" / "broken.png").symlink_to(root / "nowhere.png")
+    train, _ = load(root)
+    assert train.paths == (
+        "cats/2019/y.Png", "cats/linked.png", "cats/x.jpeg", "dogs/a.JPG", "dogs/b.png", "dogs/c.webp",
+    )  # fmt: skip
+
+
+def test_one_image_and_odd_names(tmp_path: Path) -> None:
+    write(tmp_path / "flat" / "  naïve\n名.png")
+    train, _ = load(tmp_path / "flat")
+    assert (len(train), train.pixels(0).shape) == (1, (12, 15, 3))
+    assert load(tmp_path / "flat")[0].paths == train.paths  # through the index
+
+
+# kinds of images, each against a truth that was made otherwise
+
+
+def png_of_16_bits(path: Path, levels: np.ndarray) -> Path:
+    """A PNG of 16-bit levels [H, W, 3], which Pillow cannot write."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+GRAY = np.arange(180, dtype=np.uint8).reshape(12, 15)
+
+
+def test_gray_becomes_three_equal_channels(tmp_path: Path) -> None:
+    expected = np.stack([GRAY] * 3, axis=2)
+    Image.fromarray(GRAY).save(tmp_path / "l.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "l.png"), expected)
+    Image.fromarray(np.stack([GRAY, GRAY[::-1]], axis=2)).save(tmp_path / "la.png")  # with transparency
+    np.testing.assert_array_equal(read_image(tmp_path / "la.png"), expected)
+    Image.fromarray(GRAY.astype(np.uint16) * 257 + 100).save(tmp_path / "i16.png")  # 257 levels of 16 bits are one of 8
+    np.testing.assert_array_equal(read_image(tmp_path / "i16.png"), expected)
+    Image.fromarray(GRAY > 90).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "bit.png"), np.where(expected > 90, 255, 0))
+
+
+def test_transparency_is_dropped(tmp_path: Path) -> None:
+    image = pixels()
+    alpha = np.dstack([image, GRAY])
+    for name in ("rgba.png", "rgba.webp"):
+        Image.fromarray(alpha).save(tmp_path / name, lossless=True, exact=True)
+        np.testing.assert_array_equal(read_image(tmp_path / name), image)
+
+
+def test_16_bits_a_channel(tmp_path: Path) -> None:
+    image = pixels()
+    path = png_of_16_bits(tmp_path / "rgb16.png", image.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_image(path), image)
+
+
+def test_a_palette(tmp_path: Path) -> None:
+    image = Image.fromarray(GRAY % 4)
+    image.putpalette([10, 20, 30, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "p.png")
+    colours = np.array([[10, 20, 30], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    np.testing.assert_array_equal(read_image(tmp_path / "p.png"), colours[GRAY % 4])
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    ink = np.zeros((16, 16, 4), np.uint8)
+    ink[:8, :, 0], ink[8:, :, 3] = 200, 128  # cyan above, half black below
+    Image.fromarray(ink, mode="CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    found = read_image(tmp_path / "cmyk.jpg").astype(int)
+    assert np.abs(found[2, 2] - [55, 255, 255]).max() <= 3  # red is 255 less the cyan; JPEG is not exact
+    assert np.abs(found[13, 2] - [127, 127, 127]).max() <= 3
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, :16] = 255  # white to the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: to be shown a quarter clockwise
+    Image.fromarray(image).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    found = read_image(tmp_path / "turned.jpg")
+    assert found.shape == (32, 16, 3)
+    assert found[2].mean() > 250 > 5 > found[-3].mean()  # white is up
+
+
+def test_the_log_counts_what_takes_long(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folder, "_MANY", 3)
+    with caplog.at_level(logging.WARNING):
+        load(root)
+    assert "reading 5 image files" in caplog.text

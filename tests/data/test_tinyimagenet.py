@@ -1,0 +1,191 @@
+"""TinyImageNet's format, small: read, decoded once, and what is wrong with a copy of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnclglf.data.archives import DataError
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import read_image
+from mnclglf.data.sources import cache_dir, tinyimagenet
+
+WNIDS = ("n01443537", "n01629819", "n01641577")
+PER_CLASS, VALIDATION = 4, 5
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_image(path: Path, seed: int, *, gray: bool = False, side: int = 64) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    (image.convert("L") if gray else image).save(path, quality=95)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder that holds tiny-imagenet-200/."""
+    root = tmp_path / "data" / "tiny-imagenet-200"
+    for label, wnid in enumerate(WNIDS):
+        for number in range(PER_CLASS):
+            write_image(
+                root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", 10 * label + number, gray=number == 2
+            )
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("0\t0\t63\t63\n")
+    lines = []
+    for number in range(VALIDATION):
+        write_image(root / "val" / "images" / f"val_{number}.JPEG", 100 + number)
+        lines.append(f"val_{number}.JPEG\t{WNIDS[(number + 1) % 3]}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "words.txt").write_text(f"{WNIDS[0]}\tgoldfish, Carassius auratus\n{WNIDS[1]}\tsalamander\nn0\tother\n")
+    return tmp_path / "data"
+
+
+def load(folder: Path):
+    return load_dataset("tinyimagenet", folder)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_images_labels_and_names(data: Path, inside: bool) -> None:
+    root = data / "tiny-imagenet-200"
+    train, test = load(root if inside else data)
+    assert (len(train), len(test), train.split, test.split) == (12, 5, "train", "test")
+    assert train.classes == test.classes == ("goldfish", "salamander", WNIDS[2])
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert test.labels.tolist() == [1, 2, 0, 1, 2]
+    for row, path in (
+        (0, f"train/{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG"),
+        (6, f"train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG"),
+    ):
+        np.testing.assert_array_equal(train.images[row], read_image(root / path))
+    np.testing.assert_array_equal(test.images[3], read_image(root / "val/images/val_3.JPEG"))
+    assert isinstance(train.images, np.memmap)
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reads: list[str] = []
+    read = tinyimagenet.read_image
+    monkeypatch.setattr(tinyimagenet, "read_image", lambda path: (reads.append(path.name), read(path))[1])
+    return reads
+
+
+def test_images_are_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = count_reads(monkeypatch)
+    before, _ = load(data)
+    assert len(reads) == 17
+    reads.clear()
+    again, _ = load(data)
+    assert reads == []
+    np.testing.assert_array_equal(again.images, before.images)
+    write_image(data / "tiny-imagenet-200" / "train" / WNIDS[0] / "images" / "new.JPEG", 7)
+    assert len(load(data)[0]) == 13
+    assert len(reads) == 13  # of train alone
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "no note", "another note", "not json"])
+def test_a_damaged_or_stale_array_is_made_anew(data: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = np.array(load(data)[0].images)
+    array, note = (data / "tiny-imagenet-200" / f"decoded-train.{kind}" for kind in ("npy", "json"))
+    whole = array.read_bytes()
+    if how == "cut":
+        array.write_bytes(whole[:-1])
+    elif how == "flipped":
+        array.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    elif how == "no note":
+        note.unlink()
+    elif how == "another note":
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"made_of": "others"}))
+    else:
+        note.write_text("{")
+    reads = count_reads(monkeypatch)
+    np.testing.assert_array_equal(load(data)[0].images, before)
+    assert len(reads) == 12
+
+
+def test_an_array_is_whole_or_absent(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, and a decoder that stops, half way."""
+    root = data / "tiny-imagenet-200"
+
+    def full(path: Path, count: list[int] = [0]) -> np.ndarray:  # noqa: B006  # counts over calls
+        count[0] += 1
+        if count[0] > 6:
+            raise OSError(28, "No space left on device")
+        return read_image(path)
+
+    monkeypatch.setattr(tinyimagenet, "read_image", full)
+    with pytest.raises(DataError, match=r"decoded-train\.npy cannot be written .*No space left.*147,456 bytes"):
+        load(data)
+    assert not [path.name for path in root.iterdir() if "decoded" in path.name]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+    assert len(load(data)[0]) == 12
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_the_array_in_the_cache(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyimagenet.os, "access", lambda path, mode: False)
+    load(data)
+    assert not list((data / "tiny-imagenet-200").glob("decoded*"))
+    assert (cache_dir("tinyimagenet") / "decoded-train.npy").exists()
+
+
+def test_an_archive_of_the_published_checksum_is_unpacked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = data.parent / "zipped" / tinyimagenet.ARCHIVE
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((data / "tiny-imagenet-200").rglob("*")):
+            file.write(path, path.relative_to(data))
+    with pytest.raises(DataError, match=r"tiny-imagenet-200\.zip: has MD5 .* where 90528d7ca1a48142e341f4ef8d21d0de"):
+        load(archive.parent)
+    monkeypatch.setattr(tinyimagenet, "MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    train, test = load(archive.parent)
+    assert (len(train), len(test)) == (12, 5)
+    archive.unlink()
+    assert len(load(archive.parent)[0]) == 12
+
+
+def test_missing_files_name_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"TinyImageNet's files are missing: .*tiny-imagenet-200\.zip .*--download"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "problem"),
+    [
+        ("val/val_annotations.txt", None, r"val_annotations\.txt: cannot be read"),
+        ("val/val_annotations.txt", b"\xff\xfe", r"val_annotations\.txt: cannot be read"),
+        ("val/val_annotations.txt", b"\n", "names no image"),
+        ("val/val_annotations.txt", b"val_0.JPEG n01443537\n", "line 1, .* does not name a file and a class"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn99999999\t0\n", "line 1, .* does not name a file and a class"),
+        ("val/val_annotations.txt", b"../../secret.JPEG\tn01443537\t0\n", "which is not one of val/images"),
+        ("val/val_annotations.txt", b"val_77.JPEG\tn01443537\t0\n", "lacks an image that it lists .*val_77"),
+        (f"train/{WNIDS[1]}/images/{WNIDS[1]}_1.JPEG", b"\xff\xd8\xff half", "cannot be read as an image"),
+        ("val/images/val_2.JPEG", b"", "val_2.JPEG cannot be read as an image"),
+        ("val/images/val_2.JPEG", None, "lacks an image that it lists .*val_2"),
+    ],
+)
+def test_what_is_wrong_is_named(data: Path, path: str, content: bytes | None, problem: str) -> None:
+    file = data / "tiny-imagenet-200" / path
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        load(data)
+
+
+def test_images_of_another_size_and_empty_classes_are_refused(data: Path) -> None:
+    root = data / "tiny-imagenet-200"
+    write_image(root / "val/images/val_1.JPEG", 0, side=32)
+    with pytest.raises(DataError, match=r"val_1\.JPEG: is an image of 32 x 32 where 64 x 64 is expected"):
+        load(data)
+    (root / "train" / "n09999999").mkdir()
+    with pytest.raises(DataError, match=r"n09999999/images: holds no \*\.JPEG"):
+        load(data)
