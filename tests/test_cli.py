@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mnclglf.cli import Knn, Linear, Train, main, parse
@@ -176,3 +181,94 @@ def test_help_does_not_load_torch() -> None:
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+# data
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes of four images each, to train and to validate on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("cats", "dogs"):
+            for number in range(40):
+                path = tmp_path / "photos" / part / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 4, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+    return tmp_path / "photos"
+
+
+def test_data_inspect_says_what_a_source_holds(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", "folder:photos"]) == 0
+    printed = capsys.readouterr().out
+    assert "folder:photos train: 80 images, 9 to 12 (median 10) high, 16 wide" in printed
+    assert "2 classes: cats 40, dogs 40" in printed
+    assert "folder:photos test: 80 images" in printed
+    with Image.open("folder-photos-images.png") as picture:
+        assert min(picture.size) > 200
+    assert main(["data", "inspect", "digits", "--out", "other.png"]) == 0
+    assert "digits train: 1,447 images, 8 high, 8 wide" in capsys.readouterr().out
+    assert Path("other.png").exists()
+
+
+def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("data views digits --recipe simclr --images 3 --side 10")) == 0
+    printed = capsys.readouterr().out
+    for pair in ("resident and", "reference and") if find_spec("nvidia.dali") else ("reference and resident",):
+        (line,) = [line for line in printed.splitlines() if line.startswith(pair)]
+        assert float(re.search(r": (\S+) levels", line)[1]) < 1
+    with Image.open("digits-views.png") as picture:
+        assert picture.size[0] > picture.size[1]
+    assert main(shlex.split("data views folder:photos --images 2 --side 16")) == 0
+    assert "picture: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("data views digits --recipe fancy", "recipe 'fancy' is none of paper, simclr"),
+        ("data views digits --images 0", "0 images cannot be shown"),
+        ("data views digits --side 9", "side 9 must be even"),
+        ("data inspect mnist", "dataset 'mnist' is none of"),
+        ("data inspect folder:absent", "absent is not a folder"),
+    ],
+)
+def test_wrong_looks_are_named(arguments: str, named: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(arguments)) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = TINY.replace("--dataset digits", "--dataset folder:photos").replace("--train-images 320 ", "")
+    command = command.replace("--validation-images 64", "--validation-images 10")
+    assert main(shlex.split(command)) == 0
+    run = Path("runs/mnclglf-folder-photos-quick-seed0")
+    assert (run / "report.html").exists()
+    assert main(["knn", str(run), "--k", "3"]) == 0
+    assert main(["knn", str(run), "--k", "3", "--split", "validation"]) == 0
+    shutil.rmtree(photos / "val")
+    for path in (photos / "train").rglob("*.png"):
+        path.rename(photos / f"{path.parent.name}{path.name}")
+    shutil.rmtree(photos / "train")
+    capsys.readouterr()
+    assert main(["knn", str(run)]) == 1
+    assert "folder:photos has no labels to evaluate on; give each class a subfolder" in capsys.readouterr().err
+    for path in list(photos.glob("*.png")):
+        (photos / path.name[:4]).mkdir(exist_ok=True)
+        path.rename(photos / path.name[:4] / path.name)
+    assert main(["knn", str(run)]) == 1
+    assert "folder:photos has no test images; give the folder subfolders train and val, or" in capsys.readouterr().err
+
+
+def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "train" / "cats" / "3.png").write_bytes(b"half")
+    command = TINY.replace("--dataset digits", "--dataset folder:photos").replace("--train-images 320 ", "")
+    command = command.replace("--validation-images 64", "--epochs 1")
+    assert main(shlex.split(command)) == 1
+    assert "1 of 80 image files of photos/train cannot be used: cats/3.png" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main([*shlex.split(command), "--skip-corrupt"]) == 0
+    assert "79 images of side 8" in capsys.readouterr().out

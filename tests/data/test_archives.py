@@ -5,8 +5,10 @@ import gzip
 import io
 import os
 import pickle
+import stat
 import struct
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -281,3 +283,65 @@ def test_a_damaged_or_other_tar_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match="unpacks to 20,000 bytes, more than 10,000"):
         extract(whole, tmp_path, "batches")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.tar.gz", "whole.tar.gz"]
+
+
+# zip
+
+
+def zip_with(path: Path, *members: tuple[str, bytes], links: tuple[str, ...] = ()) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members:
+            file.writestr(name, content)
+        for name in links:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            file.writestr(info, "/etc/passwd")
+    return path
+
+
+def test_zip_is_extracted_whole(tmp_path: Path) -> None:
+    archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"), ("made/in/two", b"22"), ("beside", b"x"))
+    made = extract(archive, tmp_path, "made")
+    assert made == tmp_path / "made"
+    assert {str(path.relative_to(made)): path.read_bytes() for path in made.rglob("*") if path.is_file()} == {
+        "one": b"1",
+        "in/two": b"22",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "made"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "made/../../outside", "/tmp/outside", "made\\..\\outside"])
+def test_no_member_of_a_zip_may_point_outside(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    archive = zip_with(folder / "a.zip", ("made/one", b"1"), (name, b"x"))
+    with pytest.raises(DataError, match=r"a\.zip: holds .*outside, which points outside"):
+        extract(archive, folder, "made")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "a.zip"]
+
+
+def test_a_zip_with_a_link_or_a_bomb_or_a_password_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = zip_with(tmp_path / "link.zip", ("made/one", b"1"), links=("made/link",))
+    with pytest.raises(DataError, match="made/link, which is neither a file nor a folder"):
+        extract(linked, tmp_path, "made")
+    bomb = zip_with(tmp_path / "bomb.zip", ("made/one", bytes(50_000)))
+    monkeypatch.setattr(archives, "LARGEST_BYTES", 10_000)
+    with pytest.raises(DataError, match="unpacks to 50,000 bytes, more than 10,000"):
+        extract(bomb, tmp_path, "made")
+    data = bytearray(zip_with(tmp_path / "locked.zip", ("made/one", b"1")).read_bytes())
+    for magic, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(magic) + offset] |= 1  # the flag of encryption
+    (tmp_path / "locked.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"locked\.zip: cannot be extracted .*(?i:password|encrypt)"):
+        extract(tmp_path / "locked.zip", tmp_path, "made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bomb.zip", "link.zip", "locked.zip"]
+
+
+def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its list promises a byte, and its contents are more: no more than a byte comes out, and the checksum differs."""
+    path = zip_with(tmp_path / "lies.zip", ("made/one", bytes(50_000)))
+    data = path.read_bytes().replace(struct.pack("<I", 50_000), struct.pack("<I", 1))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"lies\.zip: cannot be extracted"):
+        extract(path, tmp_path, "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["lies.zip"]

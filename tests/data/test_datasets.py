@@ -212,7 +212,7 @@ def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cif
 
 @pytest.fixture
 def small_cifar100(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Pixels [6, 3, 32, 32]: four to train on, two to test on; the fine label of record r is 90 + r, the coarse one r."""
+    """Pixels [6, 3, 32, 32]: four to train on, two to test on. Record r has fine label 90 + r and coarse label r."""
     monkeypatch.setattr(Cifar100, "records", (4, 2))
     return np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
 

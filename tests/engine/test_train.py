@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
 from mnclglf.cli import parse
 from mnclglf.config import to_dict
 from mnclglf.data.batches import Batch, Loader
-from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.engine.run import build_method, load_trained
-from mnclglf.engine.train import Trainer, TrainingError, step_seconds
+from mnclglf.engine.train import Trainer, TrainingError, Waiting, step_seconds
 from mnclglf.records import read_records
 
 STEPS, PER_EPOCH = 12, 4
@@ -33,6 +36,11 @@ ARGUMENTS = shlex.split(
     "--one-embedding --epochs 3 --batch-size 32 --lr 0.05 --device cpu --log-every 2 --save-every 0.5"
 )
 CONFIG = parse(["train", *ARGUMENTS]).config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def silent() -> Console:
@@ -344,3 +352,100 @@ def test_the_trained_encoder_is_that_of_the_last_step(straight: Path) -> None:
 def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; mnclglf train --out"):
         load_trained(tmp_path)
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_waiting_is_the_time_between_a_step_and_its_batch() -> None:
+    clock = Clock()
+
+    class Slow:
+        def batches(self, start: int, stop: int) -> Iterator[str]:
+            for number in range(start, stop):
+                clock.now += 5.0 if number == start else 0.25
+                yield f"batch {number}"
+
+    waiting, waits = Waiting(clock), []
+    for step, batch, wait in waiting.timed(Slow(), 3, 7):
+        assert batch == f"batch {step}"
+        waits.append(wait)
+        clock.now += 2.0  # the step
+    assert waits == [0.0, 0.25, 0.25, 0.25]
+    assert (waiting.first, waiting.later, waiting.elapsed) == (5.0, 0.75, 8.75)
+    assert waiting.summary() == "waited 8.6% of the time for data, and 5.0 s for the first batch"
+
+
+def test_the_time_waited_for_data_is_said_and_kept(straight: Path, tmp_path: Path) -> None:
+    console = silent()
+    trainer(tmp_path, console=console).train()
+    assert re.search(
+        r"waited \d+\.\d% of the time for data, and \d+\.\d s for the first batch", console.file.getvalue()
+    )
+    assert all(record["data_wait_seconds"] >= 0 for record in read_records(straight / "metrics.jsonl")[0])
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]
+    state = load_checkpoint(path)
+    assert state["images"] == trainer(tmp_path / "other").images.fingerprint()
+    state.pop("step")
+    save_checkpoint(path.parent, STEPS, state | {"images": "of another set"})
+    with pytest.raises(CheckpointError, match=r"was trained on other images than digits now holds \(128 of them\)"):
+        trainer(tmp_path / "run")
+    del state["images"], state["loader"]  # as an earlier version wrote it
+    save_checkpoint(path.parent, STEPS, state)
+    assert trainer(tmp_path / "run").start == STEPS
+
+
+def test_a_run_with_loader_auto_goes_on_with_the_loader_that_it_had(tmp_path: Path) -> None:
+    automatic = dataclasses.replace(CONFIG.data, loader="auto")
+    first = trainer(tmp_path, data=dataclasses.replace(CONFIG.data, loader="resident"))
+    assert first.loader.name == "resident"
+    first.train()
+    assert trainer(tmp_path, data=automatic).loader.name == "resident"
+    assert trainer(tmp_path / "new", data=automatic).loader.name != "resident"
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("loader", ["reference", "auto"])
+def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> None:
+    folder = tmp_path / "photos"
+    for number in range(40):
+        path = folder / (("ab"[number % 2]) if labelled else "") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 11 + number % 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    data = dataclasses.replace(CONFIG.data, train_images=None, loader=loader)
+    changes = dict(dataset=f"folder:{folder}", data=data)
+    run = trainer(tmp_path / "run", **changes)
+    assert run.train() is None
+    records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert len(records) == 2  # 1 step an epoch, 3 epochs
+    assert all((record["neighbor_agreement"] is None) != labelled for record in records)
+    with np.load(tmp_path / "run" / "views.npz") as arrays:
+        assert arrays["images"].shape == (6, 8, 8, 3)
+    broken = trainer(tmp_path / "broken", **changes)
+    broken.loader = LoaderThat(broken.loader, 1, lambda batch: batch.views[1].fill_(torch.nan))
+    with pytest.raises(TrainingError, match=r"the batch holds the data set's images (a/|b/|)\d\d\.png"):
+        broken.train()
+
+
+def test_a_folder_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02}.png")
+    changes = dict(dataset=f"folder:{tmp_path / 'photos'}", data=dataclasses.replace(CONFIG.data, train_images=None))
+    trainer(tmp_path / "run", **changes).train()
+    (tmp_path / "photos" / "07.png").unlink()
+    with pytest.raises(CheckpointError, match="other images"):
+        trainer(tmp_path / "run", **changes)
