@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.side_by_side import timed
 from mnclglf.config import EngineConfig
-from mnclglf.data.loader import Batch
+from mnclglf.data.batches import Batch
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.guard import Guard
 from mnclglf.engine.run import build_method

@@ -254,7 +254,7 @@ def training(**engine: Any) -> Figures:
     from rich.console import Console
 
     from mnclglf.config import EngineConfig
-    from mnclglf.data.loader import Batch
+    from mnclglf.data.batches import Batch
     from mnclglf.engine.device import autocast_dtype
     from mnclglf.engine.guard import Guard
     from mnclglf.engine.kernels import choose_backends, describe_backends

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 LARGEST_BYTES = 2**30  # of a file read here, unpacked: five times the largest in use
 CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
+_PART_BYTES = 2**20
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
 
 
@@ -49,13 +50,22 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             size = math.prod(shape)
             if size > LARGEST_BYTES:
                 raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_BYTES:,}")
-            data = file.read(size + 1)
+            data = _read_at_most(file, size + 1)
     except _GZIP_ERRORS as error:
         raise damaged(path, f"cannot be read ({error})") from error
     if len(data) != size:
         found = "more" if len(data) > size else f"{len(data):,}"
         raise damaged(path, f"its header promises {size:,} bytes and it holds {found}")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_at_most(file: io.BufferedIOBase | gzip.GzipFile, size: int) -> bytes:
+    """`size` bytes, or what there is: in parts, as a read reserves what it is asked for, and a header may lie."""
+    parts: list[bytes] = []
+    while size > 0 and (part := file.read(min(size, _PART_BYTES))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _read_idx_shape(file: io.BufferedIOBase | gzip.GzipFile, path: Path) -> tuple[int, ...]:

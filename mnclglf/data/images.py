@@ -207,7 +207,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would cut them off at 255
                 levels = np.asarray(upright, dtype=np.float64) / 257
                 upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-            return np.asarray(upright.convert("RGB"))
+            return np.array(upright.convert("RGB"))
     except Exception as error:  # a damaged file makes Pillow raise anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 

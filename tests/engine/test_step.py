@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from mnclglf.data.loader import Batch
+from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import Guard
 from mnclglf.engine.step import make_forward, make_optimizer, train_step
 from mnclglf.methods import MNCLGLF

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
-from mnclglf.data.loader import Batch
+from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import Guard, NonFiniteError
 from mnclglf.engine.step import make_optimizer, train_step
 from mnclglf.methods import MNCLGLF
