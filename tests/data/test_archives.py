@@ -8,7 +8,9 @@ import pickle
 import stat
 import struct
 import tarfile
+import tracemalloc
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -203,6 +205,28 @@ def test_plain_arrays_and_scalars_are_admitted(tmp_path: Path) -> None:
         assert found.dtype == array.dtype.newbyteorder("=")  # numpy swaps the bytes as it reads
     assert read[b"b"] == 2.5
     assert read[b"c"] == value[b"c"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # keeps an object at place 2**31: 16 GB of places before it
+        b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",  # a bytearray of 2**40 bytes
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",  # and bytes
+        b"\x80\x02\x8a\xff" + b"x.",
+    ],
+    ids=["memo", "bytearray", "bytes", "long"],
+)
+def test_a_pickle_takes_no_memory_that_it_only_promises(tmp_path: Path, data: bytes) -> None:
+    path = write(tmp_path / "promise.pkl", data)
+    tracemalloc.start()
+    try:
+        with suppress(DataError):
+            read_pickle(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_a_short_or_oversize_pickle_is_refused(tmp_path: Path) -> None:
