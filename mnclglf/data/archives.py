@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -242,13 +242,30 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
 
 
 def _unpack_tar(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as tar:
-        members = tar.getmembers()
-        _check_size(archive, sum(member.size for member in members))
-        for member in members:
+    # Not tarfile's own guess of the compression: xz would reserve what the first bytes of a file say.
+    with (
+        gzip.open(archive) if archive.suffix == ".gz" else archive.open("rb") as file,
+        tarfile.open(fileobj=cast(Any, _InParts(file)), mode="r:") as tar,
+    ):
+        members: list[tarfile.TarInfo] = []
+        total = 0
+        for member in tar:  # checked before the next one is looked for, behind its contents
+            total += member.size
+            _check_size(archive, total)
             if not (member.isfile() or member.isdir()):
                 raise damaged(archive, f"holds {member.name}, which is neither a file nor a folder")
+            members.append(member)
         tar.extractall(folder, members=members, filter="data")
+
+
+class _InParts:
+    """A file that reserves no more than it has, whatever is asked for."""
+
+    def __init__(self, file: io.BufferedIOBase | gzip.GzipFile) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        return _read_at_most(self.file, size)
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:

@@ -294,6 +294,21 @@ def test_an_absolute_member_stays_in_the_folder_too(tmp_path: Path) -> None:
     assert not outside.exists()
 
 
+def test_a_tar_takes_no_memory_that_it_only_promises(tmp_path: Path) -> None:
+    """A name of 8 GB, and the first bytes of an xz file with a dictionary of 4 GB."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**30
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    for name, data in (("a.tar", header + bytes(512)), ("b.tar", b"\x5d\0\0" + b"\xff" * 10 + bytes(100))):
+        (tmp_path / name).write_bytes(data)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=name):
+            extract(tmp_path / name, tmp_path, "made")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**24
+
+
 def test_a_damaged_or_other_tar_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tar_with(tmp_path / "whole.tar.gz", ("batches/one", np.random.default_rng(0).bytes(20_000)))
     for data in (whole.read_bytes()[:-9000], b"not a tar", b""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -149,7 +150,7 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
         raise DataError(
             f"{array} cannot be written ({error}); it takes {len(files) * SIDE * SIDE * 3:,} bytes: make room there"
         ) from error
-    return np.load(array, mmap_mode="c")
+    return _map(array, len(files))
 
 
 class _Checksum:
@@ -163,13 +164,25 @@ class _Checksum:
 
 
 def _write(file: BinaryIO, files: Sequence[Path], checksum: _Checksum) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), SIDE, SIDE, 3)}
-    np.lib.format.write_array_header_1_0(file, header)
+    file.write(_header(len(files)))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
         for pixels in threads.map(_read_square, files):
             data = pixels.tobytes()
             checksum.add(data)
             file.write(data)
+
+
+def _header(count: int) -> bytes:
+    """Of numpy's file of this many images."""
+    stream = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
+    np.lib.format.write_array_header_1_0(stream, description)
+    return stream.getvalue()
+
+
+def _map(array: Path, count: int) -> NDArray[np.uint8]:
+    """The images of the file; copies of pages are made where somebody writes."""
+    return np.memmap(array, np.uint8, mode="c", offset=len(_header(count)), shape=(count, SIDE, SIDE, 3))
 
 
 def _read_square(path: Path) -> NDArray[np.uint8]:
@@ -180,12 +193,15 @@ def _read_square(path: Path) -> NDArray[np.uint8]:
 
 
 def _mapped(array: Path, note: Path, made_of: str, count: int) -> NDArray[np.uint8] | None:
-    """The array if it is whole and of these files; copies of pages are made where somebody writes."""
+    """The array if it is whole and of these files."""
     try:
-        noted = json.loads(note.read_text())
-        images = np.load(array, mmap_mode="c")
-        if images.shape != (count, SIDE, SIDE, 3) or images.dtype != np.uint8 or noted["made_of"] != made_of:
+        noted, header = json.loads(note.read_text()), _header(count)
+        with array.open("rb") as file:
+            as_expected = file.read(len(header)) == header
+        whole = array.stat().st_size == len(header) + count * SIDE * SIDE * 3
+        if not as_expected or not whole or noted["made_of"] != made_of:
             return None
+        images = _map(array, count)
         checksum, flat = _Checksum(), images.reshape(-1)
         for start in range(0, len(flat), _VERIFIED_BYTES):
             checksum.add(flat[start : start + _VERIFIED_BYTES])
