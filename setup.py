@@ -23,6 +23,7 @@ setup(
         "torchvision>=0.29",
         "triton>=3.8; sys_platform == 'linux'",
         "numpy>=2.0",
+        "pillow>=11",
         "scikit-learn>=1.6",
         "mlxtend>=0.24",
         "rich>=14",

@@ -224,7 +224,7 @@ def loaders() -> Figures:
     images, _ = load_dataset("mnist5k", None, download=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = dict(views=3, side=32, batch_size=SIZES.images, seed=0, dtype=torch.bfloat16, device=device, threads=2)
-    steps: dict[LoaderName, int] = {"dali": 12, "reference": 1}
+    steps: dict[LoaderName, int] = {"resident": 12, "dali": 12, "reference": 1}
     figures: Figures = {}
     for backend, count in steps.items():
         batches = make_loader(images, ViewConfig(), backend=backend, **sizes).batches(0, count + 1)

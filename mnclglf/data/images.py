@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +203,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         DataError: it cannot be read to its end.
     """
     try:
-        with Image.open(path) as image:
+        # From memory: a file that is read in place reserves what the length of a chunk in it says, up to 2 GB.
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would cut them off at 255
                 levels = np.asarray(upright, dtype=np.float64) / 257

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import struct
+import tracemalloc
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +224,18 @@ def test_tiny_and_enormous_images_are_refused(tmp_path: Path, monkeypatch: pytes
     write(tmp_path / "flat/a.png", pixels(11, 10))  # between the limit and twice the limit, Pillow only warns
     with pytest.raises(DataError, match=r"a\.png .*110 pixels"):
         load(tmp_path / "flat")
+
+
+def test_an_image_takes_no_memory_that_it_only_promises(tmp_path: Path) -> None:
+    data = bytearray(write(tmp_path / "a.png").read_bytes())
+    data[data.index(b"IDAT") - 4] = 0x40  # of the chunk's length: 1 GB more
+    (tmp_path / "a.png").write_bytes(data)
+    tracemalloc.start()
+    with suppress(DataError):
+        read_image(tmp_path / "a.png")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_links_are_followed_and_circles_end(root: Path) -> None:

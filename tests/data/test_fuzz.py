@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +161,19 @@ sys.addaudithook(listen)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm(place: Path) -> None:
-    """Each reader once: what it imports when it is first used is code, of its own."""
+def warm(place: Path) -> Iterator[None]:
+    """Each reader once: what it imports when it is first used is code, of its own.
+
+    Pillow's limit of pixels, which a user's photographs may come near, is lowered: an image takes what its header says.
+    """
     Image.init()
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2**20
     for whole, file_name, read in READERS.values():
         (place / "inside" / file_name).write_bytes(whole)
         read(place / "inside" / file_name)
         shutil.rmtree(place / "inside" / "made", ignore_errors=True)
+    yield
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 def check(name: str, data: bytes, place: Path) -> None:
