@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from mnclglf.config import DATASETS, FOLDER, Device, MethodName, RecipeName, RunConfig, require, to_dict
-from mnclglf.recipes import RECIPES
+from mnclglf.recipes import RECIPES, view_of
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 Run = Annotated[Path, tyro.conf.Positional]
@@ -209,6 +209,10 @@ def look(command: Inspect | Views, console: Console) -> None:
 
     kind = "views" if isinstance(command, Views) else "images"
     picture = command.out or Path(f"{short_name(command.source)}-{kind}.png")
+    require(picture.suffix == ".png", f"--out {picture} must end in .png, which is what is written")
+    require(picture.parent.is_dir(), f"--out {picture}: there is no folder {picture.parent}; make it first")
+    if isinstance(command, Views):
+        view_of(command.recipe, command.source)  # raises before anything is loaded
     images = load_dataset(
         command.source, command.data_dir, download=command.download, skip_corrupt=command.skip_corrupt
     )
@@ -225,7 +229,7 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
     from mnclglf.engine.train import Trainer, TrainingError
     from mnclglf.reports.html import write_report
 
-    config = command.config
+    config = resolved(command.config)
     dataset = short_name(config.dataset)
     folder = command.out or Path("runs") / f"{config.method}-{dataset}-{config.recipe}-seed{config.seed}"
     trainer = Trainer(config, folder, resume=command.resume, console=console)
@@ -238,6 +242,14 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
         return folder, 0
     console.print(f"stopped and saved; the same command with --out {folder} goes on from there", soft_wrap=True)
     return folder, 128 + stopped
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """With the whole path of a folder of images, so that the run can be evaluated from anywhere."""
+    if not config.dataset.startswith(FOLDER):
+        return config
+    path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
+    return replace(config, dataset=f"{FOLDER}{path}")
 
 
 def short_name(dataset: str) -> str:

@@ -250,7 +250,8 @@ class RunConfig:
     """mnist5k, digits, fashion_mnist, cifar10, cifar100, tinyimagenet, or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
-    """Weights, views, order of the images: the same seed gives the same run."""
+    """Weights, views, order of the images: the same seed gives the same run. (Two loaders differ by levels of 255 in
+    some pixels, and on a GPU --loader auto takes the faster one.)"""
     data: DataConfig = field(default_factory=DataConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

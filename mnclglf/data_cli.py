@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mnclglf.config import LoaderName, require
+from mnclglf.data.archives import DataError
 from mnclglf.data.batches import Loader
 from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import make_loader
@@ -96,11 +97,11 @@ def show_views(
     for name in (name for name in get_args(LoaderName) if name != "auto"):
         try:
             loader = make_loader(images, view, backend=name, device=torch.device("cpu"), **settings)
-        except ImportError as error:
+            if loader.name == name:  # else it went to another, and said why
+                made[name] = in_unit(loader, loader.render(shown, epoch=0))
+        except (ImportError, RuntimeError, DataError) as error:
             say(f"left out: {name}: {error}")
-            continue
-        if loader.name == name:  # else it went to another, and said why
-            made[name] = in_unit(loader, loader.render(shown, epoch=0))
+    require(bool(made), f"no loader can make views of {images.name}; the reasons are above")
     first, *others = made
     for other in others:
         difference = 255 * np.abs(made[other] - made[first])

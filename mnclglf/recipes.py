@@ -41,7 +41,7 @@ VIEWS: dict[str, ViewConfig] = {
     "byol": ViewConfig(crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=0.55),
     # The paper's linear evaluation: random resized crop, with torchvision's scales, and flip.
     "linear_train": _CROPPED,
-    # The whole image.
+    # The whole image; of one that is not square the middle.
     "eval": replace(_CROPPED, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0),
     # A learnable task for small images and short runs (docs/results.md).
     "quick": ViewConfig(crop_scale=(0.5, 1.0), interpolation="bilinear", hue=0.0, blur_probability=0.0),

@@ -16,14 +16,16 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from mnclglf import cli
 from mnclglf.cli import Knn, Linear, Train, main, parse
 from mnclglf.config import from_dict
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.engine.run import build_method, load_trained
-from mnclglf.recipes import paper, quick
+from mnclglf.recipes import VIEWS, paper, quick
 
+RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
 TINY = (
     "train --dataset digits --recipe quick --image-size 8 --train-images 320 --width 2 --projector-width 16 "
     "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64 "
@@ -234,6 +236,9 @@ def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFix
         ("data views digits --side 9", "side 9 must be even"),
         ("data inspect mnist", "dataset 'mnist' is none of"),
         ("data inspect folder:absent", "absent is not a folder"),
+        ("data inspect digits --out nowhere/x.png", "there is no folder nowhere"),
+        ("data inspect digits --out x.jpg", "must end in .png"),
+        ("data views digits --side 2", "blur_kernel 5 is too wide for views of side 2"),
     ],
 )
 def test_wrong_looks_are_named(arguments: str, named: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,12 +260,12 @@ def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.Captu
     shutil.rmtree(photos / "train")
     capsys.readouterr()
     assert main(["knn", str(run)]) == 1
-    assert "folder:photos has no labels to evaluate on; give each class a subfolder" in capsys.readouterr().err
+    assert "photos has no labels to evaluate on; give each class a subfolder" in capsys.readouterr().err
     for path in list(photos.glob("*.png")):
         (photos / path.name[:4]).mkdir(exist_ok=True)
         path.rename(photos / path.name[:4] / path.name)
     assert main(["knn", str(run)]) == 1
-    assert "folder:photos has no test images; give the folder subfolders train and val, or" in capsys.readouterr().err
+    assert "photos has no test images; give the folder subfolders train and val, or" in capsys.readouterr().err
 
 
 def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +273,11 @@ def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.
     command = TINY.replace("--dataset digits", "--dataset folder:photos").replace("--train-images 320 ", "")
     command = command.replace("--validation-images 64", "--epochs 1")
     assert main(shlex.split(command)) == 1
-    assert "1 of 80 image files of photos/train cannot be used: cats/3.png" in capsys.readouterr().err
+    assert "photos/train cannot be used: cats/3.png" in capsys.readouterr().err
     assert not Path("runs").exists()
     assert main([*shlex.split(command), "--skip-corrupt"]) == 0
     assert "79 images of side 8" in capsys.readouterr().out
+
+
+def test_the_help_names_every_recipe_of_views() -> None:
+    assert set(re.findall(r"[a-z_0-9]+", RECIPE_HELP.partition(": ")[2])) - {"or"} == set(VIEWS)

@@ -6,7 +6,7 @@ is what the run needs anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import comb
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ def failures(
     device: torch.device,
     *,
     one_embedding: bool = False,
+    operators: Sequence[Operator] = OPERATORS,
 ) -> dict[Operator, str]:
     """What went wrong with the Triton kernels of each operator; operators in order are not in it.
 
@@ -55,6 +56,7 @@ def failures(
         queue_dtype: of the queue's rows.
         device: where to run.
         one_embedding: whether one of the S combinations is contrasted, not all.
+        operators: those that the run uses.
 
     Raises:
         torch.OutOfMemoryError: the run does not fit this device, which says nothing of the kernels.
@@ -62,7 +64,7 @@ def failures(
     """
     found: dict[Operator, str] = {}
     run = Run(sizes, dtype, queue_dtype, 1 if one_embedding else comb(4, sizes.k), device, torch.Generator())
-    for name in OPERATORS:
+    for name in operators:
         run.generator.manual_seed(0)
         try:
             problem = CHECKS[name](run)

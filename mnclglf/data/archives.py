@@ -5,6 +5,7 @@ A file that is short, corrupt, too large or of another format raises DataError, 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import math
@@ -225,6 +226,8 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
     Raises:
         DataError: the archive is damaged, unpacks to too much, holds anything else, or cannot be written out.
     """
+    if (folder / member).exists():
+        raise DataError(f"{folder / member} is there and not whole; remove it, so that {archive.name} can be unpacked")
     unpack = _unpack_zip if archive.suffix == ".zip" else _unpack_tar
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{archive.name}.") as temporary:
@@ -237,6 +240,12 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
         raise
     except PermissionError as error:
         raise DataError(f"{archive} cannot be extracted into {folder} ({error}); extract it there by hand") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{archive} cannot be extracted into {folder} ({error}); make room there") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+            return folder / member
+        raise damaged(archive, f"cannot be extracted into {folder} ({error})") from error
     except Exception as error:  # damaged archives raise anything: TarError, BadZipFile, struct.error, ...
         raise damaged(archive, f"cannot be extracted into {folder} ({type(error).__name__}: {error})") from error
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mnclglf.config import ViewConfig
 from mnclglf.data.images import ImageSet
 from mnclglf.data.philox import permutation
-from mnclglf.data.views import ViewParameters, draw_parameters
+from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,8 @@ class Loader(ABC):
         ranks: parts of a batch.
 
     Raises:
-        ValueError: there are fewer images than a batch holds, or a batch cannot be shared out evenly.
+        ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
+            too small for their blur.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Loader(ABC):
             )
         if batch_size % ranks or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
+        blur_window(config, side)  # raises where it is too wide
         self.steps_per_epoch = len(images) // batch_size
         """Whole batches in an epoch; an incomplete last one is dropped."""
         self.mean, self.std = images.statistics()

@@ -25,6 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
+from mnclglf.data.archives import DataError
 from mnclglf.data.batches import Batch, Loader
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.views import ViewParameters, blur_window
@@ -81,9 +82,9 @@ class DaliLoader(Loader):
                 views = pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
             except StopIteration:
                 return
-            except RuntimeError:
-                for row in np.concatenate(ahead) if isinstance(self._images, ImageFiles) else ():
-                    self._images.pixels(row)  # raises DataError, which names the file that DALI does not
+            except RuntimeError as error:
+                if isinstance(self._images, ImageFiles):
+                    _blame(self._images, [row for rows in ahead for row in rows], error)
                 raise
             ahead.popleft()
             yield [torch.from_dlpack(view.as_tensor()) for view in views]
@@ -95,6 +96,33 @@ class DaliLoader(Loader):
             return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
         assert isinstance(self._images, ImageArray)
         return self._images.images[rows]
+
+
+def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
+    """Raises DataError that names the file which DALI does not name, if there is one among these.
+
+    It is broken or another one than it was; or it is one that Pillow reads and DALI does not.
+    """
+    for row in rows:
+        size = images.pixels(row).shape[:2]  # DataError where it cannot be read
+        if size != (images.heights[row], images.widths[row]):
+            raise DataError(
+                f"{images.root / images.paths[row]} is {size[0]} x {size[1]} pixels, and was {images.heights[row]} x "
+                f"{images.widths[row]} when the run started; put the old file back, or start the run anew"
+            ) from error
+    if rows and any(word in str(error) for word in ("decode", "parser", "nvImageCodec", "image")):
+        named = ", ".join(images.names(np.array(rows[:8])))
+        raise DataError(
+            f"DALI cannot read one of {named}{', ...' if len(rows) > 8 else ''} ({_reason(error)}), though Pillow can; "
+            "convert it, leave it away, or take --loader reference"
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What matters of DALI's many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
+    return (after or ["no text"])[0][:200]
 
 
 def input_names(config: ViewConfig) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import DataError
@@ -23,7 +23,16 @@ Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """Images: one array [n, H, W, 3], or [H, W, 3] each."""
 
 SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
-_HASHED_IMAGES = 64  # of a fingerprint
+FORMATS = ("JPEG", "PNG", "WEBP")
+_TURNS = {  # by EXIF's orientation; Pillow's own way takes XMP's too, which DALI does not look at
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _COUNTED_IMAGES = 1000  # at once, for statistics: numpy counts in eight times the memory
 
 
@@ -111,7 +120,8 @@ class ImageArray(ImageSet):
             )
 
     def _picked(self, rows: NDArray[np.int64]) -> Self:
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        whole = np.array_equal(rows, np.arange(len(self)))  # then a copy would take memory for nothing
+        return replace(self, images=self.images if whole else self.images[rows], labels=self.labels[rows])
 
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         height, width = self.images.shape[1:3]
@@ -132,9 +142,10 @@ class ImageArray(ImageSet):
         return _mean_and_deviation(shares @ levels, shares @ levels**2)
 
     def fingerprint(self) -> str:
-        spread = np.linspace(0, len(self) - 1, _HASHED_IMAGES, dtype=np.int64)
-        parts = str(self.images.shape).encode(), self.labels.tobytes(), np.ascontiguousarray(self.images[spread])
-        return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
+        digest = hashlib.sha256(repr(self.images.shape).encode() + self.labels.tobytes())
+        for start in range(0, len(self), _COUNTED_IMAGES):
+            digest.update(self.images[start : start + _COUNTED_IMAGES].tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +160,8 @@ class ImageFiles(ImageSet):
     """[n] in pixels, upright as the EXIF orientation says."""
     widths: NDArray[np.int32]
     """[n] in pixels."""
+    file_sizes: NDArray[np.int64]
+    """[n] in bytes."""
     moments: NDArray[np.float64]
     """[n, 2, 3]: mean of each channel and of its square, of pixels scaled to [0, 1]."""
 
@@ -161,6 +174,7 @@ class ImageFiles(ImageSet):
             paths=tuple(self.paths[row] for row in rows),
             heights=self.heights[rows],
             widths=self.widths[rows],
+            file_sizes=self.file_sizes[rows],
             moments=self.moments[rows],
         )
 
@@ -179,8 +193,8 @@ class ImageFiles(ImageSet):
         return _mean_and_deviation(mean, mean_square)
 
     def fingerprint(self) -> str:
-        parts = "\n".join(self.paths).encode(), self.labels.tobytes(), self.moments.tobytes()
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        names = "\0".join(self.paths).encode(errors="surrogateescape")
+        return hashlib.sha256(names + self.labels.tobytes() + self.file_sizes.tobytes()).hexdigest()
 
 
 def _mean_and_deviation(
@@ -197,15 +211,23 @@ def to_colour(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """The image of a file, uint8 [H, W, 3], upright; gray becomes three equal channels, transparency is dropped.
+    """The image of a JPEG, PNG or WebP file, uint8 [H, W, 3], upright as its EXIF orientation says.
+
+    Gray becomes three equal channels, transparency is dropped, 16 bits become 8.
 
     Raises:
-        DataError: it cannot be read to its end.
+        DataError: it cannot be read to its end, or has more pixels than Pillow trusts.
     """
     try:
-        # From memory: a file that is read in place reserves what the length of a chunk in it says, up to 2 GB.
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            upright = ImageOps.exif_transpose(image)
+        # From memory: a file that is read in place reserves what the length of a chunk in it says, up to 2 GB. And of
+        # these formats alone: Pillow would run Ghostscript on others, and DALI does not know them.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+            upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would cut them off at 255
                 levels = np.asarray(upright, dtype=np.float64) / 257
                 upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))

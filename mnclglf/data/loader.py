@@ -17,6 +17,7 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.reference import ReferenceLoader
 from mnclglf.data.resident import ResidentLoader
 from mnclglf_kernels import Backend
+from mnclglf_kernels.backend import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ def make_loader(
     Args:
         images: what to train on.
         view: how a view is made.
-        backend: auto is dali where it can be imported, else reference; on a GPU the faster of dali and resident, tried
-            for a moment. What is too large for resident goes to dali, and is said to.
+        backend: auto is dali where it can be imported, else resident or reference; on a GPU the faster of dali and
+            resident, tried for a moment. What is too large for resident goes to dali, and is said to.
         device: where batches go.
         side: of a view in pixels.
         augment_backend: of resident's operator.
@@ -88,8 +89,19 @@ def _dali_problem() -> ImportError | None:
 
 
 def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
-    """The loader that makes batches fastest for a moment; the rates are logged."""
-    rates = {name: batches_per_second(loader, device) for name, loader in loaders.items()}
+    """The loader that makes batches fastest for a moment; the rates, and which of them cannot run here, are logged.
+
+    Raises:
+        RuntimeError: none can.
+    """
+    rates: dict[str, float] = {}
+    for name, loader in loaders.items():
+        try:
+            rates[name] = batches_per_second(loader, device)
+        except RuntimeError as error:  # a driver too old for DALI, or memory that is full
+            logger.warning("loader %s cannot run here: %s", name, first_line(error))
+    if not rates:
+        raise RuntimeError(f"none of the loaders {', '.join(loaders)} can run on {device}; the reasons are above")
     chosen = max(rates, key=lambda name: rates[name])
     shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     logger.warning("loader %s: batches a second: %s", chosen, shown)

@@ -178,9 +178,11 @@ def whole_views(
 
 def _fit(pixels: Tensor, side: int) -> Tensor:
     """[..., H, W] to [..., side, side]."""
-    height, width = pixels.shape[-2:]
-    if min(height, width) != side:
-        shorter = min(height, width)
+    shorter = min(pixels.shape[-2:])
+    # What lies further from the middle is not in the result; taken off in pairs, so that the middle stays.
+    height, width = (side - max(0, (side - 3 * shorter) // 2 * 2) for side in pixels.shape[-2:])
+    pixels = F.center_crop(pixels, [height, width])
+    if shorter != side:
         size = [round(height * side / shorter), round(width * side / shorter)]
         pixels = F.resize(pixels, size, F.InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(pixels, [side, side])

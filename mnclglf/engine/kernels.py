@@ -10,7 +10,7 @@ from rich.console import Console
 from mnclglf.config import RunConfig
 from mnclglf_kernels import Backends, canary, resolve
 from mnclglf_kernels.backend import triton_problem
-from mnclglf_kernels.sizes import Sizes
+from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
 
 
 def choose_backends(
@@ -49,7 +49,8 @@ def choose_backends(
         )
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one)
+        used: list[Operator] = [op for op in OPERATORS if op != "augment" or config.data.loader in ("auto", "resident")]
+        problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")

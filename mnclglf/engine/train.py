@@ -145,7 +145,8 @@ class Trainer:
                     self._save(done)
                 if stopped:
                     break
-        self._say(waiting.summary())
+        if waiting.first:
+            self._say(waiting.summary())
         if stopped:
             return stopped
         if not checkpoint_path(self.checkpoints, total).exists():  # resumed at its end from another directory
@@ -265,7 +266,7 @@ class Trainer:
         }
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _describe(self) -> None:
         """Writes config.json, environment.json and the report's views; prints what was chosen and how long it takes."""
@@ -317,7 +318,7 @@ class Waiting:
             now = self.clock()
             if step == start:
                 self.first, began, since = now - began, now, now
-            self.later += now - since
+            self.later, self.elapsed = self.later + now - since, now - began
             yield step, batch, now - since
             self.elapsed = self.clock() - began
 

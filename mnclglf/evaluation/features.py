@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mnclglf.data.images import ImageSet
+from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.views import whole_views
 
 CHUNK_IMAGES = 512  # resized at once: 512 x 3 x 224 x 224 in fp32 are 300 MB
@@ -64,8 +66,8 @@ def extract_features(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     with eval_mode(encoder), torch.inference_mode(), autocast:
         for start in range(0, len(images), batch_size):
-            some = images.read(np.arange(start, min(start + batch_size, len(images))))
-            views = whole_views(some, side, mean, std, dtype).to(device)
+            rows = np.arange(start, min(start + batch_size, len(images)))
+            views = views_of(images, rows, side, mean, std, dtype).to(device)
             features = encoder(views)
             if features.ndim != 2 or len(features) != len(views):
                 raise ValueError(
@@ -88,8 +90,8 @@ def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
     zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
     rows = torch.empty(len(images), 3, side * side)
     for start in range(0, len(images), CHUNK_IMAGES):
-        some = images.read(np.arange(start, min(start + CHUNK_IMAGES, len(images))))
-        rows[start : start + CHUNK_IMAGES] = whole_views(some, side, zero, one, torch.float32).flatten(2)
+        some = np.arange(start, min(start + CHUNK_IMAGES, len(images)))
+        rows[start : start + CHUNK_IMAGES] = views_of(images, some, side, zero, one, torch.float32).flatten(2)
     gray = torch.equal(rows[:, 0], rows[:, 1]) and torch.equal(rows[:, 0], rows[:, 2])
     return rows[:, 0].clone() if gray else rows.flatten(1)
 
@@ -113,6 +115,22 @@ def check_sets(
             f"train features are {train_features.shape[1]} wide and test features {test_features.shape[1]}; take both "
             "from the same encoder at the same image side"
         )
+
+
+def views_of(
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    side: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    dtype: torch.dtype,
+) -> Tensor:
+    """whole_views of some images; of files, no more are in memory at full size than are decoded at once."""
+    if isinstance(images, ImageArray):
+        return whole_views(images.read(rows), side, mean, std, dtype)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+        views = threads.map(lambda row: whole_views([images.pixels(row)], side, mean, std, dtype), rows)
+        return torch.cat(list(views)).contiguous(memory_format=torch.channels_last)
 
 
 def _require_images(images: ImageSet) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import io
 import os
@@ -384,3 +385,23 @@ def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match=r"lies\.zip: cannot be extracted"):
         extract(path, tmp_path, "made")
     assert [path.name for path in tmp_path.iterdir()] == ["lies.zip"]
+
+
+def test_a_folder_that_is_there_is_not_unpacked_over(tmp_path: Path) -> None:
+    archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"))
+    (tmp_path / "made").mkdir()
+    with pytest.raises(DataError, match=r"made is there and not whole; remove it, so that a\.zip can be unpacked"):
+        extract(archive, tmp_path, "made")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(archives, "_unpack_zip", full)
+    with pytest.raises(DataError, match=r"a\.zip cannot be extracted into .*No space left.*make room there"):
+        extract(archive, tmp_path, "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

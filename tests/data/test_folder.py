@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import tracemalloc
 import zlib
@@ -213,6 +214,7 @@ def test_what_is_no_folder_of_images_is_refused(root: Path, tmp_path: Path) -> N
         load(root)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_tiny_and_enormous_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "flat/a.png", pixels(7, 30))
     with pytest.raises(DataError, match=r"a\.png is 7 x 30 pixels, smaller than 8"):
@@ -240,12 +242,52 @@ def test_an_image_takes_no_memory_that_it_only_promises(tmp_path: Path) -> None:
 
 def test_links_are_followed_and_circles_end(root: Path) -> None:
     (root / "dogs" / "again").symlink_to(root / "dogs")
+    (root / "dogs" / "up").symlink_to(root)
+    (root / "dogs" / "cats").symlink_to(root / "cats")  # another class's stay that class's
     (root / "cats" / "linked.png").symlink_to(root / "dogs" / "b.png")
-    (root / "cats" / "broken.png").symlink_to(root / "nowhere.png")
     train, _ = load(root)
     assert train.paths == (
         "cats/2019/y.Png", "cats/linked.png", "cats/x.jpeg", "dogs/a.JPG", "dogs/b.png", "dogs/c.webp",
     )  # fmt: skip
+    (root / "cats" / "broken.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(DataError, match=r"cats/broken\.png cannot be read as an image \(FileNotFoundError"):
+        load(root)
+
+
+def test_train_alone_is_the_folder_of_the_classes(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    root.rename(tmp_path / "whole" / "train")
+    train, test = load(tmp_path / "whole")
+    assert (train.classes, len(train), test) == (("cats", "dogs"), 5, None)
+
+
+def test_a_name_that_is_no_text_is_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    write(tmp_path / "flat" / "a.png").rename(tmp_path / "flat" / name)
+    train, _ = load(tmp_path / "flat")
+    assert train.paths == (name,)
+    assert train.fingerprint() == load(tmp_path / "flat")[0].fingerprint()
+
+
+def test_what_could_not_be_read_once_is_looked_at_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = folder.read_image
+
+    def fails(path: Path) -> np.ndarray:
+        if path.name == "b.png":
+            raise DataError(f"{path} cannot be read as an image (OSError: too many open files)")
+        return read(path)
+
+    monkeypatch.setattr(folder, "read_image", fails)
+    assert len(load(root, skip_corrupt=True)[0]) == 4
+    monkeypatch.setattr(folder, "read_image", read)
+    assert len(load(root)[0]) == 5
+
+
+def test_other_formats_are_refused_whatever_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(pixels()).save(tmp_path / "flat" / "a.png", "GIF")
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image"):
+        load(tmp_path / "flat")
 
 
 def test_one_image_and_odd_names(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from mnclglf.config import ViewConfig
 from mnclglf.data import loader as loader_module
 from mnclglf.data.archives import DataError
 from mnclglf.data.batches import Batch, Loader, batch_indices
+from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import make_loader
 from mnclglf.data.reference import render_view
 from mnclglf.data.views import draw_parameters
+from mnclglf.recipes import VIEWS
 
 try:
     import nvidia.dali  # noqa: F401
@@ -292,6 +295,7 @@ def files(photos: Callable[..., np.ndarray], tmp_path: Path) -> ImageFiles:
         paths=tuple(f"{row:02} é.png" for row in range(IMAGES)),
         heights=np.array([height for height, _ in sizes], np.int32),
         widths=np.array([width for _, width in sizes], np.int32),
+        file_sizes=np.array([(tmp_path / f"{row:02} é.png").stat().st_size for row in range(IMAGES)]),
         moments=moments,
     )
 
@@ -332,6 +336,97 @@ def test_a_file_that_breaks_while_a_run_reads_is_named(files: ImageFiles) -> Non
     broken.unlink()
     with pytest.raises(DataError, match=r"07 é\.png cannot be read as an image"):
         loader.render(np.arange(IMAGES), 0)
+
+
+@needs_dali
+def test_a_file_that_is_replaced_while_a_run_reads_is_named(files: ImageFiles) -> None:
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(files.root / files.paths[7])
+    with pytest.raises(DataError, match=r"07 é\.png is 9 x 9 pixels, and was 16 x 17 when the run started"):
+        loader_of(files, "dali").render(np.array([7]), 0)
+
+
+def save_kinds(folder: Path, image: np.ndarray) -> list[str]:
+    """The same picture in every kind of file; their names."""
+    picture, gray = Image.fromarray(image), Image.fromarray(image[..., 0])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    save = {
+        "rgb.jpg": lambda path: picture.save(path, quality=90),
+        "half.jpg": lambda path: picture.save(path, quality=75, subsampling=2),
+        "progressive.jpg": lambda path: picture.save(path, progressive=True),
+        "gray.jpg": gray.save,
+        "cmyk.jpg": picture.convert("CMYK").save,
+        "turned.jpg": lambda path: picture.save(path, exif=turned),
+        "turned.png": lambda path: picture.save(path, exif=turned),
+        "turned.webp": lambda path: picture.save(path, exif=turned),
+        "xmp.jpg": lambda path: picture.save(path, xmp=b'<x tiff:Orientation="6"/>'),
+        "rgb.png": picture.save,
+        "gray.png": gray.save,
+        "gray alpha.png": gray.convert("LA").save,
+        "alpha.png": picture.convert("RGBA").save,
+        "palette.png": picture.convert("P").save,
+        "bit.png": gray.convert("1").save,
+        "16 bits.png": Image.fromarray(image[..., 0].astype(np.uint16) * 257).save,
+        "lossy.webp": picture.save,
+        "lossless.webp": lambda path: picture.save(path, lossless=True),
+        "alpha.webp": lambda path: picture.convert("RGBA").save(path, lossless=True),
+    }
+    for name, write in save.items():
+        write(folder / name)
+    return sorted(save)
+
+
+@needs_dali
+def test_dali_decodes_every_kind_as_the_reference_does(
+    photos: Callable[..., np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "kinds").mkdir()
+    names = save_kinds(tmp_path / "kinds", np.ascontiguousarray(photos(1, 41)[0, :, :27]))
+    kinds, _ = load_dataset(f"folder:{tmp_path / 'kinds'}")
+    assert list(kinds.paths) == names
+    whole = replace(VIEWS["eval"], crop_ratio=(0.1, 10))
+    ours, truth = (
+        loader_of(kinds, name, view=whole, side=28, batch_size=len(names)).render(np.arange(len(names)), 0)[0]
+        for name in ("dali", "reference")
+    )
+    for name, one, two in zip(names, ours, truth, strict=True):
+        assert (one - two).abs().mean() < 0.02, name  # a level of the resize is 1 / 60 deviation
+    assert len(names) == 19
+
+
+@needs_dali
+def test_a_file_that_dali_cannot_read_ends_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lossless WebP with EXIF, which Pillow reads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "odd").mkdir()
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    for number in range(4):
+        picture = Image.fromarray(np.full((20, 20, 3), number, np.uint8))
+        picture.save(tmp_path / "odd" / f"{number}.webp", lossless=True, exif=exif)
+    odd, _ = load_dataset(f"folder:{tmp_path / 'odd'}")
+    with pytest.raises(DataError, match=r"DALI cannot read one of 0\.webp, .*3\.webp \(.*--loader reference"):
+        loader_of(odd, "dali").render(np.arange(4), 0)
+    assert loader_of(odd, "reference").render(np.arange(4), 0)[0].shape == (4, 3, SIDE, SIDE)
+
+
+def test_a_loader_that_cannot_run_leaves_it_to_the_other(
+    images: ImageArray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaders = {name: loader_of(images, "reference") for name in ("dali", "resident")}
+
+    def rate(loader: Loader, device: torch.device) -> float:
+        if loader is loaders["dali"]:
+            raise RuntimeError("CUDA driver version is insufficient\nmore")
+        return 5.0
+
+    monkeypatch.setattr(loader_module, "batches_per_second", rate)
+    assert loader_module.fastest(loaders, torch.device("cpu")) is loaders["resident"]
+    assert "loader dali cannot run here: RuntimeError: CUDA driver version is insufficient" in caplog.text
+    del loaders["resident"]
+    with pytest.raises(RuntimeError, match="none of the loaders dali can run"):
+        loader_module.fastest(loaders, torch.device("cpu"))
 
 
 def test_what_resident_cannot_hold_goes_to_dali_and_is_said(

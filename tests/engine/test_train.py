@@ -408,11 +408,11 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(straight: Path, tmp_pa
 
 def test_a_run_with_loader_auto_goes_on_with_the_loader_that_it_had(tmp_path: Path) -> None:
     automatic = dataclasses.replace(CONFIG.data, loader="auto")
-    first = trainer(tmp_path, data=dataclasses.replace(CONFIG.data, loader="resident"))
-    assert first.loader.name == "resident"
+    first = trainer(tmp_path)
+    assert first.loader.name == "reference"
     first.train()
-    assert trainer(tmp_path, data=automatic).loader.name == "resident"
-    assert trainer(tmp_path / "new", data=automatic).loader.name != "resident"
+    assert trainer(tmp_path, data=automatic).loader.name == "reference"
+    assert trainer(tmp_path / "new", data=automatic).loader.name != "reference"
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import augment, combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.augment import Recipe
 
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
@@ -94,3 +95,23 @@ def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
         monkeypatch.setattr("mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False)
         monkeypatch.setattr("mnclglf_kernels.neighbor.CHUNK", 16)
         assert torch.equal(compiled(queries, queue, backend=lookup), expected)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_augment(compiler, backend):
+    torch._dynamo.reset()
+    numbers = torch.tensor([10.0, 1, 0, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1]).repeat(4, 1)
+    given = (
+        torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8),
+        torch.tensor([1, 0]),
+        numbers,
+        torch.zeros(3),
+        torch.ones(3),
+    )
+
+    def brightest(*tensors: Tensor) -> Tensor:
+        return augment(*tensors, Recipe(6, rotates=True), backend=backend).amax((2, 3))
+
+    compiled = torch.compile(brightest, fullgraph=True, backend=compiler)
+    # A sum at a half may end at another whole level, after the jitter up to 3 of 255 away.
+    torch.testing.assert_close(compiled(*given), brightest(*given), rtol=0, atol=3 / 255)

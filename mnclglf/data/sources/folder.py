@@ -46,6 +46,8 @@ class Folder(Source):
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH")
         parts = [name for name in ("train", "val", "test") if (self.root / name).is_dir()]
+        if parts == ["train"] and len([path for path in self.root.iterdir() if path.is_dir()]) == 1:
+            return self._image_set(self.root / "train", "train", request.skip_corrupt), None
         if "train" not in parts or len(parts) == 1:
             return self._image_set(self.root, "train", request.skip_corrupt), None
         if len(parts) == 3:
@@ -76,6 +78,7 @@ class Folder(Source):
             paths=tuple(paths[number] for number in kept),
             heights=np.array([found[number].height for number in kept], dtype=np.int32),
             widths=np.array([found[number].width for number in kept], dtype=np.int32),
+            file_sizes=np.array([found[number].size for number in kept], dtype=np.int64),
             moments=np.array([found[number].moments for number in kept], dtype=np.float64).reshape(-1, 2, 3),
         )
 
@@ -101,7 +104,8 @@ def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        inside = sorted(str(path.relative_to(root)) for path in _walk(folder))
+        others = {os.path.realpath(path) for path in (root, *folders) if path != folder}
+        inside = sorted(str(path.relative_to(root)) for path in _walk(folder, others))
         if not inside:
             raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)}); fill it or remove it")
         paths += inside
@@ -110,13 +114,22 @@ def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    """By its name; a link that leads nowhere counts, and will be named as corrupt."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The images below a folder, through links, each real folder once: links may form a circle."""
-    seen: set[str] = set()
-    for at, inner, files in os.walk(folder, followlinks=True):
+def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
+    """The images below a folder, through links, each real folder once, and none that is another class's.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away")
+
+    seen = set(others)
+    for at, inner, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(at)
         if real in seen:
             inner.clear()
@@ -139,14 +152,14 @@ class Examined:
 
 
 def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
-    """Every image decoded once: what was seen of a file counts until its size or its time of change is another.
+    """Every image decoded once: what was seen of a whole file counts until its size or time of change is another.
 
     The findings are kept in `cache_dir("folder")`, in a file of arrays; one that is damaged is made anew.
     """
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
     index = cache_dir("folder") / f"{key}.npz"
     known, now = _read_index(index), [_stamp(root / path) for path in paths]
-    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]
+    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]  # or was corrupt
     if len(fresh) > _MANY:
         logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", root)
     since = time.monotonic()
@@ -155,7 +168,7 @@ def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
     if time.monotonic() - since > 60:
         logger.warning("read them in %.0f s", time.monotonic() - since)
     found = [looked.get(path) or known[(path, *stamp)] for path, stamp in zip(paths, now, strict=True)]
-    if fresh or len(known) != len(paths):
+    if len(known) != sum(not entry.problem for entry in found) or any(not looked[path].problem for path in fresh):
         _write_index(index, paths, found)
     return found
 
@@ -198,13 +211,15 @@ def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined],
 
 
 def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) -> None:
-    texts = "\0".join(names), "\0".join(entry.problem.replace("\0", "") for entry in found)
-    named, problems = (np.frombuffer(text.encode(errors="surrogateescape"), np.uint8) for text in texts)
+    """Of what is whole: what could not be read may have been readable for another reader, or a minute later."""
+    kept = [(name, entry) for name, entry in zip(names, found, strict=True) if not entry.problem]
+    named = np.frombuffer("\0".join(name for name, _ in kept).encode(errors="surrogateescape"), np.uint8)
+    found = [entry for _, entry in kept]
     numbers = np.array([(x.size, x.modified, x.height, x.width) for x in found], np.int64).reshape(-1, 4)
     moments = np.array([x.moments for x in found], np.float64).reshape(-1, 6)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = dict(names=named, problems=problems, numbers=numbers, moments=moments)
+        arrays = dict(names=named, numbers=numbers, moments=moments)
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:  # the next run looks again
         logger.warning("what was seen of the images cannot be kept in %s (%s)", path, error)
@@ -214,15 +229,11 @@ def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
     """By path, size and time of change; nothing where there is no index, or a damaged one."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names, problems = (
-                file[name].tobytes().decode(errors="surrogateescape").split("\0") for name in ("names", "problems")
-            )
+            names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")
             numbers, moments = file["numbers"].tolist(), file["moments"].tolist()
         return {
-            (name, size, modified): Examined(size, modified, height, width, tuple(row), problem)
-            for name, problem, (size, modified, height, width), row in zip(
-                names, problems, numbers, moments, strict=True
-            )
+            (name, size, modified): Examined(size, modified, height, width, tuple(row))
+            for name, (size, modified, height, width), row in zip(names, numbers, moments, strict=True)
         }
     except Exception:  # a damaged file makes numpy raise anything
         return {}

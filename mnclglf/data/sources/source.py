@@ -61,7 +61,7 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
     """Fetches `target` from the first address that gives a file of this MD5; a file that is there is whole."""
     from torchvision.datasets import utils
 
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     problems: list[str] = []
     for url in urls:
         try:

@@ -133,7 +133,8 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
         raise damaged(root, f"lacks an image that it lists ({error})") from error
     made_of = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     writable = os.access(root, os.W_OK)
-    folder = root if writable else cache_dir("tinyimagenet")
+    own = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    folder = root if writable else cache_dir("tinyimagenet") / own
     array, note = folder / f"decoded-{split}.npy", folder / f"decoded-{split}.json"
     whole = _mapped(array, note, made_of, len(files))
     if whole is not None:
@@ -150,7 +151,10 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
         raise DataError(
             f"{array} cannot be written ({error}); it takes {len(files) * SIDE * SIDE * 3:,} bytes: make room there"
         ) from error
-    return _map(array, len(files))
+    whole = _mapped(array, note, made_of, len(files))
+    if whole is None:
+        raise DataError(f"{array} is not what was just written there; is another program writing to it? Try again")
+    return whole
 
 
 class _Checksum:
