@@ -88,7 +88,8 @@ def augment(
             raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
     if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
         return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *recipe, dtype)
-    with torch.autocast(images.device.type, enabled=False):  # its products are of pixels, which bf16 would round
+    device = "cpu" if images.is_meta else images.device.type  # meta has no autocast
+    with torch.autocast(device, enabled=False):  # its products are of pixels, which bf16 would round
         return _augment(images, rows, parameters, mean, std, recipe, dtype)
 
 
