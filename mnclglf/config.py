@@ -111,7 +111,7 @@ class DataConfig:
     """Hold this many training images out (a fixed random choice) to choose settings on."""
     loader: LoaderName = "auto"
     """dali: NVIDIA DALI. resident: all images on the device and one fused kernel, up to 64 x 64. reference:
-    torchvision, slow. auto is dali where it is installed, and on a GPU the faster of dali and resident."""
+    torchvision, slow. auto: on a CPU resident up to 32 x 32, else dali; on a GPU the faster of the two."""
     loader_threads: int = 2
     """CPU threads of the loader."""
 

@@ -22,6 +22,7 @@ from mnclglf_kernels.backend import first_line
 logger = logging.getLogger(__name__)
 
 _DALI_REMEDY = 'pip install "mnclglf[dali-cuda13]"'
+FASTER_ON_CPU = 32  # pixels a side up to which resident is faster than dali there
 _WARM_UP_BATCHES, _TIMED_BATCHES = 3, 10
 
 
@@ -40,8 +41,9 @@ def make_loader(
     Args:
         images: what to train on.
         view: how a view is made.
-        backend: auto is dali where it can be imported, else resident or reference; on a GPU the faster of dali and
-            resident, tried for a moment. What is too large for resident goes to dali, and is said to.
+        backend: auto is on a CPU resident up to 32 x 32, where it is faster (measured: docs/performance.md), and dali
+            above; on a GPU the faster of the two, tried for a moment; without DALI resident, or reference. What is too
+            large for resident goes to dali, and is said to.
         device: where batches go.
         side: of a view in pixels.
         augment_backend: of resident's operator.
@@ -66,6 +68,8 @@ def make_loader(
             return ResidentLoader(images, view, backend=augment_backend, **settings)
         return ReferenceLoader(images, view, **settings)
 
+    if backend == "auto" and device.type == "cpu" and resident.problem(images, side, FASTER_ON_CPU) is None:
+        return make("resident")
     if backend in ("reference", "resident"):
         return make(backend)
     missing = _dali_problem()

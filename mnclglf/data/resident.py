@@ -20,12 +20,12 @@ from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
 _COPIED_IMAGES = 4096  # at once
 
 
-def problem(images: ImageSet, side: int) -> str | None:
-    """Why images cannot be resident, or None."""
+def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None:
+    """Why images cannot be resident, or why sides of `most` pixels would be exceeded; or None."""
     if not isinstance(images, ImageArray):
         return "image files are decoded when they are needed"
     largest = max(side, *images.images.shape[1:3])
-    return f"sides of {largest} are above {LARGEST_SIDE}" if largest > LARGEST_SIDE else None
+    return f"sides of {largest} are above {most}" if largest > most else None
 
 
 class ResidentLoader(Loader):

@@ -231,19 +231,24 @@ def test_too_few_images_are_an_error_before_the_run(images: ImageArray, backend:
 
 
 @needs_dali
-def test_auto_takes_dali(images: ImageArray, caplog: pytest.LogCaptureFixture) -> None:
-    assert loader_of(images, "auto").name == "dali"
+def test_auto_takes_what_is_faster_on_a_cpu(
+    images: ImageArray, files: ImageFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert loader_of(images, "auto").name == "resident"
+    assert loader_of(images, "auto", side=34).name == "dali"
+    assert loader_of(files, "auto").name == "dali"
     assert loader_of(images, "reference").name == "reference"
     assert not caplog.records
 
 
 def test_without_dali_auto_says_so_and_dali_is_an_error(
-    images: ImageArray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    images: ImageArray, files: ImageFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
     with caplog.at_level(logging.WARNING):
-        assert loader_of(images, "auto").name == "resident"
-    assert 'pip install "mnclglf[dali-cuda13]"' in caplog.text
+        assert loader_of(images, "auto", side=34).name == "resident"
+        assert loader_of(files, "auto").name == "reference"
+    assert caplog.text.count('pip install "mnclglf[dali-cuda13]"') == 2
     with pytest.raises(ImportError, match=r'pip install "mnclglf\[dali-cuda13\]"'):
         loader_of(images, "dali")
 
