@@ -136,3 +136,31 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert len(printed) == 14
     assert set(printed) >= MATMULS
+
+
+AUGMENT = """
+import torch
+from mnclglf_kernels._triton.augment import augment_launches, empty_views
+from mnclglf_kernels.inspect import compile_launch, resources
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+sizes = ((64, 64, True, 7), (64, 64, False, 7), (28, 16, True, 5), (64, 32, True, 5), (8, 64, True, 7))
+for source, side, rotates, window in sizes:
+    numbers = empty(6, 12)
+    given = empty(2, 3, source, source, dtype=torch.uint8), empty(2, dtype=torch.int64), numbers, empty(3), empty(3)
+    views = empty_views(numbers, side, torch.bfloat16)
+    (launch,) = augment_launches(*given, views, cubic=True, blur_window=window, rotates=rotates)
+    compiled = compile_launch(launch, 86)
+    print(source, side, rotates, resources(compiled.asm["cubin"])[1], compiled.metadata.shared)
+"""
+
+
+def test_augment_spills_at_no_size_and_fits_the_rtx_3090():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AUGMENT]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in printed.splitlines()]
+    assert len(rows) == 5
+    assert [row for row in rows if int(row[3]) or int(row[4]) > 99 * 1024] == []
