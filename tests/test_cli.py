@@ -250,7 +250,7 @@ def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.Captu
     command = TINY.replace("--dataset digits", "--dataset folder:photos").replace("--train-images 320 ", "")
     command = command.replace("--validation-images 64", "--validation-images 10")
     assert main(shlex.split(command)) == 0
-    run = Path("runs/mnclglf-folder-photos-quick-seed0")
+    run = Path("runs/mnclglf-folder-photos-quick-seed1")
     assert (run / "report.html").exists()
     assert main(["knn", str(run), "--k", "3"]) == 0
     assert main(["knn", str(run), "--k", "3", "--split", "validation"]) == 0
