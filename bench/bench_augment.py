@@ -7,10 +7,11 @@ import torch
 
 from bench.side_by_side import DEVICE, Case, Implementation, Work, by_implementation
 from mnclglf.data.reference import render_view
+from mnclglf.data.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
 from mnclglf.recipes import VIEWS
 from mnclglf_kernels import augment
-from mnclglf_kernels.augment import PARAMETERS, Recipe
+from mnclglf_kernels.augment import Recipe
 
 VIEW = VIEWS["paper"]
 
@@ -28,8 +29,7 @@ def augment_case(*, images: int = 256, side: int = 32) -> Case:
                 return [torch.stack(views).to(DEVICE, implementation.dtype, memory_format=torch.channels_last)]
 
             return Work(reference)
-        columns = [np.stack([view.arrays()[name] for name in PARAMETERS], 1) for view in drawn]
-        numbers = torch.from_numpy(np.concatenate(columns).astype(np.float32)).to(DEVICE)
+        numbers = parameter_table(drawn).to(DEVICE)
         stored = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
         statistics = [torch.from_numpy(values).to(DEVICE) for values in (mean, std)]
         given = stored, torch.arange(images, device=DEVICE), numbers, *statistics

@@ -92,7 +92,7 @@ def read_cifar_binary(
     """
     record_bytes = label_bytes + math.prod(CIFAR_SHAPE)
     data = np.frombuffer(_read_exactly(path, records * record_bytes), np.uint8).reshape(records, record_bytes)
-    labels = data[:, label_bytes - 1].astype(np.int64)
+    labels = data[:, label_bytes - 1].tolist()
     return _cifar_images(data[:, label_bytes:]), _cifar_labels(labels, classes, path)
 
 
@@ -114,19 +114,17 @@ def read_cifar_pickle(
         raise damaged(path, f"its b'data' is not a uint8 array of shape {shape}")
     if not isinstance(labels, list) or len(labels) != records or not all(type(label) is int for label in labels):
         raise damaged(path, f"its {key} is not a list of {records} integers")
-    if not all(0 <= label < classes for label in labels):
-        raise damaged(path, f"has labels from {min(labels)} to {max(labels)}, outside 0..{classes - 1}")
-    return _cifar_images(data), np.array(labels, dtype=np.int64)
+    return _cifar_images(data), _cifar_labels(labels, classes, path)
 
 
 def _cifar_images(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(planes.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1))
 
 
-def _cifar_labels(labels: NDArray[np.int64], classes: int, path: Path) -> NDArray[np.int64]:
-    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-        raise damaged(path, f"has labels from {labels.min()} to {labels.max()}, outside 0..{classes - 1}")
-    return labels
+def _cifar_labels(labels: list[int], classes: int, path: Path) -> NDArray[np.int64]:
+    if labels and not 0 <= min(labels) <= max(labels) < classes:
+        raise damaged(path, f"has labels from {min(labels)} to {max(labels)}, outside 0..{classes - 1}")
+    return np.array(labels, dtype=np.int64)
 
 
 def _read_exactly(path: Path, size: int) -> bytes:

@@ -134,12 +134,11 @@ class ImageArray(ImageSet):
         return self.images[row]
 
     def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        levels, counts = np.arange(256) / 255, np.zeros((3, 256))
+        counts = np.zeros((3, 256))
         for start in range(0, len(self), _COUNTED_IMAGES):
             pixels = self.images[start : start + _COUNTED_IMAGES].reshape(-1, 3).T
             counts += [np.bincount(channel, minlength=256) for channel in pixels]
-        shares = counts / counts.sum(axis=1, keepdims=True)
-        return _mean_and_deviation(shares @ levels, shares @ levels**2)
+        return _mean_and_deviation(*moments_of(counts))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.images.shape).encode() + self.labels.tobytes())
@@ -195,6 +194,12 @@ class ImageFiles(ImageSet):
     def fingerprint(self) -> str:
         names = "\0".join(self.paths).encode(errors="surrogateescape")
         return hashlib.sha256(names + self.labels.tobytes() + self.file_sizes.tobytes()).hexdigest()
+
+
+def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean [3] of pixels scaled to [0, 1] and of their squares [3], from how often each level is there, [3, 256]."""
+    levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+    return shares @ levels, shares @ levels**2
 
 
 def _mean_and_deviation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mnclglf.data.batches import Batch, Loader
 from mnclglf.data.images import ImageArray, ImageSet
-from mnclglf.data.views import blur_window
+from mnclglf.data.views import ViewParameters, blur_window
 from mnclglf_kernels import Backend, augment
 from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
 
@@ -77,9 +77,14 @@ class ResidentLoader(Loader):
 
     def _tensors(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
         """Rows [N] and the parameters of their views, [V * N, 12], view-major."""
-        columns = [view.arrays() for view in self._draw(rows, epoch)]
-        parameters = np.concatenate([np.stack([view[name] for name in PARAMETERS], 1) for view in columns])
-        return torch.from_numpy(rows.copy()), torch.from_numpy(parameters.astype(np.float32))
+        return torch.from_numpy(rows.copy()), parameter_table(self._draw(rows, epoch))
+
+
+def parameter_table(views: Sequence[ViewParameters]) -> Tensor:
+    """What augment takes of V views of N images, fp32 [V * N, 12], view-major."""
+    columns = [view.arrays() for view in views]
+    table = np.concatenate([np.stack([view[name] for name in PARAMETERS], 1) for view in columns])
+    return torch.from_numpy(table.astype(np.float32))
 
 
 def _on_device(images: NDArray[np.uint8], device: torch.device) -> Tensor:

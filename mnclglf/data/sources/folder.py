@@ -16,7 +16,7 @@ from PIL import Image
 
 from mnclglf.config import FOLDER
 from mnclglf.data.archives import DataError
-from mnclglf.data.images import ImageFiles, read_image
+from mnclglf.data.images import ImageFiles, moments_of, read_image
 from mnclglf.data.sources.source import Request, Source, cache_dir
 from mnclglf.files import write_atomically
 
@@ -191,9 +191,8 @@ def _look(path: Path) -> Examined:
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         return Examined(*stamp, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
-    levels = np.arange(256) / 255
-    shares = np.array(Image.fromarray(pixels).histogram()).reshape(3, 256) / (height * width)
-    return Examined(*stamp, height, width, (*(shares @ levels).tolist(), *(shares @ levels**2).tolist()))
+    counts = np.array(Image.fromarray(pixels).histogram(), dtype=np.float64).reshape(3, 256)
+    return Examined(*stamp, height, width, tuple(np.concatenate(moments_of(counts)).tolist()))
 
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
