@@ -202,7 +202,7 @@ def rotated(
 
 @triton.jit
 def sine_and_cosine(x):
-    """Of x up to pi either way, to 2e-7: tl.sin and tl.cos keep an array for larger numbers, which takes local memory.
+    """Of x up to pi either way, to 7e-7: tl.sin and tl.cos keep an array for larger numbers, which takes local memory.
 
     Their series at a quarter of x, then twice sin 2x = 2 sin x cos x and cos 2x = 1 - 2 sin^2 x.
     """
