@@ -37,17 +37,6 @@ def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "download_url", refuse)
 
 
-def image_set(count: int, height: int = 6, width: int = 6) -> ImageArray:
-    rng = np.random.default_rng(0)
-    return ImageArray(
-        name="made",
-        split="train",
-        images=rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
-        labels=rng.integers(0, 3, count),
-        classes=("a", "b", "c"),
-    )
-
-
 @pytest.mark.parametrize(("name", "train", "test", "side"), [("mnist5k", 4000, 1000, 28), ("digits", 1447, 350, 8)])
 def test_digits_are_split_evenly_and_for_good(name: str, train: int, test: int, side: int) -> None:
     sets = load_dataset(name)
@@ -342,15 +331,3 @@ def test_a_download_that_fails_says_so_and_leaves_nothing(
     with pytest.raises(DataError, match="cannot download"):
         load_dataset(name, tmp_path / "data", download=True)
     assert not list((tmp_path / "data").iterdir())
-
-
-# choosing and describing images
-
-
-def test_subset_keeps_images_with_labels() -> None:
-    images = image_set(10)
-    rows = np.array([7, 2, 2])
-    part = images.subset(rows)
-    np.testing.assert_array_equal(part.images, images.images[rows])
-    np.testing.assert_array_equal(part.labels, images.labels[rows])
-    assert (part.classes, len(part)) == (images.classes, 3)

@@ -88,3 +88,12 @@ def test_a_choice_of_a_choice_knows_where_its_images_stand_in_the_whole():
     picked = kept.subset([3, 1])
     published = load_digits().images[picked.published_rows(np.arange(2))]
     np.testing.assert_array_equal(np.rint(published * (255 / 16)), picked.images[..., 0])
+
+
+def test_subset_keeps_images_with_labels() -> None:
+    images = image_set(10)
+    rows = np.array([7, 2, 2])
+    part = images.subset(rows)
+    np.testing.assert_array_equal(part.images, images.images[rows])
+    np.testing.assert_array_equal(part.labels, images.labels[rows])
+    assert (part.classes, len(part)) == (images.classes, 3)
