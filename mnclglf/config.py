@@ -19,7 +19,8 @@ RecipeName = Literal["paper", "quick"]
 LoaderName = Literal["auto", "dali", "resident", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Switch = Literal["auto", "on", "off"]
 Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
@@ -211,15 +212,27 @@ class EngineConfig:
     device: Device = "auto"
     """auto is cuda where torch sees a GPU."""
     precision: Precision = "auto"
-    """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
+    """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32. fp16 scales its losses, for GPUs
+    without bf16."""
+    channels_last: bool = True
+    """Weights and images with their channels innermost, as tensor cores read them."""
+    tf32: bool = True
+    """On a GPU, what stays in fp32 is multiplied in TF32 by cuDNN and cuBLAS."""
+    cudnn_benchmark: bool = True
+    """On a GPU, cuDNN tries its algorithms on each convolution and takes the fastest."""
+    keep_memory: bool = True
+    """On a CPU, memory that a step freed stays with the process for the next one (Linux)."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the encoder's residual blocks, and compute the rest again in backward: a third more
+    forward work for a larger batch."""
     kernels: KernelPolicy = "auto"
     """Triton kernels: auto uses those that prove right on this GPU, require stops where one does not, off uses none."""
     lookup: Lookup = "auto"
     """faiss finds the nearest neighbors with FAISS in place of our kernel."""
-    compile: bool = False
-    """The forward as one graph of torch.compile; compiling takes minutes before the first step."""
-    graphs: bool = False
-    """With compile, on CUDA: replays CUDA graphs (torch.compile's reduce-overhead)."""
+    compile: Switch = "auto"
+    """The forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
+    graphs: Switch = "auto"
+    """With compile, on a GPU: CUDA graphs are replayed. auto: once `make gpu-report` has passed on this machine."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     save_every: float = 1.0
@@ -230,10 +243,17 @@ class EngineConfig:
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 
     def __post_init__(self) -> None:
-        require(self.compile or not self.graphs, "graphs replay what compile made; give --compile too, or no --graphs")
         require(
-            self.lookup == "auto" or not self.graphs,
-            f"lookup {self.lookup} cannot be in a CUDA graph; give --lookup auto, or no --graphs",
+            self.graphs != "on" or self.compile != "off",
+            "graphs on replays what compile made, and compile is off; take --compile auto, or --graphs off",
+        )
+        require(
+            self.lookup == "auto" or self.graphs != "on",
+            f"lookup {self.lookup} cannot be in a CUDA graph; give --lookup auto, or --graphs off",
+        )
+        require(
+            not self.activation_checkpointing or self.compile != "on",
+            "activation_checkpointing and compile on exclude each other; take --compile off",
         )
         require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
         require(self.save_every > 0, f"save_every {self.save_every} must be positive")

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnclglf"
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Makes `path` hold what `write` writes, or leaves it as it was: temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

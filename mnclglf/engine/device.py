@@ -16,16 +16,16 @@ def choose_device(config: EngineConfig) -> torch.device:
         "device cuda was asked for, but torch sees no GPU; check nvidia-smi and the driver, or take --device cpu",
     )
     require(
-        not config.graphs or (available and config.device != "cpu"),
-        "graphs are CUDA graphs, and this run is on the CPU; take --no-graphs",
+        config.graphs != "on" or (available and config.device != "cpu"),
+        "graphs on asks for CUDA graphs, and this run is on the CPU; take --graphs auto",
     )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
 def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
+    """bfloat16, float16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
     if config.precision != "auto":
-        return torch.bfloat16 if config.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if CPU_MULTIPLIES_BF16 else torch.float32

@@ -38,15 +38,7 @@ def choose_backends(
     backends = Backends.all("torch")
     if policy == "require" or (policy == "auto" and resolve("auto", probe, kind="matmul") == "triton"):
         backends = Backends.all("triton")
-        sizes = Sizes(
-            images=config.optim.batch_size,
-            side=side,
-            features=8 * config.model.width,
-            k=config.objective.k,
-            width=config.model.projector_width,
-            queue=config.objective.queue_size,
-            source=source,
-        )
+        sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
         used: list[Operator] = [op for op in OPERATORS if op != "augment" or config.data.loader in ("auto", "resident")]
@@ -68,6 +60,19 @@ def choose_backends(
         resolve("faiss", probe, kind="lookup")
         backends = backends._replace(nearest_neighbor="faiss")
     return backends
+
+
+def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
+    """What the operators of a run see: views of `side`, made of images of `source` pixels a side."""
+    return Sizes(
+        images=config.optim.batch_size,
+        side=side,
+        features=8 * config.model.width,
+        k=config.objective.k,
+        width=config.model.projector_width,
+        queue=config.objective.queue_size,
+        source=source,
+    )
 
 
 def describe_backends(backends: Backends) -> str:

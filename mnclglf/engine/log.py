@@ -75,11 +75,10 @@ class RunLog:
 
 def describe(record: dict[str, Any], seconds_left: float) -> str:
     """One line of progress: epoch, losses, learning rate, speed, time left."""
+    speed = record["images_per_second"]
+    rate = "" if speed is None else f"{speed:,.0f} images/s  "  # none while the run warms up
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.items() if name.startswith("loss"))
-    return (
-        f"epoch {record['epoch']:.1f}  {terms}  lr {record['lr']:.4f}  "
-        f"{record['images_per_second']:,.0f} images/s  {duration(seconds_left)} left"
-    )
+    return f"epoch {record['epoch']:.1f}  {terms}  lr {record['lr']:.4f}  {rate}{duration(seconds_left)} left"
 
 
 def duration(seconds: float) -> str:

@@ -22,11 +22,12 @@ FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "da
 
 
 def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
-    """The method of a run with fresh weights of its seed, on the CPU in channels_last."""
+    """The method of a run with fresh weights of its seed, on the CPU, in the memory format that `engine` asks for."""
     torch.manual_seed(config.seed)
     queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
     method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
-    return method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
+    memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+    return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

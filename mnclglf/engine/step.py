@@ -1,23 +1,125 @@
-"""One training step: forward, backward, guarded update, momentum network and queue."""
+"""One training step, and the optimisations that it runs under.
+
+An optimisation is one function, applied to a method that knows nothing of it, and EngineConfig switches each alone;
+without all of them the step gives the same numbers, up to rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import EngineConfig, OptimConfig
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import Guard
 from mnclglf.methods.method import Losses, Method
+from mnclglf.models.batch_norm import batch_statistics_only
+
+Forward = Callable[[Sequence[Tensor]], Losses]
+
+
+class TrainStep:
+    """Trains a method, batch by batch; nothing in it waits for the device.
+
+    Args:
+        method: on the device, in train mode, its weights in the memory format that `engine` asks for.
+        optim: of the optimizer.
+        engine: which optimisations to apply.
+        dtype: autocast's; float32 for none.
+        compile: "off", "on", or "graphs", which also replays CUDA graphs.
+
+    Attributes:
+        optimizer: fused SGD.
+        guard: keeps anything non-finite out; ask it, when the device may be waited for, with `raise_if_failed`.
+        scaler: of the loss; does nothing unless `dtype` is float16.
+    """
+
+    def __init__(
+        self, method: Method, optim: OptimConfig, engine: EngineConfig, dtype: torch.dtype, *, compile: str = "off"
+    ) -> None:
+        self.method, self.dtype = method, dtype
+        self.device = next(method.parameters()).device
+        self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
+        if engine.activation_checkpointing:
+            checkpoint_activations(method)
+        self.forward = share_casts(method, dtype) if compile == "off" else compiled(method, graphs=compile == "graphs")
+        self.optimizer = make_optimizer(method, optim)
+        self.guard = Guard(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
+        """Trains on one batch; gives the losses and the gradient's norm, both still on the device.
+
+        Where loss, gradient or queue keys are not finite, now or in an earlier step, weights, momentum network and
+        queue stay as they are. In fp16 a gradient that overflows only costs its step, and the loss scale falls.
+        """
+        views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            losses = self.forward(views)
+        self.scaler.scale(losses.total).backward()
+        self.scaler.unscale_(self.optimizer)
+        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        keep = self.kept(step, losses, gradient_norm)
+        # What torch's GradScaler does: the fused kernel reads it on the device, and leaves everything as it is.
+        self.optimizer.found_inf = (~keep).float()  # pyright: ignore[reportAttributeAccessIssue]
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scaler.update()
+        self.method.after_step(losses, batch.indices, momentum=momentum, keep=keep)
+        return losses, gradient_norm
+
+    def kept(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
+        """Whether the step is to be kept: bool, 0-D, on the device."""
+        keys = {} if losses.keys is None else {"keys": losses.keys}
+        if not self.scaler.is_enabled():
+            return self.guard.check(step, {**losses.terms, "gradient": gradient_norm, **keys})
+        # Overflow is how the scale finds its size; a gradient that is not finite unscaled is broken for good.
+        scale: Tensor = self.scaler._scale  # pyright: ignore  # get_scale() would wait for the device
+        gradient = torch.where(scale < 1, gradient_norm, torch.zeros_like(gradient_norm))
+        return self.guard.check(step, {**losses.terms, "gradient": gradient, **keys}) & gradient_norm.isfinite()
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What the optimizer updates."""
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and loss scale."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave; a state without a loss scale leaves it as it is."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
-    """Fused SGD over what the method trains. Its momentum starts at 0, which is what SGD's first step amounts to."""
+    """SGD in one kernel over all weights that the method trains.
+
+    Its learning rate is a tensor on the device, so that a CUDA graph sees a new one. Its momentum starts at 0, which is
+    what SGD's first step amounts to.
+    """
     parameters = method.trained_parameters()
     optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=torch.tensor(config.lr, device=parameters[0].device),
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     for parameter in parameters:
         if config.sgd_momentum:
@@ -25,48 +127,102 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
     return optimizer
 
 
-def make_forward(method: Method, config: EngineConfig) -> Callable[[Sequence[Tensor]], Losses]:
-    """The method's forward, compiled where the configuration asks for it; eager else."""
-    if not config.compile:
+def use_fast_math(config: EngineConfig) -> None:
+    """For all of the process, on a GPU: TF32 for what stays in fp32, and cuDNN's fastest algorithms."""
+    precision = "tf32" if config.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep what is freed, for all of the process; false where there is no glibc.
+
+    A step on a CPU else gets its large tensors anew from the system each time, page by page: 0.9 million page faults
+    and a sixth of the time (docs/performance.md).
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, by one multi-tensor copy either way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *cast(gradients, torch.float32)
+
+
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in another dtype, each in its own memory format."""
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)  # pyright: ignore
+    return results
+
+
+def share_casts(method: Method, dtype: torch.dtype) -> Forward:
+    """The method's forward with weights that are cast once a step, for all the forwards of its networks.
+
+    Autocast by itself casts a momentum network's weights in each of its forwards: it keeps only casts that carry
+    gradients.
+    """
+    if dtype == torch.float32:
         return method
-    forward = torch.compile(method, fullgraph=True, mode="reduce-overhead" if config.graphs else None)
+    weights = {
+        f"{path}.{name}": parameter
+        for path, module in method.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
+
+    def forward(views: Sequence[Tensor]) -> Losses:
+        casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
+        if followed:
+            casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
+        return functional_call(method, casts, (views,))
+
+    return forward
+
+
+def compiled(method: Method, *, graphs: bool) -> Forward:
+    """The method's forward as one graph of torch.compile; with `graphs` replayed as CUDA graphs.
+
+    One graph rather than the encoder's compiled once for all of its forwards: it is as fast, CUDA graphs want it, and
+    equal casts of a weight become one; it takes 1.6 times as long to compile (docs/performance.md).
+    """
+    forward = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
+    if not graphs:
+        return forward
 
     def begin_and_forward(views: Sequence[Tensor]) -> Losses:
         torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
         return forward(views)
 
-    return begin_and_forward if config.graphs else forward
+    return begin_and_forward
 
 
-def train_step(
-    method: Method,
-    forward: Callable[[Sequence[Tensor]], Losses],
-    optimizer: torch.optim.SGD,
-    guard: Guard,
-    batch: Batch,
-    *,
-    step: int,
-    lr: float,
-    momentum: float,
-    dtype: torch.dtype,
-) -> tuple[Losses, Tensor]:
-    """Trains on one batch; gives the losses and the gradient's norm, both still on the device.
+def checkpoint_activations(method: Method) -> None:
+    """Lets the encoder's residual blocks keep their inputs only, and compute the rest again in backward.
 
-    `forward` is what `make_forward` made of `method`, which is updated after it, outside of what may be compiled.
-    Nothing here waits for the device. Where loss, gradient or queue keys are not finite, now or in an earlier step,
-    weights, momentum network and queue stay as they are.
+    What is computed again leaves the running statistics alone: they have seen the batch.
     """
-    with torch.autocast(batch.indices.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        losses = forward(batch.views)
-    losses.total.backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradient_norm = torch.nn.utils.get_total_norm(gradients)
-    keys = {} if losses.keys is None else {"keys": losses.keys}
-    keep = guard.check(step, {**losses.terms, "gradient": gradient_norm, **keys})
-    optimizer.found_inf = (~keep).float()  # pyright: ignore[reportAttributeAccessIssue]  # as torch's GradScaler does
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(losses, batch.indices, momentum=momentum, keep=keep)
-    return losses, gradient_norm
+    for block in method.encoder.modules():
+        if isinstance(block, BasicBlock):
+            plain = block.forward
+            contexts = partial(_first_and_again, block)
+            block.forward = partial(
+                checkpoint, plain, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+            )
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), batch_statistics_only(block)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,18 +29,22 @@ from mnclglf.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from mnclglf.engine.compiling import choose_compile, or_eager
 from mnclglf.engine.device import autocast_dtype, choose_device
-from mnclglf.engine.guard import Guard, NonFiniteError
+from mnclglf.engine.guard import NonFiniteError
 from mnclglf.engine.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.engine.kernels import choose_backends, describe_backends
 from mnclglf.engine.log import RunLog, duration
 from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
 from mnclglf.engine.schedule import Schedule
-from mnclglf.engine.step import make_forward, make_optimizer, train_step
+from mnclglf.engine.step import TrainStep, keep_freed_memory, share_casts, use_fast_math
+from mnclglf.engine.timing import WARM_UP_STEPS, Speed, StepClock, Waiting, peak_memory_bytes, speed_of
 from mnclglf.files import write_atomically
-from mnclglf.methods import Losses, Method
+from mnclglf.methods import Losses
+from mnclglf_kernels.backend import HAS_TRITON
 
 PICTURED_IMAGES = 6  # in the report
+GPU_GIB = 24  # of an RTX 3090, for runs on a CPU
 
 
 class TrainingError(RuntimeError):
@@ -90,6 +92,10 @@ class Trainer:
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
         self.dtype = autocast_dtype(config.engine, self.device)
+        if self.device.type == "cuda":
+            use_fast_math(config.engine)
+        elif config.engine.keep_memory:
+            keep_freed_memory()
         train_images, _ = load_dataset(
             config.dataset, config.data.data_dir, download=config.data.download, skip_corrupt=config.data.skip_corrupt
         )
@@ -101,9 +107,11 @@ class Trainer:
         self.method.backends = choose_backends(config, source, self.side, self.dtype, self.device, self.console)
         self.loader = self._make_loader(saved)
         self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
-        self.forward = make_forward(self.method, config.engine)
-        self.optimizer = make_optimizer(self.method, config.optim)
-        self.guard = Guard(self.device)
+        self.compile = choose_compile(config.engine, self.device, self._say)
+        self.step = TrainStep(self.method, config.optim, config.engine, self.dtype, compile=self.compile)
+        if self.compile != "off":
+            self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._say)
+        self.least_seconds: float | None = None
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
@@ -115,38 +123,36 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         self._describe()
-        total, logged, waited, since = self.schedule.total_steps, self.start, 0.0, time.perf_counter()
-        waiting = Waiting()
+        total, began = self.schedule.total_steps, time.perf_counter()
+        waiting, clock = Waiting(), StepClock(self.device)
         stopped: int | None = None
         with StopRequest() as stop, RunLog(self.out, start=self.start, total=total, console=self.console) as log:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
-                losses, gradient_norm = train_step(
-                    self.method,
-                    self.forward,
-                    self.optimizer,
-                    self.guard,
-                    batch,
-                    step=step,
-                    lr=self.schedule.lr(step),
-                    momentum=self.schedule.ema_momentum,
-                    dtype=self.dtype,
-                )
-                done, waited = step + 1, waited + wait
-                if done % self.config.engine.log_every == 0 or done == total:
+                lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum
+                losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
+                clock.stop(wait)
+                done = step + 1
+                if done == self.start + 1 and self.compile != "off":
+                    self._check()
+                    self._say(f"compiled in {time.perf_counter() - began:.0f} s")
+                if done == self.start + WARM_UP_STEPS + 1:
                     self._check()  # waits for the device, as every figure below does
-                    record = self._record(done, losses, gradient_norm, batch)
-                    seconds, since = time.perf_counter() - since, time.perf_counter()
-                    speed = (done - logged) * self.config.optim.batch_size / seconds
-                    log.write({**record, "images_per_second": round(speed, 1), "data_wait_seconds": round(waited, 4)})
-                    logged, waited = done, 0.0
+                    self._say(f"estimated time: {duration(clock.times()[-1] * (total - self.start))}")
+                    clock.restart()
+                if done % self.config.engine.log_every == 0 or done == total:
+                    self._check()
+                    log.write(self._record(done, losses, gradient_norm, batch) | self._speed(clock))
+                    clock.restart()
                 stopped = stop.signal  # read once: a signal may come at any moment
                 if self._save_due(done) or stopped:
                     self._check()
                     self._save(done)
+                    clock.restart()
                 if stopped:
                     break
         if waiting.first:
             self._say(waiting.summary())
+        self._say_speed(clock)
         if stopped:
             return stopped
         if not checkpoint_path(self.checkpoints, total).exists():  # resumed at its end from another directory
@@ -195,7 +201,7 @@ class Trainer:
                 "them); put the old ones back, or start anew in another --out"
             )
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step.load_state_dict(state)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -217,7 +223,7 @@ class Trainer:
         state = {
             "config": json.dumps(to_dict(self.config)),
             "method": method,
-            "optimizer": self.optimizer.state_dict(),
+            **self.step.state_dict(),
             "images": self.fingerprint,
             "loader": self.loader.name,
             "rng": torch.get_rng_state(),
@@ -234,7 +240,7 @@ class Trainer:
     def _check(self) -> None:
         """Raises TrainingError if a step since the last check was not finite."""
         try:
-            self.guard.raise_if_failed()
+            self.step.guard.raise_if_failed()
         except NonFiniteError as error:
             batch = batch_indices(self.config.seed, error.step, len(self.images), self.config.optim.batch_size)
             names, path = self.images.names(batch), self.out / "nonfinite.json"
@@ -264,6 +270,33 @@ class Trainer:
             "neighbor_agreement": agreement,
             "queue_fill": self.method.queue_fill(),
         }
+
+    def _speed(self, clock: StepClock) -> dict[str, Any]:
+        """Speed of the steps since the last record, which are none while the run warms up; memory; waiting."""
+        waited, seconds = clock.take()
+        speed = speed_of(seconds, self.config.optim.batch_size)
+        figures = (
+            dict.fromkeys(Speed._fields) if speed is None else {k: round(v, 6) for k, v in speed._asdict().items()}
+        )
+        least = self.least_seconds
+        return {
+            **figures,
+            "data_wait_seconds": round(waited, 4),
+            "limit_share": None if speed is None or least is None else round(least / speed.step_seconds, 4),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    def _say_speed(self, clock: StepClock) -> None:
+        speed = speed_of(clock.all, self.config.optim.batch_size)
+        if speed is None:
+            return
+        text = (
+            f"{speed.images_per_second:,.0f} images/s (slowest tenth of the steps {speed.images_per_second_p10:,.0f}, "
+            f"fastest {speed.images_per_second_p90:,.0f}), {speed.step_seconds:.3f} s a step, without the warm-up"
+        )
+        if self.least_seconds is not None:
+            text += f": {self.least_seconds / speed.step_seconds:.0%} of this machine's limit"
+        self._say(f"{text}; peak memory {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -295,36 +328,31 @@ class Trainer:
         if self.start:
             say(f"going on after step {self.start} of {total}")
         if self.start < total:
-            seconds = step_seconds(self.method, self.config.optim.batch_size, self.side, self.device, self.dtype)
-            say(f"estimated time: {duration(seconds * (total - self.start))}")
-            if self.config.engine.compile:
-                say("the first step compiles the forward, which takes minutes")
+            self._describe_limits()
+            if self.compile != "off":
+                say("compiling the forward, which takes minutes ...")
 
+    def _describe_limits(self) -> None:
+        """Prints how fast the step could be at most, and what fits in memory."""
+        if not HAS_TRITON:  # the counts are those of its kernels
+            return
+        from mnclglf.engine.limit import least_seconds, peaks_of
+        from mnclglf.engine.memory import largest_batch, step_memory
 
-class Waiting:
-    """Keeps the time that a run waits for data. The wait for the first batch, which starts the loader, stands apart."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-        self.first = self.later = self.elapsed = 0.0
-        """Seconds: of the first wait, of those after it, and from the first batch to the last look at the clock."""
-
-    def timed(self, loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
-        """(step, batch, seconds waited for it, but 0 for the first) of the global steps from start up to stop."""
-        began, batches = self.clock(), loader.batches(start, stop)
-        for step in range(start, stop):
-            since = self.clock()
-            batch = next(batches)
-            now = self.clock()
-            if step == start:
-                self.first, began, since = now - began, now, now
-            self.later, self.elapsed = self.later + now - since, now - began
-            yield step, batch, now - since
-            self.elapsed = self.clock() - began
-
-    def summary(self) -> str:
-        share = self.later / self.elapsed if self.elapsed else 0.0
-        return f"waited {share:.1%} of the time for data, and {self.first:.1f} s for the first batch"
+        config, cuda = self.config, self.device.type == "cuda"
+        peaks = peaks_of(self.device, self.dtype, tf32=config.engine.tf32)
+        self.least_seconds = least_seconds(config, self.side, self.dtype, peaks)
+        self._say(
+            f"a step takes at least {self.least_seconds:.3g} s: {peaks.name}, {peaks.flops / 1e12:.3g} TFLOP/s, "
+            f"{peaks.memory_bytes / 1e9:.3g} GB/s"
+        )
+        needed = step_memory(config, config.optim.batch_size, self.side, self.dtype)
+        available = torch.cuda.get_device_properties(self.device).total_memory if cuda else GPU_GIB * 2**30
+        fits = largest_batch(config, self.side, self.dtype, available)
+        self._say(
+            f"a step needs about {needed.total / 2**30:.2g} GiB, {needed.activations / 2**30:.2g} of it activations; "
+            f"the largest batch for {available / 2**30:.0f} GiB is about {fits:,}"
+        )
 
 
 def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
@@ -333,20 +361,3 @@ def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
         return images
     pixels = whole_views(images, side, np.zeros(3, np.float32), np.ones(3, np.float32), torch.float32)
     return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def step_seconds(method: Method, batch_size: int, side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of a forward and backward, measured on a copy of the method with noise for images."""
-    twin = copy.deepcopy(method)
-    seconds = float("inf")
-    with torch.random.fork_rng():
-        shape = (batch_size, 3, side, side)
-        images = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
-        for _ in range(3):
-            since = time.perf_counter()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                total = twin([images] * method.views).total
-            total.backward()
-            total.item()  # waits for the device
-            seconds = min(seconds, time.perf_counter() - since)
-    return seconds

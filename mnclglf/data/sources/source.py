@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mnclglf.data.archives import DataError, damaged
 from mnclglf.data.images import ImageSet
+from mnclglf.files import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,7 @@ class Source(ABC):
 
 def cache_dir(name: str) -> Path:
     """Where downloads go without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "mnclglf", name)
+    return cache_folder() / name
 
 
 def check_md5(path: Path, expected: str) -> None:

@@ -1,0 +1,63 @@
+"""How much memory a step needs on a GPU, estimated without one, and the largest batch for a given amount.
+
+A forward on the meta device tells which tensors autograd saves; a step needs these, the weights with what belongs to
+them, and what is alive for a moment only. An allocator's rounding and cuDNN's workspaces come on top of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mnclglf.config import RunConfig
+from mnclglf.engine.limit import on_meta, views_on_meta
+from mnclglf.engine.step import checkpoint_activations
+
+RESERVED = 2**30  # bytes of a GPU that are not for tensors: the CUDA context, workspaces
+
+
+class Memory(NamedTuple):
+    """Bytes of a step."""
+
+    fixed: int  # weights, gradients, SGD's momentum, casts, queue
+    activations: int  # saved for backward
+    passing: int  # alive for a moment: the largest activation and its like, forward or backward
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -> Memory:
+    """What a step on so many images keeps alive at once, in eager mode; torch.compile saves less."""
+    method = on_meta(config, dtype)
+    weights = sum(p.numel() for p in method.parameters())
+    trained = sum(p.numel() for p in method.trained_parameters())
+    buffers = sum(buffer.nbytes for buffer in method.buffers())
+    fixed = 4 * (weights + 2 * trained) + buffers + (0 if dtype == torch.float32 else dtype.itemsize * weights)
+    if config.engine.activation_checkpointing:
+        checkpoint_activations(method)
+    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = method(views_on_meta(method, images, side, dtype))  # alive until all are counted: no storage twice
+    del losses
+    largest = max(saved.values(), default=0)
+    return Memory(fixed, sum(saved.values()), 3 * largest)
+
+
+def largest_batch(config: RunConfig, side: int, dtype: torch.dtype, memory_bytes: int) -> int:
+    """Images a step that fit into a GPU of this much memory; 0 where not even two do. Memory grows with the batch."""
+    least, more = (step_memory(config, images, side, dtype).total for images in (64, 128))
+    an_image = (more - least) / 64
+    fits = int((memory_bytes - RESERVED - (least - 64 * an_image)) / an_image)
+    return fits if fits >= 2 else 0
