@@ -1,6 +1,8 @@
 """What every test shares: two threads, one seed, hypothesis without a clock, the backends under test."""
 
+import importlib
 import os
+from collections.abc import Iterator
 
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -53,6 +55,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if NOT_ON_GPU in config.stash:
         terminalreporter.write_line(config.stash[NOT_ON_GPU], yellow=True)
+
+
+@pytest.fixture
+def fused_sgd_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets PyTorch's fused SGD run on the meta device, and as a fake, where it has nothing to tell but that it ran."""
+    optimizer = importlib.import_module("torch.optim.optimizer")  # torch.optim has no attribute of that name
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
+        library.impl(name, lambda *args, **kwargs: None, "Meta")
+    yield
+    library._destroy()
 
 
 @pytest.fixture(autouse=True)

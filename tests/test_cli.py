@@ -91,7 +91,7 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
         (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
-        (f"{TINY} --compile --graphs", "graphs are CUDA graphs, and this run is on the CPU"),
+        (f"{TINY} --graphs on", "graphs on asks for CUDA graphs, and this run is on the CPU"),
         (f"{TINY} --kernels require", "backend 'triton' needs CUDA tensors"),
     ],
 )

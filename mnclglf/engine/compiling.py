@@ -69,10 +69,13 @@ def or_eager(
 
     def run(views: Sequence[Tensor]) -> Losses:
         nonlocal chosen
+        from torch._dynamo.exc import TorchDynamoException  # a second, which an eager run need not wait for
+        from torch._functorch import config
+
         try:
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # the backward fails here too
+            with config.patch(force_non_lazy_backward_lowering=True):  # what fails in the backward fails here too
                 return chosen(views)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             if chosen is eager:
                 raise
             say(f"torch.compile failed, the step stays eager: {' '.join(str(error).split()[:40])}")

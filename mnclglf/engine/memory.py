@@ -39,13 +39,12 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
     fixed = 4 * (weights + 2 * trained) + buffers + (0 if dtype == torch.float32 else dtype.itemsize * weights)
     if config.engine.activation_checkpointing:
         checkpoint_activations(method)
-    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
+    own = {storage_of(tensor) for tensor in (*method.parameters(), *method.buffers())}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
+        if storage_of(tensor) not in own:
+            saved[storage_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -53,6 +52,11 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
     del losses
     largest = max(saved.values(), default=0)
     return Memory(fixed, sum(saved.values()), 3 * largest)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which memory the tensor lies in, also where there is none: on the meta device all addresses are 0."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def largest_batch(config: RunConfig, side: int, dtype: torch.dtype, memory_bytes: int) -> int:

@@ -23,7 +23,7 @@ from mnclglf.config import EngineConfig, OptimConfig
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import Guard
 from mnclglf.methods.method import Losses, Method
-from mnclglf.models.batch_norm import batch_statistics_only
+from mnclglf.models.batch_norm import running_statistics_kept
 
 Forward = Callable[[Sequence[Tensor]], Losses]
 
@@ -64,7 +64,7 @@ class TrainStep:
         queue stay as they are. In fp16 a gradient that overflows only costs its step, and the loss scale falls.
         """
         views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
@@ -102,7 +102,7 @@ class TrainStep:
         """Takes what `state_dict` gave; a state without a loss scale leaves it as it is."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+            group["lr"] = torch.as_tensor(group["lr"]).to(group["params"][0])  # that of an older state is a number
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 
@@ -115,12 +115,9 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
     """
     parameters = method.trained_parameters()
     optimizer = torch.optim.SGD(
-        parameters,
-        lr=torch.tensor(config.lr, device=parameters[0].device),
-        momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        parameters, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True
     )
+    optimizer.param_groups[0]["lr"] = parameters[0].new_tensor(config.lr)
     for parameter in parameters:
         if config.sgd_momentum:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -225,4 +222,4 @@ def checkpoint_activations(method: Method) -> None:
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), batch_statistics_only(block)
+    return nullcontext(), running_statistics_kept(block)

@@ -328,7 +328,8 @@ class Trainer:
         if self.start:
             say(f"going on after step {self.start} of {total}")
         if self.start < total:
-            self._describe_limits()
+            with torch.random.fork_rng():  # the run's numbers do not depend on what is found out here
+                self._describe_limits()
             if self.compile != "off":
                 say("compiling the forward, which takes minutes ...")
 

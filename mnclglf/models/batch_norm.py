@@ -31,3 +31,17 @@ def batch_statistics_only(*modules: nn.Module) -> Generator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Generator[None]:
+    """Within, forwards in train mode do all that they do, but the running statistics take nothing from their batch."""
+    layers = batch_norms(module)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

@@ -1,99 +1,318 @@
-"""A training step leaves the host free, and is the same step when its forward is compiled."""
+"""A training step leaves the host free, and each optimisation leaves the step what it is."""
 
+import copy
+import ctypes
+import dataclasses
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from mnclglf.data.batches import Batch
-from mnclglf.engine.guard import Guard
-from mnclglf.engine.step import make_forward, make_optimizer, train_step
+from mnclglf.engine.guard import NonFiniteError
+from mnclglf.engine.step import TrainStep, cast, keep_freed_memory, share_casts, use_fast_math
 from mnclglf.methods import MNCLGLF
+from mnclglf_kernels import Backends
 
+CPU = torch.device("cpu")
+PLAIN = EngineConfig(channels_last=False, tf32=False, cudnn_benchmark=False, keep_memory=False, compile="off")
+MODEL = ModelConfig(width=4, projector_width=16, predictor_width=8)
 READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
 
 class NoReadBack(TorchDispatchMode):
-    """Fails on operators whose result the host must wait for."""
+    """Fails on operators whose result the host must wait for, and on copies from a device to the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in READS_BACK, f"aten::{name} waits for the device"
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0}
+        made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        assert "cpu" not in made or devices <= {"cpu"}, f"aten::{name} copies to the host"
+        return result
 
 
-def parts(device: torch.device, dtype: torch.dtype) -> tuple[MNCLGLF, torch.optim.SGD, Guard, Batch, dict[str, Any]]:
-    """A small method, its optimizer and guard, a batch, and the settings of a step."""
+def make_method(device: torch.device = CPU, *, dtype: torch.dtype = torch.float32, side: int = 16) -> MNCLGLF:
     torch.manual_seed(0)
-    objective = ObjectiveConfig(queue_size=40, one_embedding=True)
-    method = MNCLGLF(ModelConfig(width=4, projector_width=16, predictor_width=8), objective, queue_dtype=dtype)
-    method = method.to(device, memory_format=torch.channels_last).train()
-    optimizer, guard = make_optimizer(method, OptimConfig()), Guard(device)
+    objective = ObjectiveConfig(queue_size=40, one_embedding=device == CPU)
+    return MNCLGLF(MODEL, objective, queue_dtype=dtype).to(device, memory_format=torch.channels_last).train()
+
+
+def make_batch(device: torch.device = CPU, dtype: torch.dtype = torch.float32, first: int = 0) -> Batch:
     views = torch.randn(3, 16, 3, 16, 16, device=device).to(dtype).unbind()
-    batch = Batch(tuple(view.to(memory_format=torch.channels_last) for view in views), torch.arange(16, device=device))
-    return method, optimizer, guard, batch, {"step": 0, "lr": 0.1, "momentum": 0.99, "dtype": dtype}
+    views = tuple(view.to(memory_format=torch.channels_last) for view in views)
+    return Batch(views, torch.arange(first, first + 16, device=device))
 
 
-def make_step(device: torch.device, dtype: torch.dtype) -> Any:
-    method, optimizer, guard, batch, settings = parts(device, dtype)
-    return lambda: train_step(method, method, optimizer, guard, batch, **settings)
+def trained(
+    engine: EngineConfig, *, dtype: torch.dtype = torch.float32, compile: str = "off", steps: int = 2
+) -> tuple[list[float], dict[str, Tensor], list[Tensor]]:
+    """Losses, state and the momentum of SGD after some steps from the same start on the same batches."""
+    method = make_method(dtype=dtype)
+    step = TrainStep(method, OptimConfig(), engine, dtype, compile=compile)
+    losses = []
+    for number in range(steps):
+        torch.manual_seed(number)
+        batch = make_batch(dtype=dtype, first=16 * number)
+        losses.append(step(number, batch, lr=0.1, momentum=0.9)[0].total.item())
+    step.guard.raise_if_failed()
+    return losses, dict(method.state_dict()), [x["momentum_buffer"] for x in step.optimizer.state.values()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_operator_of_a_step_reads_back(dtype: torch.dtype) -> None:
-    step = make_step(torch.device("cpu"), dtype)
+    step = TrainStep(make_method(dtype=dtype), OptimConfig(), EngineConfig(), dtype)
+    batch = make_batch(dtype=dtype)
+    step(0, batch, lr=0.1, momentum=0.99)  # the loss scale is made
     with NoReadBack():
-        losses, gradient_norm = step()
+        losses, gradient_norm = step(1, batch, lr=0.1, momentum=0.99)
     assert losses.total.isfinite()
     assert gradient_norm > 0
     with pytest.raises(AssertionError, match="waits for the device"), NoReadBack():
         losses.total.item()
 
 
-@pytest.mark.parametrize(
-    ("engine", "options"),
-    [({"compile": True}, {"mode": None}), ({"compile": True, "graphs": True}, {"mode": "reduce-overhead"})],
-    ids=["compile", "graphs"],
-)
-def test_a_compiled_forward_gives_the_same_step(
-    engine: dict[str, bool], options: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, object] = {}
-    compiler = torch.compile
-
-    def record(method: MNCLGLF, **how: object) -> object:
-        asked.update(how)
-        return compiler(method, fullgraph=True, backend="eager")  # Dynamo's graph, without minutes of code generation
-
-    monkeypatch.setattr("torch.compile", record)
-    results = []
-    for config in (EngineConfig(), EngineConfig(**engine)):
-        method, optimizer, guard, batch, settings = parts(torch.device("cpu"), torch.float32)
-        forward = make_forward(method, config)
-        for _ in range(2):
-            losses, _ = train_step(method, forward, optimizer, guard, batch, **settings)
-        results.append((losses.total.detach(), dict(method.state_dict())))
-    assert asked == {"fullgraph": True, **options}
-    (loss, state), (compiled_loss, compiled_state) = results
-    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)  # the same operations; fp32
-    torch.testing.assert_close(compiled_state, state, rtol=1e-4, atol=1e-6)
+def test_nothing_of_a_step_comes_to_the_host(fused_sgd_on_meta: None) -> None:
+    """On the meta device, which autocast does not know, there is nothing that could be copied or read."""
+    meta = torch.device("meta")
+    method = make_method(meta)
+    method.backends = Backends.all("triton")
+    with torch.device("meta"):
+        step = TrainStep(method, OptimConfig(), EngineConfig(), torch.float32)
+        with NoReadBack():
+            losses, gradient_norm = step(0, make_batch(meta), lr=0.1, momentum=0.99)
+    assert losses.total.device == gradient_norm.device == meta
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"), NoReadBack():
+        losses.total.to("cpu")
 
 
-def test_without_compile_the_forward_is_the_method() -> None:
-    method = parts(torch.device("cpu"), torch.float32)[0]
-    assert make_forward(method, EngineConfig()) is method
+def assert_same_training(first: Any, second: Any, *, rtol: float, atol: float) -> None:
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+SWITCHES = {
+    "channels_last": dataclasses.replace(PLAIN, channels_last=True),
+    "activation_checkpointing": dataclasses.replace(PLAIN, activation_checkpointing=True),
+    "all": EngineConfig(activation_checkpointing=True),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_changes_no_number(name: str) -> None:
+    """The same operations in fp32, summed in another order; two steps of batch norms of 16 amplify 1e-7."""
+    assert_same_training(trained(SWITCHES[name]), trained(PLAIN), rtol=1e-4, atol=2e-5)
+
+
+def test_a_checkpointed_step_is_the_same_to_the_bit() -> None:
+    """The second forward of a block computes what the first did, and leaves the running statistics alone."""
+    assert_same_training(trained(SWITCHES["activation_checkpointing"]), trained(PLAIN), rtol=0, atol=0)
+
+
+def test_checkpointing_saves_less_and_computes_again() -> None:
+    def saved_and_forwards(engine: EngineConfig) -> tuple[int, int]:
+        method, convolutions = make_method(), Counter()
+        step, saved = TrainStep(method, OptimConfig(), engine, torch.float32), {}
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+                convolutions[func.overloadpacket.__name__] += 1
+                return func(*args, **(kwargs or {}))
+
+        def keep(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Count():
+            step(0, make_batch(), lr=0.1, momentum=0.9)
+        return sum(x.untyped_storage().nbytes() for x in saved.values()), convolutions["convolution"]
+
+    (plain, once), (checkpointed, again) = (
+        saved_and_forwards(SWITCHES["activation_checkpointing"] if on else PLAIN) for on in (False, True)
+    )
+    assert checkpointed < 0.6 * plain
+    assert again == once + 3 * 19  # all but the stem's, for each of the three views
+
+
+def names_of_casts(method: MNCLGLF, forward: Callable[..., Any], batch: Batch) -> Counter[str]:
+    """How often each weight is cast to bf16 in a forward under autocast."""
+    names, casts = {p.data_ptr(): name for name, p in method.named_parameters()}, Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default):
+                sources = args[1] if func is torch.ops.aten._foreach_copy_.default else args[:1]
+                casts.update(names[x.data_ptr()] for x in sources if x.data_ptr() in names)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        forward(batch.views)
+    return casts
+
+
+def test_a_weight_is_cast_once_a_step() -> None:
+    method, batch = make_method(dtype=torch.bfloat16), make_batch(dtype=torch.bfloat16)
+    multiplied = {
+        f"{path}.{name}"
+        for path, module in method.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    assert names_of_casts(method, share_casts(method, torch.bfloat16), batch) == dict.fromkeys(multiplied, 1)
+    assert names_of_casts(method, method, batch)["momentum.0.conv1.weight"] == 2  # what autocast does by itself
+    assert share_casts(method, torch.float32) is method
+
+
+def test_shared_casts_train_to_the_bit_as_autocast_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trained(PLAIN, dtype=torch.bfloat16)
+    monkeypatch.setattr("mnclglf.engine.step.share_casts", lambda method, dtype: method)
+    assert_same_training(ours, trained(PLAIN, dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+def test_a_cast_keeps_the_memory_format() -> None:
+    weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    (result,) = cast([weight], torch.bfloat16)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result, weight.bfloat16())
+
+
+def test_the_learning_rate_is_a_tensor_on_the_device_and_takes_effect() -> None:
+    method = make_method()
+    step = TrainStep(method, OptimConfig(weight_decay=0.0), EngineConfig(), torch.float32)
+    rate = step.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, Tensor)
+    before = method.encoder.conv1.weight.clone()
+    step(0, make_batch(), lr=0.0, momentum=0.9)
+    assert torch.equal(method.encoder.conv1.weight, before)
+    step(1, make_batch(), lr=0.5, momentum=0.9)
+    assert step.optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.5
+    assert not torch.equal(method.encoder.conv1.weight, before)
+
+
+def test_one_fused_kernel_updates_all_weights_and_one_the_momentum_network() -> None:
+    step, calls = TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.float32), Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            calls[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        step(0, make_batch(), lr=0.1, momentum=0.9)
+    assert calls["aten._fused_sgd_.tensor_lr"] == calls["aten._fused_sgd_.default"] == 1
+    assert not any("lerp" in name for name in calls)
+
+
+def test_an_fp16_gradient_that_overflows_costs_its_step_and_halves_the_scale() -> None:
+    method, batch = make_method(dtype=torch.float16), make_batch(dtype=torch.float16)
+    step = TrainStep(method, OptimConfig(), EngineConfig(), torch.float16)
+    step(0, batch, lr=0.1, momentum=0.9)
+    scale = step.scaler.get_scale()
+    before = {name: value.clone() for name, value in method.named_parameters()}
+    rows = method.queue.rows.clone()
+    handle = method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    step(1, batch, lr=0.1, momentum=0.9)
+    handle.remove()
+    assert step.scaler.get_scale() == scale / 2
+    for name, value in method.named_parameters():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(method.queue.rows, rows)
+    step.guard.raise_if_failed()
+    step(2, batch, lr=0.1, momentum=0.9)
+    step.guard.raise_if_failed()
+    assert not torch.equal(method.encoder.conv1.weight, before["encoder.conv1.weight"])
+
+
+def test_an_fp16_gradient_that_is_never_finite_is_an_error() -> None:
+    step = TrainStep(make_method(dtype=torch.float16), OptimConfig(), EngineConfig(), torch.float16)
+    step.method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.nan)
+    for number in range(18):  # from 2^16 to below 1
+        step(number, make_batch(dtype=torch.float16), lr=0.1, momentum=0.9)
+    with pytest.raises(NonFiniteError, match="step 17: gradient not finite"):
+        step.guard.raise_if_failed()
+
+
+def test_fp16_trains_as_fp32_within_its_precision() -> None:
+    losses, _, _ = trained(PLAIN, dtype=torch.float16)
+    expected, _, _ = trained(PLAIN)
+    assert losses == pytest.approx(expected, rel=2e-2)  # 2^-11 a rounding, through 20 layers and two steps
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    step = TrainStep(make_method(dtype=torch.float16), OptimConfig(), EngineConfig(), torch.float16)
+    for number in range(2):
+        step(number, make_batch(dtype=torch.float16), lr=0.1, momentum=0.9)
+    other = TrainStep(make_method(dtype=torch.float16), OptimConfig(), EngineConfig(), torch.float16)
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    assert other.scaler.state_dict() == step.scaler.state_dict()
+    assert isinstance(other.optimizer.param_groups[0]["lr"], Tensor)
+    older = step.state_dict()["optimizer"]  # as it was when the learning rate was a number
+    older["param_groups"][0]["lr"] = 0.25
+    other.load_state_dict({"optimizer": older})
+    assert other.optimizer.param_groups[0]["lr"] == torch.tensor(0.25)
+
+
+def test_fast_math_is_switched_by_one_interface() -> None:
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, convolution.fp32_precision, torch.backends.cudnn.benchmark
+    try:
+        for on in (True, False):
+            use_fast_math(dataclasses.replace(PLAIN, tf32=on, cudnn_benchmark=on))
+            assert matmul.fp32_precision == convolution.fp32_precision == ("tf32" if on else "ieee")
+            assert torch.backends.cudnn.benchmark is on
+            torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # the older interface would raise here
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision, torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="there is no glibc")
+def test_freed_memory_stays_with_the_process() -> None:
+    """In a process of its own, as the setting holds for all of it: page faults of ten large tensors in turn."""
+    script = """
+import resource, sys, torch
+from mnclglf.engine.step import keep_freed_memory
+if sys.argv[1] == "keep": assert keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(15): torch.ones(2**26, dtype=torch.uint8)  # the heap finds its size
+before = faults()
+for _ in range(10): torch.ones(2**26, dtype=torch.uint8)
+print(faults() - before)
+"""
+    found = {
+        mode: int(
+            subprocess.run([sys.executable, "-c", script, mode], capture_output=True, text=True, check=True).stdout
+        )
+        for mode in ("keep", "leave")
+    }
+    assert found["leave"] > 300  # 16,384 pages of 4 KiB each time, or 32 of 2 MiB
+    assert found["keep"] < found["leave"] / 20
+
+
+def test_without_glibc_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not keep_freed_memory()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_on_the_gpu_never_synchronises(dtype: torch.dtype) -> None:
-    step = make_step(torch.device("cuda"), dtype)
-    step()  # libraries initialise themselves
+    device = torch.device("cuda")
+    step = TrainStep(make_method(device, dtype=dtype), OptimConfig(), EngineConfig(), dtype)
+    batch = make_batch(device, dtype)
+    step(0, batch, lr=0.1, momentum=0.99)  # libraries initialise themselves
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses, _ = step()
+        losses, _ = step(1, batch, lr=0.1, momentum=0.99)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert losses.total.isfinite()

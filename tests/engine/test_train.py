@@ -24,12 +24,14 @@ from mnclglf.cli import parse
 from mnclglf.config import to_dict
 from mnclglf.data.batches import Batch, Loader
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from mnclglf.engine.run import build_method, load_trained
-from mnclglf.engine.train import Trainer, TrainingError, Waiting, step_seconds
+from mnclglf.engine.run import load_trained
+from mnclglf.engine.timing import Waiting
+from mnclglf.engine.train import Trainer, TrainingError
 from mnclglf.records import read_records
 
 STEPS, PER_EPOCH = 12, 4
-TIMES = ("images_per_second", "data_wait_seconds", "elapsed_seconds")  # the only figures that may differ
+SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "limit_share")
+TIMES = (*SPEEDS, "data_wait_seconds", "elapsed_seconds", "peak_memory_bytes")  # the only figures that may differ
 ARGUMENTS = shlex.split(
     "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "
     "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
@@ -322,23 +324,16 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
-def test_the_estimate_changes_nothing() -> None:
-    method = build_method(CONFIG, torch.float32).train()
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    random = torch.get_rng_state()
-    assert step_seconds(method, 8, 8, torch.device("cpu"), torch.float32) > 0
-    assert_identical(dict(method.state_dict()), before)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in method.parameters())
-
-
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     console = silent()
     trainer(tmp_path, console=console).train()
     text = console.file.getvalue()
     assert "mnclglf on digits: 128 images of side 8, 3 epochs of 4 steps, device cpu" in text
     assert "estimated time: 0:00:" in text
+    assert re.search(r"a step takes at least [\d.e-]+ s: this CPU, [\d.]+ TFLOP/s, [\d.]+ GB/s", text)
+    assert re.search(r"a step needs about [\d.e-]+ GiB, .* the largest batch for 24 GiB is about [\d,]+", text)
     assert "step 12/12  epoch 3.0  loss " in text
+    assert re.search(r"\d images/s \(slowest .*, without the warm-up: \d+% of this machine's limit; peak memory", text)
     assert "images/s  0:00:00 left" in text
 
 

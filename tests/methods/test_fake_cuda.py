@@ -15,7 +15,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fused_sgd_on_meta: None) -> str:
     monkeypatch.setattr("mnclglf_kernels.backend.triton_problem", lambda tensors, kind: None)  # it asks the driver
     return request.param
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from mnclglf.data.batches import Batch
-from mnclglf.engine.guard import Guard, NonFiniteError
-from mnclglf.engine.step import make_optimizer, train_step
+from mnclglf.engine.guard import NonFiniteError
+from mnclglf.engine.step import TrainStep
 from mnclglf.methods import MNCLGLF
 from mnclglf_kernels import Backend, Backends
 
@@ -52,25 +52,16 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0) -> Batch:
 
 
 class Stepper:
-    """Our step with its optimizer and guard."""
+    """Our step, which counts itself."""
 
-    def __init__(self, method: MNCLGLF) -> None:
-        self.method, self.optimizer, self.guard = method, make_optimizer(method, OPTIM), Guard(torch.device("cpu"))
-        self.step = 0
+    def __init__(self, method: MNCLGLF, dtype: torch.dtype = torch.float32) -> None:
+        self.method, self.number = method, 0
+        self.step = TrainStep(method, OPTIM, EngineConfig(channels_last=False), dtype)
+        self.optimizer, self.guard = self.step.optimizer, self.step.guard
 
-    def __call__(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        losses, _ = train_step(
-            self.method,
-            self.method,
-            self.optimizer,
-            self.guard,
-            batch,
-            step=self.step,
-            lr=OPTIM.lr,
-            momentum=self.method.objective.ema_momentum,
-            dtype=dtype,
-        )
-        self.step += 1
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        losses, _ = self.step(self.number, batch, lr=OPTIM.lr, momentum=self.method.objective.ema_momentum)
+        self.number += 1
         return {"loss": losses.total, **losses.terms}
 
 
