@@ -1,168 +1,191 @@
-"""`python -m bench.roofline`: the least time of a training step on a GPU, and what sets it, part by part.
+"""`python -m bench.roofline`: the least time of a training step, part by part, and what sets it.
 
-The step runs on the meta device, so nothing is computed: each convolution and matrix product counts its floating-point
-operations, each operation the bytes that it has to move, and a part takes at least the longer of the two at the GPU's
-peaks. What the usual fusions save is counted as saved: of batch norm and what follows it, only its own passes over the
-activations. Parts follow each other. So this is a yardstick to hold a measured step against, not a forecast; statistics
-made in a convolution's epilogue, or parts that overlap, could go below it.
+For any method, batch and size: by the nominal peaks of a GPU of inspect.py (--gpu), or by this machine's own (--gpu
+this), where the step is also run, and what each part took stands beside its least. mnclglf.engine.limit has how it is
+counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from mnclglf.config import MethodName, RunConfig
-from mnclglf.methods import METHODS, Method
+from bench.steps import our_step
+from mnclglf.config import EngineConfig, RunConfig
+from mnclglf.engine.device import autocast_dtype, choose_device
+from mnclglf.engine.limit import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.engine.step import keep_freed_memory
+from mnclglf.methods import METHODS
+from mnclglf.models import momentum
 from mnclglf.recipes import paper
-from mnclglf_kernels import Backends
-from mnclglf_kernels._triton.traffic import traffic
-from mnclglf_kernels.inspect import DTYPES, GPUS, Gpu, launches
-from mnclglf_kernels.sizes import OPERATORS, Sizes
+from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels.inspect import DTYPES
 
-aten = torch.ops.aten
-CONVOLUTIONS = {
-    aten.convolution.default: "convolutions, forward",
-    aten.convolution_backward.default: "convolutions, backward",
-}
-PRODUCTS = {aten.mm.default, aten.addmm.default}
-# Reads and writes of its activation that the usual fusions leave: batch norm needs its input whole before it writes,
-# and backward both input and gradient whole; a residual is read where it is added; ReLU comes with what is written
-# anyway, and its backward with the gradient, for the sign of what was written.
-ACTIVATION_PASSES = {
-    aten.native_batch_norm.default: 3,
-    aten._native_batch_norm_legit.default: 3,
-    aten._native_batch_norm_legit.no_stats: 3,
-    aten.native_batch_norm_backward.default: 5,
-    aten.add_.Tensor: 1,
-    aten.add.Tensor: 1,
-    aten.threshold_backward.default: 1,
+GPU_OPTIONS = {"3090": 86, "4090": 89, "a100": 80, "h100": 90}
+OTHER = "everything else"
+OPERATORS = (divide, combine, contrastive_losses, nearest_neighbor, enqueue)
+# Which part an operation outside of our operators belongs to, by what its name holds; the first that fits.
+PARTS = {
+    "convolution_backward": "convolutions, backward",
+    "convolution": "convolutions, forward",
+    "batch_norm": "batch norm and element-wise",
+    "threshold_backward": "batch norm and element-wise",
+    "clamp_min_": "batch norm and element-wise",
+    "aten::add": "batch norm and element-wise",
+    "aten::mm": "heads",
+    "aten::addmm": "heads",
+    "_fused_sgd_": "optimizer",
+    "_foreach_copy_": "weight casts",
 }
 
 
-@dataclass
-class Part:
-    """What a part of the step computes and moves."""
+@contextmanager
+def labelled() -> Iterator[None]:
+    """Within, the profiler sees under their names what our operators and the moving average do."""
 
-    flops: int = 0
-    unique_bytes: int = 0
+    def label(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(f"part: {name}"):
+                return call(*args, **kwargs)
 
-    def seconds(self, gpu: Gpu, dtype: str) -> tuple[float, str]:
-        """(least time, what sets it)."""
-        computing = self.flops / (gpu.fp32_flops if dtype == "fp32" else gpu.half_flops)
-        moving = self.unique_bytes / gpu.dram_bytes
-        return max((computing, "compute"), (moving, "DRAM"))
+        return run
 
-
-class Counter(TorchDispatchMode):
-    """Counts the operations within it by part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: dict[str, Part] = defaultdict(Part)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in CONVOLUTIONS or func in PRODUCTS:
-            part = self.parts[CONVOLUTIONS.get(func, "heads")]
-            part.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-            part.unique_bytes += unique_bytes((args, result))
-        elif func in ACTIVATION_PASSES:
-            activation = args[0]
-            self.parts["batch norm and element-wise"].unique_bytes += ACTIVATION_PASSES[func] * unique_bytes(activation)
-        return result
+    calls = {call: call.__name__ for call in OPERATORS} | {momentum.update_momentum: "moving average"}
+    with ExitStack() as stack:
+        for module in [module for name, module in sys.modules.items() if name.startswith("mnclglf.")]:
+            for attribute, value in list(vars(module).items()):
+                if callable(value) and getattr(value, "__hash__", None) and value in calls:
+                    stack.enter_context(mock.patch.object(module, attribute, label(calls[value], value)))
+        yield
 
 
-def unique_bytes(tree: Any) -> int:
-    """Of all tensors in a nest, each once."""
-    return sum({id(x): x.numel() * x.itemsize for x in tree_leaves(tree) if isinstance(x, Tensor)}.values())
+def measured_parts(config: RunConfig, side: int, device: torch.device) -> dict[str, float]:
+    """Seconds that one step spent in each part, from the profiler; of the device where it is a GPU.
+
+    A backward operation belongs where the forward operation of the same sequence number does.
+    """
+    cuda = device.type == "cuda"
+    if not cuda:
+        keep_freed_memory()
+    with labelled():
+        step = our_step(config, side, device)
+        for _ in range(2):
+            step()
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    of_sequence: dict[int, str] = {}
+    for event in events:
+        label = label_of(event)
+        if label and event.sequence_nr >= 0:
+            of_sequence.setdefault(event.sequence_nr, label)
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events:
+        name = label_of(event) or of_sequence.get(backward_sequence(event), "") or part_of(event)
+        seconds[name] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    return dict(seconds)
 
 
-def sizes_of(config: RunConfig, side: int) -> Sizes:
-    """The operators' sizes of a run."""
-    objective, model = config.objective, config.model
-    return Sizes(
-        config.optim.batch_size, side, 8 * model.width, objective.k, model.projector_width, objective.queue_size
-    )
+def label_of(event: Any) -> str:
+    """The part that `labelled` named around an event."""
+    while event is not None:
+        if event.name.startswith("part: "):
+            return event.name.removeprefix("part: ")
+        event = event.cpu_parent
+    return ""
 
 
-def on_meta(config: RunConfig, dtype: torch.dtype) -> Method:
-    """The method without values, its weights in `dtype` as autocast casts them."""
-    with torch.device("meta"):
-        method = METHODS[config.method](config.model, config.objective, queue_dtype=dtype)
-    method.backends = Backends.all("triton")
-    return method.to(dtype).train()
+def backward_sequence(event: Any) -> int:
+    """The sequence number of the autograd node that an event runs for; -1 outside of backward."""
+    while event is not None:
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            return event.sequence_nr
+        event = event.cpu_parent
+    return -1
 
 
-def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86) -> dict[str, Part]:
-    """What one training step computes and moves, by part."""
-    sizes = sizes_of(config, side)
-    method = on_meta(config, DTYPES[dtype])
-    shape = (sizes.images, 3, side, side)
-    views = [torch.empty(shape, dtype=DTYPES[dtype], device="meta") for _ in range(method.views)]
-    with Counter() as counter:
-        method(views).total.backward()
-    parts = dict(counter.parts)
-    for op in OPERATORS:
-        part = parts[op] = Part()
-        for x in launches(op, DTYPES[dtype], arch, sizes):
-            # In a step the patches and the targets need no gradient.
-            if not x.arguments.get("BACKWARD") and not x.arguments.get("OF_TARGETS"):
-                moved = traffic(x)
-                part.flops, part.unique_bytes = part.flops + moved.flops, part.unique_bytes + moved.unique_bytes
-    trained = sum(p.numel() for p in method.trained_parameters())
-    followed = sum(p.numel() for p in method.parameters()) - trained
-    casts = 0 if dtype == "fp32" else (4 + 2) * (trained + followed)
-    parts["weight casts"] = Part(0, casts)
-    parts["optimizer"] = Part(0, 4 * 5 * trained)  # reads weight, gradient, momentum; writes weight, momentum
-    parts["moving average"] = Part(0, 4 * 3 * followed)
-    return parts
+def part_of(event: Any) -> str:
+    """The part of an event that nothing labels: of the operation that it is, or is for."""
+    while event is not None:
+        for known, part in PARTS.items():
+            if known in event.name:
+                return part
+        event = event.cpu_parent
+    return OTHER
+
+
+def table(parts: Mapping[str, Part], peaks: Peaks, images: int, measured: Mapping[str, float] | None = None) -> str:
+    """The parts as Markdown, the longest first; with `measured` seconds beside their least."""
+    rows = sorted(((*part.seconds(peaks), name, part) for name, part in parts.items()), key=lambda row: -row[0])
+    head = ["part", "TFLOP", "GB", "least ms", "set by"] + (["measured ms", "share"] if measured else [])
+    lines = [f"| {' | '.join(head)} |", "|---" + 3 * "|--:" + "|---" + ("|--:|--:" if measured else "") + "|"]
+
+    def line(name: str, flops: int, moved: int, least: float, bound: str, taken: float | None) -> None:
+        cells = [name, f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{1e3 * least:.2f}", bound]
+        if measured:
+            cells += ["-", "-"] if not taken else [f"{1e3 * taken:.2f}", f"{least / taken:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    for least, bound, name, part in rows:
+        line(name, part.flops, part.unique_bytes, least, bound, (measured or {}).get(name))
+    for name in (measured or {}).keys() - parts.keys():
+        assert measured
+        line(name, 0, 0, 0.0, "", measured[name])
+    least = sum(row[0] for row in rows)
+    flops, moved = (sum(getattr(part, name) for part in parts.values()) for name in ("flops", "unique_bytes"))
+    taken = sum(measured.values()) if measured else None
+    line("together", flops, moved, least, f"{images / least:.0f} images/s", taken)
+    return "\n".join(lines)
+
+
+def small_share(measured: Mapping[str, float]) -> float:
+    """Share of a step that everything but networks and optimizer takes: the operators and the moving average."""
+    names = {operator.__name__ for operator in OPERATORS} | {"moving average"}
+    return sum(seconds for name, seconds in measured.items() if name in names) / sum(measured.values())
+
+
+def config_of(method: str, images: int) -> RunConfig:
+    """The paper recipe with another batch."""
+    config = paper(next(name for name in METHODS if name == method), "cifar10")
+    return replace(config, optim=replace(config.optim, batch_size=images))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
-    parser.add_argument("--arch", choices=[f"sm_{arch}" for arch in GPUS], default="sm_86")
+    parser.add_argument("--gpu", choices=[*GPU_OPTIONS, "this"], default="3090", help="this: the machine it runs on")
     parser.add_argument("--method", choices=METHODS, default="mnclglf")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="on this machine its autocast's is taken")
     options = parser.parse_args(arguments)
-    arch, method = int(options.arch.removeprefix("sm_")), options.method
-    print(table(method, options.batch_size, options.side, options.dtype, arch))
-
-
-def table(method: MethodName, batch_size: int, side: int, dtype: str, arch: int) -> str:
-    """The parts of a step of the paper recipe as Markdown, the longest first."""
-    config, gpu = paper(method, "cifar10"), GPUS[arch]
-    config = replace(config, optim=replace(config.optim, batch_size=batch_size))
-    parts = step_parts(config, side, dtype, arch)
-    rows = sorted(((*part.seconds(gpu, dtype), name, part) for name, part in parts.items()), key=lambda row: -row[0])
-    lines = [
-        f"{method}, batch {batch_size}, {side} x {side}, {dtype}, on an {gpu.name}",
-        "",
-        "| part | TFLOP | GB | least ms | set by |",
-        "|---|--:|--:|--:|---|",
-    ]
-    for seconds, bound, name, part in rows:
-        lines.append(
-            f"| {name} | {part.flops / 1e12:.3f} | {part.unique_bytes / 1e9:.3f} | {1e3 * seconds:.2f} | {bound} |"
-        )
-    total = sum(row[0] for row in rows)
-    lines.append(
-        f"| together | {sum(row[3].flops for row in rows) / 1e12:.3f} | "
-        f"{sum(row[3].unique_bytes for row in rows) / 1e9:.3f} | {1e3 * total:.2f} | "
-        f"{batch_size / total:.0f} images/s |"
+    config, dtype, measured = config_of(options.method, options.batch_size), options.dtype, None
+    if options.gpu == "this":
+        device = choose_device(EngineConfig())
+        autocast = autocast_dtype(EngineConfig(), device)
+        dtype, peaks = name_of(autocast), peaks_of(device, autocast, tf32=True)
+        measured = measured_parts(config, options.side, device)
+    else:
+        peaks = nominal_peaks(GPU_OPTIONS[options.gpu], dtype)
+    arch = GPU_OPTIONS.get(options.gpu, 86)
+    parts = step_parts(config, options.side, dtype, arch, pads=peaks.pads)
+    print(
+        f"{options.method}, batch {options.batch_size}, {options.side} x {options.side}, {dtype}, on {peaks.name}: "
+        f"{peaks.flops / 1e12:.4g} TFLOP/s, {peaks.memory_bytes / 1e9:.4g} GB/s\n"
     )
-    return "\n".join(lines)
+    print(table(parts, peaks, options.batch_size, measured))
+    if measured:
+        print(f"\nOperators and moving average: {small_share(measured):.1%} of what was measured")
 
 
 if __name__ == "__main__":

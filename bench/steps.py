@@ -1,0 +1,190 @@
+"""Training steps to compare: the ladder from Algorithm 1 as printed to ours, one optimisation a rung, and the peers'.
+
+A maker takes a Size and a device and gives a step on noise, the same in every call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference path is the tests' oracle
+from oracles import Algorithm1AsPrinted
+
+from bench.peers import PEERS, peer_step
+from mnclglf.config import EngineConfig, RunConfig
+from mnclglf.data.batches import Batch
+from mnclglf.engine.compiling import Compile
+from mnclglf.engine.device import autocast_dtype
+from mnclglf.engine.run import build_method
+from mnclglf.engine.step import TrainStep, keep_freed_memory, use_fast_math
+from mnclglf.models.batch_norm import batch_statistics_only
+from mnclglf.recipes import paper
+from mnclglf_kernels import Backends
+
+Step = Callable[[], object]
+REFERENCE = "reference"
+EAGER, KEPT, COMPILED, GRAPHS = "+ kernels", "+ kept memory", "+ compile", "+ graphs"
+
+
+class Size(NamedTuple):
+    """What is trained on."""
+
+    images: int = 256  # a batch
+    side: int = 32  # of a view
+    width: int = 64  # of the encoder's first stage; 64 is ResNet-18
+
+    def __str__(self) -> str:
+        network = "ResNet-18" if self.width == 64 else f"ResNet-18 of width {self.width}"
+        return f"batch {self.images}, {network}, {self.side} x {self.side}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printed:
+    """Algorithm 1 as printed, with the optimisations that need no code of ours.
+
+    Attributes:
+        channels_last: weights and views in that memory format.
+        autocast: forwards in bf16 where the device multiplies it.
+        shared: the stop-gradient network is the online one under no_grad, rather than a copy.
+        unit_norm: the queue's rows are of unit norm when they are enqueued, rather than at each lookup.
+    """
+
+    channels_last: bool = False
+    autocast: bool = False
+    shared: bool = False
+    unit_norm: bool = False
+
+
+def config_of(size: Size) -> RunConfig:
+    """The paper recipe."""
+    config = paper("mnclglf", "cifar10")
+    return replace(
+        config, optim=replace(config.optim, batch_size=size.images), model=replace(config.model, width=size.width)
+    )
+
+
+def noise(size: Size, device: torch.device, count: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(size.images, 3, size.side, size.side, device=device) for _ in range(count)]
+
+
+class _Shared(Algorithm1AsPrinted):
+    def stop_gradient_project(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
+        with batch_statistics_only(self.f_o):
+            f_s, self.f_s = self.f_s, self.f_o
+            projected = super().stop_gradient_project(x1, x3)
+            self.f_s = f_s
+        return projected
+
+    def update_stop_gradient_network(self) -> None:
+        pass
+
+
+class _SharedUnitNorm(_Shared):
+    @staticmethod
+    def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
+        return torch.mm(functional.normalize(queries), queue.t()).argmax(dim=1)
+
+
+def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
+    """Algorithm 1 as printed."""
+    config, views = config_of(size), noise(size, device, 3)
+    memory_format = torch.channels_last if how.channels_last else torch.contiguous_format
+    dtype = autocast_dtype(config.engine, device) if how.autocast else torch.float32
+    method = build_method(config, torch.float32)
+    algorithm = (_SharedUnitNorm if how.unit_norm else _Shared) if how.shared else Algorithm1AsPrinted
+    network = algorithm(
+        method.encoder.to(device, memory_format=memory_format),
+        method.projector.to(device),
+        method.predictor.to(device),
+        method.queue.rows.to(device, dtype),
+        temperature=config.objective.temperature,
+        ema_momentum=config.objective.ema_momentum,
+        lambda_=config.objective.lambda_,
+        k=config.objective.k,
+        lr=config.optim.lr,
+        sgd_momentum=config.optim.sgd_momentum,
+        weight_decay=config.optim.weight_decay,
+    )
+    views = [view.to(memory_format=memory_format) for view in views]
+
+    def step() -> object:
+        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype):
+            return network.step(*views)
+
+    return step
+
+
+def our_step(
+    config: RunConfig, side: int, device: torch.device, *, compile: Compile = "off", backends: Backends | None = None
+) -> Step:
+    """The step that `mnclglf train` runs."""
+    dtype = autocast_dtype(config.engine, device)
+    method = build_method(config, dtype).to(device).train()
+    method.backends = backends or method.backends
+    if device.type == "cuda":
+        use_fast_math(config.engine)
+    train = TrainStep(method, config.optim, config.engine, dtype, compile=compile)
+    views = noise(Size(config.optim.batch_size, side), device, method.views)
+    views = tuple(view.to(dtype, memory_format=train.memory_format) for view in views)
+    batch = Batch(views, torch.arange(len(views[0]), device=device))
+    return lambda: train(0, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
+
+
+def our_rung(size: Size, device: torch.device, *, compile: Compile = "off", keep: bool = False) -> Step:
+    if keep and device.type == "cpu":
+        keep_freed_memory()
+    return our_step(config_of(size), size.side, device, compile=compile)
+
+
+def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> Step:
+    """A peer's step as documented, or with our precision, memory format and, on a CPU, kept memory."""
+    dtype = autocast_dtype(EngineConfig(), device)
+    if not documented and device.type == "cpu":
+        keep_freed_memory()
+    return peer_step(
+        name,
+        noise(size, device, 2),
+        dtype=None if documented or dtype == torch.float32 else dtype,
+        channels_last=not documented,
+        width=size.width,
+    )
+
+
+LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
+    REFERENCE: partial(printed_step, how=Printed()),
+    "+ channels_last": partial(printed_step, how=Printed(channels_last=True)),
+    "+ autocast": partial(printed_step, how=Printed(channels_last=True, autocast=True)),
+    "+ shared network": partial(printed_step, how=Printed(channels_last=True, autocast=True, shared=True)),
+    "+ unit-norm queue": partial(
+        printed_step, how=Printed(channels_last=True, autocast=True, shared=True, unit_norm=True)
+    ),
+    EAGER: our_rung,
+    KEPT: partial(our_rung, keep=True),
+    COMPILED: partial(our_rung, keep=True, compile="on"),
+    GRAPHS: partial(our_rung, keep=True, compile="graphs"),
+}
+"""Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
+
+OURS = KEPT
+PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
+    f"{name}, {'as documented' if documented else 'like for like'}": partial(peer, name=name, documented=documented)
+    for name in PEERS
+    for documented in (False, True)
+}
+MAKERS = LADDER | PEER_STEPS
+
+
+def rungs(device: torch.device) -> list[str]:
+    """Those of the ladder that this device has: memory is kept on a CPU, graphs are replayed on a GPU."""
+    return [name for name in LADDER if name != (GRAPHS if device.type == "cpu" else KEPT)]
