@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.row import Row
+from bench.row import STEP_HEADINGS, Row, StepRow
 from bench.side_by_side import (
     AUTOCAST,
     DTYPES,
@@ -26,11 +27,13 @@ from bench.side_by_side import (
     replay,
     replayed_seconds,
 )
+from bench.turns import MATMUL, Comparison
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference path is the tests' oracle
 
 LINES = pytest.StashKey[list[str]]()
 MEASURED = pytest.StashKey[dict[Case, dict[Implementation, Row]]]()
+TURNS = pytest.StashKey[dict[Comparison, dict[str, StepRow]]]()
 
 
 def machine() -> str:
@@ -82,12 +85,48 @@ def side_by_side(
     return give
 
 
+@pytest.fixture
+def in_turns(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, say: Callable[[str], None]
+) -> Callable[[Comparison, str], None]:
+    """Measures a comparison when the first of its steps is asked for, and gives pytest-benchmark the step's row."""
+    measured = request.config.stash.setdefault(TURNS, {})
+
+    def give(comparison: Comparison, name: str) -> None:
+        if comparison not in measured:
+            measured[comparison], rates = comparison.measure()
+            describe(comparison, measured[comparison], statistics.median(rates), say)
+        replay(benchmark, measured[comparison][name])
+
+    return give
+
+
+def describe(comparison: Comparison, rows: dict[str, StepRow], matmul_rate: float, say: Callable[[str], None]) -> None:
+    """Prints the rows of a comparison."""
+    first = next(iter(rows.values()))
+    against = "times as fast as the first" if comparison.kind == "ladder" else "ours, operations a second, over it"
+    say(f"{first.case} ({len(first.seconds)} rounds); ratio: {against}; median of the rounds (least to greatest)")
+    say(step_line("", STEP_HEADINGS))
+    for row in rows.values():
+        say(step_line(row.name, row.cells()))
+    say(f"  a {MATMUL} x {MATMUL} product in {DTYPES[AUTOCAST]}: {matmul_rate / 1e12:.3f} TFLOP/s")
+    counted = next((row for row in reversed(rows.values()) if row.tflop and comparison.kind == "ladder"), None)
+    if counted is not None and counted.tflop is not None:
+        share = counted.tflop * 1e12 / statistics.median(counted.seconds) / matmul_rate
+        say(f"  {counted.name}: {share:.0%} of that rate")
+
+
+def step_line(name: str, cells: Sequence[str]) -> str:
+    """Of a table in the terminal."""
+    return f"  {name:26}" + "".join(f"{cell:>{24 if i == 3 else 11}}" for i, cell in enumerate(cells))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "max", "rounds"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if "side_by_side" in getattr(item, "fixturenames", ()):
+    if {"side_by_side", "in_turns"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.benchmark(timer=replayed_seconds))
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 REFERENCE = "reference"
 HEADINGS = ("median ms", "x reference fp32", "x reference bf16", "peak MiB")
+STEP_HEADINGS = ("s a step", "images/s", "TFLOP/s", "ratio", "peak GiB")
 
 
 class Ratio(NamedTuple):
@@ -76,4 +77,65 @@ class Row:
         known = dict(benchmark["extra_info"], seconds=benchmark["stats"]["data"])
         for name in ("ratio", "like_with_like"):
             known[name] = None if known[name] is None else Ratio(*known[name])
+        return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """What was measured of one training step.
+
+    Attributes:
+        kind: "ladder", where each rung has one optimisation more, or "peers".
+        name: of the rung or peer.
+        size: what was trained on, in words.
+        images: of a batch.
+        seconds: of a step, in each round.
+        tflop: floating-point operations of a step (10^12) by PyTorch's counter; None where compiling hides them.
+        ratio: in the ladder times as fast as its first rung; of a peer, how many times as fast ours is, each by its own
+            operations; None for what the others are compared with.
+        peak_bytes: most memory alive: tensors on a GPU, the whole process on a CPU.
+    """
+
+    kind: str
+    name: str
+    size: str
+    images: int
+    seconds: list[float]
+    tflop: float | None
+    ratio: Ratio | None
+    peak_bytes: int
+
+    @property
+    def case(self) -> str:
+        return f"{self.kind}: {self.size}"
+
+    @property
+    def implementation(self) -> str:
+        return self.name
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / statistics.median(self.seconds)
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Under STEP_HEADINGS; a dash where there is no figure."""
+        median = statistics.median(self.seconds)
+        rate = "-" if self.tflop is None else f"{self.tflop / median:.3f}"
+        return (
+            f"{median:.3f}",
+            f"{self.images_per_second:,.1f}",
+            rate,
+            str(self.ratio or "-"),
+            f"{self.peak_bytes / 2**30:.2f}",
+        )
+
+    def extra_info(self) -> dict[str, Any]:
+        """All but the seconds, which pytest-benchmark has."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
+
+    @classmethod
+    def from_json(cls, benchmark: dict[str, Any]) -> StepRow:
+        """From an entry of the JSON that pytest-benchmark writes."""
+        known = dict(benchmark["extra_info"], seconds=benchmark["stats"]["data"])
+        known["ratio"] = None if known["ratio"] is None else Ratio(*known["ratio"])
         return cls(**known)

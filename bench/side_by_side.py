@@ -7,6 +7,7 @@ moves by nothing but them: its table, its JSON and the printed lines have one so
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.row import HEADINGS, REFERENCE, Row, ratio
+from bench.row import HEADINGS, REFERENCE, Row, StepRow, ratio
 from mnclglf.config import EngineConfig
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf_kernels import resolve
@@ -34,6 +35,8 @@ AUTOCAST = autocast_dtype(EngineConfig(), DEVICE)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CASE_SECONDS = 1.5  # of rounds, unless LEAST_ROUNDS take longer
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100
+
+QUICK = os.environ.get("MNCLGLF_BENCH_QUICK", "") not in ("", "0")  # a subset of the cases, at smaller sizes
 
 left_out: dict[str, str] = {}  # what cannot run here, and why; filled while pytest collects
 
@@ -70,7 +73,8 @@ class Case:
 
 def by_implementation(cases: Sequence[Case]) -> pytest.MarkDecorator:
     """Parametrises a test by case and implementation, over what runs here."""
-    pairs = [(case, implementation) for case in cases for implementation in implementations(case.kind)]
+    chosen = cases[:1] if QUICK else cases
+    pairs = [(case, implementation) for case in chosen for implementation in implementations(case.kind)]
     ids = [f"{case.shape}, {case.direction}, {implementation}" for case, implementation in pairs]
     return pytest.mark.parametrize(("case", "implementation"), pairs, ids=ids)
 
@@ -217,7 +221,7 @@ def replayed_seconds() -> float:
     return Clock.now
 
 
-def replay(benchmark: BenchmarkFixture, row: Row) -> None:
+def replay(benchmark: BenchmarkFixture, row: Row | StepRow) -> None:
     """Gives pytest-benchmark a row and its rounds."""
     benchmark.group, benchmark.name = row.case, row.implementation
     benchmark.params = None  # of this test, which are not for JSON

@@ -12,20 +12,25 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.row import Ratio, StepRow, ratio
 from bench.steps import COMPILED, GRAPHS, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
-from mnclglf.engine.device import choose_device
+from mnclglf.engine.device import autocast_dtype, choose_device
+from mnclglf.engine.limit import best_seconds
 from mnclglf.engine.timing import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_A_GPU = 20  # steps of a turn
+MATMUL = 4096  # rows, columns and depth of the product that the machine's rate is measured with
 
 
 class Contender:
@@ -79,22 +84,88 @@ class Contender:
         return json.loads(line)
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each contender, round by round; every round calls each of them once."""
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(rounds):
-        for contender in contenders:
-            seconds[contender.name].append(contender.seconds())
-    return seconds
+@contextmanager
+def contenders(names: Sequence[str], size: Size) -> Iterator[list[Contender]]:
+    """The processes of these steps, started and warmed up one after another, and stopped at the end."""
+    with ExitStack() as stack:
+        started: list[Contender] = []
+        for name in names:
+            started.append(Contender(name, size))
+            stack.callback(started[-1].stop)
+        yield started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Steps to measure in turns.
+
+    Attributes:
+        kind: "ladder" or "peers", see StepRow.
+        names: of MAKERS; all are compared with the first of them.
+        size: what they train on.
+        rounds: every round calls each step once, on a GPU for ON_A_GPU steps.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    size: Size
+    rounds: int
+
+    def measure(self) -> tuple[dict[str, StepRow], list[float]]:
+        """A row for each step, and the matrix-product rate of this process, FLOP/s, once a round."""
+        rates: list[float] = []
+        with contenders(self.names, self.size) as started:
+            seconds: dict[str, list[float]] = {contender.name: [] for contender in started}
+            for _ in range(self.rounds):
+                for contender in started:
+                    seconds[contender.name].append(contender.seconds())
+                rates.append(matmul_rate())
+            peaks = {contender.name: contender.peak_bytes() for contender in started}
+            tflop = {contender.name: contender.tflop for contender in started}
+        return self.rows(seconds, tflop, peaks), rates
+
+    def rows(
+        self, seconds: Mapping[str, list[float]], tflop: Mapping[str, float | None], peaks: Mapping[str, int]
+    ) -> dict[str, StepRow]:
+        first = self.names[0]
+
+        def against(name: str) -> Ratio | None:
+            if name == first:
+                return None
+            if self.kind == "ladder":
+                return ratio(seconds[first], seconds[name])
+            own, theirs = tflop[first] or 1.0, tflop[name] or 1.0
+            return ratio([s / theirs for s in seconds[name]], [s / own for s in seconds[first]])
+
+        return {
+            name: StepRow(
+                kind=self.kind,
+                name=name,
+                size=str(self.size),
+                images=self.size.images,
+                seconds=seconds[name],
+                tflop=tflop[name],
+                ratio=against(name),
+                peak_bytes=peaks[name],
+            )
+            for name in self.names
+        }
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large matrix product in the autocast dtype, now."""
+    device = choose_device(EngineConfig())
+    square = torch.randn(MATMUL, MATMUL, device=device).to(autocast_dtype(EngineConfig(), device))
+    return 2 * MATMUL**3 / best_seconds(lambda: square @ square, device, rounds=2)
 
 
 def timed(step: Step, device: torch.device) -> float:
-    """Seconds of a step: on a CPU of one, on a GPU the mean of some that follow each other, after one to warm up."""
+    """Seconds of a step, after one to warm up: on a CPU of one, on a GPU the mean of some that follow each other."""
+    step()
     if device.type == "cpu":
         since = time.perf_counter()
         step()
         return time.perf_counter() - since
-    step()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(ON_A_GPU):
@@ -130,6 +201,7 @@ def main() -> None:
             print(json.dumps({"peak_bytes": peak_memory_bytes(device)}), flush=True)
             continue
         print(json.dumps({"seconds": timed(step, device)}), flush=True)
+        give_back(device)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,20 @@ RESERVED = 2**30  # bytes of a GPU that are not for tensors: the CUDA context, w
 class Memory(NamedTuple):
     """Bytes of a step."""
 
-    fixed: int  # weights, gradients, SGD's momentum, casts, queue
+    kept: int  # from step to step: weights, SGD's momentum, queue
+    casts: int  # of the weights, in autocast's dtype
+    gradients: int  # in fp32, and before that in autocast's dtype
     activations: int  # saved for backward
-    passing: int  # alive for a moment: the largest activation and its like, forward or backward
+    passing: int  # alive for a moment: activations that nothing saves
+
+    @property
+    def for_step(self) -> int:
+        """Beyond what is kept. Backward frees activations while it makes gradients."""
+        return self.casts + max(self.activations + self.passing, self.gradients)
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return self.kept + self.for_step
 
 
 def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -> Memory:
@@ -36,7 +43,8 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
     weights = sum(p.numel() for p in method.parameters())
     trained = sum(p.numel() for p in method.trained_parameters())
     buffers = sum(buffer.nbytes for buffer in method.buffers())
-    fixed = 4 * (weights + 2 * trained) + buffers + (0 if dtype == torch.float32 else dtype.itemsize * weights)
+    kept = 4 * (weights + trained) + buffers
+    narrow = 0 if dtype == torch.float32 else dtype.itemsize
     if config.engine.activation_checkpointing:
         checkpoint_activations(method)
     own = {storage_of(tensor) for tensor in (*method.parameters(), *method.buffers())}
@@ -51,7 +59,13 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
         losses = method(views_on_meta(method, images, side, dtype))  # alive until all are counted: no storage twice
     del losses
     largest = max(saved.values(), default=0)
-    return Memory(fixed, sum(saved.values()), 3 * largest)
+    return Memory(
+        kept=kept,
+        casts=narrow * weights,
+        gradients=(4 + narrow) * trained,
+        activations=sum(saved.values()),
+        passing=3 * largest,
+    )
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -1,0 +1,32 @@
+"""Memory of a step: what the estimate says beside what was alive, with and without activation checkpointing.
+
+On a GPU what the allocator had given out at most; on a CPU the tensors that PyTorch's profiler saw alive at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from bench.side_by_side import AUTOCAST, DEVICE, QUICK, peak_bytes
+from bench.steps import Size, config_of, our_step
+from mnclglf.engine.memory import largest_batch, step_memory
+
+SIZE = Size(images=32 if QUICK else 128)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_memory(checkpointing: bool, say: Callable[[str], None]) -> None:
+    config = config_of(SIZE)
+    config = replace(config, engine=replace(config.engine, activation_checkpointing=checkpointing))
+    step = our_step(config, SIZE.side, DEVICE)
+    step()
+    alive = peak_bytes(step)
+    estimate = step_memory(config, SIZE.images, SIZE.side, AUTOCAST)
+    fits = largest_batch(config, SIZE.side, AUTOCAST, 24 * 2**30)
+    say(
+        f"memory, {SIZE}{', activation checkpointing' if checkpointing else ''}: a step had {alive / 2**20:,.0f} MiB "
+        f"alive beyond weights and queue, estimated {estimate.for_step / 2**20:,.0f}; about {fits:,} images a step fit in 24 GiB"
+    )
