@@ -28,5 +28,6 @@ def test_memory(checkpointing: bool, say: Callable[[str], None]) -> None:
     fits = largest_batch(config, SIZE.side, AUTOCAST, 24 * 2**30)
     say(
         f"memory, {SIZE}{', activation checkpointing' if checkpointing else ''}: a step had {alive / 2**20:,.0f} MiB "
-        f"alive beyond weights and queue, estimated {estimate.for_step / 2**20:,.0f}; about {fits:,} images a step fit in 24 GiB"
+        f"alive beyond weights and queue, estimated {estimate.for_step / 2**20:,.0f}; "
+        f"about {fits:,} images a step fit in 24 GiB"
     )

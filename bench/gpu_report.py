@@ -2,7 +2,7 @@
 
 Each stage is a process of its own with a time limit (`python -m bench.gpu_report --stage NAME`), so that one which
 fails, hangs or takes the process down leaves the others. What was not run is named with its reason; the files are
-written anew after every stage, whole.
+written anew after every stage, whole. Where those of PROOF pass, that is remembered: CUDA graphs are on from then.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_leaves
 
+from mnclglf.engine.compiling import remember_proof
 from mnclglf.files import write_atomically
 from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS
 
@@ -250,39 +251,50 @@ def faiss_gpu() -> Figures:
 
 
 def training(**engine: Any) -> Figures:
-    """STEPS steps of the paper recipe on noise: speed without the first fifth, peak memory, and a finite loss."""
+    """STEPS steps of the paper recipe on noise: speed without the first fifth, peak memory, and a finite loss.
+
+    With CUDA graphs a graph that is skipped is an error.
+    """
     from rich.console import Console
+    from torch._inductor import config as inductor
 
     from mnclglf.config import EngineConfig
     from mnclglf.data.batches import Batch
+    from mnclglf.engine.compiling import choose_compile
     from mnclglf.engine.device import autocast_dtype
-    from mnclglf.engine.guard import Guard
     from mnclglf.engine.kernels import choose_backends, describe_backends
+    from mnclglf.engine.limit import least_seconds, peaks_of
     from mnclglf.engine.run import build_method
-    from mnclglf.engine.step import make_forward, make_optimizer, train_step
+    from mnclglf.engine.step import TrainStep, use_fast_math
     from mnclglf.recipes import paper
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
     dtype = autocast_dtype(config.engine, DEVICE)
     method = build_method(config, dtype).to(DEVICE).train()
     method.backends = choose_backends(config, SIZES.source, SIZES.side, dtype, DEVICE, Console(stderr=True))
-    forward, optimizer, guard = make_forward(method, config.engine), make_optimizer(method, config.optim), Guard(DEVICE)
+    use_fast_math(config.engine)
+    chosen = choose_compile(config.engine, DEVICE, print)
+    assert (chosen != "off") == (config.engine.compile == "on"), "there is nothing to compile with; see above"
+    inductor.triton.cudagraph_or_error = chosen == "graphs"
+    train = TrainStep(method, config.optim, config.engine, dtype, compile=chosen)
     shape = (SIZES.images, 3, SIZES.side, SIZES.side)
     views = [torch.randn(shape, device=DEVICE).to(dtype, memory_format=torch.channels_last) for _ in range(3)]
     batch, seconds = Batch(tuple(views), torch.arange(SIZES.images, device=DEVICE)), []
     torch.cuda.reset_peak_memory_stats()
     for step in range(STEPS):
         since = time.perf_counter()
-        losses, _ = train_step(method, forward, optimizer, guard, batch, step=step, lr=0.1, momentum=0.99, dtype=dtype)
+        losses, _ = train(step, batch, lr=0.1, momentum=0.99)
         losses.total.item()  # waits for the device
         seconds.append(time.perf_counter() - since)
-    guard.raise_if_failed()
+    train.guard.raise_if_failed()
     steady = statistics.median(seconds[STEPS // 5 :])
+    least = least_seconds(config, SIZES.side, dtype, peaks_of(DEVICE, dtype, tf32=config.engine.tf32))
     return {
         "kernels": describe_backends(method.backends),
         "first step, seconds": round(seconds[0], 1),
         "median step, ms": round(1000 * steady, 2),
         "images/s": round(SIZES.images / steady, 1),
+        "share of the limit": round(least / steady, 3),
         "peak memory, GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "loss at the end": round(losses.total.item(), 4),
     }
@@ -368,15 +380,19 @@ STAGES = {
     "cuda_graphs": Stage("Operators in a CUDA graph", cuda_graphs, 300),
     "loaders": Stage("Loaders", loaders, 600, needs_gpu=False),
     "faiss_gpu": Stage("FAISS on the GPU", faiss_gpu, 300),
-    "eager": Stage("50 steps, PyTorch operators", partial(training, kernels="off"), 900),
-    "triton": Stage("50 steps, Triton kernels", partial(training, kernels="require"), 900),
-    "compile": Stage("50 steps, compiled", partial(training, kernels="require", compile=True), 1800),
+    "eager": Stage("50 steps, PyTorch operators", partial(training, kernels="off", compile="off"), 900),
+    "triton": Stage("50 steps, Triton kernels", partial(training, kernels="require", compile="off"), 900),
+    "compile": Stage("50 steps, compiled", partial(training, kernels="require", compile="on", graphs="off"), 1800),
     "graphs": Stage(
-        "50 steps, compiled, CUDA graphs", partial(training, kernels="require", compile=True, graphs=True), 1800
+        "50 steps, compiled, CUDA graphs", partial(training, kernels="require", compile="on", graphs="on"), 1800
     ),
     "roofline": Stage("Each kernel beside its bound", roofline, 600),
     "benches": Stage("Operators beside the reference", pytest(*BENCHES), 1800),
 }
+
+
+PROOF = {"kernels", "tests", "compiled_operators", "cuda_graphs", "triton", "compile", "graphs"}
+"""The stages that must pass before CUDA graphs are replayed by default."""
 
 
 def run_stage(name: str, stage: Stage, program: Sequence[str]) -> Result:
@@ -461,6 +477,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = report(STAGES, options.out, [sys.executable, "-m", "bench.gpu_report", "--stage"])
     print(f"wrote {options.out.with_suffix('.md')} and {options.out.with_suffix('.json')}; attach them to an issue")
+    if {result.stage for result in results if result.outcome == "passed"} >= PROOF:
+        remember_proof(DEVICE)
+        print("from now on `mnclglf train` replays CUDA graphs on this machine; --graphs off does not")
     return int(any(result.outcome in ("failed", "timed out") for result in results))
 
 

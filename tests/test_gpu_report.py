@@ -105,6 +105,18 @@ def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
         assert main(["--out", str(tmp_path / name)]) == code
 
 
+@pytest.mark.parametrize("failing", [None, "graphs", "faiss_gpu"])
+def test_what_has_passed_is_remembered(failing, monkeypatch, tmp_path):
+    remembered = []
+    monkeypatch.setattr(gpu_report, "remember_proof", remembered.append)
+    outcomes = {name: "failed" if name == failing else "passed" for name in STAGES}
+    results = [gpu_report.Result(name, name, outcome) for name, outcome in outcomes.items()]
+    monkeypatch.setattr(gpu_report, "report", lambda *_: results)
+    main(["--out", str(tmp_path / "report")])
+    assert set(STAGES) > gpu_report.PROOF
+    assert remembered == ([] if failing == "graphs" else [gpu_report.DEVICE])
+
+
 def test_a_stage_runs_by_itself():
     command = [sys.executable, "-m", "bench.gpu_report", "--stage", "environment"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -126,9 +138,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_stages_of_a_gpu_run_through(tiny):
     assert gpu_report.kernels()[gpu_report.WRONG] == []
-    training = gpu_report.training(kernels="require", precision="fp32")
+    training = gpu_report.training(kernels="require", precision="fp32", compile="off")
     assert training["kernels"] == "triton"
     assert training["images/s"] > 0
+    assert training["share of the limit"] > 0
     shares = gpu_report.roofline()
     assert len(shares) == 3 + 14  # the GPU, its matmul and copy, and a line a kernel
     assert all("250.0 us, at least " in share for name, share in shares.items() if "kernel" in name)
@@ -165,8 +178,8 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
 
 
 def test_a_pytest_stage_fails_where_nothing_passed():
-    passed = gpu_report.pytest("tests/test_roofline.py", "-k", "by_hand", "-p", "no:cacheprovider")()
+    passed = gpu_report.pytest("tests/engine/test_limit.py", "-k", "by_hand", "-p", "no:cacheprovider")()
     assert passed[gpu_report.WRONG] == []
     assert passed["result"].startswith("1 passed")
-    skipped = gpu_report.pytest("tests/test_roofline.py", "-k", "nothing_of_this_name", "-p", "no:cacheprovider")()
+    skipped = gpu_report.pytest("tests/engine/test_limit.py", "-k", "nothing_of_this_name", "-p", "no:cacheprovider")()
     assert len(skipped[gpu_report.WRONG]) == 1

@@ -1,79 +1,50 @@
-"""bench/roofline.py: what it counts, against arithmetic by hand and PyTorch's own counter."""
-
-import dataclasses
+"""bench/roofline.py: its tables, and where it finds what each part took."""
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.roofline import Counter, Part, main, step_parts
-from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
-from mnclglf.engine.run import build_method
-from mnclglf.recipes import paper
-from mnclglf_kernels.inspect import GPUS
-
-SMALL = dataclasses.replace(
-    paper("mnclglf", "cifar10"),
-    model=ModelConfig(width=4, projector_width=24, predictor_width=12),
-    objective=ObjectiveConfig(queue_size=20),
-    optim=OptimConfig(batch_size=6),
-)
+from bench import roofline
+from bench.roofline import main, measured_parts, small_share, table
+from bench.steps import Size, config_of
+from mnclglf.engine.limit import Part, Peaks
 
 
-def test_a_small_network_by_hand():
-    with torch.device("meta"):
-        network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        network[1].num_batches_tracked = None
-        images = torch.empty(2, 3, 6, 4)
-    with Counter() as counter:
-        network(images).sum().backward()
-    pixels = 2 * 6 * 4
-    forward, backward = (counter.parts[f"convolutions, {direction}"] for direction in ("forward", "backward"))
-    assert forward.flops == 2 * pixels * 8 * 3 * 9
-    assert forward.unique_bytes == 4 * (pixels * 3 + 8 * 3 * 9 + pixels * 8)
-    assert backward.flops == forward.flops  # of the weights only: the images need no gradient
-    # Batch norm: 3 passes forward and 5 backward; ReLU: one, backward.
-    assert counter.parts["batch norm and element-wise"].unique_bytes == 4 * pixels * 8 * (3 + 5 + 1)
-
-
-def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
-    monkeypatch.setattr(
-        "mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False
-    )  # the screened lookup is counted by nobody
-    parts = step_parts(SMALL, 16, "fp32")
-    method = build_method(SMALL, torch.float32).train()
-    with FlopCounterMode(display=False) as counter:
-        method([torch.randn(6, 3, 16, 16) for _ in range(3)]).total.backward()
-    networks = sum(parts[name].flops for name in ("convolutions, forward", "convolutions, backward", "heads"))
-    # PyTorch's form of the operators: the lookup, four products of the loss, and their gradients for the predictions.
-    lookup, loss = 2 * 12 * 20 * 24, 2 * 14 * 6 * 6 * 24
-    assert counter.get_total_flops() == networks + lookup + 2 * loss
-    assert parts["nearest_neighbor"].flops == lookup
-    assert parts["contrastive_losses"].flops == 3 * loss  # the logits are made twice
-
-
-def test_updates_move_their_weights():
-    parts = step_parts(SMALL, 16, "bf16")
-    method = build_method(SMALL, torch.bfloat16)
-    trained = sum(p.numel() for p in (*method.encoder.parameters(), *method.projector.parameters()))
-    trained += sum(p.numel() for p in method.predictor.parameters())
-    followed = sum(p.numel() for p in method.momentum.parameters())
-    assert parts["optimizer"].unique_bytes == 20 * trained
-    assert parts["moving average"].unique_bytes == 12 * followed
-    assert parts["weight casts"].unique_bytes == 6 * (trained + followed)
-
-
-def test_the_longer_of_computing_and_moving_sets_a_part():
-    gpu = GPUS[86]
-    assert Part(flops=71 * 10**9, unique_bytes=1).seconds(gpu, "bf16") == (pytest.approx(1e-3), "compute")
-    assert Part(flops=71 * 10**9, unique_bytes=1).seconds(gpu, "fp32")[0] == pytest.approx(71 / 35.6 * 1e-3)
-    assert Part(flops=1, unique_bytes=936 * 10**6).seconds(gpu, "bf16") == (pytest.approx(1e-3), "DRAM")
-
-
-def test_the_table(capsys):
-    main(["--batch-size", "8", "--arch", "sm_90"])
+def test_the_table_of_a_gpu(capsys):
+    main(["--batch-size", "8", "--gpu", "h100"])
     printed = capsys.readouterr().out
-    assert "mnclglf, batch 8, 32 x 32, bf16, on an H100 SXM" in printed
+    assert "mnclglf, batch 8, 32 x 32, bf16, on H100 SXM" in printed
     for name in ("convolutions, forward", "nearest_neighbor", "optimizer", "together"):
         assert f"| {name} |" in printed
+    assert "measured" not in printed
+
+
+def test_what_was_measured_stands_beside_its_least():
+    parts = {"heads": Part(10**9, 10**6), "optimizer": Part(0, 10**9)}
+    peaks = Peaks("made up", flops=1e12, memory_bytes=1e12, pads=True)
+    lines = table(parts, peaks, 4, {"heads": 0.004, "everything else": 0.001}).splitlines()
+    assert lines == [
+        "| part | TFLOP | GB | least ms | set by | measured ms | share |",
+        "|---|--:|--:|--:|---|--:|--:|",
+        "| heads | 0.001 | 0.001 | 1.00 | compute | 4.00 | 25% |",
+        "| optimizer | 0.000 | 1.000 | 1.00 | memory | - | - |",
+        "| everything else | 0.000 | 0.000 | 0.00 |  | 1.00 | 0% |",
+        "| together | 0.001 | 1.001 | 2.00 | 2000 images/s | 5.00 | 40% |",
+    ]
+
+
+def test_every_part_of_a_step_is_found(monkeypatch):
+    """On the CPU; an operator's backward belongs to it, as its forward does."""
+    monkeypatch.setattr(roofline, "keep_freed_memory", lambda: True)
+    measured = measured_parts(config_of(Size(images=8, side=16, width=8)), 16, torch.device("cpu"))
+    operators = {"divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue", "moving average"}
+    networks = {"convolutions, forward", "convolutions, backward", "batch norm and element-wise", "heads", "optimizer"}
+    assert operators | networks <= measured.keys()
+    assert all(seconds > 0 for seconds in measured.values())
+    assert measured["everything else"] < 0.3 * sum(measured.values())
+    assert 0 < small_share(measured) < 1
+
+
+@pytest.mark.parametrize("gpu", ["3090", "4090", "a100", "h100"])
+def test_every_gpu_has_a_limit(gpu, capsys):
+    main(["--gpu", gpu, "--batch-size", "4", "--side", "16"])
+    assert "images/s" in capsys.readouterr().out
