@@ -8,12 +8,14 @@ OUT ?= runs/$(DATASET)-$(RECIPE)-seed$(SEED)
 RUN ?= $(OUT)
 DATA_DIR ?=
 ARGS ?=
-BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/)
+QUICK ?=
+# bench_loader measures for minutes: a quick run leaves it out.
+BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loader.py))
 
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-gpu bench gpu-report check-aot check clean
+.PHONY: help setup train report test test-gpu bench bench-compare gpu-report check-aot check clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -38,11 +40,15 @@ test: setup ## run the tests; ARGS go to pytest
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
 	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: setup ## run the benchmarks, save and draw them in bench/results/; BENCH, ARGS go to pytest
+bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pytest; QUICK=1 takes 5 minutes
 	@mkdir -p bench/results
+	MNCLGLF_BENCH_QUICK=$(QUICK); export MNCLGLF_BENCH_QUICK; \
 	saved="bench/results/$$(date -u +%Y%m%d-%H%M%S).json" && \
 	$(BIN)/python -m pytest $(BENCH) --benchmark-json="$$saved" -W "ignore:Not saving anything" $(ARGS) && \
 	if [ -e "$$saved" ]; then $(BIN)/python -m bench.draw "$$saved"; fi
+
+bench-compare: setup ## which ratios fell against the results before; ARGS may name two files
+	$(BIN)/python -m bench.compare $(ARGS)
 
 gpu-report: setup ## all that only a GPU can tell, into bench/results/gpu-report.md
 	$(BIN)/python -m bench.gpu_report $(ARGS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.proof import require_proof
 from bench.row import STEP_HEADINGS, Row, StepRow
 from bench.side_by_side import (
     AUTOCAST,
@@ -46,12 +47,19 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Of what is measured, as far as it is installed."""
     found = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
-    for name in ("torch", "triton", "faiss-cpu", "faiss-gpu"):
+    for name in ("torch", "triton", "faiss-cpu", "faiss-gpu", "lightly"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def proven(request: pytest.FixtureRequest) -> None:
+    """Nothing is measured before the tests have passed."""
+    if not request.config.option.benchmark_disable:
+        require_proof(request.config)
 
 
 @pytest.fixture

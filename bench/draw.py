@@ -1,4 +1,4 @@
-"""Draws saved benchmarks: a picture and a Markdown table beside the JSON of pytest-benchmark.
+"""Draws saved benchmarks: pictures and a Markdown file beside the JSON of pytest-benchmark.
 
 python -m bench.draw bench/results/NAME.json
 """
@@ -9,16 +9,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.row import HEADINGS, Row
+from bench.row import HEADINGS, STEP_HEADINGS, Row, StepRow
 from mnclglf.reports.figures import DOTS_PER_INCH, LIGHT
 
+ROOT = Path(__file__).resolve().parents[1]
 # One hue a backend, of Okabe and Ito's palette; bf16 is the darker one.
 COLORS = {
     "reference bf16": "#8c959f",
@@ -33,18 +34,42 @@ BAR, GAP, AROUND, HEAD = 0.15, 0.17, 0.75, 0.95  # height of a bar, between case
 COLUMN, LABELS, MARGIN = 6.6, 2.35, 0.15  # width of a column, of its labels, beside them
 BARS = COLUMN - LABELS - 2 * MARGIN
 TWO_COLUMNS_ABOVE = 40  # bars
+STEP_TITLES = {
+    "ladder": "Ours, one optimisation a rung (x first rung): ",
+    "peers": "Ours and lightly's (x: our operations a second over theirs): ",
+}
 
 
-def read(path: Path) -> tuple[list[Row], str]:
-    """The rows of a JSON file, and one line on how they were measured."""
-    saved = json.loads(path.read_text())
-    rows = [Row.from_json(benchmark) for benchmark in saved["benchmarks"] if "operator" in benchmark["extra_info"]]
-    return rows, provenance(saved)
+class Saved(NamedTuple):
+    """What a JSON file holds."""
+
+    rows: list[Row]  # of operators
+    steps: list[StepRow]
+    source: str  # one line on how they were measured
+    device: str
+
+
+def read(path: Path) -> Saved:
+    """What was measured and saved.
+
+    Raises:
+        SystemExit: the file is not one that make bench wrote.
+    """
+    try:
+        saved = json.loads(path.read_text())
+        found = saved["benchmarks"]
+        rows = [Row.from_json(benchmark) for benchmark in found if "operator" in benchmark["extra_info"]]
+        steps = [StepRow.from_json(benchmark) for benchmark in found if "kind" in benchmark["extra_info"]]
+        return Saved(rows, steps, provenance(saved), saved["machine_info"]["device"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} holds no results of make bench ({type(error).__name__}: {error})") from error
 
 
 def provenance(saved: dict[str, Any]) -> str:
     machine, commit = saved["machine_info"], saved["commit_info"]
     measured = {"torch", "cuda"} | {benchmark["extra_info"].get("backend") for benchmark in saved["benchmarks"]}
+    if any(benchmark["extra_info"].get("kind") == "peers" for benchmark in saved["benchmarks"]):
+        measured.add("lightly")
     versions = machine["versions"].items()
     versions = ", ".join(f"{name} {version}" for name, version in versions if name.split("-")[0] in measured)
     changed = " with uncommitted changes" if commit["dirty"] else ""
@@ -83,6 +108,56 @@ def markdown(rows: Sequence[Row], source: str) -> str:
             for name, row in zip(names, group, strict=True)
         ]
     return "\n".join(lines) + "\n"
+
+
+def step_markdown(rows: Sequence[StepRow], source: str) -> str:
+    """A table a comparison."""
+    explained = {
+        "ladder": "Each rung has all before it. Ratio: times as fast as the first rung.",
+        "peers": "Ratio: how many times as fast ours goes through its operations as the other through its own.",
+    }
+    lines = [f"{source}.", "", "Medians of the rounds (ratios: least to greatest), in which the steps take turns."]
+    for case, group in grouped(rows, "case").items():
+        lines += ["", f"{case}. {explained[group[0].kind]}", "", f"| step | {' | '.join(STEP_HEADINGS)} |"]
+        lines += ["|---" + len(STEP_HEADINGS) * "|--:" + "|"]
+        lines += [f"| {' | '.join((row.name, *row.cells()))} |" for row in group]
+    return "\n".join(lines) + "\n"
+
+
+def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
+    """Horizontal bars of images a second, a panel a comparison; beside a bar its ratio."""
+    groups = list(grouped(rows, "case").values())
+    inches = [0.26 * len(group) + 0.75 for group in groups]
+    width, height = 7.2, sum(inches) + 0.5
+    figure = Figure(figsize=(width, height), facecolor=LIGHT.background)
+    bottom = height - 0.5
+    for group, tall in zip(groups, inches, strict=True):
+        bottom -= tall
+        axis = figure.add_axes((0.27, (bottom + 0.4) / height, 0.62, (tall - 0.7) / height))
+        speeds = [row.images_per_second for row in group]
+        colors = [COLORS["torch bf16"] if row.name.startswith("+") else COLORS["reference bf16"] for row in group]
+        axis.barh(range(len(group)), speeds, height=0.7, color=colors, linewidth=0)
+        for y, row in enumerate(group):
+            ratio = "" if row.ratio is None else f"   {row.ratio.median:.2f}x"
+            axis.annotate(
+                f"{row.images_per_second:,.0f}{ratio}",
+                (row.images_per_second, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontsize=7.5,
+                color=LIGHT.muted,
+            )
+        axis.set(xlim=(0, 1.22 * max(speeds)), ylim=(len(group) - 0.5, -0.5))
+        axis.set_yticks(range(len(group)), [row.name for row in group], fontsize=8)
+        axis.tick_params(axis="x", colors=LIGHT.muted, labelsize=7.5, length=0)
+        axis.tick_params(axis="y", colors=LIGHT.text, length=0)
+        axis.set_title(STEP_TITLES[group[0].kind] + group[0].size, loc="left", fontsize=9, color=LIGHT.text, x=-0.42)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.text(0.02, 1 - 0.25 / height, "Training steps: images a second", fontsize=11.5, color=LIGHT.text)
+    figure.text(0.02, 1 - 0.42 / height, source, fontsize=6.5, color=LIGHT.muted)
+    return figure
 
 
 def bars(rows: Sequence[Row]) -> list[Row]:
@@ -188,15 +263,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.draw", description="Draws saved benchmarks.")
     parser.add_argument("results", type=Path, help="JSON that make bench saved")
     path = parser.parse_args(arguments).results
-    rows, source = read(path)
-    if not rows:
-        raise SystemExit(f"{path} holds no measured cases; run make bench with an operator's file")
+    saved = read(path)
+    rows, steps, source = saved.rows, saved.steps, saved.source
+    if not rows and not steps:
+        raise SystemExit(f"{path} holds no measured cases; run make bench with a file of an operator or of steps")
     table = path.with_suffix(".md")
-    table.write_text(markdown(rows, source))
+    texts = ([step_markdown(steps, source)] if steps else []) + ([markdown(rows, source)] if rows else [])
+    table.write_text("\n".join(texts))
     print(table)
+    pictures = {"-steps.png": step_picture(steps, source)} if steps else {}
     if bars(rows):
-        image = path.with_suffix(".png")
-        picture(rows, source).savefig(image, dpi=DOTS_PER_INCH)
+        pictures[".png"] = picture(rows, source)
+    for ending, figure in pictures.items():
+        image = path.with_name(path.stem + ending)
+        figure.savefig(image, dpi=DOTS_PER_INCH)
         print(image)
 
 
