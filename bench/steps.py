@@ -176,13 +176,14 @@ LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
 }
 """Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
 
-OURS = KEPT
 PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
     f"{name}, {'as documented' if documented else 'like for like'}": partial(peer, name=name, documented=documented)
     for name in PEERS
     for documented in (False, True)
 }
 MAKERS = LADDER | PEER_STEPS
+KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if name.endswith("like for like"))}
+"""The steps that keep memory on a CPU."""
 
 
 def rungs(device: torch.device) -> list[str]:

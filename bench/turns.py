@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.row import Ratio, StepRow, ratio
-from bench.steps import COMPILED, GRAPHS, MAKERS, Size, Step
+from bench.steps import COMPILED, GRAPHS, KEEPING, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.limit import best_seconds
@@ -159,9 +159,13 @@ def matmul_rate() -> float:
     return 2 * MATMUL**3 / best_seconds(lambda: square @ square, device, rounds=2)
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of a step, after one to warm up: on a CPU of one, on a GPU the mean of some that follow each other."""
-    step()
+def timed(step: Step, device: torch.device, *, keeps: bool) -> float:
+    """Seconds of a step: on a CPU of one, on a GPU the mean of some that follow each other.
+
+    After a step to warm up, where the process had given back what it `keeps`.
+    """
+    if keeps or device.type == "cuda":
+        step()
     if device.type == "cpu":
         since = time.perf_counter()
         step()
@@ -200,7 +204,7 @@ def main() -> None:
         if line.strip() == "memory":
             print(json.dumps({"peak_bytes": peak_memory_bytes(device)}), flush=True)
             continue
-        print(json.dumps({"seconds": timed(step, device)}), flush=True)
+        print(json.dumps({"seconds": timed(step, device, keeps=name in KEEPING)}), flush=True)
         give_back(device)
 
 
