@@ -112,11 +112,17 @@ def state_line(run: RunFiles) -> str:
 
 
 def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
-    """Throughput, waiting and elapsed time in words, as far as they were logged."""
+    """Throughput, memory, waiting and elapsed time in words, as far as they were logged."""
     lines: list[tuple[str, str]] = []
     speeds = series(run.records, "images_per_second")[1]
     if speeds:
         lines.append(("Throughput, median", f"{statistics.median(speeds):,.0f} images / s"))
+    limits = series(run.records, "limit_share")[1]
+    if limits:
+        lines.append(("Share of the machine's limit, median", f"{percent(statistics.median(limits))} %"))
+    memory = series(run.records, "peak_memory_bytes")[1]
+    if memory:
+        lines.append(("Peak memory", f"{max(memory) / 2**30:.1f} GiB"))
     share = _waiting_share(run)
     if share is not None:
         lines.append(("Waiting for data", f"{percent(share)} % of the time"))
