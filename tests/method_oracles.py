@@ -1,0 +1,174 @@
+"""The methods of Table 3 beside MNCLGLF, transcribed as slowly and literally as their papers print them.
+
+Loops over rows, no code shared with the project; what MNCLGLF's oracle has too, L and NN, comes from there.
+N images, D embedding width, K queue rows. Everything computes in the dtype of its input; tests feed fp64.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import oracles
+import torch
+from oracles import normalize_row
+from torch import Tensor, nn
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """sim(u, v) = u . v / (|u| |v|) of two rows [D]."""
+    return torch.dot(normalize_row(a), normalize_row(b))
+
+
+def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
+    """SimCLR, equation 1 and Algorithm 1: rows are interleaved as there, so that 2k - 1 and 2k are of one image."""
+    z = [row for pair in zip(first, second, strict=True) for row in pair]
+
+    def ell(i: int, j: int) -> Tensor:
+        denominator = torch.zeros((), dtype=first.dtype)
+        for k in range(len(z)):
+            if k != i:
+                denominator = denominator + torch.exp(cosine(z[i], z[k]) / tau)
+        return -torch.log(torch.exp(cosine(z[i], z[j]) / tau) / denominator)
+
+    total = torch.zeros((), dtype=first.dtype)
+    for k in range(len(first)):
+        total = total + ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k)
+    return total / len(z)
+
+
+def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
+    """MoCo, equation 1 for each query: its own key against all rows of the queue, which are normalised when stored."""
+    total = torch.zeros((), dtype=queries.dtype)
+    for query, key in zip(queries, keys, strict=True):
+        positive = torch.exp(cosine(query, key) / tau)
+        denominator = positive
+        for row in queue:
+            denominator = denominator + torch.exp(torch.dot(normalize_row(query), row) / tau)
+        total = total - torch.log(positive / denominator)
+    return total / len(queries)
+
+
+def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL, equation 2: mean over images of the squared distance of the normalised rows."""
+    total = torch.zeros((), dtype=predictions.dtype)
+    for prediction, target in zip(predictions, targets, strict=True):
+        difference = normalize_row(prediction) - normalize_row(target)
+        total = total + torch.dot(difference, difference)
+    return total / len(predictions)
+
+
+class TwoViews:
+    """One step of a method on two views, with real networks that each have parameters and BN buffers of their own.
+
+    `networks` are what f_o is made of, in order; the first `followed` of them are what f_m copies. `queue` [K, D] and
+    `pointer` are the queue's, where there is one.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        queue: Tensor | None = None,
+        *,
+        followed: int = 0,
+        temperature: float,
+        ema_momentum: float,
+        lr: float,
+        sgd_momentum: float,
+        weight_decay: float,
+    ) -> None:
+        self.f_o = deepcopy(nn.ModuleDict(networks)).train().requires_grad_(True)
+        self.f_m = deepcopy(nn.ModuleDict(dict(list(networks.items())[:followed]))).train().requires_grad_(False)
+        self.queue = None if queue is None else queue.detach().clone()
+        self.pointer = 0
+        self.temperature = temperature
+        self.ema_momentum = ema_momentum
+        self.lr = lr
+        self.sgd_momentum = sgd_momentum
+        self.weight_decay = weight_decay
+        self.velocity: dict[str, Tensor] = {}
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The loss, as "loss", and its terms; what is enqueued, [N, D]."""
+        raise NotImplementedError
+
+    def step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
+        """Forward, backward, SGD, momentum network, queue. Returns the loss and its terms."""
+        losses, enqueued = self.losses(x1, x2)
+        self.f_o.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        with torch.no_grad():
+            self.update()
+            self.update_momentum_network()
+        if self.queue is not None and enqueued is not None:
+            self.queue, self.pointer = oracles.enqueue(self.queue, self.pointer, enqueued.detach())
+        return {name: value.item() for name, value in losses.items()}
+
+    def apply(self, networks: nn.ModuleDict, names: Sequence[str], x: Tensor) -> Tensor:
+        for name in names:
+            x = networks[name](x)
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """z = g(f(x)): [N, C, H, W] -> [N, D]."""
+        return self.apply(self.f_o, ("encoder", "projector"), x)
+
+    @torch.no_grad()
+    def momentum_project(self, x: Tensor) -> Tensor:
+        """z = g_m(f_m(x)): [N, C, H, W] -> [N, D]."""
+        return self.apply(self.f_m, ("encoder", "projector"), x)
+
+    def update(self) -> None:
+        """SGD as torch.optim.SGD defines it, without dampening or Nesterov."""
+        for name, parameter in self.f_o.named_parameters():
+            assert parameter.grad is not None, name
+            step = parameter.grad + self.weight_decay * parameter
+            if name in self.velocity:
+                step = self.sgd_momentum * self.velocity[name] + step
+            self.velocity[name] = step
+            parameter.copy_(parameter - self.lr * step)
+
+    def update_momentum_network(self) -> None:
+        """MoCo, equation 2; BYOL, equation 1: over parameters; BN buffers stay f_m's own."""
+        online = dict(self.f_o.named_parameters())
+        for name, parameter in self.f_m.named_parameters():
+            parameter.copy_(self.ema_momentum * parameter + (1 - self.ema_momentum) * online[name])
+
+
+class SimCLR(TwoViews):
+    """SimCLR, Algorithm 1."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
+        loss = nt_xent(self.project(x1), self.project(x2), self.temperature)
+        return {"loss": loss, "nt_xent": loss}, None
+
+
+class MoCoV2(TwoViews):
+    """MoCo, Algorithm 1; the momentum update at its end instead of before the next forward."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        q, k = self.project(x1), self.momentum_project(x2)
+        assert self.queue is not None
+        loss = queue_contrastive_loss(q, k, self.queue, self.temperature)
+        return {"loss": loss, "info_nce": loss}, k
+
+
+class BYOL(TwoViews):
+    """BYOL, Algorithm 1, its symmetric loss as the mean of two negative cosines: (2 + 2 a + 2 + 2 b) / 4 - 1."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
+        p1, p2 = (self.f_o["predictor"](self.project(x)) for x in (x1, x2))
+        z1, z2 = self.momentum_project(x1), self.momentum_project(x2)
+        forth, back = squared_distance(p1, z2), squared_distance(p2, z1)
+        return {"loss": (forth + back) / 4 - 1, "loss_p1_z2": forth / 2 - 1, "loss_p2_z1": back / 2 - 1}, None
+
+
+class NNCLR(TwoViews):
+    """NNCLR, equation 3 with predictions, both ways; z1 is enqueued."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        z1, z2 = self.project(x1), self.project(x2)
+        p1, p2 = self.f_o["predictor"](z1), self.f_o["predictor"](z2)
+        assert self.queue is not None
+        n1, n2 = (self.queue[oracles.nearest_neighbor(z.detach(), self.queue)] for z in (z1, z2))
+        forth = oracles.contrastive_loss(n1, p2, self.temperature)
+        back = oracles.contrastive_loss(n2, p1, self.temperature)
+        return {"loss": (forth + back) / 2, "loss_n1_p2": forth, "loss_n2_p1": back}, z1
