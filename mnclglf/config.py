@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-MethodName = Literal["mnclglf"]
+MethodName = Literal["mnclglf", "simclr", "mocov2", "byol", "nnclr"]
 RecipeName = Literal["paper", "quick"]
 LoaderName = Literal["auto", "dali", "resident", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]

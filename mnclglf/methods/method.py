@@ -23,7 +23,7 @@ class Losses(NamedTuple):
     total: Tensor  # scalar, with gradient
     terms: dict[str, Tensor]  # named scalars
     features: Tensor  # [N, F] of the first view, detached
-    keys: Tensor | None = None  # [M, D] momentum embeddings: checked to be finite; the queue takes in the first N
+    keys: Tensor | None = None  # [M, D] embeddings, detached: checked to be finite; the queue takes in the first N
     neighbors: Tensor | None = None  # [N] training image behind each nearest neighbor, -1 where random
 
 

@@ -1,0 +1,61 @@
+"""BYOL: bootstrap your own latent (Grill et al. 2020).
+
+    p1, p2 = q(g_o(f_o(x1))), q(g_o(f_o(x2)))        online network: encoder, projector, predictor
+    z1, z2 = g_m(f_m(x1)), g_m(f_m(x2))              momentum (their target) network: encoder, projector; no gradient
+    D(p, z) = mean over images of -cos(p, z)         their equation 2 is |p / |p| - z / |z||^2 = 2 + 2 D
+    loss = (D(p1, z2) + D(p2, z1)) / 2
+    theta_m <- m theta_m + (1 - m) theta_o           equation 1, after the optimizer step
+
+Letters: N images, F feature width, D embedding width.
+Their loss, the sum of both directions of equation 2, is 4 + 4 loss: its gradient is four times ours. Heads are the
+paper's, as in every method here, and m is constant (theirs rises to 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.heads import predictor, projector
+from mnclglf.models.losses import negative_cosine
+from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf_kernels import Backend
+
+
+class BYOL(Method):
+    """Two networks. See the module for the algorithm, and Method for the arguments."""
+
+    views = 2
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        self.projector = projector(self.encoder.features, model.projector_width)
+        self.predictor = predictor(model.projector_width, model.predictor_width)
+        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+
+    def forward(self, views: Sequence[Tensor]) -> Losses:
+        x1, x2 = views
+        f1, f2 = self.encoder(x1), self.encoder(x2)  # [N, F]; batch statistics are per view
+        p1, p2 = (self.predictor(self.projector(f)) for f in (f1, f2))  # [N, D]
+        with torch.no_grad():
+            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]; what is not finite in them shows in the loss
+        p1_z2, p2_z1 = negative_cosine(p1, z2), negative_cosine(p2, z1)
+        return Losses(
+            total=(p1_z2 + p2_z1) / 2,
+            terms={"loss_p1_z2": p1_z2, "loss_p2_z1": p2_z1},
+            features=f1.detach(),
+        )
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)

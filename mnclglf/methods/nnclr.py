@@ -1,0 +1,71 @@
+"""NNCLR: nearest-neighbor contrastive learning (Dwibedi, Aytar, Tompson, Sermanet, Zisserman 2021).
+
+    z1, z2 = g(f(x1)), g(f(x2))                      encoder, projector: one network
+    p1, p2 = q(z1), q(z2)                            predictor
+    n1, n2 = NN(Q, z1), NN(Q, z2)                    top-1 by cosine similarity, the queue as before this step
+    loss = (L(n1, p2) + L(n2, p1)) / 2               L: equation 3, with p for z+; no gradient reaches n
+    z1 is enqueued
+
+    L(n, p) = mean over images i of -log exp(n_i . p_i / tau) / sum over k of exp(n_i . p_k / tau), rows of unit norm
+
+Letters: N images, F feature width, D embedding width.
+Heads are the paper's, as in every method here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.feature_queue import FeatureQueue
+from mnclglf.models.heads import predictor, projector
+from mnclglf_kernels import Backend, contrastive_losses
+
+
+class NNCLR(Method):
+    """One network and the queue. See the module for the algorithm, and Method for the arguments."""
+
+    views = 2
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        self.projector = projector(self.encoder.features, model.projector_width)
+        self.predictor = predictor(model.projector_width, model.predictor_width)
+        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+
+    def forward(self, views: Sequence[Tensor]) -> Losses:
+        f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view
+        z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
+        p1, p2 = self.predictor(z1), self.predictor(z2)  # [N, D]
+        keys = torch.cat([z1, z2]).detach()
+        neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
+        n1, n2 = neighbors.chunk(2)
+        n1_p2, n2_p1 = contrastive_losses(
+            [(n1, p2), (n2, p1)], self.objective.temperature, backend=self.backends.contrastive_losses
+        )
+        return Losses(
+            total=(n1_p2 + n2_p1) / 2,
+            terms={"loss_n1_p2": n1_p2, "loss_n2_p1": n2_p1},
+            features=f1.detach(),
+            keys=keys,
+            neighbors=sources[: len(z1)],
+        )
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        assert losses.keys is not None
+        z1 = losses.keys[: len(indices)]
+        self.queue.push(z1, indices, keep, self.backends.enqueue)
+
+    def queue_fill(self) -> float | None:
+        return self.queue.fill().item()

@@ -1,0 +1,49 @@
+"""SimCLR: a simple framework for contrastive learning (Chen, Kornblith, Norouzi, Hinton 2020; Algorithm 1).
+
+    z1, z2 = g(f(x1)), g(f(x2))                                      encoder, projector; both with gradient
+    l(i, j) = -log exp(s_ij / tau) / sum over k != i of exp(s_ik / tau)     equation 1, NT-Xent
+        over the 2N rows of z1 and z2, where s is the cosine similarity
+    loss = mean over the 2N rows i of l(i, j), where row j is of the same image in the other view
+
+Letters: N images, F feature width, D embedding width.
+The projector is the paper's, as in every method here. Batch statistics are per view, as in MNCLGLF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.heads import projector
+from mnclglf.models.losses import nt_xent
+from mnclglf_kernels import Backend
+
+
+class SimCLR(Method):
+    """One network. See the module for the algorithm, and Method for the arguments."""
+
+    views = 2
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        self.projector = projector(self.encoder.features, model.projector_width)
+
+    def forward(self, views: Sequence[Tensor]) -> Losses:
+        f1, f2 = (self.encoder(x) for x in views)  # [N, F]
+        z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
+        loss = nt_xent(z1, z2, self.objective.temperature)
+        return Losses(total=loss, terms={"nt_xent": loss}, features=f1.detach())
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        """Nothing: there is no momentum network and no queue."""

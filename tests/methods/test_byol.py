@@ -1,0 +1,55 @@
+"""BYOL against a literal transcription of its equations 1 and 2."""
+
+import method_oracles
+import pytest
+import torch
+from method_steps import Stepper, compare, make_batch, make_method, make_oracle
+
+from mnclglf.engine.guard import NonFiniteError
+from mnclglf.methods import BYOL
+
+
+def test_five_steps_equal_the_equations_in_fp64() -> None:
+    method = make_method(BYOL)
+    compare(method, make_oracle(method_oracles.BYOL, method))
+
+
+@pytest.mark.parametrize("ema_momentum", [0.0, 1.0])
+def test_momenta_equal_the_equations(ema_momentum: float) -> None:
+    method = make_method(BYOL, ema_momentum=ema_momentum)
+    compare(method, make_oracle(method_oracles.BYOL, method), steps=2)
+
+
+def test_a_gradient_reaches_the_predictions_only() -> None:
+    method, batch = make_method(BYOL), make_batch()
+    for view in batch.views:
+        view.requires_grad_()
+    losses = method(batch.views)
+    for place, term in enumerate(("loss_p1_z2", "loss_p2_z1")):
+        gradients = torch.autograd.grad(losses.terms[term], batch.views, retain_graph=True, allow_unused=True)
+        assert gradients[place].abs().max() > 0, term
+        assert gradients[1 - place] is None, term
+
+
+@pytest.mark.parametrize(("view", "term"), [(0, "loss_p2_z1"), (1, "loss_p1_z2")])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_momentum_embedding_that_is_not_finite_shows_in_its_term(view: int, term: str, broken: float) -> None:
+    stepper, batch = Stepper(make_method(BYOL)), make_batch()
+    forward = stepper.method.momentum.forward
+
+    def break_one(x: torch.Tensor) -> torch.Tensor:
+        embeddings = forward(x)
+        if x is batch.views[view]:
+            embeddings[2, 3] = broken
+        return embeddings
+
+    stepper.method.momentum.forward = break_one
+    stepper(batch)
+    with pytest.raises(NonFiniteError, match=f"step 0: {term}, gradient not finite"):
+        stepper.guard.raise_if_failed()
+
+
+def test_there_is_no_queue() -> None:
+    method = make_method(BYOL)
+    losses = method(make_batch().views)
+    assert (losses.keys, losses.neighbors, method.queue_fill()) == (None, None, None)

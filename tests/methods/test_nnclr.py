@@ -1,0 +1,103 @@
+"""NNCLR against a literal transcription of its equation 3, both ways, with a predictor."""
+
+import copy
+
+import method_oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from method_steps import FP64, MODEL, K, N, Stepper, compare, make_batch, make_method, make_oracle
+from torch import Tensor, nn
+
+from mnclglf.config import ObjectiveConfig
+from mnclglf.engine.guard import NonFiniteError
+from mnclglf.methods import NNCLR
+
+
+def test_five_steps_equal_equation_3_in_fp64() -> None:
+    method = make_method(NNCLR)
+    compare(method, make_oracle(method_oracles.NNCLR, method))
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 1.0}, {"temperature": 0.05}, {"queue_size": N}], ids=str)
+def test_settings_equal_equation_3(setting: dict[str, float]) -> None:
+    method = make_method(NNCLR, **setting)
+    compare(method, make_oracle(method_oracles.NNCLR, method), steps=2)
+
+
+def test_the_queue_takes_in_the_projection_of_view_1_from_before_the_lookup() -> None:
+    method, batch = make_method(NNCLR), make_batch(first=40)
+    before = copy.deepcopy(method)
+    Stepper(method)(batch)
+    with torch.no_grad():
+        z1 = before.projector(before.encoder(batch.views[0]))
+    torch.testing.assert_close(method.queue.rows[:N], F.normalize(z1), **FP64)
+    torch.testing.assert_close(method.queue.rows[N:], before.queue.rows[N:], rtol=0, atol=0)
+    assert method.queue.sources.tolist() == [*range(40, 40 + N), *[-1] * (K - N)]
+    assert method.queue_fill() == pytest.approx(N / K)
+
+
+def test_neighbors_are_reported_as_images() -> None:
+    method, batch = make_method(NNCLR, queue_size=N), make_batch(first=100)
+    Stepper(method)(batch)
+    with torch.no_grad():
+        losses = method(batch.views)
+    assert losses.neighbors is not None
+    assert len(losses.neighbors) == N
+    assert set(losses.neighbors.tolist()) <= set(range(100, 100 + N))
+
+
+def test_a_gradient_reaches_the_predictions_only() -> None:
+    method, batch = make_method(NNCLR), make_batch()
+    for view in batch.views:
+        view.requires_grad_()
+    losses = method(batch.views)
+    assert losses.keys is not None
+    assert not losses.keys.requires_grad
+    for place, term in enumerate(("loss_n2_p1", "loss_n1_p2")):
+        gradients = torch.autograd.grad(losses.terms[term], batch.views, retain_graph=True, allow_unused=True)
+        assert gradients[place].abs().max() > 0, term
+        assert gradients[1 - place] is None, term
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_projection_that_is_not_finite_is_kept_out_of_the_queue(view: int) -> None:
+    stepper, batch = Stepper(make_method(NNCLR)), make_batch()
+    before, forward, calls = stepper.method.queue.rows.clone(), stepper.method.projector.forward, []
+
+    def break_one(features: Tensor) -> Tensor:
+        calls.append(features)
+        return forward(features) * (torch.nan if len(calls) == view + 1 else 1)
+
+    stepper.method.projector.forward = break_one
+    stepper(batch)
+    assert torch.equal(stepper.method.queue.rows, before)
+    with pytest.raises(NonFiniteError, match="gradient, keys not finite"):
+        stepper.guard.raise_if_failed()
+
+
+def test_keys_that_are_not_finite_are_found_though_the_losses_are() -> None:
+    stepper = Stepper(make_method(NNCLR))
+    last: nn.BatchNorm1d = stepper.method.projector[-1]
+    last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0
+    before, predict = stepper.method.queue.rows.clone(), stepper.method.predictor.forward
+    stepper.method.predictor.forward = lambda z: predict(z.nan_to_num())
+    losses = stepper(make_batch())
+    assert all(value.isfinite() for value in losses.values())
+    assert torch.equal(stepper.method.queue.rows, before)
+    with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
+        stepper.guard.raise_if_failed()
+
+
+def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    for module in ("contrastive", "neighbor", "queue"):
+
+        def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
+            asked.append((module, backend))
+            return backend
+
+        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+    method = NNCLR(MODEL, ObjectiveConfig(queue_size=K), queue_dtype=torch.float64, backend="torch").double()
+    Stepper(method)(make_batch())
+    assert sorted(asked) == [("contrastive", "torch"), ("neighbor", "torch"), ("queue", "torch")]

@@ -1,0 +1,39 @@
+"""SimCLR against a literal transcription of its Algorithm 1."""
+
+import method_oracles
+import pytest
+import torch
+from method_steps import compare, make_batch, make_method, make_oracle
+
+from mnclglf.methods import SimCLR
+
+
+def test_five_steps_equal_algorithm_1_in_fp64() -> None:
+    method = make_method(SimCLR)
+    compare(method, make_oracle(method_oracles.SimCLR, method))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_temperatures_equal_algorithm_1(temperature: float) -> None:
+    method = make_method(SimCLR, temperature=temperature)
+    compare(method, make_oracle(method_oracles.SimCLR, method), steps=2)
+
+
+def test_both_views_carry_gradients() -> None:
+    method, batch = make_method(SimCLR), make_batch()
+    for view in batch.views:
+        view.requires_grad_()
+    for gradient in torch.autograd.grad(method(batch.views).total, batch.views):
+        assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_the_order_of_the_views_does_not_matter() -> None:
+    method, (x1, x2) = make_method(SimCLR), make_batch().views
+    torch.testing.assert_close(method((x1, x2)).total, method((x2, x1)).total, rtol=1e-12, atol=0)
+
+
+def test_nothing_is_kept_from_step_to_step_but_the_network() -> None:
+    method = make_method(SimCLR)
+    losses = method(make_batch().views)
+    assert (losses.keys, losses.neighbors, method.queue_fill()) == (None, None, None)
+    assert {name.split(".")[0] for name in method.state_dict()} == {"encoder", "projector"}
