@@ -1,0 +1,118 @@
+"""What every method of the table promises to the engine."""
+
+import pytest
+import torch
+from method_steps import Stepper, make_batch, make_method
+from methods.test_compiled_step import TinyEncoder
+from torch import Tensor
+
+from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf.engine.guard import NonFiniteError
+from mnclglf.engine.limit import step_parts
+from mnclglf.methods import METHODS, Method
+
+AUTOCAST = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def lasting(stepper: Stepper) -> dict[str, Tensor]:
+    """Everything that must not take in a non-finite value: weights, queue, the optimizer's momentum."""
+    method = stepper.method
+    state = {name: value.clone() for name, value in method.named_parameters()}
+    state |= {name: value.clone() for name, value in method.named_buffers() if name.startswith("queue.")}
+    for index, entry in enumerate(stepper.optimizer.state.values()):
+        state[f"velocity.{index}"] = entry["momentum_buffer"].clone()
+    return state
+
+
+@EVERY
+@AUTOCAST
+def test_every_term_trains_encoder_and_heads_and_nothing_that_follows(name: MethodName, dtype: torch.dtype) -> None:
+    method = make_method(METHODS[name], torch.float32)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        losses = method(make_batch(torch.float32, views=method.views).views)
+    for term, loss in losses.terms.items():
+        assert loss.dtype == torch.float32
+        method.zero_grad()
+        loss.backward(retain_graph=True)
+        for path, parameter in method.named_parameters():
+            if path.startswith("momentum."):
+                assert parameter.grad is None, f"{path} must have no gradient"
+            else:
+                assert parameter.grad is not None, f"{term} gives {path} no gradient"
+                assert parameter.grad.abs().max() > 0, f"{term} gives {path} a zero gradient"
+
+
+@EVERY
+def test_the_features_are_the_first_view_s(name: MethodName) -> None:
+    method = make_method(METHODS[name])
+    batch = make_batch(views=method.views)
+    losses = method(batch.views)
+    assert not losses.features.requires_grad
+    torch.testing.assert_close(losses.features, method.encoder(batch.views[0]), rtol=0, atol=0)
+
+
+@EVERY
+@pytest.mark.parametrize("view", [0, 1])
+def test_nothing_is_kept_of_a_non_finite_step_or_any_after_it(name: MethodName, view: int) -> None:
+    method = make_method(METHODS[name])
+    stepper, (good, broken, late) = Stepper(method), (make_batch(views=method.views) for _ in range(3))
+    stepper(good)
+    before = lasting(stepper)
+    broken.views[view][2, 0, 3, 3] = torch.nan
+    stepper(broken)
+    stepper(late)  # the host has not looked yet
+    for key, value in lasting(stepper).items():
+        assert torch.equal(value, before[key]), f"{key} changed"
+    with pytest.raises(NonFiniteError, match="step 1"):
+        stepper.guard.raise_if_failed()
+
+
+def two_steps(method: Method, *, compiled: bool) -> list[Tensor]:
+    """Losses and gradients of two steps, and the state after them."""
+    forward = torch.compile(method.forward, fullgraph=True, backend="aot_eager") if compiled else method.forward
+    results: list[Tensor] = []
+    for step in range(2):
+        torch.manual_seed(step)
+        batch = make_batch(torch.float32, views=method.views)
+        losses = forward(batch.views)
+        losses.total.backward()
+        results += [losses.total.detach(), *(p.grad.clone() for p in method.trained_parameters())]
+        with torch.no_grad():
+            for parameter in method.trained_parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+        method.after_step(losses, batch.indices, momentum=0.5, keep=torch.tensor(True))
+    return results + [value.clone() for value in method.state_dict().values()]
+
+
+@EVERY
+def test_the_forward_is_one_graph(name: MethodName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnclglf.methods.method.ResNet18", TinyEncoder)
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        results.append(two_steps(make_method(METHODS[name], torch.float32), compiled=compiled))
+    expected, ours = results
+    for result, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-6)  # the same operators, some of them fused
+
+
+# How often a view passes through an encoder, forward and back. The patches of a view count as one.
+PASSES = {"mnclglf": (7, 3), "simclr": (2, 2), "mocov2": (2, 1), "byol": (4, 2), "nnclr": (2, 2)}
+
+
+@EVERY
+def test_a_step_is_counted_and_encodes_no_view_too_often(name: MethodName) -> None:
+    def flops(method: MethodName, direction: str) -> int:
+        config = RunConfig(
+            method=method,
+            model=ModelConfig(width=4, projector_width=24, predictor_width=12),
+            objective=ObjectiveConfig(queue_size=20),
+            optim=OptimConfig(batch_size=6),
+        )
+        return step_parts(config, 16, "bf16")[f"convolutions, {direction}"].flops
+
+    for passes, direction in zip(PASSES[name], ("forward", "backward"), strict=True):
+        assert 2 * flops(name, direction) == passes * flops("simclr", direction)
