@@ -35,8 +35,8 @@ COLUMN, LABELS, MARGIN = 6.6, 2.35, 0.15  # width of a column, of its labels, be
 BARS = COLUMN - LABELS - 2 * MARGIN
 TWO_COLUMNS_ABOVE = 40  # bars
 STEP_TITLES = {
-    "ladder": "Ours, one optimisation a rung (x first rung): ",
-    "peers": "Ours and lightly's (x: our operations a second over theirs): ",
+    "ladder": "Images a second, one optimisation a rung (x first rung): ",
+    "peers": "TFLOP/s of ours and lightly's (x: ours over theirs): ",
 }
 
 
@@ -125,7 +125,7 @@ def step_markdown(rows: Sequence[StepRow], source: str) -> str:
 
 
 def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
-    """Horizontal bars of images a second, a panel a comparison; beside a bar its ratio."""
+    """Horizontal bars, a panel a comparison: of images a second, or of operations where methods differ in them."""
     groups = list(grouped(rows, "case").values())
     inches = [0.26 * len(group) + 0.75 for group in groups]
     width, height = 7.2, sum(inches) + 0.5
@@ -134,14 +134,15 @@ def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
     for group, tall in zip(groups, inches, strict=True):
         bottom -= tall
         axis = figure.add_axes((0.27, (bottom + 0.4) / height, 0.62, (tall - 0.7) / height))
-        speeds = [row.images_per_second for row in group]
+        peers = group[0].kind == "peers"
+        speeds = [row.tflop_per_second if peers else row.images_per_second for row in group]
         colors = [COLORS["torch bf16"] if row.name.startswith("+") else COLORS["reference bf16"] for row in group]
         axis.barh(range(len(group)), speeds, height=0.7, color=colors, linewidth=0)
-        for y, row in enumerate(group):
+        for y, (row, speed) in enumerate(zip(group, speeds, strict=True)):
             ratio = "" if row.ratio is None else f"   {row.ratio.median:.2f}x"
             axis.annotate(
-                f"{row.images_per_second:,.0f}{ratio}",
-                (row.images_per_second, y),
+                f"{speed:,.2f}{ratio}" if peers else f"{speed:,.1f}{ratio}",
+                (speed, y),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center_baseline",
@@ -155,7 +156,7 @@ def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
         axis.set_title(STEP_TITLES[group[0].kind] + group[0].size, loc="left", fontsize=9, color=LIGHT.text, x=-0.42)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.text(0.02, 1 - 0.25 / height, "Training steps: images a second", fontsize=11.5, color=LIGHT.text)
+    figure.text(0.02, 1 - 0.25 / height, "Training steps: longer is faster", fontsize=11.5, color=LIGHT.text)
     figure.text(0.02, 1 - 0.42 / height, source, fontsize=6.5, color=LIGHT.muted)
     return figure
 

@@ -117,10 +117,15 @@ class StepRow:
     def images_per_second(self) -> float:
         return self.images / statistics.median(self.seconds)
 
+    @property
+    def tflop_per_second(self) -> float:
+        """0 where the operations are not known."""
+        return (self.tflop or 0.0) / statistics.median(self.seconds)
+
     def cells(self) -> tuple[str, str, str, str, str]:
         """Under STEP_HEADINGS; a dash where there is no figure."""
         median = statistics.median(self.seconds)
-        rate = "-" if self.tflop is None else f"{self.tflop / median:.3f}"
+        rate = "-" if self.tflop is None else f"{self.tflop_per_second:.3f}"
         return (
             f"{median:.3f}",
             f"{self.images_per_second:,.1f}",

@@ -70,11 +70,9 @@ def or_eager(
     def run(views: Sequence[Tensor]) -> Losses:
         nonlocal chosen
         from torch._dynamo.exc import TorchDynamoException  # a second, which an eager run need not wait for
-        from torch._functorch import config
 
         try:
-            with config.patch(force_non_lazy_backward_lowering=True):  # what fails in the backward fails here too
-                return chosen(views)
+            return chosen(views)
         except TorchDynamoException as error:
             if chosen is eager:
                 raise

@@ -27,8 +27,7 @@ from mnclglf.engine.kernels import sizes_of
 from mnclglf.methods import METHODS, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf_kernels import Backends
-from mnclglf_kernels._triton.traffic import traffic
-from mnclglf_kernels.inspect import DTYPES, GPUS, launches
+from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.sizes import OPERATORS
 
 aten = torch.ops.aten
@@ -147,6 +146,9 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
         arch: the GPU whose launch configurations our operators have.
         pads: see Counter.
     """
+    from mnclglf_kernels._triton.traffic import traffic  # with triton, which not every system has
+    from mnclglf_kernels.inspect import launches
+
     method = on_meta(config, DTYPES[dtype])
     with Counter(pads=pads) as counter:
         method(views_on_meta(method, config.optim.batch_size, side, DTYPES[dtype])).total.backward()
@@ -172,6 +174,8 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
 
 def nominal_peaks(arch: int, dtype: str, *, tf32: bool = False) -> Peaks:
     """Those that inspect.py has for an architecture's GPU; TF32 has half of fp16's rate on all of them."""
+    from mnclglf_kernels.inspect import GPUS
+
     gpu = GPUS[arch]
     flops = gpu.half_flops if dtype != "fp32" else gpu.half_flops / 2 if tf32 else gpu.fp32_flops
     return Peaks(gpu.name, flops, gpu.dram_bytes, pads=True)

@@ -196,15 +196,19 @@ def compiled(method: Method, *, graphs: bool) -> Forward:
     One graph rather than the encoder's compiled once for all of its forwards: it is as fast, CUDA graphs want it, and
     equal casts of a weight become one; it takes 1.6 times as long to compile (docs/performance.md).
     """
-    forward = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
-    if not graphs:
-        return forward
+    from torch._functorch import config  # a second, which an eager run need not wait for
 
-    def begin_and_forward(views: Sequence[Tensor]) -> Losses:
-        torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
-        return forward(views)
+    one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
-    return begin_and_forward
+    def forward(views: Sequence[Tensor]) -> Losses:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
+        # The backward runs outside of autocast, as it does in eager mode: traced under it, the fp32 products of a loss
+        # would be in bf16. It is compiled with the forward, so that what cannot be compiled shows in the first call.
+        with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
+            return one_graph(views)
+
+    return forward
 
 
 def checkpoint_activations(method: Method) -> None:

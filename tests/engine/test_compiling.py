@@ -57,6 +57,17 @@ def test_a_compiled_step_trains_as_the_eager_one(asked: dict[str, object]) -> No
         torch.testing.assert_close(first, second, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dict[str, object]) -> None:
+    """Autograd's tracing else puts the backward under the forward's autocast: the loss's fp32 products become bf16."""
+    compiled_losses, _, compiled_gradients = trained(EngineConfig(), dtype=torch.bfloat16, compile="on", steps=1)
+    losses, _, gradients = trained(EngineConfig(), dtype=torch.bfloat16, steps=1)
+    assert compiled_losses == pytest.approx(losses, rel=1e-6)
+    last = gradients[-2]  # of the predictor's last weights, which nothing lies between the loss and
+    error = (compiled_gradients[-2] - last).abs().max() / last.abs().max()
+    assert error < 1e-3  # a product in bf16 is off by 2^-8
+
+
 def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr("torch.compile", lambda method, **how: calls.append(how) or (lambda views: calls.append(views)))
