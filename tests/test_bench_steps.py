@@ -121,8 +121,8 @@ def test_rows_of_steps_survive_json_and_are_drawn(tmp_path):
     assert (tmp_path / "run-steps.png").read_bytes().startswith(b"\x89PNG")
     figure = draw.step_picture(saved.steps, saved.source)
     assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [
-        ["2", "8   4.00x"],
-        ["2", "2   1.00x"],
+        ["2.0", "8.0   4.00x"],
+        ["0.50", "0.50   1.00x"],
     ]
 
 
