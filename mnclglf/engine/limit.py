@@ -139,6 +139,8 @@ def views_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) ->
 def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads: bool = True) -> dict[str, Part]:
     """What one training step computes and moves, by part.
 
+    An operator of ours that the method calls counts at MNCLGLF's sizes: four pairs of embeddings, two lookups.
+
     Args:
         config: method, model, objective and batch size count.
         side: of a view in pixels.
