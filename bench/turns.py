@@ -54,7 +54,11 @@ class Contender:
             stdout=subprocess.PIPE,
             text=True,
         )
-        ready = self._answer()
+        try:
+            ready = self._answer()
+        except BaseException:
+            self.stop()
+            raise
         self.tflop: float | None = ready["tflop"]
         self.warm_up_seconds: float = ready["warm_up_seconds"]
 
