@@ -159,7 +159,7 @@ def test_a_wrong_kernel_fails_its_stage(tiny, monkeypatch):
 def test_an_interrupted_report_ends_its_stage(program, tmp_path):
     started, ended = tmp_path / "started", tmp_path / "ended"
     Path(program[-1]).write_text(
-        f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(4); "
+        f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(10); "
         f"pathlib.Path({str(ended)!r}).touch()"
     )
     code = (
@@ -173,7 +173,7 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         run.wait(timeout=30)
-    time.sleep(4.5)
+    time.sleep(10.5)
     assert not ended.exists()
 
 
