@@ -83,9 +83,9 @@ def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, t
     """
     terms = sorted({key for record in records for key in record if key.startswith("loss_")})
     level = None if uninformed is None else Level(uninformed, f"no information: {uninformed:.2f}")
-    panels = [Panel(title="Loss", unit="nats", curves=(Curve("loss", "loss"),))]
+    panels = [Panel(title="Loss", unit="loss", curves=(Curve("loss", "loss"),))]
     if terms:
-        panels.append(Panel(title="Its terms", unit="nats", curves=tuple(Curve(t, t) for t in terms[:3]), level=level))
+        panels.append(Panel(title="Its terms", unit="loss", curves=tuple(Curve(t, t) for t in terms[:3]), level=level))
     return _panels(records, panels, theme)
 
 

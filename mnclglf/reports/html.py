@@ -28,6 +28,8 @@ from mnclglf.reports.figures import (
 from mnclglf.reports.run_files import RunFiles, finite, read_run
 from mnclglf.reports.tables import percent, result_table
 
+OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N while all N look alike
+
 
 class Picture(NamedTuple):
     """A figure in both colour schemes, as base64 PNG."""
@@ -174,7 +176,7 @@ def _losses(run: RunFiles) -> Picture | None:
     if not run.records:
         return None
     batch = finite(_section(run.config, "optim").get("batch_size"))
-    uninformed = math.log(batch) if batch and (run.config or {}).get("method") == "mnclglf" else None
+    uninformed = math.log(batch) if batch and (run.config or {}).get("method") in OF_N_CANDIDATES else None
     return _picture(lambda theme: loss_curves(run.records, uninformed=uninformed, theme=theme))
 
 

@@ -104,7 +104,7 @@ def test_loss_panels_hold_the_loss_the_terms_and_the_level(drawn):
     assert total.get_lines()[0].get_xydata().tolist() == [[10 * i, 7 * i] for i in range(1, 5)]
     assert [line.get_label() for line in terms.get_lines()] == ["loss_m", "loss_s", "no information: 5.55"]
     assert terms.get_lines()[2].get_ydata() == pytest.approx([math.log(256)] * 2)
-    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "nats" for axis in drawn[0].axes)
+    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "loss" for axis in drawn[0].axes)
 
 
 def test_health_panels_are_those_that_were_logged(drawn):
