@@ -101,12 +101,22 @@ def in_turns(
     measured = request.config.stash.setdefault(TURNS, {})
 
     def give(comparison: Comparison, name: str) -> None:
-        if comparison not in measured:
-            measured[comparison], rates = comparison.measure()
-            describe(comparison, measured[comparison], statistics.median(rates), say)
-        replay(benchmark, measured[comparison][name])
+        replay(benchmark, measured_row(comparison, name, measured, say))
 
     return give
+
+
+def measured_row(
+    comparison: Comparison, name: str, measured: dict[Comparison, dict[str, StepRow]], say: Callable[[str], None]
+) -> StepRow:
+    """A step's row of a comparison, which is measured for the first of them; also where that fails, only once."""
+    if comparison not in measured:
+        measured[comparison] = {}
+        measured[comparison], rates = comparison.measure()
+        describe(comparison, measured[comparison], statistics.median(rates), say)
+    if name not in measured[comparison]:
+        pytest.fail("its comparison could not be measured: see the first failure")
+    return measured[comparison][name]
 
 
 def describe(comparison: Comparison, rows: dict[str, StepRow], matmul_rate: float, say: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +85,9 @@ class Contender:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self.name!r} ended with exit code {self.process.wait()}")
+            code = self.process.wait()
+            killed = ", killed: is there too little memory?" if code == -signal.SIGKILL else ""
+            raise RuntimeError(f"the process of {self.name!r} ended with exit code {code}{killed}")
         return json.loads(line)
 
 
@@ -118,6 +121,7 @@ class Comparison:
     def measure(self) -> tuple[dict[str, StepRow], list[float]]:
         """A row for each step, and the matrix-product rate of this process, FLOP/s, once a round."""
         rates: list[float] = []
+        give_back(choose_device(EngineConfig()))  # of what was measured before, in this process
         with contenders(self.names, self.size) as started:
             seconds: dict[str, list[float]] = {contender.name: [] for contender in started}
             for _ in range(self.rounds):
@@ -203,7 +207,9 @@ def main() -> None:
             step()
         tflop = counter.get_total_flops() / 1e12
     step()
-    print(json.dumps({"tflop": tflop, "warm_up_seconds": time.perf_counter() - since}), flush=True)
+    warm_up_seconds = time.perf_counter() - since
+    give_back(device)
+    print(json.dumps({"tflop": tflop, "warm_up_seconds": warm_up_seconds}), flush=True)
     for line in sys.stdin:
         if line.strip() == "memory":
             print(json.dumps({"peak_bytes": peak_memory_bytes(device)}), flush=True)

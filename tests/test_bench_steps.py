@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import compare, draw, proof
+from bench.conftest import measured_row
 from bench.peers import PEERS
 from bench.row import Ratio, StepRow
 from bench.steps import EAGER, GRAPHS, KEPT, LADDER, REFERENCE, Size, rungs
@@ -62,6 +63,15 @@ def test_contenders_take_turns_in_processes_of_their_own():
 def test_a_process_that_ends_is_named():
     with pytest.raises(RuntimeError, match="the process of 'no such step' ended with exit code 1"):
         Comparison(kind="ladder", names=("no such step",), size=TINY, rounds=1).measure()
+
+
+def test_a_comparison_that_fails_is_tried_once():
+    comparison = Comparison(kind="ladder", names=("no such step", "another"), size=TINY, rounds=1)
+    measured = {}
+    with pytest.raises(RuntimeError, match="'no such step' ended"):
+        measured_row(comparison, "no such step", measured, print)
+    with pytest.raises(pytest.fail.Exception, match="see the first failure"):
+        measured_row(comparison, "another", measured, print)
 
 
 def test_peers_are_compared_by_their_operations():
