@@ -12,14 +12,14 @@ import pytest
 
 from bench.roofline import measured_parts, small_share, table
 from bench.side_by_side import AUTOCAST, DEVICE, QUICK
-from bench.steps import COMPILED, Size, config_of, rungs
+from bench.steps import COMPILED, GRAPHS, Size, config_of, rungs
 from bench.turns import Comparison
 from mnclglf.engine.compiling import compiler_problem
 from mnclglf.engine.limit import name_of, peaks_of, step_parts
 
 SIZE = Size(images=32) if QUICK else Size()
 NAMES = [
-    name for name in rungs(DEVICE) if name != COMPILED or (not QUICK and compiler_problem(DEVICE) is None)
+    name for name in rungs(DEVICE) if name not in (COMPILED, GRAPHS) or (not QUICK and compiler_problem(DEVICE) is None)
 ]  # compiling takes minutes
 LADDER = Comparison(kind="ladder", names=tuple(NAMES), size=SIZE, rounds=2 if QUICK else 3)
 

@@ -37,6 +37,7 @@ Figures = dict[str, Any]
 Outcome = Literal["passed", "failed", "timed out", "not run"]
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE, SIZES, STEPS, REPEATS = torch.device("cuda"), PAPER, 50, 100
+BATCHES = 4  # of noise, in turn: a graph that sees an old one goes wrong
 MARK = "figures: "  # begins the line of a stage's output that holds its figures
 WRONG = "wrong"  # the figure that makes a stage fail where it is not empty
 
@@ -272,16 +273,20 @@ def training(**engine: Any) -> Figures:
     dtype = autocast_dtype(config.engine, DEVICE)
     method = build_method(config, dtype).to(DEVICE).train()
     method.backends = choose_backends(config, SIZES.source, SIZES.side, dtype, DEVICE, Console(stderr=True))
-    use_fast_math(config.engine)
+    use_fast_math(config.engine, dtype)
     chosen = choose_compile(config.engine, DEVICE, print)
     assert (chosen != "off") == (config.engine.compile == "on"), "there is nothing to compile with; see above"
     inductor.triton.cudagraph_or_error = chosen == "graphs"
+    inductor.graph_partition = False  # else what cannot be in a graph splits it silently
     train = TrainStep(method, config.optim, config.engine, dtype, compile=chosen)
     shape = (SIZES.images, 3, SIZES.side, SIZES.side)
-    views = [torch.randn(shape, device=DEVICE).to(dtype, memory_format=torch.channels_last) for _ in range(3)]
-    batch, seconds = Batch(tuple(views), torch.arange(SIZES.images, device=DEVICE)), []
-    torch.cuda.reset_peak_memory_stats()
+    noise = torch.randn(BATCHES, 3, *shape, device=DEVICE).to(dtype)
+    views = [[view.contiguous(memory_format=torch.channels_last) for view in batch] for batch in noise]
+    indices, seconds = torch.arange(SIZES.images, device=DEVICE), []
     for step in range(STEPS):
+        if step == STEPS // 5:
+            torch.cuda.reset_peak_memory_stats()
+        batch = Batch(tuple(views[step % BATCHES]), indices)
         since = time.perf_counter()
         losses, _ = train(step, batch, lr=0.1, momentum=0.99)
         losses.total.item()  # waits for the device

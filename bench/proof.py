@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "bench/proven"  # in pytest's cache
 STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/engine/test_step.py"]
+GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/engine/test_compiling.py"]
 OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in ("patches", "contrastive_losses", "neighbor", "queue")]
 
 
@@ -38,6 +39,7 @@ def require_proof(config: pytest.Config, tests: Sequence[str] = (*STEP_TESTS, *O
     # On a CPU the interpreted kernels are not what is measured; on a GPU the tests marked gpu are what counts.
     cuda = torch.cuda.is_available()
     chosen = ["-m", "gpu"] if cuda else ["-m", "not slow and not aot", "-k", "not triton"]
+    tests = [*tests, *GPU_TESTS] if cuda else tests
     command = [sys.executable, "-m", "pytest", "-q", "-x", *tests, *chosen]
     environment = os.environ | {"MNCLGLF_TEST_GPU": str(int(cuda))}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

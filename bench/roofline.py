@@ -40,9 +40,9 @@ PARTS = {
     "batch_norm": "batch norm and element-wise",
     "threshold_backward": "batch norm and element-wise",
     "clamp_min_": "batch norm and element-wise",
+    "aten::addmm": "heads",
     "aten::add": "batch norm and element-wise",
     "aten::mm": "heads",
-    "aten::addmm": "heads",
     "_fused_sgd_": "optimizer",
     "_foreach_copy_": "weight casts",
 }

@@ -54,7 +54,7 @@ class Printed:
 
     Attributes:
         channels_last: weights and views in that memory format.
-        autocast: forwards in bf16 where the device multiplies it.
+        autocast: forwards in bf16 where the device multiplies it; on a GPU with cuDNN's fastest algorithms.
         shared: the stop-gradient network is the online one under no_grad, rather than a copy.
         unit_norm: the queue's rows are of unit norm when they are enqueued, rather than at each lookup.
     """
@@ -101,6 +101,8 @@ def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
     config, views = config_of(size), noise(size, device, 3)
     memory_format = torch.channels_last if how.channels_last else torch.contiguous_format
     dtype = autocast_dtype(config.engine, device) if how.autocast else torch.float32
+    if how.autocast and device.type == "cuda":
+        use_fast_math(config.engine, dtype)
     method = build_method(config, torch.float32)
     algorithm = (_SharedUnitNorm if how.unit_norm else _Shared) if how.shared else Algorithm1AsPrinted
     network = algorithm(
@@ -133,7 +135,7 @@ def our_step(
     method = build_method(config, dtype).to(device).train()
     method.backends = backends or method.backends
     if device.type == "cuda":
-        use_fast_math(config.engine)
+        use_fast_math(config.engine, dtype)
     train = TrainStep(method, config.optim, config.engine, dtype, compile=compile)
     views = noise(Size(config.optim.batch_size, side), device, method.views)
     views = tuple(view.to(dtype, memory_format=train.memory_format) for view in views)
@@ -148,10 +150,10 @@ def our_rung(size: Size, device: torch.device, *, compile: Compile = "off", keep
 
 
 def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> Step:
-    """A peer's step as documented, or with our precision, memory format and, on a CPU, kept memory."""
+    """A peer's step as documented, or with our precision, memory format and kept memory or fast math."""
     dtype = autocast_dtype(EngineConfig(), device)
-    if not documented and device.type == "cpu":
-        keep_freed_memory()
+    if not documented:
+        keep_freed_memory() if device.type == "cpu" else use_fast_math(EngineConfig(), dtype)
     return peer_step(
         name,
         noise(size, device, 2),

@@ -27,7 +27,7 @@ from bench.steps import COMPILED, GRAPHS, KEEPING, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.limit import best_seconds
-from mnclglf.engine.timing import peak_memory_bytes
+from mnclglf.engine.timing import forget_peak_memory, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_A_GPU = 20  # steps of a turn
@@ -207,6 +207,7 @@ def main() -> None:
             step()
         tflop = counter.get_total_flops() / 1e12
     step()
+    forget_peak_memory(device)
     warm_up_seconds = time.perf_counter() - since
     give_back(device)
     print(json.dumps({"tflop": tflop, "warm_up_seconds": warm_up_seconds}), flush=True)

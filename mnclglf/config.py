@@ -217,7 +217,7 @@ class EngineConfig:
     channels_last: bool = True
     """Weights and images with their channels innermost, as tensor cores read them."""
     tf32: bool = True
-    """On a GPU, what stays in fp32 is multiplied in TF32 by cuDNN and cuBLAS."""
+    """On a GPU, a run in fp32 multiplies in TF32, in cuDNN and cuBLAS."""
     cudnn_benchmark: bool = True
     """On a GPU, cuDNN tries its algorithms on each convolution and takes the fastest."""
     keep_memory: bool = True
@@ -252,8 +252,8 @@ class EngineConfig:
             f"lookup {self.lookup} cannot be in a CUDA graph; give --lookup auto, or --graphs off",
         )
         require(
-            not self.activation_checkpointing or self.compile != "on",
-            "activation_checkpointing and compile on exclude each other; take --compile off",
+            not self.activation_checkpointing or "on" not in (self.compile, self.graphs),
+            "activation_checkpointing and what is compiled exclude each other; leave --compile on and --graphs on out",
         )
         require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
         require(self.save_every > 0, f"save_every {self.save_every} must be positive")

@@ -234,7 +234,7 @@ class Algorithm1AsPrinted(Algorithm1):
     def enqueue(queue: Tensor, pointer: int, rows: Tensor) -> tuple[Tensor, int]:
         """`update_queue(Q, z1)`."""
         where = (pointer + torch.arange(len(rows), device=queue.device)) % len(queue)
-        queue[where] = functional.normalize(rows)
+        queue[where] = functional.normalize(rows).to(queue.dtype)  # under autocast CUDA normalises in fp32
         return queue, (pointer + len(rows)) % len(queue)
 
 

@@ -64,7 +64,9 @@ class RunLog:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, step)
-        left = elapsed / max(step - self.start, 1) * (self.total - step)
+        # Of steps that ran by themselves, as the first one may compile for minutes; none is known in the warm-up.
+        step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
+        left = step_seconds * (self.total - step)
         line = describe(record, left)
         self.progress.update(self.task, completed=step, description=line)
         due = elapsed - self.last_line >= PLAIN_LINE_SECONDS or step == self.total

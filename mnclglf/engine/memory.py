@@ -75,7 +75,9 @@ def storage_of(tensor: Tensor) -> int:
 
 def largest_batch(config: RunConfig, side: int, dtype: torch.dtype, memory_bytes: int) -> int:
     """Images a step that fit into a GPU of this much memory; 0 where not even two do. Memory grows with the batch."""
-    least, more = (step_memory(config, images, side, dtype).total for images in (64, 128))
-    an_image = (more - least) / 64
-    fits = int((memory_bytes - RESERVED - (least - 64 * an_image)) / an_image)
-    return fits if fits >= 2 else 0
+    least, more = (step_memory(config, images, side, dtype) for images in (64, 128))
+    first, second = (memory.activations + memory.passing for memory in (least, more))  # what grows
+    an_image = (second - first) / 64
+    available = memory_bytes - RESERVED - least.kept - least.casts
+    fits = int((available - (first - 64 * an_image)) / an_image)
+    return fits if fits >= 2 and least.gradients <= available else 0

@@ -101,6 +101,9 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave; a state without a loss scale leaves it as it is."""
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            if "momentum_buffer" in kept:  # in the parameter's memory format, which the fused kernel takes for granted
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"]).to(group["params"][0])  # that of an older state is a number
         if state.get("scaler"):
@@ -124,9 +127,12 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
     return optimizer
 
 
-def use_fast_math(config: EngineConfig) -> None:
-    """For all of the process, on a GPU: TF32 for what stays in fp32, and cuDNN's fastest algorithms."""
-    precision = "tf32" if config.tf32 else "ieee"
+def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
+    """For all of the process, on a GPU: TF32 for a run in fp32, and cuDNN's fastest algorithms.
+
+    What stays in fp32 under autocast does so for its precision: losses, and the lookup's scores.
+    """
+    precision = "tf32" if config.tf32 and dtype == torch.float32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

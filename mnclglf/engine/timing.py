@@ -117,7 +117,7 @@ class Waiting:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: of tensors on a GPU; on a CPU of the whole process."""
+    """Most memory so far: of tensors on a GPU, since `forget_peak_memory`; on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # getrusage counts what the parent had when it started this process
@@ -125,3 +125,9 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """On a GPU, lets the peak begin anew: that of a warm-up holds what chose kernels, not what a step needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

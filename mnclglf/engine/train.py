@@ -38,7 +38,15 @@ from mnclglf.engine.log import RunLog, duration
 from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
 from mnclglf.engine.schedule import Schedule
 from mnclglf.engine.step import TrainStep, keep_freed_memory, share_casts, use_fast_math
-from mnclglf.engine.timing import WARM_UP_STEPS, Speed, StepClock, Waiting, peak_memory_bytes, speed_of
+from mnclglf.engine.timing import (
+    WARM_UP_STEPS,
+    Speed,
+    StepClock,
+    Waiting,
+    forget_peak_memory,
+    peak_memory_bytes,
+    speed_of,
+)
 from mnclglf.files import write_atomically
 from mnclglf.methods import Losses
 from mnclglf_kernels.backend import HAS_TRITON
@@ -93,7 +101,7 @@ class Trainer:
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
         self.dtype = autocast_dtype(config.engine, self.device)
         if self.device.type == "cuda":
-            use_fast_math(config.engine)
+            use_fast_math(config.engine, self.dtype)
         elif config.engine.keep_memory:
             keep_freed_memory()
         train_images, _ = load_dataset(
@@ -110,7 +118,7 @@ class Trainer:
         self.compile = choose_compile(config.engine, self.device, self._say)
         self.step = TrainStep(self.method, config.optim, config.engine, self.dtype, compile=self.compile)
         if self.compile != "off":
-            self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._say)
+            self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
         self.least_seconds: float | None = None
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
@@ -138,6 +146,7 @@ class Trainer:
                 if done == self.start + WARM_UP_STEPS + 1:
                     self._check()  # waits for the device, as every figure below does
                     self._say(f"estimated time: {duration(clock.times()[-1] * (total - self.start))}")
+                    forget_peak_memory(self.device)
                     clock.restart()
                 if done % self.config.engine.log_every == 0 or done == total:
                     self._check()
@@ -297,6 +306,10 @@ class Trainer:
         if self.least_seconds is not None:
             text += f": {self.least_seconds / speed.step_seconds:.0%} of this machine's limit"
         self._say(f"{text}; peak memory {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
+
+    def _stay_eager(self, why: str) -> None:
+        self.compile = "off"
+        self._say(why)
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -80,3 +80,14 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert step_memory(CONFIG, round(1.02 * fits), SIDE, torch.bfloat16).total + RESERVED > memory
     assert largest_batch(CHECKPOINTED, SIDE, torch.bfloat16, memory) > 1.5 * fits
     assert largest_batch(CONFIG, SIDE, torch.bfloat16, RESERVED) == 0
+
+
+def test_the_largest_batch_of_images_so_small_that_gradients_need_more_than_activations() -> None:
+    heads = ModelConfig(width=2, projector_width=1024, predictor_width=512)
+    config, side, memory = dataclasses.replace(CONFIG, model=heads), 8, RESERVED + 2**28
+    small = step_memory(config, 64, side, torch.bfloat16)
+    assert small.gradients > small.activations + small.passing
+    fits = largest_batch(config, side, torch.bfloat16, memory)
+    assert step_memory(config, fits, side, torch.bfloat16).total + RESERVED <= memory
+    assert step_memory(config, round(1.02 * fits), side, torch.bfloat16).total + RESERVED > memory
+    assert largest_batch(config, side, torch.bfloat16, RESERVED + small.kept + small.casts) == 0

@@ -68,6 +68,12 @@ def test_nearest_neighbor_by_hand():
     assert oracles.nearest_neighbor(queries, queue).tolist() == [1, 3, 1, 0, 4]
 
 
+def test_the_printed_enqueue_takes_rows_of_another_dtype():
+    """On a GPU autocast normalises in fp32."""
+    queue, _ = oracles.Algorithm1AsPrinted.enqueue(torch.zeros(3, 2, dtype=torch.bfloat16), 0, torch.ones(1, 2))
+    assert queue[0] == pytest.approx([0.5**0.5] * 2, rel=2**-8)
+
+
 def test_enqueue_by_hand():
     queue, pointer = oracles.enqueue(torch.zeros(3, 2), 2, torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
     assert pointer == 1
