@@ -112,7 +112,7 @@ class Views(Look):
     """The views that each loader makes of some images, side by side, and their patches, as a picture."""
 
     recipe: str = "paper"
-    """How views are made: paper, simclr, mocov2, byol, linear_train, eval or quick."""
+    """How views are made: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
     side: int | None = None
     """Side of a view in pixels; None is the images' own, 224 for a folder."""
     images: int = 6

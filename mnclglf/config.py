@@ -14,8 +14,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-MethodName = Literal["mnclglf", "simclr", "mocov2", "byol", "nnclr"]
-RecipeName = Literal["paper", "quick"]
+MethodName = Literal[
+    "mnclglf", "mnclglf_official", "supervised", "simclr", "mocov2", "simsiam", "byol", "nnclr", "fast_moco"
+]
+"""The methods that the command line knows; each is a key of mnclglf.methods.METHODS."""
+RecipeName = Literal["paper", "tuned", "quick"]
 LoaderName = Literal["auto", "dali", "resident", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]
 Stem = Literal["cifar", "imagenet"]
@@ -157,6 +160,8 @@ class ObjectiveConfig:
     """tau of the contrastive loss."""
     ema_momentum: float = 0.99
     """m of the momentum network: theta_m <- m theta_m + (1 - m) theta_o."""
+    ema_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: m rises to 1 over the run as 1 - (1 - m) (cos(pi k / K) + 1) / 2, for step k of K (BYOL)."""
     queue_size: int = 16384
     """K, rows of the feature queue."""
     queue_dtype: Literal["autocast", "float32"] = "autocast"
@@ -192,6 +197,8 @@ class OptimConfig:
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """Weight decay of every parameter."""
+    constant_predictor_lr: bool = False
+    """The predictor trains at --lr throughout, without warm-up and cosine (SimSiam)."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")

@@ -23,7 +23,7 @@ from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.engine.run import build_method, load_trained
-from mnclglf.recipes import VIEWS, paper, quick
+from mnclglf.recipes import VIEWS, paper, quick, tuned
 
 RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
 TINY = (
@@ -61,6 +61,16 @@ def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]) 
     assert main(shlex.split("train --recipe quick --dataset fashion_mnist --seed 7 --print-config")) == 0
     config = from_dict(json.loads(capsys.readouterr().out))
     assert (config.recipe, config.dataset, config.seed) == ("quick", "fashion_mnist", 7)
+
+
+def test_print_config_of_a_tuned_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("train --recipe tuned --method simsiam --dataset cifar10 --print-config")) == 0
+    assert from_dict(json.loads(capsys.readouterr().out)) == tuned("simsiam", "cifar10")
+
+
+def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("train --recipe tuned --dataset mnist5k")) == 1
+    assert "tuned is for cifar10, cifar100, tinyimagenet, not 'mnist5k'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
-"""The configuration: Table 2 by default, every bad value named, there and back through JSON."""
+"""The configuration: every bad value named, there and back through JSON."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from mnclglf.config import (
-    DATASETS,
     DataConfig,
     EngineConfig,
-    MethodName,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -23,36 +20,9 @@ from mnclglf.config import (
 from mnclglf.recipes import RECIPES
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_the_paper_recipe_is_table_2(dataset: str) -> None:
-    config = RECIPES["paper"]("mnclglf", dataset)
-    optim, objective = config.optim, config.objective
-    assert (optim.epochs, optim.sgd_momentum, optim.weight_decay) == (200, 0.9, 1e-4)
-    assert (optim.lr, optim.warmup_epochs, optim.batch_size) == (0.1, 0.0, 256)
-    assert (objective.temperature, objective.ema_momentum, objective.queue_size) == (1.0, 0.99, 16384)
-    assert (objective.lambda_, objective.k, objective.one_embedding) == (6.0, 2, False)
-    assert config.model == ModelConfig(stem="cifar", width=64, projector_width=2048, predictor_width=512)
-    assert (config.data.image_size, config.data.train_images, config.data.validation_images) == (None, None, 0)
-
-
-def test_digits_are_never_flipped() -> None:
-    for recipe in RECIPES.values():
-        for dataset in DATASETS:
-            flip = recipe("mnclglf", dataset).view.flip_probability
-            assert (flip == 0) == (dataset in ("mnist5k", "digits")), dataset
-
-
-def test_a_recipe_says_what_it_was_made_for() -> None:
-    for name, recipe in RECIPES.items():
-        for method in get_args(MethodName):
-            for dataset in DATASETS:
-                config = recipe(method, dataset)
-                assert (config.recipe, config.method, config.dataset) == (name, method, dataset)
-
-
 def test_there_and_back_through_json() -> None:
     for recipe in RECIPES.values():
-        config = dataclasses.replace(recipe("mnclglf", "mnist5k"), data=DataConfig(data_dir=Path("/data")))
+        config = dataclasses.replace(recipe("byol", "cifar10"), data=DataConfig(data_dir=Path("/data")))
         assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 

@@ -39,7 +39,7 @@ class TrainStep:
         compile: "off", "on", or "graphs", which also replays CUDA graphs.
 
     Attributes:
-        optimizer: fused SGD.
+        optimizer: fused SGD; its first group follows the schedule.
         guard: keeps anything non-finite out; ask it, when the device may be waited for, with `raise_if_failed`.
         scaler: of the loss; does nothing unless `dtype` is float16.
     """
@@ -72,8 +72,7 @@ class TrainStep:
         keep = self.kept(step, losses, gradient_norm)
         # What torch's GradScaler does: the fused kernel reads it on the device, and leaves everything as it is.
         self.optimizer.found_inf = (~keep).float()  # pyright: ignore[reportAttributeAccessIssue]
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr)
+        self.optimizer.param_groups[0]["lr"].fill_(lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scaler.update()
@@ -111,20 +110,40 @@ class TrainStep:
 
 
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
-    """SGD in one kernel over all weights that the method trains.
+    """SGD in one kernel over all weights that the method trains, or one for each of `parameter_groups`.
 
-    Its learning rate is a tensor on the device, so that a CUDA graph sees a new one. Its momentum starts at 0, which is
+    A learning rate is a tensor on the device, so that a CUDA graph sees a new one. The momentum starts at 0, which is
     what SGD's first step amounts to.
     """
-    parameters = method.trained_parameters()
+    groups = parameter_groups(method, constant_predictor_lr=config.constant_predictor_lr)
     optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True
+        [{"params": parameters} for parameters in groups],
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
-    optimizer.param_groups[0]["lr"] = parameters[0].new_tensor(config.lr)
-    for parameter in parameters:
-        if config.sgd_momentum:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = group["params"][0].new_tensor(config.lr)
+        for parameter in group["params"]:
+            if config.sgd_momentum:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[list[nn.Parameter]]:
+    """What trains at the schedule's learning rate; then, where that one's is to be constant, the predictor.
+
+    Raises:
+        ValueError: the method has no predictor whose rate could be constant.
+    """
+    trained = method.trained_parameters()
+    if not constant_predictor_lr:
+        return [trained]
+    predictor = {parameter for name, parameter in method.named_parameters() if name.startswith("predictor.")}
+    if not predictor:
+        raise ValueError(f"{type(method).__name__} has no predictor; leave --constant-predictor-lr out")
+    return [[p for p in trained if p not in predictor], [p for p in trained if p in predictor]]
 
 
 def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:

@@ -136,7 +136,7 @@ class Trainer:
         stopped: int | None = None
         with StopRequest() as stop, RunLog(self.out, start=self.start, total=total, console=self.console) as log:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
-                lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum
+                lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum(step)
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)
                 done = step + 1
@@ -272,7 +272,7 @@ class Trainer:
             "loss": losses.total.item(),
             **{name: term.item() for name, term in losses.terms.items()},
             "lr": self.schedule.lr(done - 1),
-            "ema_momentum": self.schedule.ema_momentum,
+            "ema_momentum": self.schedule.ema_momentum(done - 1),
             "gradient_norm": gradient_norm.item(),
             "feature_std": feature_std(losses.features),
             "effective_rank": effective_rank(losses.features),

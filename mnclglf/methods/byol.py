@@ -8,7 +8,7 @@
 
 Letters: N images, F feature width, D embedding width.
 Their loss, the sum of both directions of equation 2, is 4 + 4 loss: its gradient is four times ours. Heads are the
-paper's, as in every method here, and m is constant (theirs rises to 1).
+paper's, as in every method here; m rises to 1 as theirs does with ema_schedule "cosine", and is else constant.
 """
 
 from __future__ import annotations

@@ -36,4 +36,13 @@ def test_warmup_rises_to_the_peak_and_the_cosine_takes_over() -> None:
 
 
 def test_momentum_and_length_come_from_the_configuration() -> None:
-    assert (schedule().ema_momentum, schedule().total_steps) == (0.97, 35)
+    assert [schedule().ema_momentum(step) for step in (0, 17, 34)] == [0.97, 0.97, 0.97]
+    assert schedule().total_steps == 35
+
+
+def test_a_rising_momentum_follows_byol_s_equation() -> None:
+    objective = ObjectiveConfig(ema_momentum=0.96, ema_schedule="cosine")
+    ours = Schedule.of(RunConfig(optim=OptimConfig(epochs=2, warmup_epochs=1), objective=objective), 2)
+    # 1 - 0.04 (cos(pi k / 4) + 1) / 2 for k = 0 to 4, by hand: the cosines are 1, sqrt(1/2), 0, -sqrt(1/2), -1.
+    expected = [0.96, 1 - 0.02 * (1 + 0.5**0.5), 0.98, 1 - 0.02 * (1 - 0.5**0.5), 1.0]
+    assert [ours.ema_momentum(step) for step in range(5)] == pytest.approx(expected, rel=1e-15)

@@ -19,7 +19,7 @@ from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConf
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import NonFiniteError
 from mnclglf.engine.step import TrainStep, cast, keep_freed_memory, share_casts, use_fast_math
-from mnclglf.methods import MNCLGLF
+from mnclglf.methods import MNCLGLF, SimCLR
 from mnclglf_kernels import Backends
 
 CPU = torch.device("cpu")
@@ -221,6 +221,54 @@ def test_the_learning_rate_is_a_tensor_on_the_device_and_takes_effect() -> None:
     assert step.optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.5
     assert not torch.equal(method.encoder.conv1.weight, before)
+
+
+def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -> dict[str, Tensor]:
+    """Weights after steps of torch's plain SGD at these learning rates, the predictor's always at `optim.lr`."""
+    predictor = [*method.predictor.parameters()]
+    rest = [*method.encoder.parameters(), *method.projector.parameters()]
+    optimizer = torch.optim.SGD(
+        [{"params": rest}, {"params": predictor}], optim.lr, momentum=0.9, weight_decay=optim.weight_decay
+    )
+    for number, rate in enumerate(rates):
+        torch.manual_seed(number)
+        batch = make_batch(first=16 * number)
+        losses = method(batch.views)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        method.after_step(losses, batch.indices, momentum=0.9, keep=torch.tensor(True))
+    return dict(method.named_parameters())
+
+
+def test_a_predictor_at_a_constant_rate_is_another_group_of_sgd_and_goes_on_after_a_checkpoint() -> None:
+    """The same steps in fp32, fused or not: a few ulps, which the batch norms of two steps amplify."""
+    optim, rates = OptimConfig(lr=0.1, weight_decay=0.01, constant_predictor_lr=True), [0.1, 0.06, 0.02]
+    expected = sgd_in_two_groups(make_method(), rates, optim)
+    method = make_method()
+    step = TrainStep(method, optim, EngineConfig(), torch.float32)
+    for number, rate in enumerate(rates):
+        if number == 2:  # as a run does that goes on from a checkpoint
+            state, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(method.state_dict())
+            method = make_method()
+            method.load_state_dict(weights)
+            step = TrainStep(method, optim, EngineConfig(), torch.float32)
+            step.load_state_dict(state)
+        torch.manual_seed(number)
+        batch = make_batch(first=16 * number)
+        with NoReadBack():
+            step(number, batch, lr=rate, momentum=0.9)
+    step.guard.raise_if_failed()
+    assert [group["lr"].item() for group in step.optimizer.param_groups] == pytest.approx([0.02, 0.1])
+    for name, parameter in method.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=2e-5, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_a_constant_rate_needs_a_predictor() -> None:
+    method = SimCLR(MODEL, ObjectiveConfig(), queue_dtype=torch.float32)
+    with pytest.raises(ValueError, match="SimCLR has no predictor; leave --constant-predictor-lr out"):
+        TrainStep(method, OptimConfig(constant_predictor_lr=True), EngineConfig(), torch.float32)
 
 
 def test_one_fused_kernel_updates_all_weights_and_one_the_momentum_network() -> None:

@@ -114,6 +114,23 @@ def test_metrics_hold_every_figure(straight: Path) -> None:
     assert all(0 <= record["neighbor_agreement"] <= 1 for record in records[3:])
 
 
+def test_the_momentum_network_follows_the_schedule(tmp_path: Path) -> None:
+    objective = dataclasses.replace(CONFIG.objective, ema_momentum=0.9, ema_schedule="cosine")
+    run, taken = trainer(tmp_path / "run", method="byol", objective=objective), []
+    after_step = run.method.after_step
+
+    def watched(*args: object, momentum: float, **kwargs: object) -> None:
+        taken.append(momentum)
+        after_step(*args, momentum=momentum, **kwargs)
+
+    run.method.after_step = watched
+    run.train()
+    expected = [1 - 0.1 * (np.cos(np.pi * step / STEPS) + 1) / 2 for step in range(STEPS)]
+    assert taken == pytest.approx(expected)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert [record["ema_momentum"] for record in records] == pytest.approx(expected[1::2])
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(straight: Path, tmp_path: Path) -> None:
     trainer(tmp_path / "same").train()
     assert_identical(final_state(tmp_path / "same"), final_state(straight))
