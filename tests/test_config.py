@@ -29,6 +29,7 @@ def test_the_paper_recipe_is_table_2(dataset: str) -> None:
     optim, objective = config.optim, config.objective
     assert (optim.epochs, optim.sgd_momentum, optim.weight_decay) == (200, 0.9, 1e-4)
     assert (optim.lr, optim.warmup_epochs, optim.batch_size) == (0.1, 0.0, 256)
+    assert optim.clip_norm is None
     assert (objective.temperature, objective.ema_momentum, objective.queue_size) == (1.0, 0.99, 16384)
     assert (objective.lambda_, objective.k, objective.one_embedding) == (6.0, 2, False)
     assert config.model == ModelConfig(stem="cifar", width=64, projector_width=2048, predictor_width=512)
@@ -80,6 +81,7 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (DataConfig, {"validation_images": -1}, "validation_images -1"),
         (DataConfig, {"loader_threads": 0}, "loader_threads 0"),
         (ModelConfig, {"width": 0}, "width 0"),
+        (ModelConfig, {"classes": 1}, "classes 1 must be at least 2"),
         (ObjectiveConfig, {"temperature": 0.0}, "temperature 0.0 must be positive"),
         (ObjectiveConfig, {"ema_momentum": 1.1}, "ema_momentum 1.1"),
         (ObjectiveConfig, {"queue_size": 0}, "queue_size 0"),
@@ -94,6 +96,7 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (OptimConfig, {"epochs": 3, "warmup_epochs": 3.0}, "warmup_epochs 3.0 must be less than epochs 3"),
         (OptimConfig, {"sgd_momentum": 1.0}, "sgd_momentum 1.0"),
         (OptimConfig, {"weight_decay": -1e-4}, "weight_decay -0.0001"),
+        (OptimConfig, {"clip_norm": 0.0}, "clip_norm 0.0 must be positive and finite; leave it out"),
         (EngineConfig, {"log_every": 0}, "log_every 0"),
         (EngineConfig, {"save_every": 0.0}, "save_every 0.0"),
         (EngineConfig, {"keep_last": 0}, "keep_last 0"),
