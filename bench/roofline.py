@@ -158,7 +158,8 @@ def small_share(measured: Mapping[str, float]) -> float:
 def config_of(method: str, images: int) -> RunConfig:
     """The paper recipe with another batch."""
     config = paper(next(name for name in METHODS if name == method), "cifar10")
-    return replace(config, optim=replace(config.optim, batch_size=images))
+    classes = replace(config.model, classes=10)  # for the method that needs them
+    return replace(config, optim=replace(config.optim, batch_size=images), model=classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -136,7 +136,8 @@ def our_step(
     method.backends = backends or method.backends
     if device.type == "cuda":
         use_fast_math(config.engine, dtype)
-    train = TrainStep(method, config.optim, config.engine, dtype, compile=compile)
+    labels = torch.zeros(config.optim.batch_size, dtype=torch.int64, device=device)
+    train = TrainStep(method, config.optim, config.engine, dtype, compile=compile, labels=labels)
     views = noise(Size(config.optim.batch_size, side), device, method.views)
     views = tuple(view.to(dtype, memory_format=train.memory_format) for view in views)
     batch = Batch(views, torch.arange(len(views[0]), device=device))

@@ -145,11 +145,14 @@ class ModelConfig:
     """Width of the projector's three layers: the embedding's D."""
     predictor_width: int = 512
     """Width of the predictor's hidden layer."""
+    classes: int | None = None
+    """Outputs of the supervised classifier; None takes the data set's."""
 
     def __post_init__(self) -> None:
         for name in ("width", "projector_width", "predictor_width"):
             value = getattr(self, name)
             require(value >= 1, f"{name} {value} must be at least 1")
+        require(self.classes is None or self.classes >= 2, f"classes {self.classes} must be at least 2, to tell apart")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +202,8 @@ class OptimConfig:
     """Weight decay of every parameter."""
     constant_predictor_lr: bool = False
     """The predictor trains at --lr throughout, without warm-up and cosine (SimSiam)."""
+    clip_norm: float | None = None
+    """Gradients together longer than this L2 norm are scaled down to it; None leaves them as they are."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
@@ -210,6 +215,10 @@ class OptimConfig:
         )
         require(0 <= self.sgd_momentum < 1, f"sgd_momentum {self.sgd_momentum} must lie in [0, 1)")
         require(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay} must be 0 or more")
+        require(
+            self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            f"clip_norm {self.clip_norm} must be positive and finite; leave it out to clip nothing",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

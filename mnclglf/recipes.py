@@ -120,11 +120,15 @@ TUNED: dict[MethodName, RunConfig] = {
         optim=_LIGHTLY,
     ),
     # The ImageNet configuration of the authors, who publish no other.
-    "fast_moco": RunConfig(optim=OptimConfig(batch_size=512, warmup_epochs=1.0, constant_predictor_lr=True)),
+    "fast_moco": RunConfig(
+        optim=OptimConfig(batch_size=512, warmup_epochs=1.0, constant_predictor_lr=True, clip_norm=1.0)
+    ),
     # Table 2 is the authors' own.
     "mnclglf": RunConfig(),
     # The input of the released code.
-    "mnclglf_official": RunConfig(data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet")),
+    "mnclglf_official": RunConfig(
+        data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet"), optim=OptimConfig(clip_norm=1.0)
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """The methods of Table 3 beside MNCLGLF, transcribed as slowly and literally as their papers print them.
 
+And what the code that MNCLGLF's authors released computes, which their paper does not print.
 Loops over rows, no code shared with the project; what MNCLGLF's oracle has too, L and NN, comes from there.
 N images, D embedding width, K queue rows. Everything computes in the dtype of its input; tests feed fp64.
 """
@@ -56,11 +57,11 @@ def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
     return total / len(predictions)
 
 
-class TwoViews:
-    """One step of a method on two views, with real networks that each have parameters and BN buffers of their own.
+class Transcription:
+    """Steps of a method, with real networks that each have parameters and BN buffers of their own.
 
     `networks` are what f_o is made of, in order; the first `followed` of them are what f_m copies. `queue` [K, D] and
-    `pointer` are the queue's, where there is one.
+    `pointer` are the queue's, where there is one. Settings are named as the project names them.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class TwoViews:
         followed: int = 0,
         temperature: float,
         ema_momentum: float,
+        k: int,
+        lambda_: float,
+        clip_norm: float | None,
         lr: float,
         sgd_momentum: float,
         weight_decay: float,
@@ -81,21 +85,25 @@ class TwoViews:
         self.pointer = 0
         self.temperature = temperature
         self.ema_momentum = ema_momentum
+        self.k = k
+        self.lambda_ = lambda_
+        self.clip_norm = clip_norm
         self.lr = lr
         self.sgd_momentum = sgd_momentum
         self.weight_decay = weight_decay
         self.velocity: dict[str, Tensor] = {}
 
-    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def losses(self, *views: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """The loss, as "loss", and its terms; what is enqueued, [N, D]."""
         raise NotImplementedError
 
-    def step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
+    def step(self, *views: Tensor) -> dict[str, float]:
         """Forward, backward, SGD, momentum network, queue. Returns the loss and its terms."""
-        losses, enqueued = self.losses(x1, x2)
+        losses, enqueued = self.losses(*views)
         self.f_o.zero_grad(set_to_none=True)
         losses["loss"].backward()
         with torch.no_grad():
+            self.clip()
             self.update()
             self.update_momentum_network()
         if self.queue is not None and enqueued is not None:
@@ -116,6 +124,18 @@ class TwoViews:
         """z = g_m(f_m(x)): [N, C, H, W] -> [N, D]."""
         return self.apply(self.f_m, ("encoder", "projector"), x)
 
+    def predict(self, x: Tensor) -> Tensor:
+        """p = q(g(f(x))): [N, C, H, W] -> [N, D]."""
+        return self.f_o["predictor"](self.project(x))
+
+    def clip(self) -> None:
+        """torch.nn.utils.clip_grad_norm_ as it is documented."""
+        gradients = [parameter.grad for parameter in self.f_o.parameters()]
+        norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        if self.clip_norm is not None and norm > self.clip_norm:
+            for gradient in gradients:
+                gradient.mul_(self.clip_norm / (norm + 1e-6))
+
     def update(self) -> None:
         """SGD as torch.optim.SGD defines it, without dampening or Nesterov."""
         for name, parameter in self.f_o.named_parameters():
@@ -133,7 +153,7 @@ class TwoViews:
             parameter.copy_(self.ema_momentum * parameter + (1 - self.ema_momentum) * online[name])
 
 
-class SimCLR(TwoViews):
+class SimCLR(Transcription):
     """SimCLR, Algorithm 1."""
 
     def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
@@ -141,7 +161,7 @@ class SimCLR(TwoViews):
         return {"loss": loss, "nt_xent": loss}, None
 
 
-class MoCoV2(TwoViews):
+class MoCoV2(Transcription):
     """MoCo, Algorithm 1; the momentum update at its end instead of before the next forward."""
 
     def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -151,17 +171,17 @@ class MoCoV2(TwoViews):
         return {"loss": loss, "info_nce": loss}, k
 
 
-class BYOL(TwoViews):
+class BYOL(Transcription):
     """BYOL, Algorithm 1, its symmetric loss as the mean of two negative cosines: (2 + 2 a + 2 + 2 b) / 4 - 1."""
 
     def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
-        p1, p2 = (self.f_o["predictor"](self.project(x)) for x in (x1, x2))
+        p1, p2 = self.predict(x1), self.predict(x2)
         z1, z2 = self.momentum_project(x1), self.momentum_project(x2)
         forth, back = squared_distance(p1, z2), squared_distance(p2, z1)
         return {"loss": (forth + back) / 4 - 1, "loss_p1_z2": forth / 2 - 1, "loss_p2_z1": back / 2 - 1}, None
 
 
-class NNCLR(TwoViews):
+class NNCLR(Transcription):
     """NNCLR, equation 3 with predictions, both ways; z1 is enqueued."""
 
     def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -172,3 +192,55 @@ class NNCLR(TwoViews):
         forth = oracles.contrastive_loss(n1, p2, self.temperature)
         back = oracles.contrastive_loss(n2, p1, self.temperature)
         return {"loss": (forth + back) / 2, "loss_n1_p2": forth, "loss_n2_p1": back}, z1
+
+
+class SimSiam(Transcription):
+    """SimSiam, Algorithm 1; its D(p, z) is half of BYOL's squared distance, less 1."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
+        z1, z2 = self.project(x1), self.project(x2)
+        p1, p2 = self.f_o["predictor"](z1), self.f_o["predictor"](z2)
+        forth, back = self.distance(p1, z2), self.distance(p2, z1)
+        return {"loss": forth / 2 + back / 2, "loss_p1_z2": forth, "loss_p2_z1": back}, None
+
+    def distance(self, p: Tensor, z: Tensor) -> Tensor:
+        """Algorithm 1, `def D(p, z)`: `z.detach()`, both normalised, `-(p*z).sum(dim=1).mean()`."""
+        rows = zip(p, z.detach().clone(), strict=True)
+        return -sum(cosine(prediction, target) for prediction, target in rows) / len(p)
+
+
+class FastMoCo(Transcription):
+    """Fast-MoCo: what the online network makes of combined patches against the whole other view; both ways."""
+
+    def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
+        c1, c2 = self.predict_combinations(x1), self.predict_combinations(x2)
+        z1, z2 = self.momentum_project(x1), self.momentum_project(x2)
+        forth = oracles.contrastive_loss(c1, z2, self.temperature)
+        back = oracles.contrastive_loss(c2, z1, self.temperature)
+        return {"loss": (forth + back) / 2, "loss_c1_z2": forth, "loss_c2_z1": back}, None
+
+    def predict_combinations(self, x: Tensor) -> Tensor:
+        """c: [N, C, H, W] -> [S*N, D]."""
+        v = oracles.combine(self.f_o["encoder"](oracles.divide(x)), self.k)
+        return self.apply(self.f_o, ("projector", "predictor"), v)
+
+
+class MNCLGLFOfficial(Transcription):
+    """What the released code computes: candidates of loss_s are combinations, those of loss_m both sides."""
+
+    def losses(self, x1: Tensor, x2: Tensor, x3: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        p1, p2, p3 = self.predict(x1), self.predict(x2), self.predict(x3)
+        with torch.no_grad():  # the online network, running statistics and all
+            c1, c2 = self.project_combinations(x1), self.project_combinations(x2)
+        pairs = [(p.detach(), split) for p, c in ((p2, c1), (p1, c2)) for split in c.split(len(x1))]
+        loss_s = sum(oracles.contrastive_loss(p, split, self.temperature) for p, split in pairs) / len(pairs)
+
+        z1, z3 = self.momentum_project(x1), self.momentum_project(x3)
+        assert self.queue is not None
+        n1, n3 = (self.queue[oracles.nearest_neighbor(z, self.queue)] for z in (z1, z3))
+        loss_m = nt_xent(n3, p1, self.temperature) / 2 + nt_xent(n1, p3, self.temperature) / 2
+        return {"loss": loss_s + self.lambda_ * loss_m, "loss_s": loss_s, "loss_m": loss_m}, z3
+
+    def project_combinations(self, x: Tensor) -> Tensor:
+        """c: [N, C, H, W] -> [S*N, D]."""
+        return self.f_o["projector"](oracles.combine(self.f_o["encoder"](oracles.divide(x)), self.k))

@@ -1,14 +1,14 @@
-"""Steps of a method on two views beside those of its oracle."""
+"""Steps of a method beside those of its oracle."""
 
 from typing import TypeVar
 
 import pytest
 import torch
-from method_oracles import TwoViews
-from methods.test_mnclglf import FP64, MODEL, OPTIM, SIDE, K, N, Stepper
+from method_oracles import Transcription
+from methods.test_mnclglf import CLASSES, FP64, MODEL, OPTIM, SIDE, K, N, Stepper
 from torch import Tensor
 
-from mnclglf.config import ObjectiveConfig
+from mnclglf.config import ObjectiveConfig, OptimConfig
 from mnclglf.data.batches import Batch
 from mnclglf.methods import Method
 from mnclglf_kernels import Backend
@@ -27,7 +27,12 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0, views: int = 
     )
 
 
-def make_oracle(kind: type[TwoViews], method: Method) -> TwoViews:
+def inputs_of(method: Method, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What the method's forward takes of a batch: its views, and the labels that Stepper has too."""
+    return batch.views, batch.indices % CLASSES if method.labelled else None
+
+
+def make_oracle(kind: type[Transcription], method: Method, optim: OptimConfig = OPTIM) -> Transcription:
     """The oracle with a copy of what the method holds: its heads, and momentum network and queue where it has them."""
     names = [name for name in ("encoder", "projector", "predictor") if hasattr(method, name)]
     return kind(
@@ -36,13 +41,16 @@ def make_oracle(kind: type[TwoViews], method: Method) -> TwoViews:
         followed=2 if hasattr(method, "momentum") else 0,
         temperature=method.objective.temperature,
         ema_momentum=method.objective.ema_momentum,
-        lr=OPTIM.lr,
-        sgd_momentum=OPTIM.sgd_momentum,
-        weight_decay=OPTIM.weight_decay,
+        k=method.objective.k,
+        lambda_=method.objective.lambda_,
+        clip_norm=optim.clip_norm,
+        lr=optim.lr,
+        sgd_momentum=optim.sgd_momentum,
+        weight_decay=optim.weight_decay,
     )
 
 
-def oracle_state(oracle: TwoViews) -> dict[str, Tensor]:
+def oracle_state(oracle: Transcription) -> dict[str, Tensor]:
     """Weights and running statistics of f_o and f_m, and the queue, under our names."""
     state = dict(oracle.f_o.state_dict())
     for place, (name, network) in enumerate(oracle.f_m.items()):
@@ -53,7 +61,7 @@ def oracle_state(oracle: TwoViews) -> dict[str, Tensor]:
     return state
 
 
-def assert_same_state(method: Method, oracle: TwoViews) -> None:
+def assert_same_state(method: Method, oracle: Transcription) -> None:
     expected = oracle_state(oracle)
     ours = {name: value for name, value in method.state_dict().items() if name != "queue.sources"}
     assert ours.keys() == expected.keys()
@@ -61,11 +69,11 @@ def assert_same_state(method: Method, oracle: TwoViews) -> None:
         torch.testing.assert_close(value, expected[name], **FP64, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def compare(method: Method, oracle: TwoViews, steps: int = 5) -> None:
+def compare(method: Method, oracle: Transcription, steps: int = 5, optim: OptimConfig = OPTIM) -> None:
     """Losses and state after each step: an update shows the gradient, and the queue wraps in the fourth one."""
-    ours = Stepper(method)
+    ours = Stepper(method, optim=optim)
     for step in range(steps):
-        batch = make_batch(first=step * N)
+        batch = make_batch(first=step * N, views=method.views)
         losses, expected = ours(batch), oracle.step(*batch.views)
         assert losses.keys() == expected.keys()
         for name, value in losses.items():

@@ -34,7 +34,7 @@ def test_the_paper_recipe_is_table_2(method: MethodName, dataset: str) -> None:
     optim, objective = config.optim, config.objective
     assert (optim.epochs, optim.sgd_momentum, optim.weight_decay) == (200, 0.9, 1e-4)
     assert (optim.lr, optim.warmup_epochs, optim.constant_predictor_lr) == (0.1, 0.0, False)
-    assert optim.batch_size == 256
+    assert (optim.batch_size, optim.clip_norm) == (256, None)
     assert (objective.temperature, objective.ema_momentum, objective.ema_schedule) == (1.0, 0.99, "constant")
     assert objective.queue_size == 16384
     assert (objective.lambda_, objective.k, objective.one_embedding) == (6.0, 2, False)

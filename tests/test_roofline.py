@@ -16,6 +16,8 @@ def test_the_table_of_a_gpu(capsys):
     for name in ("convolutions, forward", "nearest_neighbor", "optimizer", "together"):
         assert f"| {name} |" in printed
     assert "measured" not in printed
+    main(["--batch-size", "4", "--method", "supervised"])
+    assert "supervised, batch 4" in capsys.readouterr().out
 
 
 def test_what_was_measured_stands_beside_its_least():

@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, ParamSpec, cast
 
 import torch
-from torch import Tensor
 
 from mnclglf.config import EngineConfig
 from mnclglf.files import cache_folder, write_atomically
@@ -19,6 +18,7 @@ from mnclglf.methods import Losses
 from mnclglf_kernels.backend import HAS_TRITON
 
 Compile = Literal["off", "on", "graphs"]
+P = ParamSpec("P")
 
 
 def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object]) -> Compile:
@@ -60,25 +60,23 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def or_eager(
-    forward: Callable[[Sequence[Tensor]], Losses],
-    eager: Callable[[Sequence[Tensor]], Losses],
-    say: Callable[[str], object],
-) -> Callable[[Sequence[Tensor]], Losses]:
+    forward: Callable[P, Losses], eager: Callable[P, Losses], say: Callable[[str], object]
+) -> Callable[P, Losses]:
     """A compiled forward that gives way to the eager one, and says so, where its first call cannot be compiled."""
     chosen = forward
 
-    def run(views: Sequence[Tensor]) -> Losses:
+    def run(*args: P.args, **kwargs: P.kwargs) -> Losses:
         nonlocal chosen
         from torch._dynamo.exc import TorchDynamoException  # a second, which an eager run need not wait for
 
         try:
-            return chosen(views)
+            return chosen(*args, **kwargs)
         except TorchDynamoException as error:
             if chosen is eager:
                 raise
             say(f"torch.compile failed, the step stays eager: {' '.join(str(error).split()[:40])}")
             chosen = eager
-            return chosen(views)
+            return chosen(*args, **kwargs)
 
     return run
 

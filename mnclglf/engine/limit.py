@@ -131,9 +131,11 @@ def on_meta(config: RunConfig, dtype: torch.dtype) -> Method:
     return method.to(dtype).train()
 
 
-def views_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+    """Views and labels."""
     shape = (images, 3, side, side)
-    return [torch.empty(shape, dtype=dtype, device="meta") for _ in range(method.views)]
+    views = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(method.views)]
+    return views, torch.empty(images, dtype=torch.int64, device="meta") if method.labelled else None
 
 
 def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads: bool = True) -> dict[str, Part]:
@@ -153,7 +155,7 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
 
     method = on_meta(config, DTYPES[dtype])
     with Counter(pads=pads) as counter:
-        method(views_on_meta(method, config.optim.batch_size, side, DTYPES[dtype])).total.backward()
+        method(*inputs_on_meta(method, config.optim.batch_size, side, DTYPES[dtype])).total.backward()
     parts = dict(counter.parts)
     queued = {"enqueue"} if any(isinstance(module, FeatureQueue) for module in method.modules()) else set[str]()
     for op in OPERATORS:
@@ -161,7 +163,7 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
             continue
         part = parts["input" if op == "augment" else op] = Part()
         for x in launches(op, DTYPES[dtype], arch, sizes_of(config, side, side)):
-            # In a step the patches and the targets need no gradient.
+            # As in a step of MNCLGLF, where the patches and the targets need no gradient.
             if not x.arguments.get("BACKWARD") and not x.arguments.get("OF_TARGETS"):
                 moved = traffic(x)
                 part.flops, part.unique_bytes = part.flops + moved.flops, part.unique_bytes + moved.unique_bytes

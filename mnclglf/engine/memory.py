@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.config import RunConfig
-from mnclglf.engine.limit import on_meta, views_on_meta
+from mnclglf.engine.limit import inputs_on_meta, on_meta
 from mnclglf.engine.step import checkpoint_activations
 
 RESERVED = 2**30  # bytes of a GPU that are not for tensors: the CUDA context, workspaces
@@ -56,7 +56,7 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = method(views_on_meta(method, images, side, dtype))  # alive until all are counted: no storage twice
+        losses = method(*inputs_on_meta(method, images, side, dtype))  # alive until all are counted: no storage twice
     del losses
     largest = max(saved.values(), default=0)
     return Memory(

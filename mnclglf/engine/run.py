@@ -8,12 +8,14 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnclglf.config import RunConfig, from_dict, to_dict
+from mnclglf.config import RunConfig, from_dict, require, to_dict
+from mnclglf.data.images import ImageSet
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from mnclglf.files import write_atomically
 from mnclglf.methods import METHODS, Method
@@ -28,6 +30,24 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
     method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
     memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
     return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
+
+
+def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
+    """The run with the number of classes that a labelled method tells apart, the data set's where none is given.
+
+    Raises:
+        ValueError: the images have no labels, or more classes than are given.
+    """
+    if not METHODS[config.method].labelled:
+        return config
+    require(
+        images.labelled,
+        f"{config.method} trains on labels, and {images.name} has none; give each class a subfolder of its own, or "
+        "take another --method",
+    )
+    count, given = len(images.classes), config.model.classes
+    require(given is None or given >= count, f"classes {given} are fewer than the {count} of {images.name}")
+    return replace(config, model=replace(config.model, classes=given or count))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ from mnclglf.engine.guard import Guard
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.batch_norm import running_statistics_kept
 
-Forward = Callable[[Sequence[Tensor]], Losses]
+
+class Forward(Protocol):
+    """A method, or what computes the same losses faster."""
+
+    def __call__(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses: ...
 
 
 class TrainStep:
@@ -37,6 +41,7 @@ class TrainStep:
         engine: which optimisations to apply.
         dtype: autocast's; float32 for none.
         compile: "off", "on", or "graphs", which also replays CUDA graphs.
+        labels: of all of the run's images, int64 on the device, for a labelled method.
 
     Attributes:
         optimizer: fused SGD; its first group follows the schedule.
@@ -45,9 +50,18 @@ class TrainStep:
     """
 
     def __init__(
-        self, method: Method, optim: OptimConfig, engine: EngineConfig, dtype: torch.dtype, *, compile: str = "off"
+        self,
+        method: Method,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        dtype: torch.dtype,
+        *,
+        compile: str = "off",
+        labels: Tensor | None = None,
     ) -> None:
         self.method, self.dtype = method, dtype
+        self.labels = labels if method.labelled else None
+        self.clip_norm = optim.clip_norm
         self.device = next(method.parameters()).device
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
@@ -58,18 +72,20 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
-        """Trains on one batch; gives the losses and the gradient's norm, both still on the device.
+        """Trains on one batch; gives the losses and the gradient's norm (unclipped), both still on the device.
 
         Where loss, gradient or queue keys are not finite, now or in an earlier step, weights, momentum network and
         queue stay as they are. In fp16 a gradient that overflows only costs its step, and the loss scale falls.
         """
         views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
-            losses = self.forward(views)
+            losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         keep = self.kept(step, losses, gradient_norm)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, gradient_norm)
         # What torch's GradScaler does: the fused kernel reads it on the device, and leaves everything as it is.
         self.optimizer.found_inf = (~keep).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.param_groups[0]["lr"].fill_(lr)
@@ -206,11 +222,11 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
 
-    def forward(views: Sequence[Tensor]) -> Losses:
+    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
         if followed:
             casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
-        return functional_call(method, casts, (views,))
+        return functional_call(method, casts, (views, labels))
 
     return forward
 
@@ -225,13 +241,13 @@ def compiled(method: Method, *, graphs: bool) -> Forward:
 
     one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
-    def forward(views: Sequence[Tensor]) -> Losses:
+    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
         # The backward runs outside of autocast, as it does in eager mode: traced under it, the fp32 products of a loss
         # would be in bf16. It is compiled with the forward, so that what cannot be compiled shows in the first call.
         with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
-            return one_graph(views)
+            return one_graph(views, labels)
 
     return forward
 

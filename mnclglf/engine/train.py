@@ -35,7 +35,14 @@ from mnclglf.engine.guard import NonFiniteError
 from mnclglf.engine.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.engine.kernels import choose_backends, describe_backends
 from mnclglf.engine.log import RunLog, duration
-from mnclglf.engine.run import build_method, describe_environment, differences, find_checkpoint, write_json
+from mnclglf.engine.run import (
+    build_method,
+    describe_environment,
+    differences,
+    find_checkpoint,
+    with_classes,
+    write_json,
+)
 from mnclglf.engine.schedule import Schedule
 from mnclglf.engine.step import TrainStep, keep_freed_memory, share_casts, use_fast_math
 from mnclglf.engine.timing import (
@@ -94,7 +101,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
-        self.config, self.out, self.console = config, out, console or Console()
+        self.out, self.console = out, console or Console()
         self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
         checkpoint = find_checkpoint(out, resume)
@@ -108,6 +115,8 @@ class Trainer:
             config.dataset, config.data.data_dir, download=config.data.download, skip_corrupt=config.data.skip_corrupt
         )
         self.images, _ = split_train(train_images, config.data)
+        self.config = config = with_classes(config, self.images)
+        self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.fingerprint = self.images.fingerprint()
         self.side = view_side(self.images, config.data.image_size)
         self.method = build_method(config, self.dtype).to(self.device).train()
@@ -116,11 +125,12 @@ class Trainer:
         self.loader = self._make_loader(saved)
         self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
         self.compile = choose_compile(config.engine, self.device, self._say)
-        self.step = TrainStep(self.method, config.optim, config.engine, self.dtype, compile=self.compile)
+        self.step = TrainStep(
+            self.method, config.optim, config.engine, self.dtype, compile=self.compile, labels=self.labels
+        )
         if self.compile != "off":
             self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
         self.least_seconds: float | None = None
-        self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:

@@ -44,7 +44,7 @@ class BYOL(Method):
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
 
-    def forward(self, views: Sequence[Tensor]) -> Losses:
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2 = views
         f1, f2 = self.encoder(x1), self.encoder(x2)  # [N, F]; batch statistics are per view
         p1, p2 = (self.predictor(self.projector(f)) for f in (f1, f2))  # [N, D]

@@ -32,11 +32,13 @@ class Method(nn.Module, ABC):
 
     Attributes:
         views: how many views of an image `forward` takes.
+        labelled: whether `forward` needs the images' labels.
         encoder: f_o, what is kept after pre-training.
         backends: implementation of each operator; may be set before the first step.
     """
 
     views: int
+    labelled: bool = False
 
     def __init__(
         self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend = "auto"
@@ -55,8 +57,13 @@ class Method(nn.Module, ABC):
         self.encoder = ResNet18(model.stem, model.width)
 
     @abstractmethod
-    def forward(self, views: Sequence[Tensor]) -> Losses:
-        """Losses of one batch: `views` are [N, 3, H, W] each, row n of all of the same image."""
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        """Losses of one batch.
+
+        Args:
+            views: [N, 3, H, W] each, row n of all of the same image.
+            labels: [N] int64, of a labelled method.
+        """
 
     @abstractmethod
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:

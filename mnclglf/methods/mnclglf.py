@@ -48,7 +48,7 @@ class MNCLGLF(Method):
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
         self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor]) -> Losses:
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2, x3 = views
         # The online forwards come first: autocast keeps the weight casts of the first use, which must carry gradients.
         f1, f2, f3 = self.encoder(x1), self.encoder(x2), self.encoder(x3)  # [N, F]; batch statistics are per view

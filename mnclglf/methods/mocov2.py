@@ -47,7 +47,7 @@ class MoCoV2(Method):
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
         self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor]) -> Losses:
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2 = views
         f1 = self.encoder(x1)  # [N, F]
         q = self.projector(f1)  # [N, D]

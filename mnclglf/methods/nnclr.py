@@ -44,7 +44,7 @@ class NNCLR(Method):
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor]) -> Losses:
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view
         z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
         p1, p2 = self.predictor(z1), self.predictor(z2)  # [N, D]

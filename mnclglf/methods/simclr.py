@@ -39,7 +39,7 @@ class SimCLR(Method):
         super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
         self.projector = projector(self.encoder.features, model.projector_width)
 
-    def forward(self, views: Sequence[Tensor]) -> Losses:
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         f1, f2 = (self.encoder(x) for x in views)  # [N, F]
         z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
         loss = nt_xent(z1, z2, self.objective.temperature)

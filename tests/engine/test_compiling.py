@@ -67,7 +67,7 @@ def test_a_compiled_step_trains_as_the_eager_one(asked: dict[str, object]) -> No
 class FullPrecision(nn.Linear):
     """A forward whose product is in fp32 also under autocast, as those of the losses are."""
 
-    def forward(self, views: list[Tensor]) -> Tensor:
+    def forward(self, views: list[Tensor], labels: None = None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return F.linear(views[0], self.weight).square().sum()
 
@@ -85,11 +85,13 @@ def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dic
 
 def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    monkeypatch.setattr("torch.compile", lambda method, **how: calls.append(how) or (lambda views: calls.append(views)))
+    monkeypatch.setattr(
+        "torch.compile", lambda method, **how: calls.append(how) or (lambda *inputs: calls.append(inputs))
+    )
     monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: calls.append("begin"))
     forward = compiled(make_method(), graphs=True)
-    forward(["views"])
-    assert calls == [{"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}, "begin", ["views"]]
+    forward(["views"], "labels")
+    assert calls == [{"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}, "begin", (["views"], "labels")]
 
 
 @pytest.fixture

@@ -21,13 +21,18 @@ CONFIG = RunConfig(
     optim=OptimConfig(batch_size=IMAGES),
 )
 CHECKPOINTED = dataclasses.replace(CONFIG, engine=EngineConfig(activation_checkpointing=True))
+OTHERS = [
+    dataclasses.replace(CONFIG, method=method, model=dataclasses.replace(CONFIG.model, classes=4))
+    for method in ("supervised", "fast_moco", "mnclglf_official")
+]
 
 
 def make_step(config: RunConfig) -> tuple[TrainStep, Batch]:
     method = build_method(config, torch.float32).train()
     method.backends = Backends.all("triton")  # as on a GPU, interpreted
-    step = TrainStep(method, config.optim, config.engine, torch.float32)
-    views = torch.randn(3, IMAGES, 3, SIDE, SIDE).unbind()
+    labels = torch.arange(IMAGES) % 4
+    step = TrainStep(method, config.optim, config.engine, torch.float32, labels=labels)
+    views = torch.randn(method.views, IMAGES, 3, SIDE, SIDE).unbind()
     return step, Batch(tuple(view.to(memory_format=torch.channels_last) for view in views), torch.arange(IMAGES))
 
 
@@ -42,12 +47,14 @@ def saved_bytes(config: RunConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        losses = step.forward(batch.views)
+        losses = step.forward(batch.views, step.labels)
     del losses
     return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in own)
 
 
-@pytest.mark.parametrize("config", [CONFIG, CHECKPOINTED], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, CHECKPOINTED, *OTHERS], ids=["plain", "checkpointed", *(config.method for config in OTHERS)]
+)
 def test_the_activations_are_those_that_autograd_saves(config: RunConfig) -> None:
     assert step_memory(config, IMAGES, SIDE, torch.float32).activations == saved_bytes(config)
 

@@ -19,7 +19,7 @@ from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConf
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import NonFiniteError
 from mnclglf.engine.step import TrainStep, cast, keep_freed_memory, share_casts, use_fast_math
-from mnclglf.methods import MNCLGLF, SimCLR
+from mnclglf.methods import MNCLGLF, SimCLR, Supervised
 from mnclglf_kernels import Backends
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def trained(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_operator_of_a_step_reads_back(dtype: torch.dtype) -> None:
-    step = TrainStep(make_method(dtype=dtype, one_embedding=True), OptimConfig(), EngineConfig(), dtype)
+    step = TrainStep(make_method(dtype=dtype, one_embedding=True), OptimConfig(clip_norm=1.0), EngineConfig(), dtype)
     batch = make_batch(dtype=dtype)
     step(0, batch, lr=0.1, momentum=0.99)  # the loss scale is made
     with NoReadBack():
@@ -106,12 +106,40 @@ def test_nothing_of_a_step_comes_to_the_host(fused_sgd_on_meta: None) -> None:
     method = make_method(meta)
     method.backends = Backends.all("triton")
     with torch.device("meta"):
-        step = TrainStep(method, OptimConfig(), EngineConfig(), torch.float32)
+        step = TrainStep(method, OptimConfig(clip_norm=1.0), EngineConfig(), torch.float32)
         with NoReadBack():
             losses, gradient_norm = step(0, make_batch(meta), lr=0.1, momentum=0.99)
     assert losses.total.device == gradient_norm.device == meta
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"), NoReadBack():
         losses.total.to("cpu")
+
+
+def test_a_labelled_method_trains_without_reading_back() -> None:
+    method = Supervised(dataclasses.replace(MODEL, classes=4), ObjectiveConfig()).train()
+    step = TrainStep(method, OptimConfig(), EngineConfig(), torch.bfloat16, labels=torch.arange(16) % 4)
+    batch = Batch(make_batch(dtype=torch.bfloat16).views[:1], torch.arange(16))
+    with NoReadBack():
+        first, _ = step(0, batch, lr=0.1, momentum=0.99)
+        second, _ = step(1, batch, lr=0.1, momentum=0.99)
+    assert second.total < first.total
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 1e6])
+def test_a_gradient_is_clipped_as_pytorch_clips_it(clip_norm: float) -> None:
+    method, batch = make_method(), make_batch()
+    plain = copy.deepcopy(method)
+    torch.manual_seed(3)  # of the one embedding
+    step = TrainStep(method, OptimConfig(clip_norm=clip_norm, weight_decay=0.01), PLAIN, torch.float32)
+    _, norm = step(0, batch, lr=0.5, momentum=0.99)
+    torch.manual_seed(3)
+    plain(batch.views).total.backward()
+    parameters = plain.trained_parameters()
+    unclipped = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    assert 0.1 < unclipped < 1e6
+    torch.testing.assert_close(norm, unclipped)
+    for ours, parameter in zip(method.trained_parameters(), parameters, strict=True):
+        expected = parameter - 0.5 * (parameter.grad + 0.01 * parameter)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # fp32: the same products, fused or not
 
 
 def assert_same_training(first: Any, second: Any, *, rtol: float, atol: float) -> None:

@@ -22,12 +22,14 @@ from sklearn.datasets import load_digits
 
 from mnclglf.cli import parse
 from mnclglf.config import to_dict
-from mnclglf.data.batches import Batch, Loader
+from mnclglf.data.batches import Batch, Loader, batch_indices
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.engine.run import load_trained
 from mnclglf.engine.timing import Waiting
 from mnclglf.engine.train import Trainer, TrainingError
+from mnclglf.methods import Losses
 from mnclglf.records import read_records
+from mnclglf.reports.html import write_report
 
 STEPS, PER_EPOCH = 12, 4
 SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "limit_share")
@@ -445,10 +447,44 @@ def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> No
     assert all((record["neighbor_agreement"] is None) != labelled for record in records)
     with np.load(tmp_path / "run" / "views.npz") as arrays:
         assert arrays["images"].shape == (6, 8, 8, 3)
+    if not labelled:
+        with pytest.raises(ValueError, match=r"supervised trains on labels, and .*photos has none; give each class a"):
+            trainer(tmp_path / "none", method="supervised", **changes)
+        assert not (tmp_path / "none").exists()
     broken = trainer(tmp_path / "broken", **changes)
     broken.loader = LoaderThat(broken.loader, 1, lambda batch: batch.views[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"the batch holds the data set's images (a/|b/|)\d\d\.png"):
         broken.train()
+
+
+def test_a_labelled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> None:
+    run = trainer(tmp_path, method="supervised")
+    forward, seen = run.step.forward, []
+
+    def watched(views: list[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
+        seen.append((len(views), labels))
+        return forward(views, labels)
+
+    run.step.forward = watched
+    assert run.train() is None
+    assert len(seen) == STEPS
+    for step, (views, labels) in enumerate(seen):
+        rows = batch_indices(CONFIG.seed, step, 128, 32)
+        assert views == 1
+        assert labels.tolist() == load_digits().target[run.images.published_rows(rows)].tolist()
+    records = read_records(tmp_path / "metrics.jsonl")[0]
+    assert all(record["cross_entropy"] == record["loss"] for record in records)
+    assert all(record["queue_fill"] is None and record["neighbor_agreement"] is None for record in records)
+    config, method, _ = load_trained(tmp_path)
+    assert config.model.classes == method.classifier.out_features == 10
+    assert trainer(tmp_path, method="supervised").start == STEPS  # the saved number of classes is the data set's
+    assert write_report(tmp_path).exists()
+
+
+def test_too_few_classes_are_refused(tmp_path: Path) -> None:
+    model = dataclasses.replace(CONFIG.model, classes=4)
+    with pytest.raises(ValueError, match="classes 4 are fewer than the 10 of digits"):
+        trainer(tmp_path, method="supervised", model=model)
 
 
 def test_a_folder_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def make(name: str, backend: str, **objective: object) -> Method:
     """A method with its tensors replaced by fake ones on CUDA; to be called in FakeTensorMode."""
     with unset_fake_temporarily():
         settings = ObjectiveConfig(queue_size=K, **objective)
-        method = METHODS[name](ModelConfig(width=4, projector_width=24, predictor_width=12), settings)
+        method = METHODS[name](ModelConfig(width=4, projector_width=24, predictor_width=12, classes=3), settings)
     method.backends = Backends.all(backend)
     for module in method.modules():
         for key, p in module.named_parameters(recurse=False):
@@ -37,7 +37,7 @@ def make(name: str, backend: str, **objective: object) -> Method:
 def step(method: Method) -> dict[str, Tensor]:
     """Forward, guard, moving average and queue (a backward asks for a driver); gives every tensor that came of it."""
     views = [torch.randn(N, 3, SIDE, SIDE, device=CUDA) for _ in range(method.views)]
-    losses = method(views)
+    losses = method(views, torch.zeros(N, dtype=torch.int64, device=CUDA) if method.labelled else None)
     keys = {} if losses.keys is None else {"keys": losses.keys}
     keep = Guard(CUDA).check(0, {**losses.terms, **keys})
     method.after_step(losses, torch.arange(N, device=CUDA), momentum=0.9, keep=keep)

@@ -12,11 +12,12 @@ from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConf
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import NonFiniteError
 from mnclglf.engine.step import TrainStep
-from mnclglf.methods import MNCLGLF
+from mnclglf.methods import MNCLGLF, Method
 from mnclglf_kernels import Backend, Backends
 
 N, SIDE, K = 6, 16, 20  # K is no multiple of N: the ring wraps in the fourth step
-MODEL = ModelConfig(width=4, projector_width=24, predictor_width=12)
+CLASSES = 3  # for the methods that need labels
+MODEL = ModelConfig(width=4, projector_width=24, predictor_width=12, classes=CLASSES)
 OPTIM = OptimConfig(lr=0.1, batch_size=N)
 
 # Both compute in fp64 but sum in another order (rows one by one against matmul). Five steps of SGD through 30 batch
@@ -54,9 +55,10 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0) -> Batch:
 class Stepper:
     """Our step, which counts itself."""
 
-    def __init__(self, method: MNCLGLF, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, method: Method, dtype: torch.dtype = torch.float32, optim: OptimConfig = OPTIM) -> None:
         self.method, self.number = method, 0
-        self.step = TrainStep(method, OPTIM, EngineConfig(channels_last=False), dtype)
+        labels = torch.arange(1000) % CLASSES
+        self.step = TrainStep(method, optim, EngineConfig(channels_last=False), dtype, labels=labels)
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""Fast-MoCo: momentum contrast with combinatorial patches (Ci, Lin, Bai, Ouyang 2022).
+
+    v1, v2 = combine(f_o(divide(x1))), combine(f_o(divide(x2)))    online network: the encoder on patches, with gradient
+    c1, c2 = q(g_o(v1)), q(g_o(v2))                  projector and predictor on the S combinations of every image
+    z1, z2 = g_m(f_m(x1)), g_m(f_m(x2))              momentum network: encoder, projector on whole views; no gradient
+    loss = (L(c1, z2) + L(c2, z1)) / 2
+    theta_m <- m theta_m + (1 - m) theta_o           after the optimizer step
+
+    L(c, z) = mean over subsets s and images i of
+        -log exp(c_si . z_i / tau) / sum over k of exp(c_si . z_k / tau), rows of unit norm
+
+Letters: N images, F feature width, D embedding width, S = C(4, k) subsets.
+Divide and combine are MNCLGLF's, which took them from here. Heads are the paper's, as in every method here, and m is
+constant. The online encoder sees patches only, and so do the running statistics that it is evaluated with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.heads import predictor, projector
+from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf_kernels import Backend, combine, contrastive_losses, divide
+
+
+class FastMoCo(Method):
+    """Two networks. See the module for the algorithm, and Method for the arguments."""
+
+    views = 2
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        self.projector = projector(self.encoder.features, model.projector_width)
+        self.predictor = predictor(model.projector_width, model.predictor_width)
+        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        x1, x2 = views
+        y1, y2 = (divide(x, backend=self.backends.divide) for x in (x1, x2))  # [4N, 3, H/2, W/2]
+        f1, f2 = self.encoder(y1), self.encoder(y2)  # [4N, F]; batch statistics are those of a view's patches
+        v1, v2 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2))  # [S * N, F]
+        c1, c2 = (self.predictor(self.projector(v)) for v in (v1, v2))  # [S * N, D]
+        with torch.no_grad():
+            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]; what is not finite in them shows in the loss
+        c1_z2, c2_z1 = contrastive_losses(
+            [(c1, z2), (c2, z1)], self.objective.temperature, backend=self.backends.contrastive_losses
+        )
+        return Losses(
+            total=(c1_z2 + c2_z1) / 2,
+            terms={"loss_c1_z2": c1_z2, "loss_c2_z1": c2_z1},
+            features=f1.detach().unflatten(0, (4, -1)).mean(dim=0),  # of an image's patches
+        )
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)

@@ -1,0 +1,114 @@
+"""MNCLGLF as its authors' released code trains it, where that departs from Algorithm 1 of their paper.
+
+    p1, p2, p3 = q(g_o(f_o(x1))), ...                encoder, projector, predictor; p2 has no gradient
+    c1, c2 = g_o(combine(f_o(divide(x1)))), ...      no gradient; running statistics move here too
+    z1, z3 = g_m(f_m(x1)), g_m(f_m(x3))              momentum network, from random weights of its own
+    n1, n3 = NN(Q, z1), NN(Q, z3)                    top-1 by cosine similarity, the queue as before this step
+    loss_s = (L(p2, c1) + L(p1, c2)) / 2             no gradient: p is detached; mean over the S splits of c
+    loss_m = (NT-Xent(n3, p1) + NT-Xent(n1, p3)) / 2     SimCLR's equation 1 over 2N - 1 candidates; n has no gradient
+    loss = loss_s + lambda loss_m
+    theta_m <- m theta_m + (1 - m) theta_o           after the optimizer step
+    z3 is enqueued
+
+    L(p, c) = mean over images i of -log exp(p_i . c_i / tau) / sum over k of exp(p_i . c_k / tau), rows of unit norm
+
+Letters: N images, F feature width, D embedding width, S = C(4, k) subsets.
+The batch norms of the heads start with weights uniform in (0, 1), the last one of each residual block with 0.
+
+Settings: the code trains on 224 x 224 views by the ImageNet stem and clips the gradient's norm at 1 (--image-size 224
+--stem imagenet --clip-norm 1). Left out: the first moving average, which it makes before the first step; the biases of
+the projector, which its batch norms subtract; the temperature of loss_m, 1 there whatever that of loss_s is; a queue
+that is not a multiple of the batch, where it drops the rows that do not fit; the best test accuracy over all epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods.method import Losses, Method
+from mnclglf.models.batch_norm import batch_norms
+from mnclglf.models.feature_queue import FeatureQueue
+from mnclglf.models.heads import predictor, projector
+from mnclglf.models.losses import nt_xent
+from mnclglf.models.momentum import update_momentum
+from mnclglf.models.resnet import ResNet18
+from mnclglf_kernels import Backend, combine, contrastive_losses, divide
+
+
+class MNCLGLFOfficial(Method):
+    """Two networks and the queue. See the module for the algorithm, and Method for the arguments."""
+
+    views = 3
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        self.projector = projector(self.encoder.features, model.projector_width)
+        self.predictor = predictor(model.projector_width, model.predictor_width)
+        momentum_encoder = ResNet18(model.stem, model.width)
+        self.momentum = nn.Sequential(momentum_encoder, projector(self.encoder.features, model.projector_width))
+        self.momentum.requires_grad_(False)
+        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+        for head in (self.projector, self.predictor, self.momentum[1]):
+            for layer in batch_norms(head):
+                nn.init.uniform_(layer.weight)
+        for block in self.modules():
+            if isinstance(block, BasicBlock):
+                nn.init.zeros_(block.bn2.weight)  # pyright: ignore[reportArgumentType]  # a Module to torchvision's types
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        x1, x2, x3 = views
+        # Running statistics depend on this order. Autocast keeps the weight casts of the first use, which must carry
+        # gradients.
+        f1 = self.encoder(x1)  # [N, F]; batch statistics are per view
+        p1 = self.predictor(self.projector(f1))  # [N, D]
+        with torch.no_grad():
+            p2 = self.predictor(self.projector(self.encoder(x2)))
+        p3 = self.predictor(self.projector(self.encoder(x3)))
+
+        with torch.no_grad():
+            loss_s = self.local_loss(x1, x2, p1.detach(), p2)
+            z1, z3 = self.momentum(x1), self.momentum(x3)  # [N, D]
+            keys = torch.cat([z3, z1])
+            neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
+            n3, n1 = neighbors.chunk(2)
+
+        tau = self.objective.temperature
+        loss_m = (nt_xent(n3, p1, tau) + nt_xent(n1, p3, tau)) / 2
+        return Losses(
+            total=loss_s + self.objective.lambda_ * loss_m,
+            terms={"loss_s": loss_s, "loss_m": loss_m},
+            features=f1.detach(),
+            keys=keys,
+            neighbors=sources[: len(z3)],
+        )
+
+    def local_loss(self, x1: Tensor, x2: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
+        """loss_s: each view's predictions against every combination of the other view's patches."""
+        y1, y2 = (divide(x, backend=self.backends.divide) for x in (x1, x2))  # [4N, 3, H/2, W/2]
+        f1, f2 = self.encoder(y1), self.encoder(y2)  # [4N, F]
+        v1, v2 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2))  # [S * N, F]
+        c1, c2 = self.projector(v1), self.projector(v2)  # [S * N, D]
+        pairs = [(p, candidates) for p, c in ((p2, c1), (p1, c2)) for candidates in c.split(len(p))]
+        losses = contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)
+        return torch.stack(losses).mean()
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
+        assert losses.keys is not None
+        z3 = losses.keys[: len(indices)]
+        self.queue.push(z3, indices, keep, self.backends.enqueue)
+
+    def queue_fill(self) -> float | None:
+        return self.queue.fill().item()

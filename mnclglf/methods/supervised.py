@@ -1,0 +1,55 @@
+"""Supervised training, which the others are compared with (the paper's Table 3).
+
+    logits = W f(x) + b                               encoder, linear classifier; one view
+    loss = mean over images i of -log exp(logits_i,y) / sum over c of exp(logits_i,c), y the label of image i
+
+Letters: N images, F feature width, C classes.
+There is no projector: the classifier reads the features that are evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnclglf.config import ModelConfig, ObjectiveConfig, require
+from mnclglf.methods.method import Losses, Method
+from mnclglf_kernels import Backend
+
+
+class Supervised(Method):
+    """One network. See the module for the loss, and Method for the arguments.
+
+    Raises:
+        ValueError: `model.classes` is None.
+    """
+
+    views = 1
+    labelled = True
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+        require(
+            model.classes is not None, "classes None: a classifier needs their number, as in ModelConfig(classes=10)"
+        )
+        self.classifier = nn.Linear(self.encoder.features, model.classes or 0)
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        assert labels is not None
+        (x,) = views
+        f = self.encoder(x)  # [N, F]
+        loss = F.cross_entropy(self.classifier(f), labels)  # in fp32 also under autocast
+        return Losses(total=loss, terms={"cross_entropy": loss}, features=f.detach())
+
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+        """Nothing: there is no momentum network and no queue."""
