@@ -1,4 +1,4 @@
-"""The one command: mnclglf train | knn | linear | report | data."""
+"""The one command: mnclglf train | knn | linear | report | data | reproduce."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mnclglf.config import DATASETS, FOLDER, Device, MethodName, RecipeName, RunConfig, require, to_dict
 from mnclglf.recipes import RECIPES, view_of
+from mnclglf.reproduce.plan import Reproduce
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 Run = Annotated[Path, tyro.conf.Positional]
@@ -131,7 +132,7 @@ class Data:
     )
 
 
-Command = Train | Knn | Linear | Report | Data
+Command = Train | Knn | Linear | Report | Data | Reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,6 +162,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Linear, tyro.conf.subcommand("linear")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     )
     return tyro.cli(commands, args=[*arguments], prog="mnclglf", description=__doc__, config=MARKERS)
 
@@ -187,6 +189,10 @@ def run(command: Command, console: Console) -> int:
     if isinstance(command, Data):
         look(command.what, console)
         return 0
+    if isinstance(command, Reproduce):
+        from mnclglf.reproduce.command import reproduce
+
+        return reproduce(command, console)
     # Imported here, so that --help, --print-config and a wrong option need not wait for it; torch likewise below.
     from mnclglf.reports.html import write_report
 

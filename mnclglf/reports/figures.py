@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,6 +72,24 @@ class Panel:
     from_zero: bool = False
     logarithmic: bool = False
     """Where the values span more than LOGARITHMIC_ABOVE; else from zero."""
+
+
+class Dots(NamedTuple):
+    """One series of a dot chart: values in each row, none where there are none."""
+
+    label: str
+    rows: Sequence[Sequence[float]]
+    color: int
+    """Index into a theme's lines."""
+    absent: str = ""
+    """Stands in a row without values."""
+
+
+class DotPanel(NamedTuple):
+    """One pair of axes of a dot chart."""
+
+    title: str
+    series: Sequence[Dots]
 
 
 def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, theme: Theme = LIGHT) -> bytes:
@@ -209,6 +228,31 @@ def divided(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return canvas
 
 
+def dot_chart(
+    labels: Sequence[str], panels: Sequence[DotPanel], *, heading: str = "", unit: str = "%", theme: Theme = LIGHT
+) -> bytes:
+    """Rows of values: a dot each, their mean, and a line over mean +- standard deviation (n - 1).
+
+    Args:
+        labels: of the rows, from the top.
+        panels: side by side; each series has as many rows as there are labels.
+        heading: over all.
+        unit: of the values.
+        theme: colours.
+    """
+    size = (2.4 + 3.3 * len(panels), 1.3 + 0.3 * len(labels))  # inches
+    figure = Figure(figsize=size, facecolor=theme.background, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure.suptitle(heading, color=theme.text, fontsize=11)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    for axis, panel in zip(axes, panels, strict=True):
+        for dots in panel.series:
+            _draw_dots(axis, dots, theme)
+        _dress_dots(axis, panel, unit, theme)
+    return _png(figure)
+
+
 def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
     """Mean of the values at most window // 2 away from each; shorter at the ends."""
     half, n = window // 2, len(values)
@@ -256,6 +300,39 @@ def _draw_curve(axis: Axes, steps: list[int], values: list[float], label: str, c
     axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
     mean = running_mean(values, window=max(5, len(values) // 20))
     axis.plot(steps, mean, color=color, linewidth=1.8, label=label)
+
+
+def _draw_dots(axis: Axes, dots: Dots, theme: Theme) -> None:
+    color, label = theme.lines[dots.color], dots.label
+    for row, values in enumerate(dots.rows):
+        if not values:
+            place = axis.get_yaxis_transform()  # x in parts of the axes
+            axis.text(0.02, row, dots.absent, transform=place, va="center", fontsize=8, color=theme.muted)
+            continue
+        mean = statistics.fmean(values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axis.plot([mean - spread, mean + spread], [row, row], color=color, linewidth=1.6)
+        axis.plot(values, [row] * len(values), color=color, linestyle="", marker=".", markersize=4, alpha=0.5)
+        axis.plot([mean], [row], color=color, marker="oD^"[dots.color], markersize=6, linestyle="", label=label)
+        label = None  # once in the legend
+
+
+def _dress_dots(axis: Axes, panel: DotPanel, unit: str, theme: Theme) -> None:
+    axis.set_title(panel.title, loc="left", fontsize=10, color=theme.text)
+    axis.set_xlabel(unit, fontsize=9, color=theme.muted)
+    axis.set_facecolor(theme.background)
+    axis.tick_params(colors=theme.muted, labelsize=8, length=0)
+    axis.tick_params(axis="y", colors=theme.text)
+    axis.grid(color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.1)
+    for spine in axis.spines.values():
+        spine.set_color(theme.grid)
+    handles, _ = axis.get_legend_handles_labels()
+    if not handles:
+        axis.set_xlim(0, 100)
+    if len(handles) > 1:
+        axis.legend(frameon=False, fontsize=8, labelcolor=theme.text)
 
 
 def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:

@@ -15,7 +15,10 @@ from mnclglf.reports import figures
 from mnclglf.reports.figures import (
     DARK,
     LIGHT,
+    DotPanel,
+    Dots,
     divided,
+    dot_chart,
     health_curves,
     loss_curves,
     running_mean,
@@ -181,3 +184,19 @@ def test_matplotlibs_state_stays_as_it_was(metrics):
 
 def test_the_same_records_give_the_same_bytes(metrics):
     assert loss_curves(metrics(20)) == loss_curves(metrics(20))
+
+
+def test_dots_show_means_deviations_and_absent_rows(drawn: list[Figure]) -> None:
+    ours = Dots("ours", [[70.0, 74.0], [], [60.0]], color=0, absent="not run")
+    paper = Dots("paper", [[80.0], [81.0], []], color=1)
+    dot_chart(["a", "b", "c"], [DotPanel("both", [ours, paper]), DotPanel("none", [Dots("ours", [[], [], []], 0)])])
+    both, none = drawn[0].axes
+    means = [(line.get_xdata()[0], line.get_ydata()[0]) for line in both.lines if line.get_marker() in ("o", "D")]
+    assert means == [(72.0, 0), (60.0, 2), (80.0, 0), (81.0, 1)]
+    spans = [tuple(line.get_xdata()) for line in both.lines if line.get_linestyle() == "-"]
+    assert spans[0] == pytest.approx((72 - 8**0.5, 72 + 8**0.5))  # deviations from 72 are 2 and 2, over n - 1 = 1
+    assert [(text.get_text(), text.get_position()[1]) for text in both.texts if text.get_text()] == [("not run", 1)]
+    assert [text.get_text() for text in both.get_legend().get_texts()] == ["ours", "paper"]
+    assert [tick.get_text() for tick in both.get_yticklabels()] == ["a", "b", "c"]
+    assert none.get_legend() is None
+    assert not none.lines

@@ -1,0 +1,253 @@
+"""What each table of the paper needs: its rows, and the runs behind them. Makes nothing.
+
+A run's name says all that sets it apart within a scale, so that rows of any table which need equal runs share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import tyro
+
+from mnclglf.config import MethodName, ObjectiveConfig, RunConfig, require
+from mnclglf.recipes import RECIPES
+from mnclglf.reproduce.paper import METHOD_TITLES, TABLE3, TABLE4, TABLE5, TABLE6, PaperResult
+
+TableName = Literal["table3", "table4", "table5", "table6"]
+PaperDataset = Literal["cifar10", "cifar100", "tinyimagenet"]
+ScaleName = Literal["paper", "small"]
+
+PAPER_EPOCHS = 200
+SMALL_EPOCHS = 12  # a multiple of four, for the milestones of Table 5
+TITLES: dict[TableName, str] = {
+    "table3": "Table 3: linear evaluation of eight methods",
+    "table4": "Table 4: the weight lambda",
+    "table5": "Table 5: training efficiency",
+    "table6": "Table 6: k, the patches in each combination",
+}
+EPOCH_TITLES = {"nnclr": "NNCLR", "one_embedding": "MNCLGLF (one embedding)", "mnclglf": "MNCLGLF"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Make a table of the paper: what is missing of its runs and evaluations, and the paper's numbers beside ours."""
+
+    table: Annotated[TableName, tyro.conf.Positional]
+    """Which."""
+    dataset: tuple[PaperDataset, ...] = ()
+    """Data sets of table3; none given takes all three. The other tables are of cifar10."""
+    scale: ScaleName = "paper"
+    """paper: Table 2's settings on the paper's data sets, for a GPU. small: 10,000 images of fashion_mnist at 16 x 16,
+    a narrow network and few epochs, for two CPU cores; not the paper's setting."""
+    seeds: int = 1
+    """Runs of each row, with the seeds 0, 1, ..."""
+    out: Path | None = None
+    """Folder of the runs and tables; None is reproduced/SCALE."""
+    data_dir: Path | None = None
+    """Folder of the data sets' files; None looks in their usual places."""
+    download: bool = False
+    """Fetch the data sets where they are missing."""
+    plan: bool = False
+    """Print one command a line for what is missing, for xargs, GNU parallel or a Slurm array, and make nothing."""
+    only: str | None = None
+    """Make this run alone, by its name, in this process; as the lines of --plan do."""
+
+    @property
+    def folder(self) -> Path:
+        return (self.out or Path("reproduced") / self.scale).expanduser().resolve()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Settings that the runs of a table share."""
+
+    name: str
+    configure: Callable[[MethodName, str], RunConfig]
+    """From a method and a data set of the paper to a run."""
+    protocols: tuple[Literal["knn", "linear"], ...]
+    """Evaluations of each run; the tables' columns are of "linear"."""
+    protocol_text: str
+    """How the linear accuracies are found, in words."""
+    of_paper: bool
+    """Whether the setting is the paper's, so that its numbers can be held against ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table: a setting, its run for each seed, the paper's number."""
+
+    label: str
+    dataset: str
+    """That we train on."""
+    paper_dataset: str
+    """That the paper's number is of."""
+    configs: tuple[RunConfig, ...]
+    """One a seed."""
+    epoch: int
+    """After which the encoder is evaluated."""
+    representation: str
+    """"pretrained" or "untrained"."""
+    paper: PaperResult | None
+    """None where the paper has no such row."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run, and what is asked of it."""
+
+    config: RunConfig
+    asked: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+    """Representations to evaluate, by epoch."""
+
+    @property
+    def name(self) -> str:
+        return run_name(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper at one scale."""
+
+    name: TableName
+    scale: Scale
+    rows: tuple[Row, ...]
+
+    def runs(self) -> list[Run]:
+        """What the rows need, each run once; all of one seed before the next."""
+        runs: dict[str, Run] = {}
+        for row in self.rows:
+            for config in row.configs:
+                run = runs.setdefault(run_name(config), Run(config=config))
+                representations = run.asked.setdefault(row.epoch, [])
+                if row.representation not in representations:
+                    representations.append(row.representation)
+        return sorted(runs.values(), key=lambda run: run.config.seed)
+
+    def run(self, name: str) -> Run:
+        """The run of this name.
+
+        Raises:
+            ValueError: the table has none.
+        """
+        found = [run for run in self.runs() if run.name == name]
+        require(
+            bool(found), f"only {name!r} is no run of {self.name}; they are {', '.join(r.name for r in self.runs())}"
+        )
+        return found[0]
+
+
+def run_name(config: RunConfig) -> str:
+    """METHOD-DATASET-seedSEED, with what differs from the paper's objective between: mnclglf-cifar10-k1-seed0."""
+    objective, usual = config.objective, ObjectiveConfig()
+    variant = {
+        f"lambda{objective.lambda_:g}": objective.lambda_ != usual.lambda_,
+        f"k{objective.k}": objective.k != usual.k,
+        "one-embedding": objective.one_embedding,
+    }
+    parts = [config.method, config.dataset, *(name for name, differs in variant.items() if differs)]
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+def make_table(request: Reproduce) -> Table:
+    """The table that is asked for.
+
+    Raises:
+        ValueError: a number of seeds below 1, or data sets for a table that is of cifar10.
+    """
+    require(request.seeds >= 1, f"seeds {request.seeds} must be at least 1")
+    scale = SCALES[request.scale]
+    datasets: tuple[PaperDataset, ...] = ("cifar10",)
+    if request.table == "table3" and scale.of_paper:
+        datasets = request.dataset or ("cifar10", "cifar100", "tinyimagenet")
+    elif request.dataset:
+        which = "scale small is of fashion_mnist" if not scale.of_paper else f"{request.table} is of cifar10"
+        raise ValueError(f"dataset {' '.join(request.dataset)} was given, but {which}; leave --dataset out")
+    rows = [_row(entry, dataset, scale, request) for dataset in datasets for entry in _entries(request.table, dataset)]
+    if not scale.of_paper:
+        rows.append(_row(_Entry(label="Untrained encoder", representation="untrained"), "cifar10", scale, request))
+    return Table(name=request.table, scale=scale, rows=tuple(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A row before it is known for which scale and seeds."""
+
+    label: str
+    method: str = "mnclglf"
+    objective: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What differs from the recipe's."""
+    trained: float = 1.0
+    """Part of the run's epochs after which it is evaluated."""
+    representation: str = "pretrained"
+    paper: PaperResult | None = None
+
+
+def _entries(table: TableName, dataset: str) -> list[_Entry]:
+    if table == "table3":
+        return [_Entry(label=METHOD_TITLES[method], method=method, paper=of[dataset]) for method, of in TABLE3.items()]
+    if table == "table4":
+        return [
+            _Entry(label=f"lambda {value}", objective={"lambda_": float(value)}, paper=paper)
+            for value, paper in TABLE4.items()
+        ]
+    if table == "table5":
+        return [
+            _Entry(
+                label=f"{EPOCH_TITLES[name]}, after {epoch / PAPER_EPOCHS:.0%} of the epochs",
+                method="nnclr" if name == "nnclr" else "mnclglf",
+                objective={"one_embedding": name == "one_embedding"},
+                trained=epoch / PAPER_EPOCHS,
+                paper=paper,
+            )
+            for name, of in TABLE5.items()
+            for epoch, paper in of.items()
+        ]
+    return [_Entry(label=f"k = {k}", objective={"k": k}, paper=paper) for k, paper in TABLE6.items()]
+
+
+def _row(entry: _Entry, dataset: str, scale: Scale, request: Reproduce) -> Row:
+    config = scale.configure(cast("MethodName", entry.method), dataset)
+    config = replace(
+        config,
+        objective=replace(config.objective, **entry.objective),
+        data=replace(config.data, data_dir=request.data_dir, download=request.download),
+        engine=replace(config.engine, keep_every=config.optim.epochs // 4),
+    )
+    return Row(
+        label=entry.label,
+        dataset=config.dataset,
+        paper_dataset=dataset,
+        configs=tuple(replace(config, seed=seed) for seed in range(request.seeds)),
+        epoch=round(entry.trained * config.optim.epochs),
+        representation=entry.representation,
+        paper=entry.paper,
+    )
+
+
+def _small(method: MethodName, dataset: str) -> RunConfig:
+    """The quick recipe's settings for MNCLGLF on fashion_mnist, for every method, whatever data set the paper has."""
+    config = RECIPES["quick"]("mnclglf", "fashion_mnist")
+    return replace(config, method=method, optim=replace(config.optim, epochs=SMALL_EPOCHS))
+
+
+SCALES: dict[ScaleName, Scale] = {
+    "paper": Scale(
+        name="paper",
+        configure=RECIPES["paper"],
+        protocols=("linear",),
+        protocol_text="logistic regression on frozen features computed once, C chosen on a held-out fifth of the "
+        "training images; not the paper's 90 epochs of LARS",
+        of_paper=True,
+    ),
+    "small": Scale(
+        name="small",
+        configure=_small,
+        protocols=("linear", "knn"),
+        protocol_text="logistic regression on frozen features computed once, C chosen on a held-out fifth of the "
+        "training images; k-NN with k 20",
+        of_paper=False,
+    ),
+}

@@ -1,0 +1,134 @@
+"""What the run directories of a table hold: what is done, what is missing, what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnclglf.config import RunConfig
+from mnclglf.engine.checkpoint import checkpoint_path, list_checkpoints
+from mnclglf.engine.run import differences, read_config
+from mnclglf.evaluation.results import Result, load_results
+from mnclglf.records import Record, read_records
+from mnclglf.reproduce.plan import Row, Run, Scale, run_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One run's accuracies at one epoch, as fractions, and how they came about."""
+
+    run: str
+    seed: int
+    epoch: int
+    step: int
+    top1: float
+    top5: float
+    knn_top1: float | None
+    """None where k-NN is none of the scale's protocols."""
+    settings: dict[str, Any]
+    """Of the linear evaluation."""
+    environment: dict[str, Any]
+    """What environment.json says of the process that trained last: device, commit, precision, versions."""
+    training_seconds: float
+
+
+def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:
+    """Where the evaluations after an epoch lie: evaluation.json for the last, a file of its own for a milestone."""
+    return folder / ("evaluation.json" if epoch == config.optim.epochs else f"evaluation-epoch{epoch}.json")
+
+
+def step_of_epoch(folder: Path, epoch: int) -> int | None:
+    """Steps behind a run after `epoch` epochs; None where nothing was logged yet."""
+    last = _last_record(folder)
+    return None if last is None else epoch * round(last["step"] / last["epoch"])
+
+
+def steps_done(folder: Path) -> int:
+    """Of the newest checkpoint."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    return checkpoints[-1][0] if checkpoints else 0
+
+
+def is_trained(folder: Path, config: RunConfig) -> bool:
+    """Whether there is a checkpoint of the run's last step."""
+    step = step_of_epoch(folder, config.optim.epochs)
+    return step is not None and checkpoint_path(folder / "checkpoints", step).exists()
+
+
+def other_settings(folder: Path, config: RunConfig) -> list[str]:
+    """Settings in which the run in this folder differs from `config`; none where there is no run."""
+    return differences(read_config(folder), config) if (folder / "config.json").exists() else []
+
+
+def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[str]]:
+    """Representations that are yet to be evaluated, by epoch; of a run that is not trained, all that are asked for."""
+    folder = runs / run.name
+    missing = {
+        epoch: [
+            name
+            for name in representations
+            if any(find_result(folder, run.config, epoch, protocol, name) is None for protocol in scale.protocols)
+        ]
+        for epoch, representations in run.asked.items()
+    }
+    return {epoch: representations for epoch, representations in missing.items() if representations}
+
+
+def find_result(folder: Path, config: RunConfig, epoch: int, protocol: str, representation: str) -> Result | None:
+    """The result of a protocol on the test images, if it is of this very run and epoch."""
+    step = step_of_epoch(folder, epoch)
+    if step is None or other_settings(folder, config):
+        return None
+    for result in load_results(results_path(folder, config, epoch)):
+        found = (result.protocol, result.representation, result.split, result.settings.get("step"))
+        if found == (protocol, representation, "test", step):
+            return result
+    return None
+
+
+def measurements(row: Row, runs: Path, scale: Scale) -> list[Measurement]:
+    """What was measured for a row, one for each seed whose run and evaluations are done."""
+    found = [_measurement(row, config, runs, scale) for config in row.configs]
+    return [measurement for measurement in found if measurement is not None]
+
+
+def limit_shares(runs: Path) -> list[float]:
+    """Of each finished run in the folder, the median share of the machine's limit that its steps reached."""
+    shares: list[float] = []
+    for folder in sorted(runs.glob("*/")):
+        if not (folder / "evaluation.json").exists():
+            continue
+        logged = [record.get("limit_share") for record in read_records(folder / "metrics.jsonl")[0]]
+        known = sorted(share for share in logged if isinstance(share, float))
+        if known:
+            shares.append(known[len(known) // 2])
+    return shares
+
+
+def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measurement | None:
+    folder = runs / run_name(config)
+    found = {
+        protocol: find_result(folder, config, row.epoch, protocol, row.representation) for protocol in scale.protocols
+    }
+    linear, knn, last = found["linear"], found.get("knn"), _last_record(folder)
+    if linear is None or last is None or None in found.values():
+        return None
+    return Measurement(
+        run=folder.name,
+        seed=config.seed,
+        epoch=row.epoch,
+        step=linear.settings["step"],
+        top1=linear.top1,
+        top5=linear.top5,
+        knn_top1=None if knn is None else knn.top1,
+        settings=linear.settings,
+        environment=json.loads((folder / "environment.json").read_text()),
+        training_seconds=last["elapsed_seconds"],
+    )
+
+
+def _last_record(folder: Path) -> Record | None:
+    records, _ = read_records(folder / "metrics.jsonl")
+    return records[-1] if records else None

@@ -1,0 +1,195 @@
+"""What each table asks for, against the paper and against each other."""
+
+import shlex
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mnclglf.cli import main, parse
+from mnclglf.recipes import paper
+from mnclglf.reproduce.execute import PROGRAM
+from mnclglf.reproduce.plan import Reproduce, make_table, run_name
+
+# Typed from the paper a second time, line by line: CIFAR10, CIFAR100, TinyImageNet, top-1 and top-5 each.
+TABLE3 = """
+supervised 92.89 99.84 71.93 92.21 54.03 77.02
+mocov2     84.03 99.53 50.49 80.28 26.01 51.92
+simsiam    84.16 99.45 48.19 78.41 25.28 50.63
+simclr     87.11 99.64 59.20 86.41 31.39 59.08
+byol       85.58 99.58 57.12 84.83 32.76 59.55
+nnclr      87.66 99.63 60.91 87.50 40.46 67.05
+fast_moco  85.93 99.57 61.39 87.31 39.91 66.26
+mnclglf    90.18 99.78 65.20 89.72 41.70 68.36
+"""
+TABLE4 = "2 89.33 4 89.50 6 90.18 8 89.26 10 89.27"
+TABLE5 = """
+nnclr         72.48 82.54 86.86 87.66
+one_embedding 80.75 87.47 89.36 89.84
+mnclglf       80.55 87.77 90.17 90.18
+"""
+TABLE6 = "1 89.54 99.73 2 90.18 99.78 3 89.79 99.73 4 89.61 99.72"
+TABLES = ("table3", "table4", "table5", "table6")
+
+
+def table(name: str, **options: object):
+    return make_table(Reproduce(table=name, **options))
+
+
+def columns(text: str, width: int) -> list[list[str]]:
+    """The words of a text, `width` of them a line."""
+    words = text.split()
+    return [words[start : start + width] for start in range(0, len(words), width)]
+
+
+def test_table3_has_the_papers_numbers_and_runs() -> None:
+    rows = table("table3").rows
+    expected = [
+        (method, dataset, float(numbers[2 * place]), float(numbers[2 * place + 1]))
+        for place, dataset in enumerate(("cifar10", "cifar100", "tinyimagenet"))
+        for method, *numbers in columns(TABLE3, 7)
+    ]
+    assert [(row.configs[0].method, row.dataset, row.paper.top1, row.paper.top5) for row in rows] == expected
+    assert all(row.epoch == 200 and row.paper_dataset == row.dataset for row in rows)
+
+
+def test_table4_has_the_papers_numbers_and_runs() -> None:
+    rows = table("table4").rows
+    expected = [(float(value), float(top1), None) for value, top1 in columns(TABLE4, 2)]
+    assert [(row.configs[0].objective.lambda_, row.paper.top1, row.paper.top5) for row in rows] == expected
+
+
+def test_table5_has_the_papers_numbers_and_runs() -> None:
+    rows = table("table5").rows
+    expected = [
+        ("nnclr" if name == "nnclr" else "mnclglf", name == "one_embedding", epoch, float(top1))
+        for name, *numbers in columns(TABLE5, 5)
+        for epoch, top1 in zip((50, 100, 150, 200), numbers, strict=True)
+    ]
+    assert [
+        (row.configs[0].method, row.configs[0].objective.one_embedding, row.epoch, row.paper.top1) for row in rows
+    ] == expected
+    assert {tuple(run.asked) for run in table("table5").runs()} == {(50, 100, 150, 200)}
+
+
+def test_table6_has_the_papers_numbers_and_runs() -> None:
+    rows = table("table6").rows
+    expected = [(int(k), float(top1), float(top5)) for k, top1, top5 in columns(TABLE6, 3)]
+    assert [(row.configs[0].objective.k, row.paper.top1, row.paper.top5) for row in rows] == expected
+
+
+def test_equal_runs_are_one_across_the_tables() -> None:
+    for scale in ("paper", "small"):
+        runs = [run for name in TABLES for run in table(name, scale=scale, seeds=2).runs()]
+        pairs = {(run.name, repr(run.config)) for run in runs}
+        assert len(pairs) == len({name for name, _ in pairs}) == len({config for _, config in pairs})
+        shared = "mnclglf-cifar10-seed1" if scale == "paper" else "mnclglf-fashion_mnist-seed1"
+        assert sum(run.name == shared for run in runs) == len(TABLES)
+
+
+def test_names_say_what_a_run_is() -> None:
+    assert [run.name for run in table("table6", seeds=2).runs()] == [
+        f"mnclglf-cifar10-{variant}seed{seed}" for seed in (0, 1) for variant in ("k1-", "", "k3-", "k4-")
+    ]
+    assert [run.name for run in table("table4").runs()] == [
+        f"mnclglf-cifar10-{variant}seed0" for variant in ("lambda2-", "lambda4-", "", "lambda8-", "lambda10-")
+    ]
+    assert [run.name for run in table("table5").runs()] == [
+        "nnclr-cifar10-seed0", "mnclglf-cifar10-one-embedding-seed0", "mnclglf-cifar10-seed0"
+    ]  # fmt: skip
+
+
+def test_the_paper_scale_is_the_paper_recipe_with_milestones() -> None:
+    for run in table("table3").runs():
+        expected = paper(run.config.method, run.config.dataset)
+        assert run.config.engine.keep_every == 50
+        assert (run.config.optim, run.config.view, run.config.model) == (expected.optim, expected.view, expected.model)
+        assert run.config.objective == expected.objective
+
+
+@pytest.mark.parametrize(("scale", "name"), [*product(("paper", "small"), TABLES)])
+def test_every_epoch_that_is_asked_for_is_a_milestone(scale: str, name: str) -> None:
+    for run in table(name, scale=scale).runs():
+        assert all(epoch > 0 and epoch % run.config.engine.keep_every == 0 for epoch in run.asked)
+        assert run.config.optim.epochs % run.config.engine.keep_every == 0
+
+
+def test_the_small_scale_shares_every_setting_among_the_methods() -> None:
+    runs = table("table3", scale="small", seeds=2).runs()
+    assert len(runs) == 16
+    settings = {repr((c.data, c.view, c.model, c.objective, c.optim, c.engine)) for c in (run.config for run in runs)}
+    assert len(settings) == 1
+    config = runs[0].config
+    assert (config.dataset, config.data.train_images, config.data.image_size) == ("fashion_mnist", 10_000, 16)
+
+
+def test_the_untrained_encoder_is_evaluated_once_a_seed() -> None:
+    for name in TABLES:
+        asked = [run for run in table(name, scale="small", seeds=2).runs() if "untrained" in str(run.asked)]
+        assert [run.name for run in asked] == ["mnclglf-fashion_mnist-seed0", "mnclglf-fashion_mnist-seed1"]
+        assert "untrained" not in str([run.asked for run in table(name).runs()])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"table": "table4", "dataset": ("cifar100",)}, "dataset cifar100 was given, but table4 is of cifar10"),
+        ({"table": "table3", "scale": "small", "dataset": ("cifar10",)}, "scale small is of fashion_mnist"),
+        ({"table": "table6", "seeds": 0}, "seeds 0 must be at least 1"),
+    ],
+)
+def test_what_a_table_does_not_have_is_refused(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make_table(Reproduce(**options))
+
+
+def test_an_unknown_run_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match="'x' is no run of table6; they are mnclglf-cifar10-k1-seed0, "):
+        table("table6").run("x")
+
+
+def test_the_lines_of_a_plan_make_each_run_by_itself(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = "reproduce table3 --dataset cifar100 cifar10 --seeds 2 --out a\\ b --data-dir images --download"
+    assert main([*shlex.split(asked), "--plan"]) == 0
+    whole = parse(shlex.split(asked))
+    lines = capsys.readouterr().out.splitlines()
+    names = []
+    for line in lines:
+        words = shlex.split(line)
+        assert tuple(words[: len(PROGRAM)]) == PROGRAM
+        request = parse(words[len(PROGRAM) :])
+        assert request.folder == tmp_path / "a b"
+        assert (request.data_dir, request.download) == (tmp_path / "images", True)
+        names.append(request.only)
+        # Whatever folder the line runs in, it makes the run that the whole command would.
+        monkeypatch.chdir("/")
+        config = make_table(request).run(request.only).config
+        monkeypatch.chdir(tmp_path)
+        (twin,) = [run.config for run in make_table(whole).runs() if run.name == request.only]
+        assert (config.method, config.dataset, config.seed, config.optim) == (
+            twin.method, twin.dataset, twin.seed, twin.optim
+        )  # fmt: skip
+    assert names == [run.name for run in make_table(whole).runs()]
+    assert len(set(names)) == 8 * 2 * 2
+    assert not list(tmp_path.iterdir())  # a plan makes nothing
+
+
+def test_a_data_dir_changes_no_name() -> None:
+    (plain,) = {run_name(row.configs[0]) for row in table("table6").rows if row.label == "k = 2"}
+    (moved,) = {run_name(row.configs[0]) for row in table("table6", data_dir="/x").rows if row.label == "k = 2"}
+    assert plain == moved
+
+
+def test_the_slurm_script_runs_the_line_of_its_task(tmp_path) -> None:
+    """A task of the array runs one line, as one process that a signal reaches."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    (tmp_path / "plan.txt").write_text("echo first\necho 'second  line' $PPID\necho third\n")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2"}
+    script = Path(__file__).resolve().parents[2] / "docs" / "reproduce.sbatch"
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("second  line ")
+    assert len(done.stdout.splitlines()) == 1
