@@ -7,20 +7,31 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 from rich.console import Console
 
-from mnclglf.config import DATASETS, FOLDER, Device, MethodName, RecipeName, RunConfig, require, to_dict
+from mnclglf.config import (
+    DATASETS,
+    FOLDER,
+    KnnConfig,
+    LinearConfig,
+    MethodName,
+    RecipeName,
+    RunConfig,
+    require,
+    to_dict,
+)
 from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 Run = Annotated[Path, tyro.conf.Positional]
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,34 +60,25 @@ class Train:
 class Evaluation:
     """What the evaluations have in common."""
 
-    run: Run
-    """Run directory."""
-    split: Literal["test", "validation"] = "test"
-    """Images to classify; validation are those that --validation-images held out."""
-    checkpoint: Path | None = None
-    """Checkpoint to evaluate; None is the newest."""
-    data_dir: Path | None = None
-    """Folder of the data set's files; None is the run's own."""
-    device: Device = "auto"
-    """auto is cuda where torch sees a GPU."""
+    runs: Runs
+    """Run directories. Of several, which must differ in the seed alone, mean and deviation are printed as well."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "no run directory is named; give one or more, as runs/x")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(Evaluation):
     """Weighted k-nearest-neighbor accuracy of a run's encoder, beside the untrained encoder and raw pixels."""
 
-    k: int = 20
-    """Neighbors that vote."""
-    vote_temperature: float = 0.07
-    """Temperature of the votes."""
+    config: KnnConfig = field(default_factory=KnnConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Evaluation):
-    """Accuracy of a linear classifier on a run's frozen features, beside the untrained encoder and raw pixels."""
+    """Accuracy of a linear classifier on a run's frozen features, by the paper's protocol or a fast one."""
 
-    fast: bool = False
-    """Logistic regression on features computed once, on all labels and on 10 a class: this version's protocol."""
+    config: LinearConfig = field(default_factory=LinearConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +201,14 @@ def run(command: Command, console: Console) -> int:
     code = 0
     if isinstance(command, Train):
         folder, code = train(command, console)
+        folders = (folder,)
     elif isinstance(command, Report):
-        folder = command.run
+        folders = (command.run,)
     else:
-        folder = command.run
-        evaluate_run(command, console)
-    console.print(f"report: {write_report(folder).resolve()}", soft_wrap=True, highlight=False)
+        folders = command.runs
+        evaluate(command, console)
+    for folder in folders:
+        console.print(f"report: {write_report(folder).resolve()}", soft_wrap=True, highlight=False)
     return code
 
 
@@ -263,65 +267,19 @@ def short_name(dataset: str) -> str:
     return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
 
 
-def evaluate_run(command: Knn | Linear, console: Console) -> None:
-    """Evaluates a run's encoder, the untrained one and raw pixels; writes evaluation.json and prints the table."""
-    import torch
+def evaluate(command: Knn | Linear, console: Console) -> None:
+    """Evaluates runs and prints a table of each; of several runs, a table of the means too."""
+    from mnclglf.evaluate import check_comparable, evaluate_run
+    from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
 
-    from mnclglf.data.datasets import load_dataset
-    from mnclglf.data.images import split_train, view_side
-    from mnclglf.engine.device import autocast_dtype, choose_device
-    from mnclglf.engine.run import build_method, load_trained
-    from mnclglf.evaluation.features import extract_features, raw_pixels
-    from mnclglf.evaluation.protocols import evaluate
-    from mnclglf.evaluation.results import save_results
-    from mnclglf.reports.tables import result_table, to_markdown
-
-    if isinstance(command, Linear):
-        require(command.fast, "linear needs --fast: the paper's protocol, 90 epochs of LARS, is not in this version")
-    config, method, step = load_trained(command.run, command.checkpoint)
-    device = choose_device(replace(config.engine, device=command.device))
-    dtype = autocast_dtype(config.engine, device)
-    images, test = load_dataset(
-        config.dataset,
-        command.data_dir or config.data.data_dir,
-        download=config.data.download,
-        skip_corrupt=config.data.skip_corrupt,
-    )
-    require(images.labelled, f"{images.name} has no labels to evaluate on; give each class a subfolder of its own")
-    images, held_out = split_train(images, config.data)
-    if command.split == "validation":
-        require(len(held_out) > 0, f"{command.run} held no images out; train with --validation-images N to have some")
-        test = held_out
-    if test is None:
-        raise ValueError(
-            f"{images.name} has no test images; give the folder subfolders train and val, or train with "
-            "--validation-images N and evaluate with --split validation"
-        )
-    side, (mean, std) = view_side(images, config.data.image_size), images.statistics()
-
-    def features(encoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        extract = partial(
-            extract_features, encoder.to(device), side=side, mean=mean, std=std, dtype=dtype, device=device
-        )
-        return extract(images), extract(test)
-
-    representations = {
-        "pretrained": features(method.encoder),
-        "untrained": features(build_method(config, dtype).encoder),
-        "raw pixels": (raw_pixels(images, side=side), raw_pixels(test, side=side)),
-    }
-    run_protocols = partial(
-        evaluate,
-        representations,
-        torch.from_numpy(images.labels),
-        torch.from_numpy(test.labels),
-        len(images.classes),
-        split=command.split,
-        settings={"step": step},
-    )
-    if isinstance(command, Knn):
-        results = run_protocols(["knn"], k=command.k, temperature=command.vote_temperature)
-    else:
-        results = run_protocols(["linear", "linear_10_labels"])
-    save_results(command.run / "evaluation.json", results)
-    console.print(to_markdown(result_table([asdict(result) for result in results])), markup=False, soft_wrap=True)
+    check_comparable(command.runs)
+    found: list[list[dict[str, Any]]] = []
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for run in command.runs:
+        found.append([asdict(result) for result in evaluate_run(run, command.config, console)])
+        if len(command.runs) > 1:
+            say(f"{run}:")
+        say(to_markdown(result_table(found[-1])))
+    if len(command.runs) > 1:
+        say(f"mean and standard deviation (n - 1) over {len(command.runs)} runs:")
+        say(to_markdown(result_table(mean_over_runs(found))))

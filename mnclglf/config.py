@@ -310,6 +310,74 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the evaluations of a run have in common."""
+
+    split: Literal["test", "validation"] = "test"
+    """Images to classify; validation are those that --validation-images held out."""
+    checkpoint: Path | None = None
+    """Checkpoint to evaluate; None is the newest."""
+    milestones: bool = False
+    """Evaluate each checkpoint that --keep-every kept, the pretrained encoder alone (Table 5)."""
+    label_share: float = 1.0
+    """Share of every class's training images whose labels are used, a choice by the run's seed: 0.1 or 0.01, say."""
+    data_dir: Path | None = None
+    """Folder of the data set's files; None is the run's own."""
+    device: Device = "auto"
+    """auto is cuda where torch sees a GPU."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint is None or not self.milestones,
+            f"milestones takes every checkpoint that was kept, and checkpoint {self.checkpoint} names one; give either",
+        )
+        require(0 < self.label_share <= 1, f"label_share {self.label_share} must lie in (0, 1], as in 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(EvaluationConfig):
+    """Weighted k-nearest-neighbor classification of frozen features."""
+
+    k: int = 20
+    """Neighbors that vote."""
+    vote_temperature: float = 0.07
+    """Temperature of the votes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(EvaluationConfig):
+    """Linear classification of frozen features: the paper's protocol (section 4.1), or a fast one."""
+
+    fast: bool = False
+    """Not the paper's protocol but logistic regression on features computed once, on all labels and on 10 a class,
+    beside the untrained encoder and raw pixels."""
+    untrained: bool = False
+    """Train a classifier on the untrained encoder's features too."""
+    epochs: int = 90
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images a step, or all whose labels are used where those are fewer."""
+    lr: float = 0.8
+    """Learning rate of LARS at the start, which falls to 0 as a cosine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.milestones and self.untrained),
+            "milestones are of the pretrained encoder alone; leave out untrained",
+        )
+        require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1; the paper uses 90")
+        require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1; the paper uses 256")
+        require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
+        names = ("untrained", "epochs", "batch_size", "lr")
+        given = [name for name in names if getattr(self, name) != getattr(LinearConfig, name)]
+        require(
+            not (self.fast and given),
+            f"{', '.join(given)}: the fast protocol has no such choice; leave out --fast for the paper's protocol",
+        )
+
+
 def check_dataset(name: str) -> None:
     """ValueError unless this is the name of a data set, or folder:PATH."""
     require(

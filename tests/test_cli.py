@@ -18,12 +18,13 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mnclglf import cli
 from mnclglf.cli import Knn, Linear, Train, main, parse
-from mnclglf.config import from_dict
+from mnclglf.config import KnnConfig, LinearConfig, from_dict, to_dict
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.engine.run import build_method, load_trained
 from mnclglf.recipes import VIEWS, paper, quick, tuned
+from mnclglf.reports.html import Picture
 
 RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
 TINY = (
@@ -84,7 +85,10 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --queue-size 100", "batch_size 256 is more than queue_size 100"),
         ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
         ("train --lr fast", "fast"),
-        ("knn", "Missing from mnclglf knn"),
+        ("knn", "no run directory is named; give one or more"),
+        ("linear runs/x --fast --epochs 9 --untrained", "untrained, epochs: the fast protocol has no such choice"),
+        ("linear runs/x --label-share 0", "label_share 0.0 must lie in (0, 1], as in 0.1"),
+        ("linear runs/x --milestones --checkpoint x.pt", "checkpoint x.pt names one; give either"),
         ("dance", "Available subcommands: train, knn, linear, report"),
     ],
 )
@@ -96,7 +100,7 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
     ("arguments", "named"),
     [
         ("knn nowhere", "nowhere/config.json does not exist"),
-        ("linear nowhere", "linear needs --fast"),
+        ("linear nowhere", "nowhere/config.json does not exist"),
         ("report nowhere", "nowhere"),
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
@@ -120,8 +124,18 @@ def test_an_error_is_one_line_without_a_traceback(
 
 def test_commands_know_their_settings() -> None:
     knn = parse(shlex.split("knn runs/x --k 5 --vote-temperature 0.1 --split validation"))
-    assert knn == Knn(run=Path("runs/x"), k=5, vote_temperature=0.1, split="validation")
-    assert parse(shlex.split("linear runs/x --fast")) == Linear(run=Path("runs/x"), fast=True)
+    settings = KnnConfig(k=5, vote_temperature=0.1, split="validation")
+    assert knn == Knn(runs=(Path("runs/x"),), config=settings)
+    assert parse(shlex.split("linear runs/x --fast")).config == LinearConfig(fast=True)
+    both = parse(shlex.split("linear a b --label-share 0.1 --epochs 9 --lr 0.4 --batch-size 32 --untrained"))
+    settings = LinearConfig(label_share=0.1, epochs=9, lr=0.4, batch_size=32, untrained=True)
+    assert both == Linear(runs=(Path("a"), Path("b")), config=settings)
+
+
+def test_the_papers_linear_evaluation_is_the_default() -> None:
+    config = parse(["linear", "runs/x"]).config
+    assert (config.epochs, config.batch_size, config.lr) == (90, 256, 0.8)  # section 4.1
+    assert (config.fast, config.label_share, config.split, config.milestones) == (False, 1.0, "test", False)
 
 
 def text_of(run: Path) -> str:
@@ -170,6 +184,56 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     page = (out / "report.html").read_text()
     assert "raw pixels" in page
     assert "untrained" in page
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures of reports out, which take seconds a page."""
+    monkeypatch.setattr("mnclglf.reports.html._picture", lambda _: Picture("", ""))
+
+
+def copied(run: Path, name: str, section: str | None, **changes: object) -> Path:
+    """The run under another name, with other settings in its config.json."""
+    copy = Path(shutil.copytree(run, run.with_name(name)))
+    config = json.loads((run / "config.json").read_text())
+    (config if section is None else config[section]).update(changes)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_several_runs_are_compared_and_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = tmp_path / "first"
+    assert main([*shlex.split(TINY.replace("--epochs 2", "--epochs 1")), "--out", str(first)]) == 0
+    runs = [first, copied(first, "second", None, seed=2)]  # its encoder is the same, its classifier another
+    capsys.readouterr()
+    assert main(["linear", *map(str, runs), "--epochs", "3", "--lr", "20", "--batch-size", "64"]) == 0
+    printed = capsys.readouterr().out
+    top1, other = (result["top1"] for run in runs for result in json.loads(text_of(run)))
+    assert top1 != other  # or the next lines could not tell them apart
+    rows = [
+        line for line in printed.splitlines() if line.startswith("| Linear classifier as in the paper, all labels (")
+    ]
+    assert len(rows) == 3
+    assert f"| **{100 * top1:.1f}** / " in rows[0]
+    assert f"| **{100 * other:.1f}** / " in rows[1]
+    middle, deviation = (top1 + other) / 2, abs(top1 - other) / 2**0.5  # n - 1 in the denominator
+    assert f"| **{100 * middle:.1f} ± {100 * deviation:.1f}** / " in rows[2]
+    assert "(2 runs, LARS, 3 epochs, batches of 64" in rows[2]
+    for run in runs:
+        assert f"report: {run}/report.html" in printed
+
+
+def test_runs_that_cannot_be_averaged_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.json").write_text(json.dumps(to_dict(quick("mnclglf", "digits"))))
+    assert main(["knn", str(first), f"{first}/../first"]) == 1
+    assert "one run is named twice; name each once" in capsys.readouterr().err
+    other = copied(first, "other", "optim", lr=0.2)
+    assert main(["knn", str(first), str(other)]) == 1
+    error = capsys.readouterr().err
+    assert f"{other} differs from {first} in more than its seed (optim.lr: 0.1 -> 0.2)" in error
 
 
 def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

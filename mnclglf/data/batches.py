@@ -56,6 +56,7 @@ class Loader(ABC):
         threads: CPU threads; no result depends on them.
         rank: which part of every batch this process makes.
         ranks: parts of a batch.
+        statistics: mean [3] and deviation [3] that views are normalised with; None takes the images' own.
 
     Raises:
         ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
@@ -76,6 +77,7 @@ class Loader(ABC):
         threads: int,
         rank: int = 0,
         ranks: int = 1,
+        statistics: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(
@@ -87,7 +89,7 @@ class Loader(ABC):
         blur_window(config, side)  # raises where it is too wide
         self.steps_per_epoch = len(images) // batch_size
         """Whole batches in an epoch; an incomplete last one is dropped."""
-        self.mean, self.std = images.statistics()
+        self.mean, self.std = statistics or images.statistics()
         """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
         self.side = side
         self._images = images

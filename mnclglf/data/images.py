@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import DataError
-from mnclglf.data.philox import SPLIT_STREAM, permutation
+from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """Images: one array [n, H, W, 3], or [H, W, 3] each."""
@@ -263,6 +263,29 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
     order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)  # not a data set's own choice
     rows = np.sort(order[held_out : held_out + kept]), np.sort(order[:held_out])
     return train.subset(rows[0]), replace(train.subset(rows[1]), split="validation")
+
+
+def with_labels(images: Images, share: float, *, seed: int) -> Images:
+    """The images whose labels may be used: this share of every class, at least one image of each.
+
+    The choice is random and depends on the labels and the seed alone; a smaller share is a part of a larger one.
+
+    Raises:
+        DataError: a class has no image.
+    """
+    if share == 1:
+        return images
+    order = permutation(len(images), seed=seed, stream=LABEL_STREAM)
+    rows: list[NDArray[np.int64]] = []
+    for label, name in enumerate(images.classes):
+        members = order[images.labels[order] == label]
+        if len(members) == 0:
+            raise DataError(
+                f"{images.name} has no training image of class {name} to take a label from; train on more images, or "
+                "evaluate with all labels"
+            )
+        rows.append(members[: max(1, round(share * len(members)))])
+    return images.subset(np.sort(np.concatenate(rows)))
 
 
 def view_side(images: ImageSet, image_size: int | None) -> int:

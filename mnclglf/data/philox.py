@@ -21,6 +21,7 @@ _HALF = np.uint64(32)
 # count up from 0, everything else down from the top, so that they never meet.
 ORDER_STREAM = _WORD
 SPLIT_STREAM = _WORD - 1
+LABEL_STREAM = _WORD - 2
 
 
 def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[np.uint64]:

@@ -74,6 +74,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:
+    """The checkpoints after a multiple of `milestone_steps` steps, oldest first."""
+    return [path for step, path in list_checkpoints(folder) if step % milestone_steps == 0]
+
+
 def delete_old_checkpoints(folder: Path, *, keep_last: int, milestone_steps: int | None) -> None:
     """Deletes all but the newest `keep_last` and the milestones, those after a multiple of `milestone_steps`."""
     for step, path in list_checkpoints(folder)[:-keep_last]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -14,7 +15,14 @@ from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
 
 
 def choose_backends(
-    config: RunConfig, source: int, side: int, dtype: torch.dtype, device: torch.device, console: Console
+    config: RunConfig,
+    source: int,
+    side: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    console: Console,
+    *,
+    operators: Sequence[Operator] = OPERATORS,
 ) -> Backends:
     """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
 
@@ -25,6 +33,7 @@ def choose_backends(
         dtype: autocast's.
         device: of the run.
         console: where a kernel that is not used is reported.
+        operators: those that are needed.
 
     Raises:
         RuntimeError: kernels are required and cannot run, or one is wrong; or FAISS cannot run here.
@@ -41,7 +50,7 @@ def choose_backends(
         sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        used: list[Operator] = [op for op in OPERATORS if op != "augment" or config.data.loader in ("auto", "resident")]
+        used: list[Operator] = [op for op in operators if op != "augment" or config.data.loader in ("auto", "resident")]
         problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())

@@ -32,6 +32,11 @@ def eval_mode(module: nn.Module) -> Generator[None, None, None]:
             submodule.training = training
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype` inside; none where it is float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def extract_features(
     encoder: nn.Module,
     images: ImageSet,
@@ -51,7 +56,7 @@ def extract_features(
         side: of the encoder's input in pixels.
         mean: [3] that the encoder was trained with.
         std: [3] that the encoder was trained with.
-        dtype: bfloat16 runs under autocast, float32 without.
+        dtype: of the autocast; float32 for none.
         device: of the encoder.
         batch_size: images at once; does not change the features.
 
@@ -63,8 +68,7 @@ def extract_features(
     """
     _require_images(images)
     chunks: list[Tensor] = []
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with eval_mode(encoder), torch.inference_mode(), autocast:
+    with eval_mode(encoder), torch.inference_mode(), autocast(device, dtype):
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, min(start + batch_size, len(images)))
             views = views_of(images, rows, side, mean, std, dtype).to(device)

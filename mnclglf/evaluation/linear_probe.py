@@ -1,8 +1,7 @@
 """Linear classification of frozen features by logistic regression.
 
 This is the fast protocol: a convex fit to stored features, solved to the end, without augmentation and without a
-learning rate to choose. The paper's own (90 epochs of LARS on augmented images) is another one; the numbers of the two
-are not to be mixed.
+learning rate to choose. The paper's own (linear_lars.py) is another one; the numbers of the two are not to be mixed.
 """
 
 # n train rows, m test rows, F feature width

@@ -26,9 +26,10 @@ def evaluate(
     split: str = "test",
     k: int = 20,
     temperature: float = 0.07,
+    c: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
-    """One result for each protocol and representation, protocol by protocol.
+    """One result for each protocol and representation, protocol by protocol: those that need stored features alone.
 
     Args:
         representations: name to (train [n, F], test [m, F]) features; F may differ between them.
@@ -39,6 +40,7 @@ def evaluate(
         split: name of the images behind the test features.
         k: neighbors that vote, for knn.
         temperature: of the votes, for knn.
+        c: of logistic regression, for linear; None chooses one for each representation.
         settings: more to write down with every result, as {"step": 480}; plain JSON types.
 
     Raises:
@@ -49,7 +51,7 @@ def evaluate(
     for protocol in protocols:
         for name, (train, test) in representations.items():
             try:
-                draws, own = _run(protocol, (train, train_labels, test, test_labels), classes, k, temperature)
+                draws, own = _run(protocol, (train, train_labels, test, test_labels), classes, k, temperature, c)
             except ValueError as error:
                 raise ValueError(f"{protocol} of {name}: {error}") from error
             results.append(_result(protocol, name, split, draws, {**own, **common, **(settings or {})}))
@@ -57,14 +59,19 @@ def evaluate(
 
 
 def _run(
-    protocol: Protocol, sets: tuple[Tensor, Tensor, Tensor, Tensor], classes: int, k: int, temperature: float
+    protocol: Protocol,
+    sets: tuple[Tensor, Tensor, Tensor, Tensor],
+    classes: int,
+    k: int,
+    temperature: float,
+    c: float | None,
 ) -> tuple[list[Accuracy], dict[str, Any]]:
     """The accuracy of each draw, and the settings behind them."""
     if protocol == "knn":
         settings = {"k": k, "temperature": temperature}
         return [weighted_knn(*sets, classes=classes, k=k, temperature=temperature)], settings
     if protocol == "linear":
-        c = choose_c(*sets[:2], classes=classes)
+        c = choose_c(*sets[:2], classes=classes) if c is None else c
         return [fit_linear(*sets, classes=classes, c=c)], {"solver": "logistic regression", "C": c}
     if protocol == "linear_10_labels":
         return few_labels(*sets, classes=classes, **FEW_LABELS), {

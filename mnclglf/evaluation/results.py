@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 
 from mnclglf.files import write_atomically
 
-Protocol = Literal["knn", "linear", "linear_10_labels"]
+Protocol = Literal["knn", "linear", "linear_10_labels", "linear_lars"]
+"""linear and linear_10_labels are logistic regressions, the fast protocol; linear_lars is the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class Result:
     """"pretrained", "untrained", "raw pixels" or another."""
     split: str
     """The images that were classified: "test" or "validation"."""
+    label_share: float = 1.0
+    """Share of the training images whose labels were used."""
+    epoch: float | None = None
+    """Epochs of training behind a checkpoint that was chosen, as a milestone; None for the run's newest."""
     top1: float
     top5: float
     deviation: float | None = None
@@ -35,9 +40,9 @@ class Result:
             raise ValueError(f"top1 {self.top1} and top5 {self.top5} are not rising fractions of the images")
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, str, str, float, float | None]:
         """Results with the same key replace one another."""
-        return self.protocol, self.representation, self.split
+        return self.protocol, self.representation, self.split, self.label_share, self.epoch
 
 
 def load_results(path: Path) -> list[Result]:
@@ -58,8 +63,8 @@ def load_results(path: Path) -> list[Result]:
 def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
     """Merges `results` into an evaluation.json and gives all it then holds.
 
-    A result replaces the one with the same protocol, representation and split, in its place; new ones come last. The
-    file is whole at any time, but of two processes that merge at the same moment one loses its results.
+    A result replaces the one with the same key, in its place; new ones come last. The file is whole at any time, but of
+    two processes that merge at the same moment one loses its results.
 
     Raises:
         ValueError: the file that is there does not hold results.

@@ -199,9 +199,10 @@ def _classes(results: list[dict[str, Any]]) -> int | None:
 
 
 def _measured_at(run: RunFiles) -> str | None:
-    """A warning where results are of an earlier step than the last that was logged."""
+    """A warning where results of the newest checkpoint are of an earlier step than the last that was logged."""
     reached = progress(run)
-    steps = [finite(_section(result, "settings").get("step")) for result in run.results or []]
+    newest = [result for result in run.results or [] if result.get("epoch") is None]
+    steps = [finite(_section(result, "settings").get("step")) for result in newest]
     known = [int(step) for step in steps if step is not None]
     if reached is None or not known or min(known) >= reached.step:
         return None

@@ -102,8 +102,10 @@ def _read_results(path: Path) -> list[dict[str, Any]] | None:
 
 def _is_result(value: dict[str, Any]) -> bool:
     names = all(isinstance(value.get(name), str) for name in ("protocol", "representation"))
-    numbers = all(finite(value.get(name)) is not None for name in ("top1", "top5"))
-    return names and numbers and isinstance(value.get("settings", {}), dict)
+    epoch = value.get("epoch")
+    numbers = [value.get("top1"), value.get("top5"), value.get("label_share", 1.0), 0.0 if epoch is None else epoch]
+    known = all(finite(number) is not None for number in numbers)
+    return names and known and isinstance(value.get("settings", {}), dict)
 
 
 def _read_views(path: Path) -> Views | None:

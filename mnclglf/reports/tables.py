@@ -1,7 +1,10 @@
-"""Evaluation results as a table: a row for each protocol and split, a column for each representation."""
+"""Evaluation results as a table: a row for each protocol, share of labels, checkpoint and split, a column for each
+representation."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,19 +14,24 @@ PROTOCOLS = {
     "knn": "k nearest neighbors",
     "linear": "Linear classifier, all labels",
     "linear_10_labels": "Linear classifier, 10 labels a class",
+    "linear_lars": "Linear classifier as in the paper, all labels",
 }
 SETTING_NAMES = {
     "k": "k",
     "temperature": "vote temperature",
     "solver": "",
+    "optimizer": "",
     "C": "C",
+    "batch_size": "batches of",
     "draws": "draws of labels",
     "train_images": "training images",
     "test_images": "images classified",
     "step": "checkpoint after step",
 }
-COUNTED = {"train_images", "test_images", "draws"}  # "5 draws of labels" rather than "draws of labels 5"
-UNSHOWN = {"classes", "note", "per_class", "seed"}
+COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
+UNSHOWN = {"classes", "note", "per_class", "seed"} | {
+    "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,37 @@ class Row:
     """In the order of the table's representations; None where it was not run."""
 
 
+class Measured(NamedTuple):
+    """What a row of the table is of."""
+
+    protocol: str
+    label_share: float
+    epoch: float | None
+    """None is the run's newest checkpoint."""
+    split: str
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Measured:
+        share, epoch, split = result.get("label_share", 1.0), result.get("epoch"), result.get("split")
+        return cls(str(result["protocol"]), share, epoch, str(split or "test"))
+
+    @property
+    def title(self) -> str:
+        title = PROTOCOLS.get(self.protocol, self.protocol)
+        if self.label_share != 1:
+            title = f"{title.removesuffix(', all labels')}, {100 * self.label_share:g}% of the labels"
+        if self.epoch is not None:
+            title = f"{title}, after epoch {self.epoch:g}"
+        return title if self.split == "test" else f"{title} ({self.split} images)"
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """In the order of rows: by protocol, all labels first, the newest checkpoint last."""
+        known = list(PROTOCOLS)
+        order = known.index(self.protocol) if self.protocol in known else len(known)
+        return order, self.protocol, -self.label_share, self.split, math.inf if self.epoch is None else self.epoch
+
+
 class ResultTable(NamedTuple):
     """Protocol x representation."""
 
@@ -61,17 +100,34 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
     """The table of the results in evaluation.json; of results for the same cell the last counts.
 
     Args:
-        results: each with protocol, representation, top1 and top5, and perhaps split, deviation and settings.
+        results: each with protocol, representation, top1 and top5, and perhaps split, label_share, epoch, deviation and
+            settings.
     """
-    cells: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    cells: dict[Measured, dict[str, Mapping[str, Any]]] = {}
     for result in results:
-        row = cells.setdefault((str(result["protocol"]), str(result.get("split") or "test")), {})
-        row[str(result["representation"])] = result
+        cells.setdefault(Measured.of(result), {})[str(result["representation"])] = result
     found = {name: None for row in cells.values() for name in row}
     representations = (*REPRESENTATIONS, *(name for name in found if name not in REPRESENTATIONS))
-    order = list(PROTOCOLS)
-    keys = sorted(cells, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key))
-    return ResultTable(representations, [_row(key, cells[key], representations) for key in keys])
+    rows = sorted(cells, key=lambda row: row.place)
+    return ResultTable(representations, [_row(row, cells[row], representations) for row in rows])
+
+
+def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Means over the runs of the results that all of them have, with top-1's standard deviation (n - 1) over the runs.
+
+    Args:
+        runs: the results of each, two runs or more.
+    """
+    by_cell = [{(Measured.of(result), result["representation"]): result for result in results} for results in runs]
+    means: list[dict[str, Any]] = []
+    for cell, first in by_cell[0].items():
+        group = [results[cell] for results in by_cell if cell in results]
+        if len(group) == len(runs):
+            top1, top5 = ([result[name] for result in group] for name in ("top1", "top5"))
+            settings = {"runs": len(runs), **_shared([dict(result.get("settings") or {}) for result in group])}
+            mean = {"top1": statistics.fmean(top1), "top5": statistics.fmean(top5), "deviation": statistics.stdev(top1)}
+            means.append({**first, **mean, "settings": settings})
+    return means
 
 
 def percent(fraction: float) -> str:
@@ -91,17 +147,19 @@ def to_markdown(table: ResultTable) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(key: tuple[str, str], results: Mapping[str, Mapping[str, Any]], representations: Sequence[str]) -> Row:
-    protocol, split = key
-    settings = [dict(result.get("settings") or {}) for result in results.values()]
-    shared = {name: value for name, value in settings[0].items() if all(value == s.get(name) for s in settings)}
+def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], representations: Sequence[str]) -> Row:
+    shared = _shared([dict(result.get("settings") or {}) for result in results.values()])
     best = max(result["top1"] for result in results.values())
-    title = PROTOCOLS.get(protocol, protocol)
     return Row(
-        title=title if split == "test" else f"{title} ({split} images)",
+        title=measured.title,
         details=_describe(shared),
         cells=tuple(_cell(results.get(name), shared, best) for name in representations),
     )
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all have, with the same value."""
+    return {name: value for name, value in settings[0].items() if all(value == s.get(name) for s in settings)}
 
 
 def _cell(result: Mapping[str, Any] | None, shared: Mapping[str, Any], best: float) -> Cell | None:

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageArray, split_train, view_side
+from mnclglf.data.images import ImageArray, split_train, view_side, with_labels
 
 
 def image_set(count: int, height: int = 6, width: int = 6) -> ImageArray:
@@ -97,3 +99,37 @@ def test_subset_keeps_images_with_labels() -> None:
     np.testing.assert_array_equal(part.images, images.images[rows])
     np.testing.assert_array_equal(part.labels, images.labels[rows])
     assert (part.classes, len(part)) == (images.classes, 3)
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    share=st.floats(0.001, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_class_gives_its_share_of_labels(counts: list[int], share: float, seed: int) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    images = replace(image_set(len(labels)), labels=labels, classes=tuple(map(str, range(len(counts)))))
+    few = with_labels(images, share, seed=seed)
+    for label, count in enumerate(counts):
+        taken = int((few.labels == label).sum())
+        assert 1 <= taken <= count
+        assert abs(taken - share * count) <= 0.5 or taken == 1 > share * count
+    rows = few.published_rows(np.arange(len(few)))
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    np.testing.assert_array_equal(few.images, images.images[rows])
+    fewer = with_labels(images, share / 2, seed=seed)
+    assert set(fewer.published_rows(np.arange(len(fewer)))) <= set(rows)
+
+
+def test_labels_are_another_choice_for_another_seed() -> None:
+    choices = {tuple(with_labels(image_set(300), 0.1, seed=seed).origin) for seed in range(5)}
+    assert len(choices) == 5
+    # pinned, as a later version's choice must be the same
+    assert with_labels(image_set(300), 0.01, seed=0).origin.tolist() == [164, 186, 283]
+
+
+def test_a_class_without_images_has_no_label_to_take() -> None:
+    images = replace(image_set(20), classes=("a", "b", "c", "d"))
+    assert with_labels(images, 1.0, seed=0) is images
+    with pytest.raises(DataError, match="made has no training image of class d to take a label from; train on more"):
+        with_labels(images, 0.5, seed=0)

@@ -103,6 +103,18 @@ def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageArray, b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_normalised_by_the_statistics_that_are_given(images: ImageArray, backend: str) -> None:
+    own = loader_of(images, backend)
+    mean, std = np.array([0.1, 0.2, 0.3], np.float32), np.array([0.5, 0.4, 0.3], np.float32)
+    given = loader_of(images, backend, statistics=(mean, std))
+    rows = np.array([2, 0])
+    for one, two in zip(own.render(rows, 0), given.render(rows, 0), strict=True):
+        pixels = one.double().permute(0, 2, 3, 1).numpy() * own.std + own.mean
+        # a few fp32 roundings of values up to 1 / 0.3
+        np.testing.assert_allclose(two.permute(0, 2, 3, 1), (pixels - mean) / std, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_hold_the_views_of_their_images(images: ImageArray, backend: str) -> None:
     loader = loader_of(images, backend)
     assert loader.steps_per_epoch == IMAGES // BATCH

@@ -14,6 +14,7 @@ from mnclglf.engine.checkpoint import (
     CheckpointError,
     delete_old_checkpoints,
     list_checkpoints,
+    list_milestones,
     load_checkpoint,
     save_checkpoint,
 )
@@ -151,3 +152,10 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("step-x.pt", ".step-00000009.pt.1.tmp", "notes.txt"):
         (tmp_path / name).touch()
     assert [step for step, _ in list_checkpoints(tmp_path)] == [7]
+
+
+def test_milestones_are_the_multiples_oldest_first(tmp_path: Path) -> None:
+    for step in (30, 5, 10, 12, 20):
+        save(tmp_path, step)
+    assert [path.name for path in list_milestones(tmp_path, 10)] == [f"step-000000{step}.pt" for step in (10, 20, 30)]
+    assert list_milestones(tmp_path, 7) == []

@@ -95,6 +95,15 @@ def test_bf16_runs_under_autocast_and_comes_back_as_fp32(encoder: ResNet18):
     assert 0 < difference < 0.05  # 20 layers of bf16's 2**-9
 
 
+def test_fp16_runs_under_autocast_too(encoder: ResNet18):
+    seen: list[torch.dtype] = []
+    encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    result, exact = (features(encoder, image_set(), dtype=dtype) for dtype in (torch.float16, torch.float32))
+    assert seen[0] == torch.float16
+    difference = (result - exact).norm() / exact.norm()
+    assert 0 < difference < 0.01  # 20 layers of fp16's 2**-11
+
+
 def test_an_encoder_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"the encoder made \(4, 3, 16, 16\) of 4 images"):
         features(nn.Identity(), image_set())

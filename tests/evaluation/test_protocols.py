@@ -50,6 +50,16 @@ def test_each_protocol_measures_each_representation():
     assert results[0].settings | {"k": 5, "train_images": 120, "test_images": 40, "classes": 4} == results[0].settings
 
 
+def test_the_penalty_may_be_given():
+    sets = {"pretrained": representation(8, 1.0)}
+    (found,) = evaluate(sets, TRAIN_LABELS, TEST_LABELS, 4, ["linear"], c=0.003)
+    assert found.settings["C"] == 0.003
+    assert (
+        found.top1
+        == fit_linear(sets["pretrained"][0], TRAIN_LABELS, sets["pretrained"][1], TEST_LABELS, classes=4, c=0.003).top1
+    )
+
+
 def test_a_note_reaches_the_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mnclglf.evaluation.linear_probe.MAX_ITERATIONS", 2)
     sets = {"pretrained": representation(8, 1.0)}
@@ -82,6 +92,24 @@ def test_saving_merges_by_protocol_representation_and_split(tmp_path: Path):
     new, held_out = result(top1=0.9), dataclasses.replace(result(top1=0.7), split="validation")
     assert save_results(path, [held_out, new]) == [new, *old[1:], held_out]
     assert load_results(path) == [new, *old[1:], held_out]
+
+
+def test_shares_of_labels_and_milestones_do_not_replace_one_another(tmp_path: Path):
+    path = tmp_path / "evaluation.json"
+    found = [result("linear_lars", **own) for own in ({}, {"label_share": 0.1}, {"epoch": 50.0}, {"epoch": 100.0})]
+    save_results(path, found[:2])
+    assert save_results(path, found[2:]) == found
+    better = dataclasses.replace(found[2], top1=0.9)
+    assert save_results(path, [better]) == [*found[:2], better, found[3]]
+
+
+def test_results_of_an_earlier_version_are_of_all_labels_and_the_newest_checkpoint(tmp_path: Path):
+    path = tmp_path / "evaluation.json"
+    old = {"protocol": "knn", "representation": "pretrained", "split": "test", "top1": 0.5, "top5": 1.0}
+    path.write_text(json.dumps([{**old, "deviation": None, "settings": {"step": 7}}]))
+    (found,) = load_results(path)
+    assert (found.label_share, found.epoch) == (1.0, None)
+    assert save_results(path, [result(top1=0.7)]) == [result(top1=0.7)]
 
 
 def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path):

@@ -133,6 +133,16 @@ def test_results_of_an_earlier_checkpoint_are_marked(make_run):
     assert "of the checkpoint after step 400; the run has reached step 468 since" in report(run).words
 
 
+def test_milestones_are_rows_and_no_cause_for_a_warning(make_run):
+    run = make_run()
+    results = json.loads((run / "evaluation.json").read_text())
+    milestone = {**results[0], "protocol": "linear_lars", "epoch": 3.0, "settings": {"step": 117, "classes": 10}}
+    (run / "evaluation.json").write_text(json.dumps([*results, milestone]))
+    page = report(run)
+    assert "Linear classifier as in the paper, all labels, after epoch 3 checkpoint after step 117" in page.words
+    assert "has reached step" not in page.words
+
+
 def test_a_torn_last_line_is_skipped_and_others_are_counted(make_run):
     run = make_run()
     path = run / "metrics.jsonl"
@@ -192,6 +202,8 @@ def test_text_from_files_is_escaped(make_run):
         ("evaluation.json", "[3]"),
         ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": "high", "top5": 1}]'),
         ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "settings": 3}]'),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "label_share": null}]'),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "epoch": "last"}]'),
         ("metrics.jsonl", "no\nrecords\n"),
         ("nonfinite.json", "{"),
         ("views.npz", "no archive"),

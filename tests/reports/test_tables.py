@@ -2,7 +2,7 @@
 
 import pytest
 
-from mnclglf.reports.tables import REPRESENTATIONS, percent, result_table, to_markdown
+from mnclglf.reports.tables import REPRESENTATIONS, mean_over_runs, percent, result_table, to_markdown
 
 
 def result(protocol="knn", representation="pretrained", top1=0.5, top5=0.9, **more):
@@ -44,6 +44,48 @@ def test_splits_are_rows_of_their_own():
     assert [(row.title, row.cells[0].top1) for row in table.rows] == [
         ("k nearest neighbors", 0.5), ("k nearest neighbors (validation images)", 0.6)
     ]  # fmt: skip
+
+
+def test_shares_of_labels_and_milestones_are_rows_of_their_own():
+    results = [
+        result("linear_lars", top1=0.4),
+        result("linear_lars", top1=0.3, epoch=150.0),
+        result("linear_lars", top1=0.2, epoch=50.0),
+        result("linear_lars", top1=0.1, label_share=0.07),
+        result("knn", top1=0.5, label_share=0.01),
+    ]
+    table = result_table([*results, result("linear", top1=0.9, label_share=1.0, epoch=None)])
+    paper = "Linear classifier as in the paper"
+    assert [(row.title, row.cells[0].top1) for row in table.rows] == [
+        ("k nearest neighbors, 1% of the labels", 0.5),
+        ("Linear classifier, all labels", 0.9),
+        (f"{paper}, all labels, after epoch 50", 0.2),
+        (f"{paper}, all labels, after epoch 150", 0.3),
+        (f"{paper}, all labels", 0.4),
+        (f"{paper}, 7% of the labels", 0.1),
+    ]
+
+
+def test_the_papers_protocol_says_its_settings():
+    settings = {"optimizer": "LARS", "epochs": 90, "batch_size": 256, "lr": 0.8, "momentum": 0.9, "seed": 3}
+    (row,) = result_table([result("linear_lars", settings=settings)]).rows
+    assert row.details == "LARS, 90 epochs, batches of 256, lr 0.8"
+
+
+def test_means_are_over_the_runs_that_all_have_a_result():
+    first = [
+        result(top1=0.5, top5=0.7, settings={"k": 20, "step": 8, "note": "odd"}),
+        result(top1=0.1, epoch=2.0),
+        result("linear"),
+    ]
+    second = [result(top1=0.6, top5=0.8, settings={"k": 20, "step": 9}), result(top1=0.2, epoch=2.0)]
+    third = [result(top1=0.3, epoch=2.0), result(top1=0.7, top5=0.9, settings={"k": 20, "step": 8})]
+    newest, milestone = mean_over_runs([first, second, third])
+    # by hand: 0.5, 0.6, 0.7 lie 0.1 apart, so their deviation with n - 1 is 0.1
+    assert (newest["top1"], newest["top5"], newest["deviation"]) == pytest.approx((0.6, 0.8, 0.1))
+    assert newest["settings"] == {"runs": 3, "k": 20}
+    assert (milestone["epoch"], milestone["top1"], milestone["deviation"]) == pytest.approx((2.0, 0.2, 0.1))
+    assert "3 runs, k 20" in to_markdown(result_table([newest]))
 
 
 def test_settings_that_differ_are_said_of_the_number():
