@@ -240,7 +240,8 @@ def by_lars(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder:
     }
     results: list[Result] = []
     for name, network in encoders.items():
-        accuracy = lars_accuracy(subject, evaluation, loader, network, f"{name}, step {step}")
+        title = f"{name}, step {step}" if network is encoder else name
+        accuracy = lars_accuracy(subject, evaluation, loader, network, title)
         results.append(
             Result(
                 protocol="linear_lars",
@@ -254,11 +255,13 @@ def by_lars(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder:
     return results
 
 
-def lars_accuracy(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, name: str) -> Accuracy:
-    """Test accuracy of a classifier that is trained for it; `name` stands before each line of progress."""
+def lars_accuracy(
+    subject: Subject, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, title: str
+) -> Accuracy:
+    """Test accuracy of a classifier that is trained for it; `title` stands before each line of progress."""
 
     def say(line: str) -> None:
-        subject.console.print(f"linear, {name}: {line}", highlight=False, soft_wrap=True, markup=False)
+        subject.console.print(f"linear, {title}: {line}", highlight=False, soft_wrap=True, markup=False)
 
     test = subject.features(encoder, subject.test).to(subject.device)
     classifier = train_linear(

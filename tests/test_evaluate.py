@@ -201,7 +201,8 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
         tiny(milestones=True, untrained=True)
 
 
-def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path):
+def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
     config = json.loads((run / "config.json").read_text())
     config["engine"] |= {"device": "cuda", "graphs": "on", "compile": "on", "kernels": "require"}
     (run / "config.json").write_text(json.dumps(config))
