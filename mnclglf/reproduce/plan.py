@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -70,9 +70,9 @@ class Scale:
     configure: Callable[[MethodName, str], RunConfig]
     """From a method and a data set of the paper to a run."""
     protocols: tuple[Literal["knn", "linear"], ...]
-    """Evaluations of each run; the tables' columns are of "linear"."""
+    """Evaluations of each run; the first gives the table's top-1 and top-5."""
     protocol_text: str
-    """How the linear accuracies are found, in words."""
+    """How those are found, in words."""
     of_paper: bool
     """Whether the setting is the paper's, so that its numbers can be held against ours."""
 
@@ -178,7 +178,7 @@ class _Entry:
     """A row before it is known for which scale and seeds."""
 
     label: str
-    method: str = "mnclglf"
+    method: MethodName = "mnclglf"
     objective: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What differs from the recipe's."""
     trained: float = 1.0
@@ -211,7 +211,7 @@ def _entries(table: TableName, dataset: str) -> list[_Entry]:
 
 
 def _row(entry: _Entry, dataset: str, scale: Scale, request: Reproduce) -> Row:
-    config = scale.configure(cast("MethodName", entry.method), dataset)
+    config = scale.configure(entry.method, dataset)
     config = replace(
         config,
         objective=replace(config.objective, **entry.objective),

@@ -28,7 +28,7 @@ class Measurement:
     knn_top1: float | None
     """None where k-NN is none of the scale's protocols."""
     settings: dict[str, Any]
-    """Of the linear evaluation."""
+    """Of the evaluation."""
     environment: dict[str, Any]
     """What environment.json says of the process that trained last: device, commit, precision, versions."""
     training_seconds: float
@@ -112,18 +112,18 @@ def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measu
     found = {
         protocol: find_result(folder, config, row.epoch, protocol, row.representation) for protocol in scale.protocols
     }
-    linear, knn, last = found["linear"], found.get("knn"), _last_record(folder)
-    if linear is None or last is None or None in found.values():
+    shown, knn, last = found[scale.protocols[0]], found.get("knn"), _last_record(folder)
+    if shown is None or last is None or None in found.values():
         return None
     return Measurement(
         run=folder.name,
         seed=config.seed,
         epoch=row.epoch,
-        step=linear.settings["step"],
-        top1=linear.top1,
-        top5=linear.top5,
+        step=shown.settings["step"],
+        top1=shown.top1,
+        top5=shown.top5,
         knn_top1=None if knn is None else knn.top1,
-        settings=linear.settings,
+        settings=shown.settings,
         environment=json.loads((folder / "environment.json").read_text()),
         training_seconds=last["elapsed_seconds"],
     )
