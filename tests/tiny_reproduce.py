@@ -12,7 +12,7 @@ from mnclglf.config import DataConfig, EngineConfig, ModelConfig, RunConfig, to_
 from mnclglf.evaluation.results import Result, save_results
 from mnclglf.recipes import quick
 from mnclglf.reproduce import execute
-from mnclglf.reproduce.plan import SCALES, Reproduce, Scale, Table, make_table, run_name
+from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table, run_name
 from mnclglf.reproduce.results import results_path
 
 IMAGES, BATCH, EPOCHS = 96, 32, 4
@@ -32,7 +32,7 @@ def tiny(method: str, dataset: str) -> RunConfig:
     )
 
 
-TINY = Scale(name="small", configure=tiny, protocols=("linear", "knn"), protocol_text="a tiny fit", of_paper=False)
+TINY = replace(SCALES["small"], configure=tiny)
 
 
 def tiny_table(name: str, *, seeds: int = 1) -> Table:
@@ -64,11 +64,11 @@ class HandMade:
     def evaluate(self, config: RunConfig, top1: float, *, epoch: int | None = None, **changes: object) -> None:
         """Writes top1 for the linear protocol and half of it for k-NN; top5 is halfway from top1 to 1."""
         epoch = epoch or config.optim.epochs
-        usual = {"representation": "pretrained", "split": "test", "settings": {"step": PER_EPOCH * epoch, "C": 0.1}}
-        results = [
-            Result(protocol=protocol, top1=value, top5=(1 + value) / 2, **(usual | changes))
-            for protocol, value in (("linear", top1), ("knn", top1 / 2))
-        ]
+        results = []
+        for protocol, value in (("linear", top1), ("knn", top1 / 2)):
+            settings = {"step": PER_EPOCH * epoch, **SCALES["small"].protocols[protocol]}
+            usual = {"representation": "pretrained", "split": "test", "settings": settings}
+            results.append(Result(protocol=protocol, top1=value, top5=(1 + value) / 2, **(usual | changes)))
         save_results(results_path(self.runs / run_name(config), config, epoch), results)
 
 

@@ -311,8 +311,8 @@ def _draw_dots(axis: Axes, dots: Dots, theme: Theme) -> None:
             continue
         mean = statistics.fmean(values)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        axis.plot([mean - spread, mean + spread], [row, row], color=color, linewidth=1.6)
-        axis.plot(values, [row] * len(values), color=color, linestyle="", marker=".", markersize=4, alpha=0.5)
+        axis.plot([mean - spread, mean + spread], [row, row], color=color, linewidth=1.6, alpha=0.4)
+        axis.plot(values, [row] * len(values), color=color, linestyle="", marker=".", markersize=5)
         axis.plot([mean], [row], color=color, marker="oD^"[dots.color], markersize=6, linestyle="", label=label)
         label = None  # once in the legend
 

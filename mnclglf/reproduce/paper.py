@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mnclglf.config import MethodName
+
 
 class PaperResult(NamedTuple):
     """Accuracy of linear evaluation in percent; top5 is None where the paper has none."""
@@ -12,7 +14,7 @@ class PaperResult(NamedTuple):
     top5: float | None = None
 
 
-METHOD_TITLES = {
+METHOD_TITLES: dict[MethodName, str] = {
     "supervised": "Supervised",
     "mocov2": "MoCo v2",
     "simsiam": "SimSiam",
@@ -23,7 +25,7 @@ METHOD_TITLES = {
     "mnclglf": "MNCLGLF",
 }
 
-TABLE3 = {
+TABLE3: dict[MethodName, dict[str, PaperResult]] = {
     "supervised": {
         "cifar10": PaperResult(92.89, 99.84),
         "cifar100": PaperResult(71.93, 92.21),

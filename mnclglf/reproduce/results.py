@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Measurement:
     knn_top1: float | None
     """None where k-NN is none of the scale's protocols."""
     settings: dict[str, Any]
-    """Of the linear evaluation."""
+    """Of the evaluation."""
     environment: dict[str, Any]
     """What environment.json says of the process that trained last: device, commit, precision, versions."""
     training_seconds: float
@@ -66,24 +67,31 @@ def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[st
     """Representations that are yet to be evaluated, by epoch; of a run that is not trained, all that are asked for."""
     folder = runs / run.name
     missing = {
-        epoch: [
-            name
-            for name in representations
-            if any(find_result(folder, run.config, epoch, protocol, name) is None for protocol in scale.protocols)
-        ]
-        for epoch, representations in run.asked.items()
+        epoch: [name for name in names if None in find_results(folder, run.config, epoch, name, scale).values()]
+        for epoch, names in run.asked.items()
     }
-    return {epoch: representations for epoch, representations in missing.items() if representations}
+    return {epoch: names for epoch, names in missing.items() if names}
 
 
-def find_result(folder: Path, config: RunConfig, epoch: int, protocol: str, representation: str) -> Result | None:
-    """The result of a protocol on the test images, if it is of this very run and epoch."""
+def find_results(
+    folder: Path, config: RunConfig, epoch: int, representation: str, scale: Scale
+) -> dict[str, Result | None]:
+    """By protocol, what is there of this very run, epoch and protocol on the test images."""
     step = step_of_epoch(folder, epoch)
     if step is None or other_settings(folder, config):
-        return None
-    for result in load_results(results_path(folder, config, epoch)):
-        found = (result.protocol, result.representation, result.split, result.settings.get("step"))
-        if found == (protocol, representation, "test", step):
+        return dict.fromkeys(scale.protocols)
+    saved = load_results(results_path(folder, config, epoch))
+    return {
+        protocol: _find(saved, protocol, representation, {**settings, "step": step})
+        for protocol, settings in scale.protocols.items()
+    }
+
+
+def _find(saved: Sequence[Result], protocol: str, representation: str, settings: Mapping[str, Any]) -> Result | None:
+    for result in saved:
+        if (result.protocol, result.representation, result.split) == (protocol, representation, "test") and all(
+            result.settings.get(name) == value for name, value in settings.items()
+        ):
             return result
     return None
 
@@ -109,21 +117,19 @@ def limit_shares(runs: Path) -> list[float]:
 
 def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measurement | None:
     folder = runs / run_name(config)
-    found = {
-        protocol: find_result(folder, config, row.epoch, protocol, row.representation) for protocol in scale.protocols
-    }
-    linear, knn, last = found["linear"], found.get("knn"), _last_record(folder)
-    if linear is None or last is None or None in found.values():
+    found = find_results(folder, config, row.epoch, row.representation, scale)
+    shown, knn, last = next(iter(found.values())), found.get("knn"), _last_record(folder)
+    if shown is None or last is None or None in found.values():
         return None
     return Measurement(
         run=folder.name,
         seed=config.seed,
         epoch=row.epoch,
-        step=linear.settings["step"],
-        top1=linear.top1,
-        top5=linear.top5,
+        step=shown.settings["step"],
+        top1=shown.top1,
+        top5=shown.top5,
         knn_top1=None if knn is None else knn.top1,
-        settings=linear.settings,
+        settings=shown.settings,
         environment=json.loads((folder / "environment.json").read_text()),
         training_seconds=last["elapsed_seconds"],
     )

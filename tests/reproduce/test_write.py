@@ -15,6 +15,7 @@ from mnclglf.reproduce.plan import Reproduce, Table, make_table
 from mnclglf.reproduce.write import write_table
 
 pytestmark = pytest.mark.usefixtures("tiny_scale")
+SETTINGS = {"solver": "logistic regression", "k": 20, "temperature": 0.07}
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -117,8 +118,10 @@ def test_a_run_counts_for_every_table_that_needs_it(tmp_path: Path, hand_made: H
 @pytest.mark.parametrize(
     "changes",
     [
-        {"settings": {"step": 9}},  # of an earlier checkpoint
-        {"settings": {}},
+        {"settings": {**SETTINGS, "step": 9}},  # of an earlier checkpoint
+        {"settings": SETTINGS},
+        {"settings": {**SETTINGS, "step": 12, "k": 1}},  # as `mnclglf knn RUN --k 1` leaves it
+        {"settings": {**SETTINGS, "step": 12, "solver": "another"}},
         {"split": "validation"},
         {"representation": "raw pixels"},
     ],
@@ -129,6 +132,9 @@ def test_a_number_of_something_else_is_not_taken(
     table = tiny_table("table6")
     config = table.rows[0].configs[0]
     hand_made.train(config)
+    hand_made.evaluate(config, 0.9, settings={**SETTINGS, "step": 12})
+    assert "90.00 (n = 1)" in Written(table, tmp_path / "out").cells("k = 1")
+    (tmp_path / "out" / "runs" / table.runs()[0].name / "evaluation.json").unlink()
     hand_made.evaluate(config, 0.9, **changes)
     assert Written(table, tmp_path / "out").cells("k = 1")[3:] == ["not run"] * 4
 
