@@ -107,7 +107,7 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
             assert step is not None  # it is trained
             console.print(f"evaluating after epoch {epoch}", highlight=False)
             checkpoint = checkpoint_path(folder / "checkpoints", step)
-            results = evaluate_checkpoint(folder, checkpoint, [*scale.protocols], representations)
+            results = evaluate_checkpoint(folder, checkpoint, scale.protocols, representations, console)
             save_results(results_path(folder, run.config, epoch), results)
         write_report(folder)
     return 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_reproduce import EPOCHS, HandMade, tiny_table
 from mnclglf.cli import main
 from mnclglf.engine.checkpoint import list_checkpoints
 from mnclglf.engine.train import Trainer
+from mnclglf.evaluation.results import load_results
 from mnclglf.reproduce import command, estimate, execute
 from mnclglf.reproduce.execute import TAKEN, held, lock_of, make_run, make_runs
 from mnclglf.reproduce.plan import Reproduce, make_table
@@ -65,6 +67,20 @@ def test_a_run_is_trained_and_evaluated_once(runs: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(execute, "Trainer", fail)
     monkeypatch.setattr(execute, "evaluate_checkpoint", fail)
     assert make_run(run, runs, table.scale, silent()) == 0
+
+
+def test_a_run_is_evaluated_by_the_papers_protocol(runs: Path) -> None:
+    protocol = {"linear_lars": {"epochs": 2, "batch_size": 32, "lr": 0.8}}
+    scale = replace(tiny_table("table6").scale, protocols=protocol)
+    run = tiny_table("table6").runs()[0]
+    run.asked = {EPOCHS: ["pretrained"]}
+    assert make_run(run, runs, scale, silent()) == 0
+    assert missing_evaluations(run, runs, scale) == {}
+    (result,) = load_results(runs / run.name / "evaluation.json")
+    assert (result.protocol, result.representation) == ("linear_lars", "pretrained")
+    assert {name: result.settings[name] for name in ("epochs", "batch_size", "lr")} == protocol["linear_lars"]
+    longer = replace(scale, protocols={"linear_lars": {**protocol["linear_lars"], "epochs": 90}})
+    assert missing_evaluations(run, runs, longer) == run.asked
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
