@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 
 from mnclglf.config import RunConfig
+from mnclglf.methods import METHODS
 from mnclglf_kernels import Backends, canary, resolve
 from mnclglf_kernels.backend import triton_problem
-from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
+from mnclglf_kernels.sizes import Operator, Sizes
 
 
 def choose_backends(
@@ -41,7 +42,8 @@ def choose_backends(
         sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        used: list[Operator] = [op for op in OPERATORS if op != "augment" or config.data.loader in ("auto", "resident")]
+        views: tuple[Operator, ...] = ("augment",) if config.data.loader in ("auto", "resident") else ()
+        used = (*METHODS[config.method].operators, *views)
         problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
