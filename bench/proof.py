@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "bench/proven"  # in pytest's cache
 STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/engine/test_step.py"]
-OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in ("patches", "contrastive_losses", "neighbor", "queue")]
+PROVEN = ("patches", "contrastive_losses", "neighbor", "queue", "view_losses")
+OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in PROVEN]
 
 
 def digest(root: Path = ROOT) -> str:
