@@ -131,7 +131,15 @@ def kernels() -> Figures:
 
 def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[torch.Tensor], list[torch.Tensor]]]:
     """Each operator at SIZES on DEVICE: (forward, its tensors, those of them that need a gradient)."""
-    from mnclglf_kernels import augment, combine, contrastive_losses, divide, nearest_neighbor
+    from mnclglf_kernels import (
+        augment,
+        combine,
+        contrastive_losses,
+        divide,
+        nearest_neighbor,
+        nt_xent,
+        queue_contrastive_loss,
+    )
     from mnclglf_kernels.augment import Recipe
 
     n, side, features, k, width, size, source = SIZES
@@ -146,7 +154,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
     images = random(n, 3, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
     patches = random(4 * n, features).requires_grad_()
     rows = [x for s in (6, 6, 1, 1) for x in (random(s * n, width), random(n, width).requires_grad_())]
-    queue = torch.nn.functional.normalize(random(size, width))
+    queue, views = torch.nn.functional.normalize(random(size, width)), rows[1:4:2]
     stored = torch.randint(256, (n, 3, source, source), dtype=torch.uint8, device=DEVICE)
     numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1], device=DEVICE)
     view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS * n, 1), numbers[6:9], numbers[6:9]]
@@ -156,6 +164,12 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
         "combine": (partial(combine, k=k, backend="triton"), [patches], [patches]),
         "contrastive_losses": (losses, rows, rows[1::2]),
         "nearest_neighbor": (partial(nearest_neighbor, backend="triton"), [random(2 * n, width), queue], []),
+        "nt_xent": (partial(nt_xent, temperature=0.5, backend="triton"), views, views),
+        "queue_contrastive_loss": (
+            partial(queue_contrastive_loss, temperature=0.5, backend="triton"),
+            [*views, queue],
+            views,
+        ),
     }
 
 
@@ -375,7 +389,8 @@ def pytest(*arguments: str) -> Callable[[], Figures]:
     return work
 
 
-BENCHES = [f"bench/bench_{name}.py" for name in ("divide", "combine", "contrastive", "neighbor", "enqueue")]
+OPERATOR_BENCHES = ("divide", "combine", "contrastive", "neighbor", "enqueue", "nt_xent", "queue_contrastive")
+BENCHES = [f"bench/bench_{name}.py" for name in OPERATOR_BENCHES]
 STAGES = {
     "environment": Stage("Driver, versions and compiler", environment, 120, needs_gpu=False),
     "compiled_ahead": Stage("Kernels compiled ahead of time", compiled_ahead, 600, needs_gpu=False),

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = "bench/proven"  # in pytest's cache
 STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/engine/test_step.py"]
 GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/engine/test_compiling.py"]
-OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in ("patches", "contrastive_losses", "neighbor", "queue")]
+PROVEN = ("patches", "contrastive_losses", "neighbor", "queue", "view_losses")
+OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in PROVEN]
 
 
 def digest(root: Path = ROOT) -> str:

@@ -27,12 +27,20 @@ from mnclglf.engine.step import keep_freed_memory
 from mnclglf.methods import METHODS
 from mnclglf.models import momentum
 from mnclglf.recipes import paper
-from mnclglf_kernels import combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import (
+    combine,
+    contrastive_losses,
+    divide,
+    enqueue,
+    nearest_neighbor,
+    nt_xent,
+    queue_contrastive_loss,
+)
 from mnclglf_kernels.inspect import DTYPES
 
 GPU_OPTIONS = {"3090": 86, "4090": 89, "a100": 80, "h100": 90}
 OTHER = "everything else"
-OPERATORS = (divide, combine, contrastive_losses, nearest_neighbor, enqueue)
+OPERATORS = (divide, combine, contrastive_losses, nearest_neighbor, enqueue, nt_xent, queue_contrastive_loss)
 # Which part an operation outside of our operators belongs to, by what its name holds; the first that fits.
 PARTS = {
     "convolution_backward": "convolutions, backward",

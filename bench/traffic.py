@@ -1,12 +1,14 @@
 """`python -m bench.traffic`: launches and unique bytes of a step's operators, ours and eager PyTorch's, counted alike.
 
 Nothing is run: ours are the launches that the operators make, with the closed forms that the tests hold against counts;
-eager PyTorch is Algorithm 1 as printed (tests/oracles.py) on the meta device.
+eager PyTorch is Algorithm 1 as printed (tests/oracles.py), or the loss as published (tests/method_oracles.py), on the
+meta device.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mnclglf.methods import MNCLGLF
 from mnclglf_kernels import augment
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.traffic import traffic
@@ -24,7 +27,11 @@ from mnclglf_kernels.inspect import launches
 from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Operator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from method_oracles import nt_xent_as_published, queue_loss_as_published
 from oracles import Algorithm1AsPrinted as reference
+
+STEP = MNCLGLF.operators
+OTHERS = tuple(op for op in OPERATORS if op not in STEP)
 
 
 @dataclass
@@ -88,6 +95,13 @@ def eager(op: Operator, dtype: torch.dtype) -> Eager:
                 reference.nearest_neighbor(on_meta(n, width, dtype=dtype), on_meta(size, width, dtype=dtype))
         elif op == "enqueue":
             reference.enqueue(on_meta(size, width, dtype=dtype), 100, on_meta(n, width, dtype=dtype))
+        elif op == "nt_xent":
+            views = [on_meta(n, width, dtype=dtype, gradient=True) for _ in range(2)]
+            nt_xent_as_published(*views, 1.0).backward(on_meta(dtype=dtype))
+        elif op == "queue_contrastive_loss":
+            queries, keys = (on_meta(n, width, dtype=dtype, gradient=asks) for asks in (True, False))
+            loss = queue_loss_as_published(queries, keys, on_meta(size, width, dtype=dtype), 1.0)
+            loss.backward(on_meta(dtype=dtype))
         else:
             for subsets in (6, 6, 1, 1):
                 predictions = on_meta(n, width, dtype=dtype, gradient=True)
@@ -97,26 +111,26 @@ def eager(op: Operator, dtype: torch.dtype) -> Eager:
 
 
 def ours(op: Operator, dtype: torch.dtype) -> list[Launch]:
-    """Ours of the same work: of the loss, only the predictions' gradient, as in a step."""
-    return [x for x in launches(op, dtype, 86) if not x.arguments.get("OF_TARGETS")]
+    """Ours of the same work: no gradient of targets and keys, as in a step."""
+    asked = launches(op, dtype, 86)
+    return [x for x in asked if not x.arguments.get("OF_TARGETS") and not x.arguments.get("OF_KEYS")]
 
 
-def rows(dtype: torch.dtype) -> list[Row]:
-    """A row an operator of the step, their sum, and augment against its own PyTorch form."""
+def rows(dtype: torch.dtype, operators: Sequence[Operator]) -> list[Row]:
+    """A row an operator, and their sum; augment against its own PyTorch form."""
     found: list[Row] = []
-    for op in OPERATORS:
+    for op in operators:
         mine, theirs = ours(op, dtype), eager(op, dtype)
         unique = sum(traffic(x).unique_bytes for x in mine)
         found.append(Row(op, len(mine), theirs.launches, unique, theirs.unique_bytes))
-    *step, views = found
-    return [*step, Row("together", *(sum(column) for column in zip(*(row[1:] for row in step), strict=True))), views]
+    return [*found, Row("together", *(sum(column) for column in zip(*(row[1:] for row in found), strict=True)))]
 
 
 def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         print(f"\n{str(dtype).removeprefix('torch.')}, {' '.join(f'{k} {v}' for k, v in PAPER._asdict().items())}\n")
         print("| operator | launches | eager | ratio | unique MB | eager | ratio |\n|---|--:|--:|--:|--:|--:|--:|")
-        for name, count, eager_count, moved, eager_moved in rows(dtype):
+        for name, count, eager_count, moved, eager_moved in (*rows(dtype, STEP), *rows(dtype, OTHERS)[:-1]):
             print(
                 f"| {name} | {count} | {eager_count} | {eager_count / count:.1f} "
                 f"| {moved / 1e6:.1f} | {eager_moved / 1e6:.1f} | {eager_moved / moved:.1f} |"

@@ -15,6 +15,8 @@ from bench import (
     bench_divide,
     bench_enqueue,
     bench_neighbor,
+    bench_nt_xent,
+    bench_queue_contrastive,
     draw,
     proof,
     side_by_side,
@@ -34,6 +36,8 @@ SMALL_CASES = [
     bench_contrastive.contrastive_case(BOTH, subsets=(2,), images=4, width=8, both_sides=True),
     bench_neighbor.neighbor_case(queries=3, size=16, width=8),
     bench_enqueue.enqueue_case(images=2, size=4, width=8),
+    *(bench_nt_xent.nt_xent_case(direction, images=4, width=8) for direction in DIRECTIONS),
+    *(bench_queue_contrastive.queue_case(direction, images=4, size=16, width=8) for direction in DIRECTIONS),
 ]
 
 

@@ -143,7 +143,7 @@ def test_the_stages_of_a_gpu_run_through(tiny):
     assert training["images/s"] > 0
     assert training["share of the limit"] > 0
     shares = gpu_report.roofline()
-    assert len(shares) == 3 + 14  # the GPU, its matmul and copy, and a line a kernel
+    assert len(shares) == 3 + 24  # the GPU, its matmul and copy, and a line a kernel
     assert all("250.0 us, at least " in share for name, share in shares.items() if "kernel" in name)
 
 

@@ -8,8 +8,10 @@ from mnclglf_kernels.augment import augment
 from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, Backends, resolve
 from mnclglf_kernels.contrastive import contrastive_loss, contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
+from mnclglf_kernels.nt_xent import nt_xent
 from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
+from mnclglf_kernels.queue_contrastive import queue_contrastive_loss
 
 if HAS_TRITON:
     from mnclglf_kernels import _triton as _triton  # registers torch.ops.mnclglf.*
@@ -26,5 +28,7 @@ __all__ = [
     "divide",
     "enqueue",
     "nearest_neighbor",
+    "nt_xent",
+    "queue_contrastive_loss",
     "resolve",
 ]

@@ -23,12 +23,15 @@ class Backends(NamedTuple):
     nearest_neighbor: Backend = "auto"
     enqueue: Backend = "auto"
     augment: Backend = "auto"
+    nt_xent: Backend = "auto"
+    queue_contrastive_loss: Backend = "auto"
 
     @classmethod
     def all(cls, backend: Backend) -> Backends:
         """The same for every operator; those that FAISS has not choose for themselves beside it."""
         others: Backend = "auto" if backend == "faiss" else backend
-        return cls(others, others, others, backend, others, others)
+        everywhere: list[Backend] = [others] * len(cls._fields)
+        return cls(*everywhere)._replace(nearest_neighbor=backend)
 
 
 HAS_TRITON = find_spec("triton") is not None

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from mnclglf_kernels.augment import LARGEST_SIDE, Recipe, augment
-from mnclglf_kernels.backend import first_line
+from mnclglf_kernels.backend import Backend, first_line
 from mnclglf_kernels.contrastive import contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
+from mnclglf_kernels.nt_xent import nt_xent
 from mnclglf_kernels.patches import combine, divide
 from mnclglf_kernels.queue import enqueue
+from mnclglf_kernels.queue_contrastive import queue_contrastive_loss
 from mnclglf_kernels.sizes import OPERATORS, VIEWS, Operator, Sizes
 
 TEMPERATURE = 0.1
@@ -178,6 +180,37 @@ def check_contrastive(run: Run) -> str | None:
     )
 
 
+def check_loss(loss: Callable[..., Tensor], rows: Sequence[Tensor]) -> str | None:
+    """Of a loss of some rows: value and gradients."""
+    leaves = [x.detach().requires_grad_() for x in rows]
+    twins = [x.detach().double().requires_grad_() for x in rows]
+    value, expected = loss(*leaves, TEMPERATURE, backend="triton"), loss(*twins, TEMPERATURE, backend="torch")
+    gradients = torch.autograd.grad(UPSTREAM * value, leaves)
+    pairs = zip(gradients, torch.autograd.grad(UPSTREAM * expected, twins), strict=True)
+    return first_problem(
+        excess("the loss", value, expected), *(excess("a gradient", ours, truth) for ours, truth in pairs)
+    )
+
+
+def check_nt_xent(run: Run) -> str | None:
+    n, width = run.sizes.images, run.sizes.width
+    first = run.random(1, width) + run.random(n, width) / 2  # as in check_contrastive
+    return check_loss(nt_xent, [first, first + run.random(n, width) / 2])
+
+
+def check_queue_contrastive(run: Run) -> str | None:
+    n, width = run.sizes.images, run.sizes.width
+    common = run.random(1, width)
+    queries = common + run.random(n, width) / 2
+    keys, negatives = queries + run.random(n, width) / 2, common + run.random(run.sizes.queue, width) / 2
+    queue = torch.nn.functional.normalize(negatives.float()).to(run.queue_dtype)
+
+    def loss(queries: Tensor, temperature: float, *, backend: Backend) -> Tensor:
+        return queue_contrastive_loss(queries, keys, queue, temperature, backend=backend)
+
+    return check_loss(loss, [queries])
+
+
 def check_neighbor(run: Run) -> str | None:
     queries = run.random(2 * run.sizes.images, run.sizes.width)
     queue = torch.nn.functional.normalize(run.random(run.sizes.queue, run.sizes.width, dtype=torch.float32))
@@ -211,4 +244,6 @@ CHECKS: dict[Operator, Callable[[Run], str | None]] = {
     "contrastive_losses": check_contrastive,
     "nearest_neighbor": check_neighbor,
     "enqueue": check_enqueue,
+    "nt_xent": check_nt_xent,
+    "queue_contrastive_loss": check_queue_contrastive,
 }

@@ -24,3 +24,24 @@ def check_widths(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(
             f"{name} has rows of width {tensor.shape[1]}, {other_name} of {other.shape[1]}; they must agree"
         )
+
+
+def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """ValueError unless both matrices have as many rows, and one at least."""
+    count, other_count = tensor.shape[0], other.shape[0]
+    if count != other_count or count == 0:
+        raise ValueError(f"{name} has {count} rows, {other_name} {other_count}; they need as many, and one at least")
+
+
+def check_temperature(temperature: float) -> None:
+    """ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be positive")
+
+
+def check_queue(name: str, tensor: Tensor, queue: Tensor) -> None:
+    """ValueError or TypeError unless the queue is a matrix of floating-point rows, one or more, as wide as `tensor`."""
+    check_matrix("queue", queue, "[K, D]")
+    check_widths(name, tensor, "queue", queue)
+    if queue.shape[0] == 0:
+        raise ValueError(f"queue has shape {tuple(queue.shape)}; it needs at least one row")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnclglf_kernels.backend import Backend, resolve
-from mnclglf_kernels.checks import check_matrix, check_widths
+from mnclglf_kernels.checks import check_matrix, check_temperature, check_widths
 
 NORM_FLOOR = 1e-12  # F.normalize's
 
@@ -58,8 +58,7 @@ def contrastive_losses(
     """
     for targets, predictions in pairs:
         check_pair(targets, predictions)
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} must be positive")
+    check_temperature(temperature)
     if not pairs:
         return []
     if resolve(backend, *(rows for pair in pairs for rows in pair), kind="matmul") == "torch":

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import comb, prod
@@ -23,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnclglf_kernels._triton import augment, contrastive, neighbor, patches, queue
+from mnclglf_kernels._triton import augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels._triton.traffic import Traffic, traffic
 from mnclglf_kernels.backend import INTERPRETED
@@ -100,8 +101,18 @@ class Variant:
     bound_microseconds: float  # least time of the launch on this GPU
 
 
-def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER, device: torch.device = META) -> list[Launch]:
-    """What the operator launches in a step, forward and then backward; on the meta device there are no values."""
+def launches(
+    op: str,
+    dtype: torch.dtype,
+    arch: int,
+    sizes: Sizes = PAPER,
+    device: torch.device = META,
+    splits: Sequence[int] | None = None,
+) -> list[Launch]:
+    """What the operator launches in a step, forward and then backward; on the meta device there are no values.
+
+    `splits` has the S of each pair that contrastive_losses gets: by default those of MNCLGLF.
+    """
 
     def rows(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -130,8 +141,27 @@ def launches(op: str, dtype: torch.dtype, arch: int, sizes: Sizes = PAPER, devic
         queries, keys = rows(2 * n, width), rows(size, width)
         t = neighbor.neighbor_tile(queries, keys, arch)
         return neighbor.neighbor_launches(queries, keys, neighbor.empty_nearest(queries, keys), t)
-    subsets = comb(4, k)
-    targets, predictions = [rows(s * n, width) for s in (subsets, subsets, 1, 1)], [rows(n, width) for _ in range(4)]
+    if op == "nt_xent":
+        views, gradient = rows(2 * n, width), rows(2 * n, width)
+        t, gradient_tile = nt_xent.nt_xent_tiles(views, arch)
+        results = contrastive.empty_forward([views], [views])
+        shared = (views, 1.0, results)
+        return [
+            *nt_xent.nt_xent_forward_launches(*shared, t),
+            *nt_xent.nt_xent_backward_launches(*shared, results.losses, gradient, t, gradient_tile),
+        ]
+    if op == "queue_contrastive_loss":
+        queries, keys, of_queries, of_keys = (rows(n, width) for _ in range(4))
+        negatives = rows(size, width)
+        t, sum_tile = queue_contrastive.queue_tiles(queries, negatives, arch)
+        results = queue_contrastive.empty_queue_forward(queries)
+        shared = (queries, keys, negatives, 1.0, results)
+        return [
+            *queue_contrastive.queue_forward_launches(*shared, t),
+            *queue_contrastive.queue_backward_launches(*shared, results.losses, of_queries, of_keys, t, sum_tile),
+        ]
+    splits = splits or [comb(4, k)] * 2 + [1] * 2
+    targets, predictions = [rows(s * n, width) for s in splits], [rows(n, width) for _ in splits]
     t, gradient_tile = contrastive.contrastive_tiles(targets[0], arch)
     results = contrastive.empty_forward(targets, predictions)
     shared = (targets, predictions, 1.0, results)
@@ -310,14 +340,15 @@ def table(found: Sequence[Variant]) -> str:
 
 
 def markdown(found: Sequence[Variant]) -> str:
-    """The variants as a Markdown table of what matters most."""
+    """The variants as a Markdown table of what matters most, equal launches in one line."""
     lines = [
         "| operator | kernel | programs | registers | shared | blocks (warps) an SM | mma | cp.async "
         "| GFLOP | unique MB | issued MB | bound | least us |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
-    for v in found:
-        cells = [v.op, v.kernel, prod(v.grid), v.registers, f"{v.shared_bytes / 1024:.0f} K"]
+    for v, count in Counter(found).items():
+        kernel = v.kernel if count == 1 else f"{count} x {v.kernel}"
+        cells = [v.op, kernel, prod(v.grid), v.registers, f"{v.shared_bytes / 1024:.0f} K"]
         cells += [f"{v.blocks_per_sm} ({v.warps_per_sm})", v.mma or "", v.async_copies or "", f"{v.flops / 1e9:.2f}"]
         cells += [f"{v.unique_bytes / 1e6:.2f}", f"{v.issued_bytes / 1e6:.2f}", v.bound, f"{v.bound_microseconds:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

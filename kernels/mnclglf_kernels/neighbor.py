@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, Backend, resolve
-from mnclglf_kernels.checks import check_matrix, check_widths
+from mnclglf_kernels.checks import check_matrix, check_queue
 
 CHUNK = 4096  # queue rows at a time: 512 queries' scores stay in a cache
 CANDIDATES = 16  # a query, in a chunk: beyond them one matmul is cheaper than gathering rows
@@ -35,10 +35,7 @@ def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto
         RuntimeError: a backend that cannot run here.
     """
     check_matrix("queries", queries, "[M, D]")
-    check_matrix("queue", queue, "[K, D]")
-    check_widths("queries", queries, "queue", queue)
-    if queue.shape[0] == 0:
-        raise ValueError(f"queue has shape {tuple(queue.shape)}; it needs at least one row")
+    check_queue("queries", queries, queue)
     resolved = resolve(backend, queries, queue, kind="lookup")
     if queries.shape[0] == 0:
         return queries.new_empty((0,), dtype=torch.int64)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Operator = Literal["divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue", "augment"]
+Operator = Literal[
+    "divide",
+    "combine",
+    "contrastive_losses",
+    "nearest_neighbor",
+    "enqueue",
+    "nt_xent",
+    "queue_contrastive_loss",
+    "augment",
+]
 VIEWS = 3  # of an image in a step
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 

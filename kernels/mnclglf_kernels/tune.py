@@ -9,18 +9,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mnclglf_kernels._triton import contrastive, launch, neighbor, tiles
+from mnclglf_kernels._triton import contrastive, launch, neighbor, nt_xent, queue_contrastive, tiles
 from mnclglf_kernels._triton.launch import Launch, architecture
 from mnclglf_kernels._triton.tiles import Operator, Tile
 from mnclglf_kernels.backend import INTERPRETED, first_line
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 
-OPERATORS: tuple[Operator, ...] = ("contrastive", "gradient", "neighbor")
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
 
 class Case(NamedTuple):
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 def make_case(operator: Operator, dtype: torch.dtype, device: torch.device, *, width: int, n: int, k: int) -> Case:
-    """The operator at the sizes of a training step: both views looked up in K rows, the four calls of the loss."""
+    """The operator at the sizes of a training step: MNCLGLF's lookup and four losses, SimCLR's loss, MoCo's loss."""
 
     def rows(count: int) -> Tensor:
         return torch.randn(count, width, device=device).to(dtype)
@@ -40,6 +40,18 @@ def make_case(operator: Operator, dtype: torch.dtype, device: torch.device, *, w
         queries, queue = rows(2 * n), torch.nn.functional.normalize(rows(k))
         nearest = neighbor.empty_nearest(queries, queue)
         return Case(lambda t: neighbor.neighbor_launches(queries, queue, nearest, t), [nearest])
+    if operator == "nt_xent":
+        views = rows(2 * n)
+        both = contrastive.empty_forward([views], [views])
+        return Case(lambda t: nt_xent.nt_xent_forward_launches(views, 1.0, both, t), list(both))
+    if operator == "queue_sum":
+        queries, keys, queue = rows(n), rows(n), torch.nn.functional.normalize(rows(k))
+        saved = queue_contrastive.empty_queue_forward(queries)
+        logits, _ = queue_contrastive.queue_tiles(queries, queue, architecture(queue))
+        given, gradient = (queries, keys, queue, 1.0, saved), torch.empty_like(queries)
+        launch.run(queue_contrastive.queue_forward_launches(*given, logits), device)
+        given = (*given, torch.ones_like(saved.losses), gradient, None, logits)
+        return Case(lambda t: queue_contrastive.queue_backward_launches(*given, t), [gradient])
     targets, predictions = [rows(s * n) for s in (6, 6, 1, 1)], [rows(n) for _ in range(4)]
     forward = contrastive.empty_forward(targets, predictions)
     if operator == "contrastive":

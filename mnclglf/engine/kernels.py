@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 
 from mnclglf.config import RunConfig
+from mnclglf.methods import METHODS
 from mnclglf_kernels import Backends, canary, resolve
 from mnclglf_kernels.backend import triton_problem
-from mnclglf_kernels.sizes import OPERATORS, Operator, Sizes
+from mnclglf_kernels.sizes import Operator, Sizes
 
 
 def choose_backends(
@@ -22,7 +23,7 @@ def choose_backends(
     device: torch.device,
     console: Console,
     *,
-    operators: Sequence[Operator] = OPERATORS,
+    operators: Sequence[Operator] | None = None,
 ) -> Backends:
     """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
 
@@ -33,7 +34,7 @@ def choose_backends(
         dtype: autocast's.
         device: of the run.
         console: where a kernel that is not used is reported.
-        operators: those that are needed.
+        operators: those that are needed; None for those of the method, and of the loader.
 
     Raises:
         RuntimeError: kernels are required and cannot run, or one is wrong; or FAISS cannot run here.
@@ -50,7 +51,8 @@ def choose_backends(
         sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        used: list[Operator] = [op for op in operators if op != "augment" or config.data.loader in ("auto", "resident")]
+        needed = (*METHODS[config.method].operators, "augment") if operators is None else operators
+        used = [op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")]
         problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())

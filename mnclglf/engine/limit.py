@@ -25,10 +25,8 @@ from torch.utils.flop_counter import flop_registry
 from mnclglf.config import RunConfig
 from mnclglf.engine.kernels import sizes_of
 from mnclglf.methods import METHODS, Method
-from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf_kernels import Backends
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
-from mnclglf_kernels.sizes import OPERATORS
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -75,7 +73,7 @@ class Part:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations within it by part, and notes which of our operators are called.
+    """Counts the operations within it by part, and notes what contrastive_losses is called with.
 
     Args:
         pads: as PyTorch's own counter, count a convolution's products with the zeros around its image.
@@ -85,12 +83,13 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.pads = pads
         self.parts: dict[str, Part] = defaultdict(Part)
-        self.operators: set[str] = set()
+        self.splits: list[int] = []  # S of each pair that contrastive_losses gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "mnclglf":
-            self.operators.add(func.overloadpacket.__name__)
+        if func.name() == "mnclglf::contrastive_losses":
+            targets, predictions, _ = args
+            self.splits += [len(h) // len(p) for h, p in zip(targets, predictions, strict=True)]
         elif func in CONVOLUTIONS or func in PRODUCTS:
             part = self.parts[CONVOLUTIONS.get(func, "heads")]
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -141,8 +140,6 @@ def inputs_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) -
 def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads: bool = True) -> dict[str, Part]:
     """What one training step computes and moves, by part.
 
-    An operator of ours that the method calls counts at MNCLGLF's sizes: four pairs of embeddings, two lookups.
-
     Args:
         config: method, model, objective and batch size count.
         side: of a view in pixels.
@@ -157,14 +154,11 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
     with Counter(pads=pads) as counter:
         method(*inputs_on_meta(method, config.optim.batch_size, side, DTYPES[dtype])).total.backward()
     parts = dict(counter.parts)
-    queued = {"enqueue"} if any(isinstance(module, FeatureQueue) for module in method.modules()) else set[str]()
-    for op in OPERATORS:
-        if op not in counter.operators | queued | {"augment"}:
-            continue
+    for op in (*method.operators, "augment"):
         part = parts["input" if op == "augment" else op] = Part()
-        for x in launches(op, DTYPES[dtype], arch, sizes_of(config, side, side)):
-            # As in a step of MNCLGLF, where the patches and the targets need no gradient.
-            if not x.arguments.get("BACKWARD") and not x.arguments.get("OF_TARGETS"):
+        for x in launches(op, DTYPES[dtype], arch, sizes_of(config, side, side), splits=counter.splits):
+            # As in a step of MNCLGLF or MoCo v2, where patches, targets and keys need no gradient.
+            if not any(x.arguments.get(name) for name in ("BACKWARD", "OF_TARGETS", "OF_KEYS")):
                 moved = traffic(x)
                 part.flops, part.unique_bytes = part.flops + moved.flops, part.unique_bytes + moved.unique_bytes
     trained = sum(p.numel() for p in method.trained_parameters())

@@ -32,6 +32,7 @@ class FastMoCo(Method):
     """Two networks. See the module for the algorithm, and Method for the arguments."""
 
     views = 2
+    operators = ("divide", "combine", "contrastive_losses")
 
     def __init__(
         self,

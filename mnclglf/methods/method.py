@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.resnet import ResNet18
 from mnclglf_kernels import Backend, Backends
+from mnclglf_kernels.sizes import Operator
 
 
 class Losses(NamedTuple):
@@ -33,12 +34,14 @@ class Method(nn.Module, ABC):
     Attributes:
         views: how many views of an image `forward` takes.
         labelled: whether `forward` needs the images' labels.
+        operators: of mnclglf_kernels, that its step calls.
         encoder: f_o, what is kept after pre-training.
         backends: implementation of each operator; may be set before the first step.
     """
 
     views: int
     labelled: bool = False
+    operators: tuple[Operator, ...] = ()
 
     def __init__(
         self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend = "auto"

@@ -33,6 +33,7 @@ class MNCLGLF(Method):
     """The three networks and the queue. See the module for the algorithm, and Method for the arguments."""
 
     views = 3
+    operators = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
 
     def __init__(
         self,

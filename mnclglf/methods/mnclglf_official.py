@@ -34,16 +34,16 @@ from mnclglf.methods.method import Losses, Method
 from mnclglf.models.batch_norm import batch_norms
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf.models.losses import nt_xent
 from mnclglf.models.momentum import update_momentum
 from mnclglf.models.resnet import ResNet18
-from mnclglf_kernels import Backend, combine, contrastive_losses, divide
+from mnclglf_kernels import Backend, combine, contrastive_losses, divide, nt_xent
 
 
 class MNCLGLFOfficial(Method):
     """Two networks and the queue. See the module for the algorithm, and Method for the arguments."""
 
     views = 3
+    operators = ("divide", "combine", "contrastive_losses", "nt_xent", "nearest_neighbor", "enqueue")
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class MNCLGLFOfficial(Method):
             n3, n1 = neighbors.chunk(2)
 
         tau = self.objective.temperature
-        loss_m = (nt_xent(n3, p1, tau) + nt_xent(n1, p3, tau)) / 2
+        of_3, of_1 = (nt_xent(n, p, tau, backend=self.backends.nt_xent) for n, p in ((n3, p1), (n1, p3)))
+        loss_m = (of_3 + of_1) / 2
         return Losses(
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},

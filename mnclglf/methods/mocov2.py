@@ -24,15 +24,15 @@ from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import projector
-from mnclglf.models.losses import queue_contrastive_loss
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf_kernels import Backend
+from mnclglf_kernels import Backend, queue_contrastive_loss
 
 
 class MoCoV2(Method):
     """Two networks and the queue. See the module for the algorithm, and Method for the arguments."""
 
     views = 2
+    operators = ("queue_contrastive_loss", "enqueue")
 
     def __init__(
         self,
@@ -53,7 +53,9 @@ class MoCoV2(Method):
         q = self.projector(f1)  # [N, D]
         with torch.no_grad():
             k = self.momentum(x2)  # [N, D]
-        loss = queue_contrastive_loss(q, k, self.queue.rows, self.objective.temperature)
+        loss = queue_contrastive_loss(
+            q, k, self.queue.rows, self.objective.temperature, backend=self.backends.queue_contrastive_loss
+        )
         return Losses(total=loss, terms={"info_nce": loss}, features=f1.detach(), keys=k)
 
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:

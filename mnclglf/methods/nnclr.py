@@ -30,6 +30,7 @@ class NNCLR(Method):
     """One network and the queue. See the module for the algorithm, and Method for the arguments."""
 
     views = 2
+    operators = ("contrastive_losses", "nearest_neighbor", "enqueue")
 
     def __init__(
         self,

@@ -19,14 +19,14 @@ from torch import Tensor
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.heads import projector
-from mnclglf.models.losses import nt_xent
-from mnclglf_kernels import Backend
+from mnclglf_kernels import Backend, nt_xent
 
 
 class SimCLR(Method):
     """One network. See the module for the algorithm, and Method for the arguments."""
 
     views = 2
+    operators = ("nt_xent",)
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class SimCLR(Method):
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         f1, f2 = (self.encoder(x) for x in views)  # [N, F]
         z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
-        loss = nt_xent(z1, z2, self.objective.temperature)
+        loss = nt_xent(z1, z2, self.objective.temperature, backend=self.backends.nt_xent)
         return Losses(total=loss, terms={"nt_xent": loss}, features=f1.detach())
 
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.engine.kernels import choose_backends, describe_backends
+from mnclglf.methods import METHODS
 from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch, neighbor
 
@@ -47,6 +48,17 @@ def test_required_kernels_run_where_they_prove_right():
     assert choose(kernels="require") == (Backends.all("triton"), "")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kernels_of_a_method_prove_themselves_and_no_others(method, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "mnclglf_kernels.canary.failures", lambda *args, operators, **settings: asked.extend(operators) or {}
+    )
+    config = dataclasses.replace(CONFIG, method=method, engine=EngineConfig(kernels="require"))
+    choose_backends(config, 16, 16, torch.float32, CPU, Console(file=io.StringIO()))
+    assert asked == [*METHODS[method].operators, "augment"]
+
+
 def test_required_kernels_that_cannot_run_stop_the_run(monkeypatch):
     monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
     with pytest.raises(RuntimeError, match="needs CUDA tensors"):
@@ -80,6 +92,6 @@ def test_faiss_that_is_not_there_stops_the_run(monkeypatch):
 
 def test_backends_are_described_in_a_word_and_its_exceptions():
     assert describe_backends(Backends.all("torch")) == "torch"
-    assert describe_backends(Backends("torch", "triton", "triton", "faiss", "triton", "triton")) == (
+    assert describe_backends(Backends.all("triton")._replace(divide="torch", nearest_neighbor="faiss")) == (
         "triton, divide torch, nearest_neighbor faiss"
     )

@@ -53,6 +53,17 @@ def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
     assert parts["contrastive_losses"].flops == 3 * loss  # the logits are made twice
 
 
+def test_an_operator_counts_at_the_sizes_of_the_method_that_calls_it():
+    # Batch 6, D 24, K 20.
+    def flops(method: str, operator: str) -> int:
+        return step_parts(dataclasses.replace(SMALL, method=method), 16, "fp32")[operator].flops
+
+    assert flops("nnclr", "contrastive_losses") == 3 * 2 * 2 * 6 * 6 * 24  # two pairs with S = 1
+    assert flops("simclr", "nt_xent") == 3 * 2 * 12 * 12 * 24  # one gradient of all rows, of both their roles
+    assert flops("mocov2", "queue_contrastive_loss") == 3 * 2 * 6 * 20 * 24
+    assert "nt_xent" not in step_parts(SMALL, 16, "fp32")
+
+
 def test_updates_move_their_weights():
     parts = step_parts(SMALL, 16, "bf16")
     method = build_method(SMALL, torch.bfloat16)

@@ -27,7 +27,7 @@ def kernels_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from interpreter import confined
 
-    from mnclglf_kernels._triton import augment, contrastive, neighbor, patches, queue
+    from mnclglf_kernels._triton import augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive
     from mnclglf_kernels._triton.launch import Launch, run
 
     def run_confined(launches: Sequence[Launch], device: torch.device) -> None:
@@ -38,5 +38,5 @@ def kernels_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:
             with confined([x for x in values if isinstance(x, Tensor)], launch.kernel.fn.__name__):
                 run([launch], device)
 
-    for module in (augment, contrastive, neighbor, patches, queue):
+    for module in (augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive):
         monkeypatch.setattr(module, "run", run_confined)

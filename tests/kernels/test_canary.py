@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from mnclglf_kernels import canary
-from mnclglf_kernels._triton import augment, contrastive, launch, neighbor, patches, queue
+from mnclglf_kernels._triton import (
+    augment,
+    contrastive,
+    launch,
+    neighbor,
+    nt_xent,
+    patches,
+    queue,
+    queue_contrastive,
+)
 from mnclglf_kernels.sizes import OPERATORS, PAPER, Sizes
 
 SIZES = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
@@ -16,6 +25,8 @@ MODULES = {
     "contrastive_losses": contrastive,
     "nearest_neighbor": neighbor,
     "enqueue": queue,
+    "nt_xent": nt_xent,
+    "queue_contrastive_loss": queue_contrastive,
 }
 # (kernel, the argument that it writes, operator); a kernel with BACKWARD writes another one there.
 WRITTEN = [
@@ -31,6 +42,15 @@ WRITTEN = [
     ("neighbor_merge_kernel", "nearest", "nearest_neighbor"),
     ("enqueue_kernel", "queue", "enqueue"),
     ("advance_kernel", "pointer", "enqueue"),
+    ("forward_kernel", "sums", "nt_xent"),
+    ("merge_kernel", "log_sums", "nt_xent"),
+    ("coefficient_kernel", "coefficients", "nt_xent"),
+    ("gradient_kernel", "gradients", "nt_xent"),
+    ("queue_forward_kernel", "sums", "queue_contrastive_loss"),
+    ("queue_merge_kernel", "positives", "queue_contrastive_loss"),
+    ("queue_coefficient_kernel", "coefficients", "queue_contrastive_loss"),
+    ("queue_sum_kernel", "sums", "queue_contrastive_loss"),
+    ("queue_gradient_kernel", "gradients", "queue_contrastive_loss"),
 ]
 
 
@@ -94,6 +114,45 @@ def test_a_wrong_gradient_is_found_in_every_dtype(fault, dtype, monkeypatch):
     assert set(canary.failures(SIZES, dtype, dtype, CPU)) == {"contrastive_losses"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", ["not of the column", "half of the softmax", "no radial part", "temperature 1"])
+def test_a_wrong_gradient_of_nt_xent_is_found_in_every_dtype(fault, dtype, monkeypatch):
+    def run(launches, device):
+        for x in launches:
+            if x.kernel.__name__ == "coefficient_kernel" and fault == "temperature 1":
+                x.arguments["inverse_temperature"] = 1.0
+            if x.kernel.__name__ == "gradient_kernel" and fault == "not of the column":
+                x.arguments["coefficients"].tril_()
+            launch.run([x], device)
+            if x.kernel.__name__ == "coefficient_kernel":
+                if fault == "no radial part":
+                    x.arguments["target_dots"].zero_()
+                elif fault == "half of the softmax":
+                    x.arguments["coefficients"][:, ::2].clamp_(max=0)
+
+    monkeypatch.setattr(nt_xent, "run", run)
+    assert set(canary.failures(SIZES, dtype, dtype, CPU)) == {"nt_xent"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", ["half of the softmax", "another positive", "sums forgotten", "temperature 1"])
+def test_a_wrong_gradient_of_the_queue_s_loss_is_found_in_every_dtype(fault, dtype, monkeypatch):
+    def run(launches, device):
+        for x in launches:
+            if x.kernel.__name__ == "queue_coefficient_kernel" and fault == "temperature 1":
+                x.arguments["inverse_temperature"] = 1.0
+            if x.kernel.__name__ == "queue_gradient_kernel" and fault == "another positive":
+                x.arguments["keys"] = x.arguments["keys"].roll(1, 0)
+            launch.run([x], device)
+            if x.kernel.__name__ == "queue_coefficient_kernel" and fault == "half of the softmax":
+                x.arguments["coefficients"][:, ::2] = 0
+            if x.kernel.__name__ == "queue_sum_kernel" and fault == "sums forgotten":
+                x.arguments["sums"].zero_()
+
+    monkeypatch.setattr(queue_contrastive, "run", run)
+    assert set(canary.failures(SIZES, dtype, dtype, CPU)) == {"queue_contrastive_loss"}
+
+
 @pytest.mark.parametrize("one_embedding", [False, True])
 def test_what_the_canary_launches_is_what_the_run_launches(one_embedding, monkeypatch):
     """One embedding contrasts other numbers of rows; a queue of another dtype splits the pairs."""
@@ -110,7 +169,7 @@ def test_what_the_canary_launches_is_what_the_run_launches(one_embedding, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
     """The limits are not too narrow where sums are long and gradients small."""
-    for name in ("augment", "divide", "combine", "contrastive_losses", "enqueue"):
+    for name in ("augment", "divide", "combine", "contrastive_losses", "enqueue", "nt_xent", "queue_contrastive_loss"):
         operator = getattr(canary, name)
 
         def plain(*arguments, operator=operator, **named):

@@ -5,9 +5,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import augment, combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import (
+    augment,
+    combine,
+    contrastive_loss,
+    contrastive_losses,
+    divide,
+    enqueue,
+    nearest_neighbor,
+    nt_xent,
+    queue_contrastive_loss,
+)
 from mnclglf_kernels.augment import Recipe
 
+NAMES = (
+    "divide",
+    "combine",
+    "contrastive_loss",
+    "contrastive_losses",
+    "nearest_neighbor",
+    "nt_xent",
+    "queue_contrastive_loss",
+)
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
 BF16 = dict(
@@ -32,6 +51,8 @@ def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> di
         "contrastive_loss": contrastive_loss(rows.repeat(3, 1) + 1, rows, 0.5, backend=backend),
         "contrastive_losses": first - 2 * second + 3 * third,
         "nearest_neighbor": (queue[index] * rows).sum(),
+        "nt_xent": nt_xent(rows + 1, rows.flip(0), 0.5, backend=backend),
+        "queue_contrastive_loss": queue_contrastive_loss(rows, rows + 1, queue, 0.5, backend=backend),
     }
 
 
@@ -58,7 +79,7 @@ def with_gradients(function, name: str, backend: str, autocast: bool) -> tuple[T
 def test_forward_and_backward(compiler, autocast, backend):
     torch._dynamo.reset()
     compiled = torch.compile(operators, fullgraph=True, backend=compiler)
-    for name in ("divide", "combine", "contrastive_loss", "contrastive_losses", "nearest_neighbor"):
+    for name in NAMES:
         expected = with_gradients(operators, name, backend, autocast)
         for result, reference in zip(with_gradients(compiled, name, backend, autocast), expected, strict=True):
             torch.testing.assert_close(

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import mnclglf_kernels
-from mnclglf_kernels import augment, combine, contrastive_loss, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import (
+    augment,
+    combine,
+    contrastive_loss,
+    contrastive_losses,
+    divide,
+    enqueue,
+    nearest_neighbor,
+    nt_xent,
+    queue_contrastive_loss,
+)
 from mnclglf_kernels.augment import Recipe
 
 VIEW = torch.tensor([[0.0, 0, 0, 4, 4, 0, 1, 1, 1, 0, 0, 0]])
@@ -21,6 +31,10 @@ CALLS = {
     "contrastive_losses": lambda **how: contrastive_losses([(torch.randn(3, 4), torch.randn(3, 4))], 1.0, **how)[0],
     "nearest_neighbor": lambda **how: nearest_neighbor(torch.randn(3, 4), torch.randn(5, 4), **how),
     "enqueue": lambda **how: enqueue(torch.randn(5, 4), torch.tensor(0), torch.randn(3, 4), **how),
+    "nt_xent": lambda **how: nt_xent(torch.randn(3, 4), torch.randn(3, 4), 1.0, **how),
+    "queue_contrastive_loss": lambda **how: queue_contrastive_loss(
+        torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4), 1.0, **how
+    ),
 }
 
 
@@ -55,6 +69,8 @@ def test_backend_is_a_keyword(name):
         "contrastive_losses": ([(torch.randn(3, 4), torch.randn(3, 4))], 1.0, "torch"),
         "nearest_neighbor": (torch.randn(3, 4), torch.randn(5, 4), "torch"),
         "enqueue": (torch.randn(5, 4), torch.tensor(0), torch.randn(3, 4), None, "torch"),
+        "nt_xent": (torch.randn(3, 4), torch.randn(3, 4), 1.0, "torch"),
+        "queue_contrastive_loss": (torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4), 1.0, "torch"),
     }
     with pytest.raises(TypeError, match="positional"):
         getattr(mnclglf_kernels, name)(*arguments[name])
@@ -89,6 +105,10 @@ ACROSS_DEVICES = {
     "targets": lambda **how: contrastive_loss(rows(3, "meta"), rows(3), 1.0, **how),
     "predictions": lambda **how: contrastive_loss(rows(3), rows(3, "meta"), 1.0, **how),
     "second pair": lambda **how: contrastive_losses([(rows(3), rows(3)), (rows(3, "meta"),) * 2], 1.0, **how),
+    "first view": lambda **how: nt_xent(rows(3, "meta"), rows(3), 1.0, **how),
+    "second view": lambda **how: nt_xent(rows(3), rows(3, "meta"), 1.0, **how),
+    "positives": lambda **how: queue_contrastive_loss(rows(3), rows(3, "meta"), rows(5), 1.0, **how),
+    "negatives": lambda **how: queue_contrastive_loss(rows(3), rows(3), rows(5, "meta"), 1.0, **how),
     "queries": lambda **how: nearest_neighbor(rows(3, "meta"), rows(5), **how),
     "keys": lambda **how: nearest_neighbor(rows(3), rows(5, "meta"), **how),
     "no queries": lambda **how: nearest_neighbor(rows(0), rows(5, "meta"), **how),

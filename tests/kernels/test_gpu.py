@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import method_oracles
 import oracles
 import pytest
 import torch
@@ -17,7 +18,16 @@ from tolerance import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import augment, combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import (
+    augment,
+    combine,
+    contrastive_losses,
+    divide,
+    enqueue,
+    nearest_neighbor,
+    nt_xent,
+    queue_contrastive_loss,
+)
 from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
 
@@ -125,6 +135,48 @@ def test_contrastive_losses(dtype, size):
         assert_as_accurate_as_plain(actual[i + 1], plain[i + 1], truth[i + 1], floor, what=what)
 
 
+def check_view_loss(ours: Callable[..., Tensor], published: Callable[..., Tensor], sides: Sequence[Tensor]) -> None:
+    """A loss of two views' rows at temperature 0.1, and both gradients."""
+    upstream = torch.tensor(-3.0)
+    actual = with_gradients(lambda *rows: ours(*rows, 0.1, backend="triton"), on_gpu(sides), upstream)
+    plain = with_gradients(lambda *rows: published(*rows, 0.1), on_gpu(sides), upstream)
+    truth = with_gradients(lambda *rows: ours(*rows, 0.1, backend="torch"), in_fp64(sides), upstream)
+    assert actual[0].dtype == torch.float32
+    assert_as_accurate_as_plain(actual[0], plain[0], truth[0], loss_floor(0.1, 16384, sides[0].dtype), what="loss")
+    for i, rows in enumerate(sides, start=1):
+        floor = gradient_floor(rows, len(rows), 0.1, -3.0, truth[i])
+        assert actual[i].dtype == rows.dtype
+        assert_as_accurate_as_plain(actual[i], plain[i], truth[i], floor, what=f"gradient {i}")
+
+
+@pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nt_xent(dtype, size):
+    sides = [torch.randn(size).to(dtype) for _ in range(2)]
+
+    def published(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+        return method_oracles.nt_xent_as_published(first.float(), second.float(), temperature)  # masks by 1e9
+
+    check_view_loss(nt_xent, published, sides)
+
+
+@pytest.mark.parametrize("size", [(65, 1000, 123), (256, 16384, 2048), (300, 9000, 512)], ids=str)  # 1, 4, 3 slices
+@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queue_contrastive_loss(dtype, queue_dtype, size):
+    images, rows, width = size
+    sides = [torch.randn(images, width).to(dtype) for _ in range(2)]
+    queue = F.normalize(torch.randn(rows, width)).to(queue_dtype)
+
+    def ours(queries: Tensor, keys: Tensor, temperature: float, *, backend: str) -> Tensor:
+        return queue_contrastive_loss(queries, keys, queue.to(queries.device), temperature, backend=backend)
+
+    def published(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        return method_oracles.queue_loss_as_published(queries, keys, queue.to(queries), temperature)
+
+    check_view_loss(ours, published, sides)
+
+
 @pytest.mark.parametrize("size", [(65, 1000, 123), (128, 4096, 2048)], ids=str)
 @pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,20 +237,24 @@ def test_a_queue_of_more_than_2_to_the_31_elements():
     assert nearest_neighbor(queries, queue, backend="triton").tolist() == [rows - 2, rows - 1]
 
 
-def every_operator(images: Tensor, features: Tensor, rows: Tensor, queue: Tensor) -> tuple[Tensor, ...]:
-    """(losses of two pairs, patches, combined, neighbors); nothing around the operators that a compiler could fuse."""
+def every_operator(images: Tensor, features: Tensor, rows: Tensor, views: Tensor, queue: Tensor) -> tuple[Tensor, ...]:
+    """(four losses, patches, combined, neighbors); nothing around the operators that a compiler could fuse."""
     combined = combine(features, 2, backend="triton")
     index = nearest_neighbor(rows.detach(), queue, backend="triton")
     first, second = contrastive_losses([(combined, rows), (queue[index], rows)], 0.2, backend="triton")
-    return first, second, divide(images, backend="triton"), combined, index
+    x1, x2 = views.chunk(2)
+    of_views = nt_xent(x1, x2, 0.2, backend="triton")
+    of_queue = queue_contrastive_loss(x1, x2.detach(), queue, 0.2, backend="triton")
+    return first, second, of_views, of_queue, divide(images, backend="triton"), combined, index
 
 
 def inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Images, features, rows and queue; the same numbers each time."""
+    """Images, features, rows, rows of two views, and queue; the same numbers each time."""
     torch.manual_seed(7)
     values = (
         torch.randn(65, 3, 16, 16),
         torch.randn(520, 300),
+        torch.randn(130, 300),
         torch.randn(130, 300),
         F.normalize(torch.randn(1000, 300)),
     )
@@ -209,12 +265,12 @@ def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> l
     """What every_operator gives, the gradients, and the queue and the pointer after an enqueue."""
     *values, queue = (x.detach().clone() for x in values)
     leaves = [x.requires_grad_() for x in values]
-    first, second, patches, *others = function(*leaves, queue)
-    upstream = [torch.ones_like(first), 2 * torch.ones_like(second), patches.detach()]
-    gradients = torch.autograd.grad([first, second, patches], leaves, upstream)
+    *losses, patches, combined, index = function(*leaves, queue)
+    upstream = [i * torch.ones_like(loss) for i, loss in enumerate(losses, start=1)]
+    gradients = torch.autograd.grad([*losses, patches], leaves, [*upstream, patches.detach()])
     pointer = torch.full((), 950, device=DEVICE)
     enqueue(queue, pointer, leaves[2], keep=patches[0, 0, 0, 0] < 100, backend="triton")
-    return [x.detach() for x in (first, second, patches, *others, *gradients, queue, pointer)]
+    return [x.detach() for x in (*losses, patches, combined, index, *gradients, queue, pointer)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,9 +287,8 @@ def test_the_operators_compile_into_one_graph(dtype):
     torch._dynamo.reset()
     compiled = torch.compile(every_operator, fullgraph=True)
     for result, eager in zip(step(compiled, inputs(dtype)), step(every_operator, inputs(dtype)), strict=True):
-        torch.testing.assert_close(
-            result, eager, rtol=torch.finfo(dtype).eps, atol=0
-        )  # the gradients of rows are added
+        # The gradients of rows are added, and the queue's loss is a mean of 65 numbers.
+        torch.testing.assert_close(result, eager, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
 
 
 def test_nothing_waits_for_the_gpu():

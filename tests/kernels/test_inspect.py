@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MATMULS = {"neighbor_kernel", "forward_kernel", "coefficient_kernel", "gradient_kernel"}
+MATMULS = {
+    "neighbor_kernel",
+    "forward_kernel",
+    "coefficient_kernel",
+    "gradient_kernel",
+    "queue_forward_kernel",
+    "queue_coefficient_kernel",
+    "queue_sum_kernel",
+}
 WIDTHS = [96, 123, 512, 2048]  # of each bucket of the table, and one that no vector fits
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # KiB of shared memory a block
 
@@ -44,6 +52,8 @@ def test_every_kernel_of_every_operator_is_there(variants):
         "contrastive_losses",
         "nearest_neighbor",
         "enqueue",
+        "nt_xent",
+        "queue_contrastive_loss",
     }
     assert {kernel for _, kernel in found} == MATMULS | {
         "augment_kernel",
@@ -53,6 +63,8 @@ def test_every_kernel_of_every_operator_is_there(variants):
         "neighbor_merge_kernel",
         "enqueue_kernel",
         "advance_kernel",
+        "queue_merge_kernel",
+        "queue_gradient_kernel",
     }
     assert {v["dtype"] for v in variants} == {"bf16", "fp16", "fp32"}
 
@@ -88,9 +100,8 @@ def test_loads_are_wide_where_the_width_allows():
 
 
 def test_the_paper_s_sizes_keep_82_processors_busy():
-    for v in json.loads(inspect("--json", "--op", "nearest_neighbor", "contrastive_losses", "--dtype", "bf16"))[
-        "variants"
-    ]:
+    ops = ("nearest_neighbor", "contrastive_losses", "queue_contrastive_loss")  # those of nt_xent are 64
+    for v in json.loads(inspect("--json", "--op", *ops, "--dtype", "bf16"))["variants"]:
         programs = v["grid"][0] * (v["grid"][1] if len(v["grid"]) > 1 else 1)
         if v["kernel"] in MATMULS:
             assert programs >= 82, v
@@ -134,7 +145,7 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", JIT]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(printed) == 14
+    assert len(printed) == 24
     assert set(printed) >= MATMULS
 
 

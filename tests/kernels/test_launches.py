@@ -5,12 +5,21 @@ import torch
 from interpreter import confined
 from torch import Tensor
 
-from mnclglf_kernels import augment, combine, contrastive_losses, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import (
+    augment,
+    combine,
+    contrastive_losses,
+    divide,
+    enqueue,
+    nearest_neighbor,
+    nt_xent,
+    queue_contrastive_loss,
+)
 from mnclglf_kernels._triton.launch import Launch, run
 from mnclglf_kernels._triton.patches import divide_launches
 from mnclglf_kernels.augment import Recipe
 
-MODULES = ["augment", "patches", "contrastive", "neighbor", "queue"]
+MODULES = ["augment", "patches", "contrastive", "neighbor", "nt_xent", "queue", "queue_contrastive"]
 
 
 @pytest.fixture
@@ -41,6 +50,23 @@ def stored() -> tuple[Tensor, ...]:
     return image, torch.tensor([0]), numbers, torch.zeros(3), torch.ones(3)
 
 
+def learner(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def queue_loss(queries: Tensor, keys: Tensor) -> Tensor:
+    return queue_contrastive_loss(queries, keys, torch.randn(7, 4), 0.5, backend="triton")
+
+
+def test_the_queue_s_loss_takes_two_launches_more_for_each_slice(launched, monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels._triton.queue_contrastive.COEFFICIENTS", 3 * 64)
+    queue_contrastive_loss(learner(3, 4), torch.randn(3, 4), torch.randn(150, 4), 0.5, backend="triton").backward()
+    assert [x.arguments["K"] for x in launched if x.kernel.__name__ == "queue_coefficient_kernel"] == [64, 64, 22]
+    assert len(launched) == 2 + 3 * 2 + 1
+    memory = {x.arguments["coefficients"].data_ptr() for x in launched if "coefficients" in x.arguments}
+    assert len(memory) == 1
+
+
 @pytest.mark.parametrize("targets_learn", [False, True], ids=["predictions learn", "both learn"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn, launched):
@@ -61,8 +87,29 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
         (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),
+        (lambda: nt_xent(torch.randn(3, 4), torch.randn(3, 4), 0.5, backend="triton"), 2),
+        (lambda: nt_xent(learner(3, 4), learner(3, 4), 0.5, backend="triton").backward(), 4),
+        (lambda: nt_xent(torch.randn(3, 4), learner(3, 4), 0.5, backend="triton").backward(), 4),
+        (lambda: queue_loss(torch.randn(3, 4), torch.randn(3, 4)), 2),
+        (lambda: queue_loss(learner(3, 4), torch.randn(3, 4)).backward(), 5),
+        (lambda: queue_loss(learner(3, 4), learner(3, 4)).backward(), 6),
+        (lambda: queue_loss(torch.randn(3, 4), learner(3, 4)).backward(), 3),
     ],
-    ids=["divide and its gradient", "combine and its gradient", "augment", "nearest_neighbor", "enqueue", "loss alone"],
+    ids=[
+        "divide and its gradient",
+        "combine and its gradient",
+        "augment",
+        "nearest_neighbor",
+        "enqueue",
+        "loss alone",
+        "nt_xent",
+        "nt_xent and its gradient",
+        "nt_xent and the gradient of one view",
+        "queue_contrastive_loss",
+        "queue_contrastive_loss and the queries' gradient",
+        "queue_contrastive_loss and both gradients",
+        "queue_contrastive_loss and the keys' gradient",
+    ],
 )
 def test_number_of_launches(call, count, launched):
     call()
@@ -106,12 +153,21 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
     losses, *saved = operators.contrastive_losses(*pair, 0.5)
     saved = [known(x) for x in saved]
     operators.contrastive_losses_backward(known(torch.ones_like(losses)), *pair, *saved, 0.5, True, True)
+    views = known(torch.randn(80, 5))
+    losses, *saved = operators.nt_xent(views, 0.5)
+    saved = [known(x) for x in saved]
+    operators.nt_xent_backward(known(torch.ones_like(losses)), views, *saved, 0.5)
+    three = [known(torch.randn(9, 5)), known(torch.randn(9, 5)), known(torch.randn(70, 5))]
+    losses, *saved = operators.queue_contrastive_loss(*three, 0.5)
+    saved = [known(x) for x in saved]
+    operators.queue_contrastive_loss_backward(known(torch.ones_like(losses)), *three, *saved, 0.5, True, True)
 
     assert written == {
         *("patches", "images", "combined", "features"),
         *("scores", "rows", "nearest"),
         *("maxima", "sums", "positives", "tops", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
-        *("coefficients", "target_dots", "prediction_dots", "dots", "gradients"),
+        *("coefficients", "target_dots", "prediction_dots", "dots", "other_dots", "gradients"),
+        *("inverse_queries", "inverse_keys"),
     }
 
 

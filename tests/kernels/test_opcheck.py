@@ -28,6 +28,11 @@ def backward_of(of_targets: bool, of_predictions: bool) -> tuple:
     return torch.randn(2), targets, predictions, *saved, 0.5, of_targets, of_predictions
 
 
+def view_backward_of(name: str, *given: Tensor) -> tuple:
+    losses, *saved = getattr(torch.ops.mnclglf, name)(*given, 0.5)
+    return torch.randn_like(losses), *given, *saved, 0.5
+
+
 def ring(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(9, 4).to(dtype), torch.tensor(7), torch.randn(5, 4)
 
@@ -88,6 +93,21 @@ INPUTS = {
         lambda: backward_of(True, True),
         lambda: backward_of(True, False),
         lambda: backward_of(False, True),
+    ],
+    "nt_xent": [
+        lambda: (torch.randn(10, 4), 0.5),
+        lambda: (learner(torch.randn(10, 4)), 0.5),
+        lambda: (learner(torch.randn(6, 4).bfloat16()), 0.5),
+    ],
+    "nt_xent_backward": [lambda: view_backward_of("nt_xent", torch.randn(10, 4))],
+    "queue_contrastive_loss": [
+        lambda: (torch.randn(5, 4), torch.randn(5, 4), torch.randn(9, 4), 0.5),
+        lambda: (learner(torch.randn(5, 4)), torch.randn(5, 4), torch.randn(9, 4).bfloat16(), 0.5),
+        lambda: (learner(torch.randn(5, 4).half()), learner(torch.randn(5, 4).half()), torch.randn(9, 4), 0.5),
+    ],
+    "queue_contrastive_loss_backward": [
+        lambda of=of: (*view_backward_of("queue_contrastive_loss", *(torch.randn(n, 4) for n in (5, 5, 9))), *of)
+        for of in ((True, True), (True, False), (False, True))
     ],
 }
 

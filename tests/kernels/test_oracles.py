@@ -4,6 +4,7 @@ import itertools
 import math
 from copy import deepcopy
 
+import method_oracles
 import oracles
 import pytest
 import torch
@@ -228,6 +229,12 @@ def test_the_printed_matrix_forms_equal_the_loops(k):
     h, p = torch.randn(6, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(printed.contrastive_loss(h, p, 0.5), loops.contrastive_loss(h, p, 0.5), **exact)
     assert torch.equal(printed.nearest_neighbor(h, features), loops.nearest_neighbor(h, features))
+    first, second, queue = h[:3], h[3:], F.normalize(features)
+    for published, equation, given in (
+        (method_oracles.nt_xent_as_published, method_oracles.nt_xent, (first, second)),
+        (method_oracles.queue_loss_as_published, method_oracles.queue_contrastive_loss, (first, second, queue)),
+    ):
+        torch.testing.assert_close(published(*given, 0.5), equation(*given, 0.5), **exact)
     ours, pointer = loops.enqueue(features, 10, p)
     theirs, their_pointer = printed.enqueue(features.clone(), 10, p)
     torch.testing.assert_close(theirs, ours, **exact)

@@ -20,7 +20,7 @@ def tuning(tmp_path, monkeypatch):
 
 def test_every_operator_has_a_tile_for_every_dtype_width_and_architecture():
     for operator, dtype, width, arch in itertools.product(
-        ("neighbor", "contrastive", "gradient"),
+        ("neighbor", "contrastive", "nt_xent", "gradient", "queue_sum"),
         (torch.float32, torch.float16, torch.bfloat16),
         (1, *WIDTHS, 10**6),
         ARCHITECTURES,

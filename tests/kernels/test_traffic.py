@@ -6,8 +6,17 @@ import pytest
 import torch
 from interpreter import counting
 
-from bench.traffic import Eager, main, rows
-from mnclglf_kernels._triton import augment, contrastive, launch, neighbor, patches, queue
+from bench.traffic import OTHERS, STEP, Eager, main, rows
+from mnclglf_kernels._triton import (
+    augment,
+    contrastive,
+    launch,
+    neighbor,
+    nt_xent,
+    patches,
+    queue,
+    queue_contrastive,
+)
 from mnclglf_kernels._triton.tiles import Tile
 from mnclglf_kernels._triton.traffic import traffic
 from mnclglf_kernels.inspect import launches
@@ -78,11 +87,47 @@ def contrastive_launches() -> list[launch.Launch]:
     return found
 
 
+def nt_xent_launches() -> list[launch.Launch]:
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        for n, d in ((3, 16), (20, 37)):
+            rows = torch.randn(2 * n, d).to(dtype)
+            results = contrastive.empty_forward([rows], [rows])
+            for t in TILES:
+                found += nt_xent.nt_xent_forward_launches(rows, 1.0, results, t)
+                gradient = torch.empty_like(rows)
+                found += nt_xent.nt_xent_backward_launches(rows, 1.0, results, torch.ones(1), gradient, t, t)
+    return found
+
+
+def queue_launches() -> list[launch.Launch]:
+    found = []
+    for dtype, queue_dtype in ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2):
+        for n, d, k in ((5, 16, 40), (20, 37, 150)):
+            queries, keys, *gradients = (torch.randn(n, d).to(dtype) for _ in range(4))
+            rows, results = torch.randn(k, d).to(queue_dtype), queue_contrastive.empty_queue_forward(queries)
+            for t in TILES:
+                shared = (queries, keys, rows, 1.0, results)
+                found += queue_contrastive.queue_forward_launches(*shared, t)
+                found += queue_contrastive.queue_backward_launches(*shared, torch.ones(n), *gradients, t, t)
+    return found
+
+
 @pytest.mark.parametrize(
     "make",
-    [augment_launches, divide_launches, combine_launches, enqueue_launches, neighbor_launches, contrastive_launches],
+    [
+        augment_launches,
+        divide_launches,
+        combine_launches,
+        enqueue_launches,
+        neighbor_launches,
+        contrastive_launches,
+        nt_xent_launches,
+        queue_launches,
+    ],
 )
-def test_the_closed_form_is_what_the_interpreter_counts(make):
+def test_the_closed_form_is_what_the_interpreter_counts(make, monkeypatch):
+    monkeypatch.setattr(queue_contrastive, "COEFFICIENTS", 20 * 64)  # slices of the queue
     for x in make():
         with counting() as counted:
             launch.run([x], torch.device("cpu"))
@@ -111,10 +156,10 @@ def test_augment_reads_an_image_once_a_view():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_s_operators_launch_and_move_a_fraction_of_eager_pytorch(dtype):
-    *operators, together, views = rows(dtype)
+    *operators, together = rows(dtype, STEP)
     assert together.eager_launches >= 4 * together.launches
     assert together.eager_bytes >= 3 * together.unique_bytes
-    for row in (*operators, views):
+    for row in (*operators, *rows(dtype, OTHERS)[:-1]):
         assert row.launches < row.eager_launches
         assert row.unique_bytes < row.eager_bytes
 

@@ -1,11 +1,14 @@
 """What every method of the table promises to the engine."""
 
+from typing import Any
+
 import oracles
 import pytest
 import torch
 from method_steps import CLASSES, Stepper, inputs_of, make_batch, make_method
 from methods.test_compiled_step import TinyEncoder
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.engine.guard import NonFiniteError
@@ -108,6 +111,30 @@ def test_the_forward_is_one_graph(name: MethodName, monkeypatch: pytest.MonkeyPa
     expected, ours = results
     for result, reference in zip(ours, expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-6)  # the same operators, some of them fused
+
+
+class Called(TorchDispatchMode):
+    """Notes which of our operators are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mnclglf":
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY
+def test_a_step_calls_the_operators_that_its_method_names(name: MethodName, fused_sgd_on_meta: None) -> None:
+    with torch.device("meta"):
+        method = make_method(METHODS[name], torch.float32, backend="triton")
+        with Called() as called:
+            views = [torch.empty(4, 3, 16, 16) for _ in range(method.views)]
+            losses = method(views, torch.zeros(4, dtype=torch.int64) if method.labelled else None)
+            method.after_step(losses, torch.arange(4), momentum=0.5, keep=torch.tensor(True))
+    assert called.names == set(method.operators)
 
 
 # How often a view passes through an encoder, forward and back. The patches of a view count as one.

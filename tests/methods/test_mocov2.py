@@ -49,13 +49,14 @@ def test_a_gradient_reaches_the_query_only() -> None:
     assert key is None
 
 
-def test_the_queue_s_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    for module in ("queue", "queue_contrastive"):
 
-    def record(backend: str, *tensors: Tensor) -> str:
-        asked.append(backend)
-        return backend
+        def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
+            asked.append((module, backend))
+            return backend
 
-    monkeypatch.setattr("mnclglf_kernels.queue.resolve", record)
+        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
     Stepper(make_method(MoCoV2, backend="torch"))(make_batch())
-    assert asked == ["torch"]
+    assert sorted(asked) == [("queue", "torch"), ("queue_contrastive", "torch")]

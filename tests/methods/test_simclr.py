@@ -1,9 +1,12 @@
 """SimCLR against a literal transcription of its Algorithm 1."""
 
+import sys
+
 import method_oracles
 import pytest
 import torch
-from method_steps import compare, make_batch, make_method, make_oracle
+from method_steps import Stepper, compare, make_batch, make_method, make_oracle
+from torch import Tensor
 
 from mnclglf.methods import SimCLR
 
@@ -30,6 +33,20 @@ def test_both_views_carry_gradients() -> None:
 def test_the_order_of_the_views_does_not_matter() -> None:
     method, (x1, x2) = make_method(SimCLR), make_batch().views
     torch.testing.assert_close(method((x1, x2)).total, method((x2, x1)).total, rtol=1e-12, atol=0)
+
+
+def test_the_loss_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def record(backend: str, *tensors: Tensor, kind: str) -> str:
+        asked.append(backend)
+        return backend
+
+    monkeypatch.setattr(
+        sys.modules["mnclglf_kernels.nt_xent"], "resolve", record
+    )  # the package's nt_xent is a function
+    Stepper(make_method(SimCLR, backend="torch"))(make_batch())
+    assert asked == ["torch"]
 
 
 def test_nothing_is_kept_from_step_to_step_but_the_network() -> None:

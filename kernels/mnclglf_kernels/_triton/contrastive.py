@@ -8,7 +8,8 @@
 
 P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i * N rows over all pairs. Pointers come
 as tuples, and a program takes the pair that its tile belongs to: FIRST_ROWS and FIRST_TILES are the pairs' first rows
-and row tiles, with the totals at their ends.
+and row tiles, with the totals at their ends. SHIFT is from a row to its positive. Unless it is 0 (nt_xent) a pair's
+targets are its predictions, and no row is a candidate of itself.
 """
 
 from __future__ import annotations
@@ -23,20 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
-from mnclglf_kernels._triton.products import row_products
+from mnclglf_kernels._triton.products import CLAMPED, inverse_norm, row_products, weighted_rows
 from mnclglf_kernels._triton.tiles import Tile, tile
 from mnclglf_kernels.backend import INTERPRETED
 
-FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
-HALF_SCALE = tl.constexpr(4096.0)  # lifts fp16 coefficients, 2 at most, out of the subnormals
-CLAMPED = tl.constexpr(0.999999e12)  # an inverse norm above it comes from the floor
 MERGED = 1024  # rows of a step of the merge
-
-
-@triton.jit
-def inverse_norm(squares):
-    norm = tl.sqrt(squares)
-    return 1.0 / tl.where(norm < FLOOR, FLOOR, norm)  # a NaN norm stays
 
 
 @triton.jit
@@ -69,7 +61,7 @@ def tile_products(
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     products, row_squares, column_squares = row_products(
-        h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, WIDEN
+        h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, NORMS, WIDEN
     )
     leads = tile == first_tile
     return pair, leads, row, row < count, first_row + row, column, products, row_squares, column_squares
@@ -87,6 +79,7 @@ def forward_kernel(
     inverse_temperature,
     N: tl.constexpr,
     D: tl.constexpr,
+    SHIFT: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,10 +92,13 @@ def forward_kernel(
     )
     row_inverse, column_inverse = inverse_norm(row_squares), inverse_norm(column_squares)
     logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
-    logits = tl.where((column < N)[None, :], logits, float("-inf"))
+    candidate = (column < N)[None, :]
+    if SHIFT:
+        candidate = candidate & (column[None, :] != row[:, None])
+    logits = tl.where(candidate, logits, float("-inf"))
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)
-    label = row % N
+    label = (row + SHIFT) % N
     positive = tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
 
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
@@ -167,6 +163,7 @@ def coefficient_kernel(
     inverse_temperature,
     N: tl.constexpr,
     D: tl.constexpr,
+    SHIFT: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -185,9 +182,13 @@ def coefficient_kernel(
     # The forward's factors in the forward's order, so that the greatest logit less itself is 0
     # (or what a fused multiply-add leaves of its rounding).
     coefficient = tl.exp((cosines * inverse_temperature - top[:, None]) - log_sum[:, None])
-    coefficient -= tl.where(column[None, :] == (row % N)[:, None], 1.0, 0.0)
+    coefficient -= tl.where(column[None, :] == ((row + SHIFT) % N)[:, None], 1.0, 0.0)
     valid = inside[:, None] & (column < N)[None, :]
-    radial = tl.where(valid, coefficient * cosines, 0.0)
+    candidate = valid
+    if SHIFT:
+        candidate = candidate & (column[None, :] != row[:, None])
+        coefficient = tl.where(candidate, coefficient, 0.0)
+    radial = tl.where(candidate, coefficient * cosines, 0.0)  # a row's product with itself may be infinite
     matrix_place = place.to(tl.int64)[:, None] * N + column[None, :]
     tl.store(coefficients + matrix_place, coefficient, mask=valid)
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
@@ -203,11 +204,13 @@ def gradient_kernel(
     gradients,
     row_inverses,
     other_inverses,
-    dots,  # [parts, R or N] fp32, of this side
+    dots,  # [parts, R or N] fp32, of this side, and of the other side
+    other_dots,
     upstream,  # [P] fp32
     inverse_temperature,
     N: tl.constexpr,
     D: tl.constexpr,
+    SHIFT: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     FIRST_BLOCKS: tl.constexpr,  # the pairs' first programs on axis 1
@@ -218,7 +221,7 @@ def gradient_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Gradient of targets or of predictions: one program has [ROWS, COLUMNS] of it and owns them."""
+    """Gradient of targets or of predictions (SHIFT: of both); one program has [ROWS, COLUMNS] of it and owns them."""
     block = tl.program_id(1)
     pair, first_block, first_row, last_row, first_part, last_part = 0, 0, 0, FIRST_ROWS[1], 0, FIRST_TILES[1]
     x, y, gradient, weights = rows[0], others[0], gradients[0], coefficients
@@ -230,7 +233,6 @@ def gradient_kernel(
             x, y, gradient, weights = rows[i], others[i], gradients[i], coefficients + FIRST_ROWS[i] * N
     row = (block - first_block) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    other = tl.arange(0, DEPTH)
     pair_rows = last_row - first_row
     if OF_TARGETS:
         count, other_count, first, first_other = pair_rows, N, first_row, pair * N
@@ -241,36 +243,28 @@ def gradient_kernel(
         row_step, other_step, part_size, part_place = 1, N, N, row
 
     inside, within = row < count, column < D
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, other_count, DEPTH):
-        there = start + other < other_count
-        other_row = (start + other).to(tl.int64)
-        weight = tl.load(
-            weights + row.to(tl.int64)[:, None] * row_step + other_row[None, :] * other_step,
-            mask=inside[:, None] & there[None, :],
-            other=0.0,
-        )
-        values = tl.load(y + other_row[:, None] * D + column[None, :], mask=there[:, None] & within[None, :], other=0.0)
-        inverse = tl.load(other_inverses + first_other + start + other, mask=there, other=0.0)
-        if values.dtype == tl.float16:  # its range is too small: the values take the power of two, exactly
-            power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            values = (values.to(tl.float32) * power[:, None]).to(tl.float16)
-            inverse = tl.where(power > 0, inverse / power, inverse) * HALF_SCALE
-        weight *= inverse[None, :]
-        if WIDEN:
-            total = tl.dot(weight, values.to(tl.float32), total, input_precision="ieee")
-        elif values.dtype == tl.float32:
-            total = tl.dot(weight, values, total, input_precision="ieee")
-        else:  # rounded in two parts: what is radial in the total cancels below, and so would a rounding not
-            high = weight.to(values.dtype)
-            total = tl.dot(high, values, total)
-            total = tl.dot((weight - high.to(tl.float32)).to(values.dtype), values, total)
-
-    if y.dtype.element_ty == tl.float16:
-        total /= HALF_SCALE
+    total = weighted_rows(
+        weights,
+        y,
+        other_inverses + first_other,
+        row,
+        inside,
+        column,
+        within,
+        other_count,
+        row_step,
+        other_step,
+        D,
+        DEPTH,
+        MIRRORED=SHIFT > 0,
+        WIDEN=WIDEN,
+    )
     radial = tl.zeros([ROWS], tl.float32)
     for part in range(first_part, last_part):
         radial += tl.load(dots + part * part_size + part_place, mask=inside, other=0.0)
+    if SHIFT:
+        for part in range(PARTS):
+            radial += tl.load(other_dots + part * N + row, mask=inside, other=0.0)
     inverse = tl.load(row_inverses + first + row, mask=inside, other=0.0)
     radial = tl.where(inverse > CLAMPED, 0.0, radial)  # divided by the floor, not by its norm: no radial part
     tile_place = row.to(tl.int64)[:, None] * D + column[None, :]
@@ -318,7 +312,13 @@ def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> F
 
 
 def forward_launches(
-    targets: Sequence[Tensor], predictions: Sequence[Tensor], temperature: float, results: Forward, t: Tile
+    targets: Sequence[Tensor],
+    predictions: Sequence[Tensor],
+    temperature: float,
+    results: Forward,
+    t: Tile,
+    *,
+    shift: int = 0,
 ) -> list[Launch]:
     """The two launches of the forward; every tensor dense and all rows of one dtype."""
     geometry = Geometry.of(targets, predictions)
@@ -336,6 +336,7 @@ def forward_launches(
         inverse_temperature=1 / temperature,
         N=n,
         D=d,
+        SHIFT=shift,
         FIRST_ROWS=first_rows,
         FIRST_TILES=first_tiles,
         ROWS=t.rows,
@@ -370,6 +371,8 @@ def backward_launches(
     prediction_gradients: Sequence[Tensor],
     t: Tile,
     gradient_tile: Tile,
+    *,
+    shift: int = 0,
 ) -> list[Launch]:
     """Coefficients in tiles t, then the gradient of each side that has somewhere to go: no gradients ask for none.
 
@@ -379,6 +382,7 @@ def backward_launches(
         target_gradients, prediction_gradients: where to write, like targets and predictions; or empty.
         t: must be the forward's.
         gradient_tile: rows of one side by columns of D, summed over rows of the other.
+        shift: must be the forward's. Unless 0, the prediction gradients are those of the targets too.
     """
     geometry = Geometry.of(targets, predictions)
     n, d, _ = geometry
@@ -393,6 +397,7 @@ def backward_launches(
         inverse_temperature=1 / temperature,
         N=n,
         D=d,
+        SHIFT=shift,
         FIRST_ROWS=first_rows,
         FIRST_TILES=first_tiles,
     )
@@ -428,6 +433,7 @@ def backward_launches(
             row_inverses=own[1],
             other_inverses=other[1],
             dots=own[2],
+            other_dots=other[2],
             upstream=upstream,
             FIRST_BLOCKS=first_blocks,
             PARTS=candidate_tiles,

@@ -50,7 +50,8 @@ def neighbor_kernel(
         QUEUE_STRIDE,
         QUEUE_COLUMN,
         DEPTH,
-        NORMS=False,
+        A_NORMS=False,
+        B_NORMS=False,
         WIDEN=WIDEN,
     )
     # A NaN is not equal to itself. The query's own norm does not change which row is greatest.

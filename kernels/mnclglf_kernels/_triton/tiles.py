@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-Operator = Literal["contrastive", "gradient", "neighbor"]
+Operator = Literal["contrastive", "nt_xent", "gradient", "queue_sum", "neighbor"]
 ARCHITECTURES = (80, 86, 89, 90)
 WIDTHS = (128, 512, 65536)  # upper ends of the width buckets
 
@@ -62,10 +62,14 @@ _FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in 
 TABLE: dict[tuple[Operator, Literal["half", "fp32"]], tuple[dict[int, Tile], ...]] = {
     ("neighbor", "half"): (_SMALL, _LARGE, _LARGE),
     ("contrastive", "half"): (_SMALL, _WIDE, _DEEP),
+    ("nt_xent", "half"): (_SMALL, _SMALL, _SMALL),  # [2N, 2N] logits are few: larger tiles leave processors idle
     ("gradient", "half"): (_SMALL, _SMALL, _WIDE),
+    ("queue_sum", "half"): (_SMALL, _SMALL, _SMALL),  # as [N, D] sums are
     ("neighbor", "fp32"): (_FP32, _FP32, _FP32),
     ("contrastive", "fp32"): (_FP32, _FP32, _FP32),
+    ("nt_xent", "fp32"): (_FP32, _FP32, _FP32),
     ("gradient", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
+    ("queue_sum", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
 }
 
 

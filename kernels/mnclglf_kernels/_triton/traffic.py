@@ -126,12 +126,57 @@ def gradient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     for i in range(len(a["rows"])):
         rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]
         parts = a["PARTS"] if a["OF_TARGETS"] else a["FIRST_TILES"][i + 1] - a["FIRST_TILES"][i]
+        parts += a["PARTS"] if a["SHIFT"] else 0  # of the other side too
         own, others = (rows, n) if a["OF_TARGETS"] else (n, rows)
         flops += 2 * halves * rows * n * d
         unique += 4 * (rows * n + others + own * (parts + 1) + 1) + own * d * itemsize
-        issued += column_blocks * 4 * (rows * n + programs * (others + 1) + own * (parts + 1))
+        loads = 2 if a["SHIFT"] else 1  # of a coefficient: as that of a row and as that of a column
+        issued += column_blocks * 4 * (loads * rows * n + programs * (others + 1) + own * (parts + 1))
         issued += programs * others * d * itemsize + 2 * own * d * itemsize
     return Traffic(flops, unique + total_bytes([*a["rows"], *a["others"]]), issued)
+
+
+def negatives(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
+    """(flops, unique bytes, issued bytes) of the products of queries and rows of the queue."""
+    queries, queue = a["queries"], a["queue"]
+    row_tiles, tiles = grid
+    read = row_tiles * tiles * a["D"] * (a["ROWS"] * queries.itemsize + a["COLUMNS"] * queue.itemsize)
+    return 2 * a["N"] * a["K"] * a["D"], total_bytes([queries, queue]), read
+
+
+def queue_forward(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = negatives(grid, a)
+    written = 4 * a["N"] * (2 * grid[1] + 1)
+    return Traffic(flops, unique + written, issued + written)
+
+
+def queue_merge(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    moved = total_bytes([a["queries"], a["keys"]]) + 4 * a["N"] * (2 * a["TILES"] + 1 + 5)
+    return Traffic(0, moved, moved)
+
+
+def queue_coefficient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = negatives(grid, a)
+    n, written = a["N"], 4 * a["N"] * a["K"]
+    return Traffic(flops, unique + 4 * 3 * n + written, issued + grid[1] * 4 * 3 * n + written)
+
+
+def queue_sum(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    n, k, d, queue = a["N"], a["K"], a["D"], a["queue"]
+    column_blocks, row_blocks = grid
+    halves, added = 1 if queue.itemsize == 4 else 2, 4 * n * d * (1 if a["FIRST"] else 2)
+    queue_bytes = k * d * queue.itemsize
+    return Traffic(
+        2 * halves * n * k * d,
+        4 * n * k + queue_bytes + added,
+        column_blocks * 4 * n * k + row_blocks * queue_bytes + added,
+    )
+
+
+def queue_gradient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    sums = [] if a["OF_KEYS"] else [a["sums"]]
+    moved = total_bytes([a["queries"], a["keys"], a["gradients"], *sums]) + 4 * 6 * grid[0]
+    return Traffic(0, moved, moved)
 
 
 FORMULAS = {
@@ -146,4 +191,9 @@ FORMULAS = {
     "merge_kernel": merge,
     "coefficient_kernel": coefficient,
     "gradient_kernel": gradient,
+    "queue_forward_kernel": queue_forward,
+    "queue_merge_kernel": queue_merge,
+    "queue_coefficient_kernel": queue_coefficient,
+    "queue_sum_kernel": queue_sum,
+    "queue_gradient_kernel": queue_gradient,
 }

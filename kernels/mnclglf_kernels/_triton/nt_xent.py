@@ -1,0 +1,92 @@
+"""nt_xent in Triton: the kernels of contrastive_losses, with the 2N rows of both views as targets and as predictions.
+
+A row's positive lies N rows on, its own logit is masked, and its gradient takes the coefficients of its row and of its
+column in one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnclglf_kernels._triton.contrastive import (
+    Forward,
+    backward_launches,
+    check_dense,
+    empty_forward,
+    forward_launches,
+)
+from mnclglf_kernels._triton.launch import Launch, architecture, run
+from mnclglf_kernels._triton.tiles import Tile, tile
+
+
+def nt_xent_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
+    """The configurations for rows of this width and dtype: of the logits, and of the gradient."""
+    logits, gradient = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("nt_xent", "gradient"))
+    return logits, gradient
+
+
+def nt_xent_forward_launches(rows: Tensor, temperature: float, results: Forward, t: Tile) -> list[Launch]:
+    """The two launches of the forward; `results` as empty_forward makes them of the rows as both sides."""
+    return forward_launches([rows], [rows], temperature, results, t, shift=len(rows) // 2)
+
+
+def nt_xent_backward_launches(
+    rows: Tensor, temperature: float, results: Forward, upstream: Tensor, gradient: Tensor, t: Tile, gradient_tile: Tile
+) -> list[Launch]:
+    """The two launches of the backward; `upstream` is [1] fp32, and t must be the forward's."""
+    given = ([rows], [rows], temperature, results, upstream, [], [gradient], t, gradient_tile)
+    return backward_launches(*given, shift=len(rows) // 2)
+
+
+@torch.library.custom_op("mnclglf::nt_xent", mutates_args=())
+def nt_xent(rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dense [2N, D], view 1 above view 2: see Forward, of one pair."""
+    check_dense([rows], [rows])
+    results = empty_forward([rows], [rows])
+    t, _ = nt_xent_tiles(rows, architecture(rows))
+    run(nt_xent_forward_launches(rows, temperature, results, t), rows.device)
+    return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
+
+
+@torch.library.custom_op("mnclglf::nt_xent_backward", mutates_args=())
+def nt_xent_backward(
+    upstream: Tensor,
+    rows: Tensor,
+    tops: Tensor,
+    log_sums: Tensor,
+    inverse_targets: Tensor,
+    inverse_predictions: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Gradient of the rows."""
+    check_dense([rows], [rows])
+    results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
+    gradient, tiles = torch.empty_like(rows), nt_xent_tiles(rows, architecture(rows))
+    run(nt_xent_backward_launches(rows, temperature, results, upstream, gradient, *tiles), rows.device)
+    return gradient
+
+
+@nt_xent.register_fake
+def _(rows: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return tuple(empty_forward([rows], [rows]))
+
+
+@nt_xent_backward.register_fake
+def _(upstream: Tensor, rows: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
+    rows, ctx.temperature = inputs
+    ctx.save_for_backward(rows, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
+    return nt_xent_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.temperature), None
+
+
+nt_xent.register_autograd(_gradient, setup_context=_setup)

@@ -1,0 +1,422 @@
+"""queue_contrastive_loss in Triton: a positive of its own for each query, and the queue's rows as negatives of all.
+
+    forward       a tile of negative logits a program, reduced to log-sum-exp parts at once; query norms on the way
+    merge         a program a query: its positive logit, log-sum-exp of it and of the parts, the query's loss
+    coefficients  the negative logits of a slice of the queue again, as softmax
+    sums          coefficients times the slice's rows, added to what the slices before it gave
+    gradient      a program a row: the positive's part, less the radial part
+
+Backward makes coefficients and sums for one slice of the queue after the other, so that [N, K] numbers are never in
+memory. N queries, K rows of the queue or of a slice, D width. The queue's rows have unit norm since they were written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mnclglf_kernels._triton.contrastive import check_dense
+from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
+from mnclglf_kernels._triton.products import CLAMPED, inverse_norm, row_products, weighted_rows
+from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels.backend import INTERPRETED
+
+COEFFICIENTS = 2**20  # of a slice, at most: 4 MB, which stay in the L2 cache
+
+
+@triton.jit
+def negative_products(
+    queries,
+    queue,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NORMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """What a program of the logits works on: (queries, rows of the queue, their products, squared norms of queries)."""
+    # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rows, columns = tl.minimum(row, N - 1), tl.minimum(column, K - 1)
+    products, squares, _ = row_products(queries, queue, rows, columns, D, D, 1, D, 1, DEPTH, NORMS, False, WIDEN)
+    return row, column, products, squares
+
+
+@triton.jit
+def queue_forward_kernel(
+    queries,
+    queue,
+    maxima,  # [tiles of the queue, N] fp32
+    sums,  # [tiles of the queue, N] fp32: of exp(logit - maximum)
+    inverse_queries,  # [N] fp32: 1 / norm
+    inverse_temperature,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row, column, products, squares = negative_products(
+        queries, queue, N, K, D, ROWS, COLUMNS, DEPTH, NORMS=True, WIDEN=WIDEN
+    )
+    inverse = inverse_norm(squares)
+    logits = products * inverse[:, None] * inverse_temperature
+    logits = tl.where((column < K)[None, :], logits, float("-inf"))
+    top = tl.max(logits, 1)
+    total = tl.sum(tl.exp(logits - top[:, None]), 1)
+    part = tl.program_id(1).to(tl.int64) * N + row
+    tl.store(maxima + part, top, mask=row < N)
+    tl.store(sums + part, total, mask=row < N)
+    tl.store(inverse_queries + row, inverse, mask=(row < N) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def queue_merge_kernel(
+    queries,
+    keys,
+    maxima,
+    sums,
+    inverse_queries,
+    inverse_keys,  # [N] fp32, as what follows
+    positives,  # the positive's logit
+    tops,  # greatest logit
+    log_sums,  # log of the sum of exp(logit - top)
+    losses,
+    inverse_temperature,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,  # of the queue
+    BLOCK: tl.constexpr,  # the powers of two from D and from TILES on
+    PARTS: tl.constexpr,
+):
+    n = tl.program_id(0)
+    column, part = tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    place = n.to(tl.int64) * D + column
+    query = tl.load(queries + place, mask=column < D, other=0.0).to(tl.float32)
+    key = tl.load(keys + place, mask=column < D, other=0.0).to(tl.float32)
+    inverse_key = inverse_norm(tl.sum(key * key, 0))
+    positive = tl.sum(query * key, 0) * tl.load(inverse_queries + n) * inverse_key * inverse_temperature
+    part_place = part.to(tl.int64) * N + n
+    part_maxima = tl.load(maxima + part_place, mask=part < TILES, other=float("-inf"))
+    part_sums = tl.load(sums + part_place, mask=part < TILES, other=0.0)
+    top = tl.maximum(tl.max(part_maxima, 0), positive)
+    total = tl.sum(part_sums * tl.exp(part_maxima - top), 0) + tl.exp(positive - top)
+    log_sum = tl.log(total)
+    tl.store(inverse_keys + n, inverse_key)
+    tl.store(positives + n, positive)
+    tl.store(tops + n, top)
+    tl.store(log_sums + n, log_sum)
+    tl.store(losses + n, log_sum - (positive - top))
+
+
+@triton.jit
+def queue_coefficient_kernel(
+    queries,
+    queue,
+    tops,
+    log_sums,
+    inverse_queries,
+    coefficients,  # [N, K] fp32: softmax
+    inverse_temperature,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row, column, products, _ = negative_products(
+        queries, queue, N, K, D, ROWS, COLUMNS, DEPTH, NORMS=False, WIDEN=WIDEN
+    )
+    inside = row < N
+    inverse = tl.load(inverse_queries + row, mask=inside, other=0.0)
+    top = tl.load(tops + row, mask=inside, other=0.0)
+    log_sum = tl.load(log_sums + row, mask=inside, other=0.0)
+    logits = products * inverse[:, None] * inverse_temperature
+    coefficient = tl.exp((logits - top[:, None]) - log_sum[:, None])
+    place = row.to(tl.int64)[:, None] * K + column[None, :]
+    tl.store(coefficients + place, coefficient, mask=inside[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def queue_sum_kernel(
+    coefficients,
+    queue,
+    sums,  # [N, D] fp32
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,  # there is nothing in the sums
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, within = row < N, column < D
+    total = weighted_rows(
+        coefficients,
+        queue,
+        None,
+        row,
+        inside,
+        column,
+        within,
+        K,
+        K,
+        1,
+        D,
+        DEPTH,
+        MIRRORED=False,
+        WIDEN=WIDEN,
+    )
+    place, mask = row.to(tl.int64)[:, None] * D + column[None, :], inside[:, None] & within[None, :]
+    if not FIRST:
+        total += tl.load(sums + place, mask=mask, other=0.0)
+    tl.store(sums + place, total, mask=mask)
+
+
+@triton.jit
+def queue_gradient_kernel(
+    queries,
+    keys,
+    sums,
+    tops,
+    log_sums,
+    positives,
+    inverse_queries,
+    inverse_keys,
+    upstream,  # [N] fp32
+    gradients,
+    inverse_temperature,
+    D: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two from D on
+):
+    n, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, place = column < D, n.to(tl.int64) * D + column
+    inverse, inverse_key = tl.load(inverse_queries + n), tl.load(inverse_keys + n)
+    unit = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32) * inverse
+    unit_key = tl.load(keys + place, mask=inside, other=0.0).to(tl.float32) * inverse_key
+    coefficient = tl.exp((tl.load(positives + n) - tl.load(tops + n)) - tl.load(log_sums + n)) - 1.0
+    if OF_KEYS:
+        total = coefficient * unit
+        unit, inverse = unit_key, inverse_key
+    else:
+        total = tl.load(sums + place, mask=inside, other=0.0) + coefficient * unit_key
+    # Divided by the floor, not by its norm, a row has no radial part.
+    radial = tl.where(inverse > CLAMPED, 0.0, tl.sum(total * unit, 0))
+    scale = tl.load(upstream + n) * inverse_temperature
+    tl.store(gradients + place, (total - unit * radial) * (inverse * scale), mask=inside)
+
+
+class QueueForward(NamedTuple):
+    """What the operator returns, each [N] fp32."""
+
+    losses: Tensor
+    tops: Tensor
+    log_sums: Tensor
+    positives: Tensor
+    inverse_queries: Tensor
+    inverse_keys: Tensor
+
+
+def empty_queue_forward(queries: Tensor) -> QueueForward:
+    return QueueForward(*(queries.new_empty(len(queries), dtype=torch.float32) for _ in QueueForward._fields))
+
+
+def queue_tiles(queries: Tensor, queue: Tensor, arch: int) -> tuple[Tile, Tile]:
+    """The configurations: of the logits, where two dtypes are multiplied in fp32, and of the sums of rows."""
+    dtype, width = queue.dtype if queries.dtype == queue.dtype else torch.float32, queue.shape[1]
+    return tile("contrastive", dtype, width, arch), tile("queue_sum", queue.dtype, width, arch)
+
+
+def queue_forward_launches(
+    queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, results: QueueForward, t: Tile
+) -> list[Launch]:
+    """The two launches of the forward; every tensor dense, queries and keys of one dtype."""
+    (n, d), size = queries.shape, len(queue)
+    tiles = blocks(size, t.columns)
+    maxima, sums = (torch.empty((tiles, n), dtype=torch.float32, device=queue.device) for _ in "ms")
+    shared = dict(
+        queries=queries,
+        maxima=maxima,
+        sums=sums,
+        inverse_queries=results.inverse_queries,
+        inverse_temperature=1 / temperature,
+        N=n,
+        D=d,
+    )
+    forward = dict(queue=queue, K=size, **logit_constants(queries, queue, t), **shared)
+    merge = dict(
+        keys=keys,
+        inverse_keys=results.inverse_keys,
+        positives=results.positives,
+        tops=results.tops,
+        log_sums=results.log_sums,
+        losses=results.losses,
+        TILES=tiles,
+        BLOCK=triton.next_power_of_2(d),
+        PARTS=triton.next_power_of_2(tiles),
+        **shared,
+    )
+    return [
+        Launch(queue_forward_kernel, (blocks(n, t.rows), tiles), forward, t.warps, t.stages),
+        Launch(queue_merge_kernel, (n,), merge),
+    ]
+
+
+def logit_constants(queries: Tensor, queue: Tensor, t: Tile) -> dict[str, Any]:
+    """Of the kernels that multiply queries and rows of the queue."""
+    widen = queries.dtype != queue.dtype or (INTERPRETED and queue.dtype == torch.bfloat16)
+    return dict(ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, WIDEN=widen)
+
+
+def queue_backward_launches(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    temperature: float,
+    results: QueueForward,
+    upstream: Tensor,
+    query_gradients: Tensor | None,
+    key_gradients: Tensor | None,
+    t: Tile,
+    sum_tile: Tile,
+) -> list[Launch]:
+    """Two launches a slice of the queue and one for the gradient of the queries; one for that of the keys.
+
+    Args:
+        queries, keys, queue, temperature, results: as the forward had and made them.
+        upstream: [N] fp32, the gradient of the losses.
+        query_gradients, key_gradients: where to write, like queries and keys; None asks for none.
+        t: of the logits.
+        sum_tile: queries by columns of D, summed over rows of the queue.
+    """
+    (n, d), launches = queries.shape, list[Launch]()
+    saved = dict(tops=results.tops, log_sums=results.log_sums, inverse_queries=results.inverse_queries)
+    shared = dict(queries=queries, inverse_temperature=1 / temperature, D=d, **saved)
+    sums = torch.empty((n, d), dtype=torch.float32, device=queue.device)
+    if query_gradients is not None:
+        slices = queue.split(max(t.columns, COEFFICIENTS // n // t.columns * t.columns))
+        memory = torch.empty(n * len(slices[0]), dtype=torch.float32, device=queue.device)
+        for i, part in enumerate(slices):
+            size = len(part)
+            sliced = dict(queue=part, coefficients=memory[: n * size].view(n, size), N=n, K=size)
+            coefficient = dict(**sliced, **shared, **logit_constants(queries, queue, t))
+            grid = (blocks(n, t.rows), blocks(size, t.columns))
+            launches.append(Launch(queue_coefficient_kernel, grid, coefficient, t.warps, t.stages))
+            add = dict(
+                sums=sums,
+                D=d,
+                FIRST=i == 0,
+                ROWS=sum_tile.rows,
+                COLUMNS=sum_tile.columns,
+                DEPTH=sum_tile.depth,
+                WIDEN=INTERPRETED and queue.dtype == torch.bfloat16,
+                **sliced,
+            )
+            grid = (blocks(d, sum_tile.columns), blocks(n, sum_tile.rows))
+            launches.append(Launch(queue_sum_kernel, grid, add, sum_tile.warps, sum_tile.stages))
+    for gradients in (query_gradients, key_gradients):
+        if gradients is not None:
+            gradient = dict(
+                keys=keys,
+                sums=sums,
+                positives=results.positives,
+                inverse_keys=results.inverse_keys,
+                upstream=upstream,
+                gradients=gradients,
+                OF_KEYS=gradients is key_gradients,
+                BLOCK=triton.next_power_of_2(d),
+                **shared,
+            )
+            launches.append(Launch(queue_gradient_kernel, (n,), gradient))
+    return launches
+
+
+def check_queue_dense(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
+    """ValueError where a row would be read from the wrong place."""
+    check_dense([queries], [keys])
+    if not queue.is_contiguous():
+        raise ValueError(
+            f"queue has shape {tuple(queue.shape)} and strides {queue.stride()}; backend 'triton' takes a dense one, "
+            "which it does not copy: store it contiguous"
+        )
+
+
+@torch.library.custom_op("mnclglf::queue_contrastive_loss", mutates_args=())
+def queue_contrastive_loss(
+    queries: Tensor, keys: Tensor, queue: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dense queries and keys [N, D] of one dtype and queue [K, D]: see QueueForward."""
+    check_queue_dense(queries, keys, queue)
+    results = empty_queue_forward(queries)
+    t, _ = queue_tiles(queries, queue, architecture(queue))
+    run(queue_forward_launches(queries, keys, queue, temperature, results, t), queue.device)
+    return tuple(results)  # pyright: ignore[reportReturnType]  # of six
+
+
+@torch.library.custom_op("mnclglf::queue_contrastive_loss_backward", mutates_args=())
+def queue_contrastive_loss_backward(
+    upstream: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    tops: Tensor,
+    log_sums: Tensor,
+    positives: Tensor,
+    inverse_queries: Tensor,
+    inverse_keys: Tensor,
+    temperature: float,
+    of_queries: bool,
+    of_keys: bool,
+) -> list[Tensor]:
+    """Gradients of the queries, if asked for, then of the keys, if asked for."""
+    check_queue_dense(queries, keys, queue)
+    results = QueueForward(upstream, tops, log_sums, positives, inverse_queries, inverse_keys)
+    gradients = [torch.empty_like(rows) if asked else None for rows, asked in ((queries, of_queries), (keys, of_keys))]
+    tiles = queue_tiles(queries, queue, architecture(queue))
+    given = (queries, keys, queue, temperature, results, upstream)
+    run(queue_backward_launches(*given, *gradients, *tiles), queue.device)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@queue_contrastive_loss.register_fake
+def _(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return tuple(empty_queue_forward(queries))
+
+
+@queue_contrastive_loss_backward.register_fake
+def _(upstream: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
+    *_, of_queries, of_keys = rest
+    return [torch.empty_like(x) for x in [queries] * of_queries + [keys] * of_keys]
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
+    queries, keys, queue, ctx.temperature = inputs
+    ctx.save_for_backward(queries, keys, queue, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    asked = ctx.needs_input_grad[:2]
+    given = (upstream.contiguous(), *ctx.saved_tensors, ctx.temperature)
+    gradients = iter(queue_contrastive_loss_backward(*given, *asked))
+    of_queries, of_keys = (next(gradients) if wanted else None for wanted in asked)
+    return of_queries, of_keys, None, None
+
+
+queue_contrastive_loss.register_autograd(_gradient, setup_context=_setup)

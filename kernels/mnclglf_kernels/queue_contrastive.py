@@ -1,0 +1,72 @@
+"""InfoNCE with negatives from a queue, the loss of MoCo (He et al. 2020, equation 1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.checks import check_matrix, check_queue, check_rows, check_temperature, check_widths
+
+CHUNK = 4096  # queue rows at a time
+
+
+def queue_contrastive_loss(
+    queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, backend: Backend = "auto"
+) -> Tensor:
+    """Cross-entropy of the cosine similarity of each query to its key against those to all rows of a queue.
+
+    MoCo's equation 1, averaged over queries.
+
+    Queries and keys are L2-normalised with F.normalize's semantics. Computed in fp32 (fp64 for fp64) also under
+    autocast. The gradient reaches queries and keys that ask for one, and never the queue. The [N, 1 + K] logits are
+    never in memory at once.
+
+    Args:
+        queries: q, [N, D].
+        keys: k+, [N, D], the positive of each query.
+        queue: [K, D] of unit-norm rows, any floating dtype: the negatives of every query. "triton" takes a contiguous
+            one.
+        temperature: tau > 0.
+        backend: see `resolve`.
+
+    Returns:
+        Scalar, the mean over queries, fp32 (fp64 for fp64 queries or keys).
+
+    Raises:
+        ValueError: shapes that do not fit each other, an empty queue, or a temperature that is not positive.
+        TypeError: a dtype that is not floating point.
+        RuntimeError: a backend that cannot run here.
+    """
+    check_matrix("queries", queries, "[N, D]")
+    check_matrix("keys", keys, "[N, D]")
+    check_widths("queries", queries, "keys", keys)
+    check_rows("queries", queries, "keys", keys)
+    check_queue("queries", queries, queue)
+    check_temperature(temperature)
+    dtype, queue = torch.promote_types(queries.dtype, keys.dtype), queue.detach()
+    if resolve(backend, queries, keys, queue, kind="matmul") == "torch":
+        return torch_queue_contrastive_loss(queries, keys, queue, temperature)
+    dense = (rows.to(dtype).contiguous() for rows in (queries, keys))
+    losses, *_ = torch.ops.mnclglf.queue_contrastive_loss(*dense, queue, temperature)
+    return losses.mean()
+
+
+def torch_queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """In PyTorch; the backward makes the logits of a chunk of the queue again."""
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = (F.normalize(rows.to(dtype)) for rows in (queries, keys))
+        positives = (queries * keys).sum(dim=1) / temperature  # [N]
+        chunks = [
+            checkpoint(log_sum_exp, queries, rows, temperature, use_reentrant=False, preserve_rng_state=False)
+            for rows in queue.split(CHUNK)
+        ]
+        return (torch.stack([positives, *chunks]).logsumexp(dim=0) - positives).mean()
+
+
+def log_sum_exp(queries: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """[N, D] queries and [B, D] rows to [N]: of their products over the temperature."""
+    return (queries @ rows.to(queries.dtype).T / temperature).logsumexp(dim=1)
