@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     results: list[Result] = []
     if "linear_lars" in protocols:
         results += by_lars(subject, lars, linear_loader(subject, lars), method.encoder, step)
-    fast = [protocol for protocol in protocols if protocol != "linear_lars"]
+    fast: list[Protocol] = [protocol for protocol in protocols if protocol != "linear_lars"]
     if not fast:
         return results
     encoders = {"pretrained": method.encoder, "untrained": subject.untrained()}

@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mnclglf.config import DATASETS, MethodName, ObjectiveConfig, RunConfig, require
+from mnclglf.evaluation.results import Protocol
 from mnclglf.recipes import RECIPES
 from mnclglf.reproduce.paper import METHOD_TITLES, TABLE3, TABLE4, TABLE5, TABLE6, PaperResult
 
 TableName = Literal["table3", "table4", "table5", "table6"]
 PaperDataset = Literal["cifar10", "cifar100", "tinyimagenet"]
 ScaleName = Literal["paper", "small"]
-Protocol = Literal["knn", "linear"]
-"""Of mnclglf.evaluation."""
 
 PAPER_EPOCHS = 200
 CLASSES = dict.fromkeys(DATASETS, 10) | {"cifar100": 100, "tinyimagenet": 200}

@@ -89,9 +89,9 @@ def find_results(
 
 def _find(saved: Sequence[Result], protocol: str, representation: str, settings: Mapping[str, Any]) -> Result | None:
     for result in saved:
-        if (result.protocol, result.representation, result.split) == (protocol, representation, "test") and all(
-            result.settings.get(name) == value for name, value in settings.items()
-        ):
+        found = (result.protocol, result.representation, result.split, result.label_share)
+        same_settings = all(result.settings.get(name) == value for name, value in settings.items())
+        if found == (protocol, representation, "test", 1.0) and same_settings:
             return result
     return None
 

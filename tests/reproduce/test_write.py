@@ -123,6 +123,7 @@ def test_a_run_counts_for_every_table_that_needs_it(tmp_path: Path, hand_made: H
         {"settings": {**SETTINGS, "step": 12, "k": 1}},  # as `mnclglf knn RUN --k 1` leaves it
         {"settings": {**SETTINGS, "step": 12, "solver": "another"}},
         {"split": "validation"},
+        {"label_share": 0.1},
         {"representation": "raw pixels"},
     ],
 )
