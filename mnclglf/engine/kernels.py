@@ -51,8 +51,8 @@ def choose_backends(
         sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        needed = (*METHODS[config.method].operators, "augment") if operators is None else operators
-        used = [op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")]
+        needed: Sequence[Operator] = (*METHODS[config.method].operators, "augment") if operators is None else operators
+        used: list[Operator] = [op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")]
         problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
