@@ -21,28 +21,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf_kernels import Backend, combine, contrastive_losses, divide
+from mnclglf_kernels import combine, contrastive_losses, divide
 
 
 class FastMoCo(Method):
-    """Two networks. See the module for the algorithm, and Method for the arguments."""
+    """Two networks. See the module for the algorithm."""
 
     views = 2
     operators = ("divide", "combine", "contrastive_losses")
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))

@@ -44,9 +44,14 @@ class Method(nn.Module, ABC):
     operators: tuple[Operator, ...] = ()
 
     def __init__(
-        self, model: ModelConfig, objective: ObjectiveConfig, *, queue_dtype: torch.dtype, backend: Backend = "auto"
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        queue_dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
     ) -> None:
-        """Makes the encoder.
+        """Makes the encoder, and what the method's `build` adds.
 
         Args:
             model: encoder and heads.
@@ -58,6 +63,11 @@ class Method(nn.Module, ABC):
         self.objective = objective
         self.backends = Backends.all(backend)
         self.encoder = ResNet18(model.stem, model.width)
+        self.build(model, queue_dtype)
+
+    @abstractmethod
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
+        """Makes the networks beside the encoder, and the queue; arguments as of the constructor."""
 
     @abstractmethod
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:

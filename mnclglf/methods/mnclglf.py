@@ -20,34 +20,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf_kernels import Backend, combine, contrastive_losses, divide
+from mnclglf_kernels import combine, contrastive_losses, divide
 
 
 class MNCLGLF(Method):
-    """The three networks and the queue. See the module for the algorithm, and Method for the arguments."""
+    """The three networks and the queue. See the module for the algorithm."""
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
-        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+        self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2, x3 = views

@@ -29,37 +29,29 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.batch_norm import batch_norms
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import update_momentum
 from mnclglf.models.resnet import ResNet18
-from mnclglf_kernels import Backend, combine, contrastive_losses, divide, nt_xent
+from mnclglf_kernels import combine, contrastive_losses, divide, nt_xent
 
 
 class MNCLGLFOfficial(Method):
-    """Two networks and the queue. See the module for the algorithm, and Method for the arguments."""
+    """Two networks and the queue. See the module for the algorithm."""
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nt_xent", "nearest_neighbor", "enqueue")
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
         momentum_encoder = ResNet18(model.stem, model.width)
         self.momentum = nn.Sequential(momentum_encoder, projector(self.encoder.features, model.projector_width))
         self.momentum.requires_grad_(False)
-        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+        self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
         for head in (self.projector, self.predictor, self.momentum[1]):
             for layer in batch_norms(head):
                 nn.init.uniform_(layer.weight)

@@ -20,32 +20,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf_kernels import Backend, queue_contrastive_loss
+from mnclglf_kernels import queue_contrastive_loss
 
 
 class MoCoV2(Method):
-    """Two networks and the queue. See the module for the algorithm, and Method for the arguments."""
+    """Two networks and the queue. See the module for the algorithm."""
 
     views = 2
     operators = ("queue_contrastive_loss", "enqueue")
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
-        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+        self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2 = views

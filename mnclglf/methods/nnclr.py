@@ -19,31 +19,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf_kernels import Backend, contrastive_losses
+from mnclglf_kernels import contrastive_losses
 
 
 class NNCLR(Method):
-    """One network and the queue. See the module for the algorithm, and Method for the arguments."""
+    """One network and the queue. See the module for the algorithm."""
 
     views = 2
     operators = ("contrastive_losses", "nearest_neighbor", "enqueue")
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
-        self.queue = FeatureQueue(objective.queue_size, model.projector_width, queue_dtype)
+        self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view

@@ -16,27 +16,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.heads import projector
-from mnclglf_kernels import Backend, nt_xent
+from mnclglf_kernels import nt_xent
 
 
 class SimCLR(Method):
-    """One network. See the module for the algorithm, and Method for the arguments."""
+    """One network. See the module for the algorithm."""
 
     views = 2
     operators = ("nt_xent",)
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:

@@ -17,27 +17,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.losses import negative_cosine
-from mnclglf_kernels import Backend
 
 
 class SimSiam(Method):
-    """One network. See the module for the algorithm, and Method for the arguments."""
+    """One network. See the module for the algorithm."""
 
     views = 2
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
 

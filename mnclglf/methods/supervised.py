@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, ObjectiveConfig, require
+from mnclglf.config import ModelConfig, require
 from mnclglf.methods.method import Losses, Method
-from mnclglf_kernels import Backend
 
 
 class Supervised(Method):
-    """One network. See the module for the loss, and Method for the arguments.
+    """One network. See the module for the loss.
 
     Raises:
         ValueError: `model.classes` is None.
@@ -30,15 +29,7 @@ class Supervised(Method):
     views = 1
     labelled = True
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        queue_dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(model, objective, queue_dtype=queue_dtype, backend=backend)
+    def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         require(
             model.classes is not None, "classes None: a classifier needs their number, as in ModelConfig(classes=10)"
         )
