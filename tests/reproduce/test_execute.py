@@ -178,7 +178,7 @@ def test_a_signal_stops_the_run_at_work_once_and_begins_no_other(runs: Path, mon
         f"    open({str(runs)!r} + '/' + name + '.saved', 'w')\n"
         "    sys.exit(130)\n"
         "signal.signal(signal.SIGINT, stop)\n"
-        f"open({str(runs)!r} + '/' + name + '.ready', 'w')\n"
+        f"open({str(runs)!r} + '/' + name + '.ready', 'w').write(str(os.getpgid(0)))\n"
         "time.sleep(60)",
     )
     table, console = tiny_table("table6"), silent()
@@ -194,6 +194,8 @@ def test_a_signal_stops_the_run_at_work_once_and_begins_no_other(runs: Path, mon
     threading.Thread(target=interrupt).start()
     made = make_runs(Reproduce(table="table6", scale="small", out=runs.parent), table, runs, console)
     assert (made.stopped, made.failed) == (signal.SIGINT, [])
+    group = int((runs / f"{first}.ready").read_text())
+    assert group != os.getpgid(0)  # or a terminal's Ctrl-C, which goes to our group, would be the second signal
     assert sorted(path.name for path in runs.iterdir() if path.suffix in (".ready", ".saved")) == [
         f"{first}.ready", f"{first}.saved"
     ]  # fmt: skip
