@@ -56,6 +56,7 @@ _DEEP = {
     90: Tile(64, 128, 64, 4, 4),
 }
 _FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
+_FP32_VIEWS = {arch: Tile(64, 64, 16 if arch == 80 else 32, 4, 2) for arch in ARCHITECTURES}  # 32 deep it would spill
 _FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in ARCHITECTURES}
 
 # D up to                                       128              512              65536
@@ -67,7 +68,7 @@ TABLE: dict[tuple[Operator, Literal["half", "fp32"]], tuple[dict[int, Tile], ...
     ("queue_sum", "half"): (_SMALL, _SMALL, _SMALL),  # as [N, D] sums are
     ("neighbor", "fp32"): (_FP32, _FP32, _FP32),
     ("contrastive", "fp32"): (_FP32, _FP32, _FP32),
-    ("nt_xent", "fp32"): (_FP32, _FP32, _FP32),
+    ("nt_xent", "fp32"): (_FP32_VIEWS, _FP32_VIEWS, _FP32_VIEWS),
     ("gradient", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
     ("queue_sum", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
 }
