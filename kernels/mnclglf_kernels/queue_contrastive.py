@@ -64,7 +64,8 @@ def torch_queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, t
             checkpoint(log_sum_exp, queries, rows, temperature, use_reentrant=False, preserve_rng_state=False)
             for rows in queue.split(CHUNK)
         ]
-        return (torch.stack([positives, *chunks]).logsumexp(dim=0) - positives).mean()
+        # The positive's softmax is a sigmoid, whose logarithm is exact however close to 0 it is.
+        return -F.logsigmoid(positives - torch.stack(chunks).logsumexp(dim=0)).mean()
 
 
 def log_sum_exp(queries: Tensor, rows: Tensor, temperature: float) -> Tensor:

@@ -47,7 +47,7 @@ WRITTEN = [
     ("coefficient_kernel", "coefficients", "nt_xent"),
     ("gradient_kernel", "gradients", "nt_xent"),
     ("queue_forward_kernel", "sums", "queue_contrastive_loss"),
-    ("queue_merge_kernel", "positives", "queue_contrastive_loss"),
+    ("queue_merge_kernel", "misses", "queue_contrastive_loss"),
     ("queue_coefficient_kernel", "coefficients", "queue_contrastive_loss"),
     ("queue_sum_kernel", "sums", "queue_contrastive_loss"),
     ("queue_gradient_kernel", "gradients", "queue_contrastive_loss"),

@@ -167,7 +167,7 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
         *("scores", "rows", "nearest"),
         *("maxima", "sums", "positives", "tops", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
         *("coefficients", "target_dots", "prediction_dots", "dots", "other_dots", "gradients"),
-        *("inverse_queries", "inverse_keys"),
+        *("misses", "inverse_queries", "inverse_keys"),
     }
 
 

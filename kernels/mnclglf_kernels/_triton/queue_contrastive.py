@@ -88,7 +88,7 @@ def queue_merge_kernel(
     sums,
     inverse_queries,
     inverse_keys,  # [N] fp32, as what follows
-    positives,  # the positive's logit
+    misses,  # what the positive's softmax is short of 1
     tops,  # greatest logit
     log_sums,  # log of the sum of exp(logit - top)
     losses,
@@ -110,10 +110,11 @@ def queue_merge_kernel(
     part_maxima = tl.load(maxima + part_place, mask=part < TILES, other=float("-inf"))
     part_sums = tl.load(sums + part_place, mask=part < TILES, other=0.0)
     top = tl.maximum(tl.max(part_maxima, 0), positive)
-    total = tl.sum(part_sums * tl.exp(part_maxima - top), 0) + tl.exp(positive - top)
+    negatives = tl.sum(part_sums * tl.exp(part_maxima - top), 0)
+    total = negatives + tl.exp(positive - top)
     log_sum = tl.log(total)
     tl.store(inverse_keys + n, inverse_key)
-    tl.store(positives + n, positive)
+    tl.store(misses + n, negatives / total)  # not as 1 - softmax, which cancels
     tl.store(tops + n, top)
     tl.store(log_sums + n, log_sum)
     tl.store(losses + n, log_sum - (positive - top))
@@ -193,9 +194,7 @@ def queue_gradient_kernel(
     queries,
     keys,
     sums,
-    tops,
-    log_sums,
-    positives,
+    misses,
     inverse_queries,
     inverse_keys,
     upstream,  # [N] fp32
@@ -210,7 +209,7 @@ def queue_gradient_kernel(
     inverse, inverse_key = tl.load(inverse_queries + n), tl.load(inverse_keys + n)
     unit = tl.load(queries + place, mask=inside, other=0.0).to(tl.float32) * inverse
     unit_key = tl.load(keys + place, mask=inside, other=0.0).to(tl.float32) * inverse_key
-    coefficient = tl.exp((tl.load(positives + n) - tl.load(tops + n)) - tl.load(log_sums + n)) - 1.0
+    coefficient = -tl.load(misses + n)
     if OF_KEYS:
         total = coefficient * unit
         unit, inverse = unit_key, inverse_key
@@ -228,7 +227,7 @@ class QueueForward(NamedTuple):
     losses: Tensor
     tops: Tensor
     log_sums: Tensor
-    positives: Tensor
+    misses: Tensor
     inverse_queries: Tensor
     inverse_keys: Tensor
 
@@ -263,7 +262,7 @@ def queue_forward_launches(
     merge = dict(
         keys=keys,
         inverse_keys=results.inverse_keys,
-        positives=results.positives,
+        misses=results.misses,
         tops=results.tops,
         log_sums=results.log_sums,
         losses=results.losses,
@@ -306,8 +305,7 @@ def queue_backward_launches(
         sum_tile: queries by columns of D, summed over rows of the queue.
     """
     (n, d), launches = queries.shape, list[Launch]()
-    saved = dict(tops=results.tops, log_sums=results.log_sums, inverse_queries=results.inverse_queries)
-    shared = dict(queries=queries, inverse_temperature=1 / temperature, D=d, **saved)
+    shared = dict(queries=queries, inverse_queries=results.inverse_queries, inverse_temperature=1 / temperature, D=d)
     sums = torch.empty((n, d), dtype=torch.float32, device=queue.device)
     if query_gradients is not None:
         slices = queue.split(max(t.columns, COEFFICIENTS // n // t.columns * t.columns))
@@ -315,7 +313,8 @@ def queue_backward_launches(
         for i, part in enumerate(slices):
             size = len(part)
             sliced = dict(queue=part, coefficients=memory[: n * size].view(n, size), N=n, K=size)
-            coefficient = dict(**sliced, **shared, **logit_constants(queries, queue, t))
+            logits = dict(tops=results.tops, log_sums=results.log_sums, **logit_constants(queries, queue, t))
+            coefficient = dict(**logits, **sliced, **shared)
             grid = (blocks(n, t.rows), blocks(size, t.columns))
             launches.append(Launch(queue_coefficient_kernel, grid, coefficient, t.warps, t.stages))
             add = dict(
@@ -335,7 +334,7 @@ def queue_backward_launches(
             gradient = dict(
                 keys=keys,
                 sums=sums,
-                positives=results.positives,
+                misses=results.misses,
                 inverse_keys=results.inverse_keys,
                 upstream=upstream,
                 gradients=gradients,
@@ -377,7 +376,7 @@ def queue_contrastive_loss_backward(
     queue: Tensor,
     tops: Tensor,
     log_sums: Tensor,
-    positives: Tensor,
+    misses: Tensor,
     inverse_queries: Tensor,
     inverse_keys: Tensor,
     temperature: float,
@@ -386,7 +385,7 @@ def queue_contrastive_loss_backward(
 ) -> list[Tensor]:
     """Gradients of the queries, if asked for, then of the keys, if asked for."""
     check_queue_dense(queries, keys, queue)
-    results = QueueForward(upstream, tops, log_sums, positives, inverse_queries, inverse_keys)
+    results = QueueForward(upstream, tops, log_sums, misses, inverse_queries, inverse_keys)
     gradients = [torch.empty_like(rows) if asked else None for rows, asked in ((queries, of_queries), (keys, of_keys))]
     tiles = queue_tiles(queries, queue, architecture(queue))
     given = (queries, keys, queue, temperature, results, upstream)

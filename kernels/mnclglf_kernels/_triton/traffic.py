@@ -175,7 +175,7 @@ def queue_sum(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 def queue_gradient(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     sums = [] if a["OF_KEYS"] else [a["sums"]]
-    moved = total_bytes([a["queries"], a["keys"], a["gradients"], *sums]) + 4 * 6 * grid[0]
+    moved = total_bytes([a["queries"], a["keys"], a["gradients"], *sums]) + 4 * 4 * grid[0]
     return Traffic(0, moved, moved)
 
 
