@@ -120,7 +120,7 @@ class TrainStep:
             if "momentum_buffer" in kept:  # in the parameter's memory format, which the fused kernel takes for granted
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"]).to(group["params"][0])  # that of an older state is a number
+            group["lr"] = rate_tensor(group["lr"], group["params"][0])  # that of an older state is a number
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 
@@ -140,11 +140,16 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
         fused=True,
     )
     for group in optimizer.param_groups:
-        group["lr"] = group["params"][0].new_tensor(config.lr)
+        group["lr"] = rate_tensor(config.lr, group["params"][0])
         for parameter in group["params"]:
             if config.sgd_momentum:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def rate_tensor(rate: float | Tensor, parameter: nn.Parameter) -> Tensor:
+    """A learning rate beside a parameter; fp32 whatever the parameter is, which the fused kernel on a GPU asks for."""
+    return torch.as_tensor(rate).to(parameter.device, torch.float32)
 
 
 def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[list[nn.Parameter]]:

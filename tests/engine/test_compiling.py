@@ -201,6 +201,7 @@ def test_a_compiled_step_trains_as_the_eager_one_on_the_gpu(how: str, dtype: tor
 
     In fp64, where PyTorch does the work of our kernels, all of the state is the same; in bf16, with them, the losses.
     """
+    torch._dynamo.reset()
     with (
         torch._inductor.config.patch({"triton.cudagraph_or_error": True, "graph_partition": False}),
         torch._dynamo.config.patch(error_on_recompile=True),

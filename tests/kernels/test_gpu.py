@@ -68,13 +68,17 @@ def test_augment(dtype, rotates, cubic, source, side):
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     recipe = Recipe(side, cubic, 5, rotates)
     given = on_gpu([images, rows, parameters, mean, std])
-    views = augment(*given, recipe, dtype=dtype, backend="triton").cpu().double()
     doubles = in_fp64([parameters, mean, std])
     truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
-    error = (views - truth).abs() - torch.finfo(dtype).eps * truth.abs()
-    levels = 255 * std.double().view(3, 1, 1) * error
-    assert levels.max() < 8  # two sums that end at another side of a half, then the jitter
-    assert (levels > 0.1).double().mean() < 0.02  # and such sums are rare in noise
+    ours, plain = (
+        (augment(*given, recipe, dtype=dtype, backend=backend).cpu().double() - truth).abs()
+        for backend in ("triton", "torch")
+    )
+    ours, plain = (255 * std.view(3, 1, 1) * (x - torch.finfo(dtype).eps * truth.abs()) for x in (ours, plain))
+    assert ours.max() < 8  # levels: two sums that end at another side of a half, then the jitter
+    # Such sums are frequent where sizes have small common measures, and fp32 puts half of them on the other side.
+    off, expected = ((x > 0.1).double().mean() for x in (ours, plain))
+    assert off < 3 * expected + 0.002
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
