@@ -34,8 +34,8 @@ train: setup ## pre-train, then k-NN and linear evaluation; DATASET, RECIPE, SEE
 report: setup ## write the report of a run again; RUN
 	$(BIN)/mnclglf report "$(RUN)"
 
-test: setup ## run the tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, one process a core; ARGS go to pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
 	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)

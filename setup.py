@@ -41,6 +41,7 @@ setup(
         "dev": [
             "pytest>=9",
             "pytest-benchmark>=5.2",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "coverage>=7.6",
             "ruff>=0.17",

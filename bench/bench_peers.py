@@ -1,8 +1,9 @@
-"""Our step beside lightly's NNCLR, MoCo v2, SimCLR and BYOL, all in turns, each in a process of its own.
+"""Our step, and our NNCLR, MoCo v2, SimCLR and BYOL, beside lightly's, all in turns, each in a process of its own.
 
-On the same backbone, batch, views and device: as lightly's documentation trains them (fp32, NCHW, eager), and like for
-like, with our precision, memory format and kept memory. Methods differ in what they compute (MNCLGLF has 13 forwards'
-worth of it, SimCLR 6), so the ratio compares operations a second: how many times as fast ours goes through its own.
+On the same backbone, batch, views and device: ours, lightly's as its documentation trains them (fp32, NCHW, eager), and
+like for like, with our precision, memory format and kept memory. Methods differ in what they compute (MNCLGLF has 13
+forwards' worth of it, SimCLR 6; our heads are the paper's, theirs their examples'), so the ratio compares operations a
+second: how many times as fast our MNCLGLF goes through its own.
 """
 
 from __future__ import annotations

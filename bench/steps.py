@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 from oracles import Algorithm1AsPrinted
 
 from bench.peers import PEERS, peer_step
-from mnclglf.config import EngineConfig, RunConfig
+from mnclglf.config import EngineConfig, MethodName, RunConfig
 from mnclglf.data.batches import Batch
 from mnclglf.engine.compiling import Compile
 from mnclglf.engine.device import autocast_dtype
@@ -65,9 +65,9 @@ class Printed:
     unit_norm: bool = False
 
 
-def config_of(size: Size) -> RunConfig:
+def config_of(size: Size, method: MethodName = "mnclglf") -> RunConfig:
     """The paper recipe."""
-    config = paper("mnclglf", "cifar10")
+    config = paper(method, "cifar10")
     return replace(
         config, optim=replace(config.optim, batch_size=size.images), model=replace(config.model, width=size.width)
     )
@@ -144,10 +144,12 @@ def our_step(
     return lambda: train(0, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
 
 
-def our_rung(size: Size, device: torch.device, *, compile: Compile = "off", keep: bool = False) -> Step:
+def our_rung(
+    size: Size, device: torch.device, *, method: MethodName = "mnclglf", compile: Compile = "off", keep: bool = False
+) -> Step:
     if keep and device.type == "cpu":
         keep_freed_memory()
-    return our_step(config_of(size), size.side, device, compile=compile)
+    return our_step(config_of(size, method), size.side, device, compile=compile)
 
 
 def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> Step:
@@ -180,12 +182,18 @@ LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
 """Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
 
 PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
-    f"{name}, {'as documented' if documented else 'like for like'}": partial(peer, name=name, documented=documented)
+    f"{name}, {how}": make
     for name in PEERS
-    for documented in (False, True)
+    for how, make in {
+        "ours": partial(our_rung, method=name, keep=True),
+        "like for like": partial(peer, name=name, documented=False),
+        "as documented": partial(peer, name=name, documented=True),
+    }.items()
 }
+"""Each method of the peers': ours, theirs with our settings, theirs."""
+
 MAKERS = LADDER | PEER_STEPS
-KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if name.endswith("like for like"))}
+KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if not name.endswith("documented"))}
 """The steps that keep memory on a CPU."""
 
 

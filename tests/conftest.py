@@ -1,11 +1,15 @@
-"""What every test shares: two threads, one seed, hypothesis without a clock, the backends under test."""
+"""What every test shares: threads, one seed, hypothesis without a clock, the backends under test."""
 
 import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if THREADS == 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 # The tests are the same on every machine: on the CPU, with the Triton kernels in Triton's interpreter. `make test-gpu`
 # sets this variable and runs those marked gpu. Both settings are read when torch and triton are loaded.
@@ -27,7 +31,7 @@ if not ON_GPU:
 
 BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 # No deadline: the first call of an operator pays for lazy initialisation. Derandomised: the same examples every run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
@@ -48,8 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if NOT_ON_GPU in session.config.stash and hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["not on a GPU"] = session.config.stash[NOT_ON_GPU]
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and NOT_ON_GPU in session.config.stash:
         session.exitstatus = pytest.ExitCode.OK  # all there was to run needs a GPU, and the line below says so
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what one of several processes counted; all of them count the same."""
+    if line := getattr(node, "workeroutput", {}).get("not on a GPU"):
+        node.config.stash[NOT_ON_GPU] = line
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
