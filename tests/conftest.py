@@ -7,9 +7,8 @@ from typing import Any
 
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-if THREADS == 1:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread each, also in what tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests are the same on every machine: on the CPU, with the Triton kernels in Triton's interpreter. `make test-gpu`
 # sets this variable and runs those marked gpu. Both settings are read when torch and triton are loaded.
@@ -31,7 +30,7 @@ if not ON_GPU:
 
 BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # No deadline: the first call of an operator pays for lazy initialisation. Derandomised: the same examples every run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)

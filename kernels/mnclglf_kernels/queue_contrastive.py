@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_matrix, check_queue, check_rows, check_temperature, check_widths
@@ -55,19 +57,40 @@ def queue_contrastive_loss(
 
 
 def torch_queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """In PyTorch; the backward makes the logits of a chunk of the queue again."""
+    """In PyTorch."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = (F.normalize(rows.to(dtype)) for rows in (queries, keys))
         positives = (queries * keys).sum(dim=1) / temperature  # [N]
-        chunks = [
-            checkpoint(log_sum_exp, queries, rows, temperature, use_reentrant=False, preserve_rng_state=False)
-            for rows in queue.split(CHUNK)
-        ]
+        negatives = cast(Tensor, LogSumExp.apply(queries, queue, temperature))
         # The positive's softmax is a sigmoid, whose logarithm is exact however close to 0 it is.
-        return -F.logsigmoid(positives - torch.stack(chunks).logsumexp(dim=0)).mean()
+        return -F.logsigmoid(positives - negatives).mean()
 
 
-def log_sum_exp(queries: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """[N, D] queries and [B, D] rows to [N]: of their products over the temperature."""
-    return (queries @ rows.to(queries.dtype).T / temperature).logsumexp(dim=1)
+class LogSumExp(torch.autograd.Function):
+    """[N, D] queries and [K, D] queue to [N]: of their products over the temperature.
+
+    One pass over the queue makes the value and the gradient, by sums that are kept relative to the greatest logit so
+    far (online softmax, Milakov and Gimelshein 2018).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, queue: Tensor, temperature: float) -> Tensor:
+        greatest = queries.new_full((len(queries), 1), -torch.inf)
+        total, weighted = torch.zeros_like(greatest), torch.zeros_like(queries)
+        for rows in queue.split(CHUNK):
+            rows = rows.to(queries.dtype)
+            logits = queries @ rows.T / temperature
+            before, greatest = greatest, torch.maximum(greatest, logits.amax(dim=1, keepdim=True))
+            shrunk, weights = (before - greatest).exp(), (logits - greatest).exp()
+            total = shrunk * total + weights.sum(dim=1, keepdim=True)
+            if ctx.needs_input_grad[0]:
+                weighted = torch.addmm(shrunk * weighted, weights, rows)
+        ctx.save_for_backward(weighted / (total * temperature))
+        return (greatest + total.log()).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return upstream[0][:, None] * gradient, None, None

@@ -148,8 +148,8 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.SGD:
 
 
 def rate_tensor(rate: float | Tensor, parameter: nn.Parameter) -> Tensor:
-    """A learning rate beside a parameter; fp32 whatever the parameter is, which the fused kernel on a GPU asks for."""
-    return torch.as_tensor(rate).to(parameter.device, torch.float32)
+    """A learning rate beside a parameter and in its dtype; in fp32 on a GPU, whose fused kernel reads no other."""
+    return torch.as_tensor(rate).to(parameter.device, torch.float32 if parameter.is_cuda else parameter.dtype)
 
 
 def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[list[nn.Parameter]]:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from mnclglf.data.batches import Batch
 from mnclglf.engine.guard import NonFiniteError
-from mnclglf.engine.step import TrainStep, cast, keep_freed_memory, share_casts, use_fast_math
+from mnclglf.engine.step import TrainStep, cast, keep_freed_memory, rate_tensor, share_casts, use_fast_math
 from mnclglf.methods import MNCLGLF, SimCLR, Supervised
 from mnclglf_kernels import Backends
 
@@ -80,7 +81,7 @@ def trained(
     for number in range(steps):
         torch.manual_seed(number)
         batch = make_batch(device, dtype, first=16 * number)
-        found, gradient_norm = step(number, batch, lr=0.01, momentum=0.9)
+        found, gradient_norm = step(number, batch, lr=2**-7, momentum=0.9)  # the same number in fp32 and fp64
         losses += [found.total.item(), gradient_norm.item()]
     step.guard.raise_if_failed()
     state = {name: value.cpu() for name, value in method.state_dict().items()}
@@ -237,19 +238,27 @@ def test_a_cast_keeps_the_memory_format() -> None:
     assert torch.equal(result, weight.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_learning_rate_is_a_tensor_on_the_device_and_takes_effect(dtype: torch.dtype) -> None:
-    method = make_method(dtype=dtype)
+def test_the_learning_rate_is_a_tensor_on_the_device_and_takes_effect() -> None:
+    method = make_method()
     step = TrainStep(method, OptimConfig(weight_decay=0.0), EngineConfig(), torch.float32)
     rate = step.optimizer.param_groups[0]["lr"]
-    assert rate.dtype == torch.float32  # also beside weights in fp64: the fused kernel on a GPU reads no other
+    assert isinstance(rate, Tensor)
     before = method.encoder.conv1.weight.clone()
-    step(0, make_batch(dtype=dtype), lr=0.0, momentum=0.9)
+    step(0, make_batch(), lr=0.0, momentum=0.9)
     assert torch.equal(method.encoder.conv1.weight, before)
-    step(1, make_batch(dtype=dtype), lr=0.5, momentum=0.9)
+    step(1, make_batch(), lr=0.5, momentum=0.9)
     assert step.optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.5
     assert not torch.equal(method.encoder.conv1.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_learning_rate_on_a_gpu_is_in_fp32(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(3, dtype=dtype, device="cuda"))
+        rate = rate_tensor(0.1, weight)
+    assert (rate.device.type, rate.dtype) == ("cuda", torch.float32)
+    assert rate_tensor(0.1, nn.Parameter(torch.empty(3, dtype=dtype))).dtype == dtype
 
 
 def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -> dict[str, Tensor]:
