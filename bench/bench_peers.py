@@ -12,15 +12,14 @@ from importlib.util import find_spec
 
 import pytest
 
-from bench.side_by_side import DEVICE, QUICK, left_out
-from bench.steps import EAGER, KEPT, PEER_STEPS, Size
+from bench.side_by_side import QUICK, left_out
+from bench.steps import PEER_STEPS, Size
 from bench.turns import Comparison
 
-OURS = KEPT if DEVICE.type == "cpu" else EAGER
 if find_spec("lightly") is None:
     left_out["lightly"] = "it is not installed; pip install lightly"
 left_out["solo-learn"] = "its newest release, 1.0.2, asks for torch 1.9.1"
-NAMES = [OURS, *PEER_STEPS][: 3 if QUICK else None] if find_spec("lightly") else []
+NAMES = list(PEER_STEPS)[: 3 if QUICK else None] if find_spec("lightly") else []
 SIZE = Size(images=32) if QUICK else Size()
 PEERS = Comparison(kind="peers", names=tuple(NAMES), size=SIZE, rounds=2 if QUICK else 3)
 

@@ -136,7 +136,7 @@ def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
         axis = figure.add_axes((0.27, (bottom + 0.4) / height, 0.62, (tall - 0.7) / height))
         peers = group[0].kind == "peers"
         speeds = [row.tflop_per_second if peers else row.images_per_second for row in group]
-        colors = [COLORS["torch bf16"] if row.name.startswith("+") else COLORS["reference bf16"] for row in group]
+        colors = [COLORS["torch bf16"] if row.name.startswith("+") or row.name.endswith("ours") else COLORS["reference bf16"] for row in group]
         axis.barh(range(len(group)), speeds, height=0.7, color=colors, linewidth=0)
         for y, (row, speed) in enumerate(zip(group, speeds, strict=True)):
             ratio = "" if row.ratio is None else f"   {row.ratio.median:.2f}x"
@@ -171,11 +171,13 @@ def panel_inches(rows: Sequence[Row]) -> float:
 
 
 def columns(panels: Sequence[list[Row]]) -> list[list[list[Row]]]:
-    """The panels in one column, or in two: the tallest against the others."""
+    """The panels in one column, or in two: from the tallest on, each into the shorter one."""
     if len(panels) == 1 or sum(len(bars(panel)) for panel in panels) <= TWO_COLUMNS_ABOVE:
         return [list(panels)]
-    tallest = max(panels, key=panel_inches)
-    return [[panel for panel in panels if panel is not tallest], [tallest]]
+    split: list[list[list[Row]]] = [[], []]
+    for panel in sorted(panels, key=panel_inches, reverse=True):
+        min(split, key=lambda column: sum(map(panel_inches, column))).append(panel)
+    return [[panel for panel in panels if panel in column] for column in split]
 
 
 def picture(rows: Sequence[Row], source: str) -> Figure:

@@ -181,7 +181,8 @@ LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
 }
 """Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
 
-PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
+OURS = "mnclglf, ours"
+PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {OURS: partial(our_rung, keep=True)} | {
     f"{name}, {how}": make
     for name in PEERS
     for how, make in {
@@ -190,7 +191,7 @@ PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
         "as documented": partial(peer, name=name, documented=True),
     }.items()
 }
-"""Each method of the peers': ours, theirs with our settings, theirs."""
+"""Ours, and for each method of the peers ours, theirs with our settings, and theirs."""
 
 MAKERS = LADDER | PEER_STEPS
 KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if not name.endswith("documented"))}
