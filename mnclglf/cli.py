@@ -255,7 +255,9 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """With the whole path of a folder of images, so that the run can be evaluated from anywhere."""
+    """With the whole paths of its images, so that the run can be evaluated from anywhere."""
+    if config.data.data_dir is not None:
+        config = replace(config, data=replace(config.data, data_dir=config.data.data_dir.expanduser().resolve()))
     if not config.dataset.startswith(FOLDER):
         return config
     path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()

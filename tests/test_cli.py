@@ -342,6 +342,16 @@ def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.Captu
     assert "photos has no test images; give the folder subfolders train and val, or" in capsys.readouterr().err
 
 
+def test_a_run_keeps_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it can be evaluated from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    for given, whole in (("a/b", tmp_path / "a/b"), ("~/b", Path("/home/of/somebody/b"))):
+        config = cli.resolved(parse(shlex.split(f"train --dataset folder:{given} --data-dir {given}")).config)
+        assert (config.dataset, config.data.data_dir) == (f"folder:{whole}", whole)
+    assert cli.resolved(parse(["train"]).config) == parse(["train"]).config
+
+
 def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "train" / "cats" / "3.png").write_bytes(b"half")
     command = TINY.replace("--dataset digits", "--dataset folder:photos").replace("--train-images 320 ", "")

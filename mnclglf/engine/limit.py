@@ -182,14 +182,22 @@ def nominal_peaks(arch: int, dtype: str, *, tf32: bool = False) -> Peaks:
 @cache
 def measured_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """The best of a few large matrix products and passes over memory on this machine; takes about a second."""
-    cuda = device.type == "cuda"
-    side, count = (8192, 2**28) if cuda else (2048, 2**25)
+    flops, moved = _best_rates(device, dtype)
+    if device.type != "cuda":
+        return Peaks("this CPU", flops, moved, pads=False)
+    torch.cuda.empty_cache()  # this process may go on to wait for others, which train
+    return Peaks(torch.cuda.get_device_name(device), flops, moved, pads=True)
+
+
+def _best_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations and bytes a second."""
+    side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     square = torch.randn(side, side, device=device).to(dtype)
     numbers = torch.ones(count, device=device)
     product = torch.empty_like(square)
     flops = 2 * side**3 / best_seconds(lambda: torch.mm(square, square, out=product), device)
     moved = 2 * numbers.nbytes / best_seconds(lambda: numbers.neg_(), device)  # in place: no line is read for a write
-    return Peaks(torch.cuda.get_device_name(device) if cuda else "this CPU", flops, moved, pads=cuda)
+    return flops, moved
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 4) -> float:

@@ -13,16 +13,15 @@ from mnclglf.config import require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, split_train
 from mnclglf.engine.device import choose_device
-from mnclglf.methods import METHODS
 from mnclglf.reproduce.estimate import expected_share, training_hours
-from mnclglf.reproduce.execute import TAKEN, check_writable, command_of, held, lock_of, make_run, make_runs
-from mnclglf.reproduce.plan import Reproduce, Run, Table, make_table
-from mnclglf.reproduce.results import missing_evaluations, other_settings
-from mnclglf.reproduce.write import write_table
+from mnclglf.reproduce.execute import TAKEN, check_writable, command_of, held, lock_of, make_run, make_runs, say
+from mnclglf.reproduce.plan import Reproduce, Run, make_table
+from mnclglf.reproduce.results import missing_evaluations, other_settings, whole_table
+from mnclglf.reproduce.write import lines_of, write_table
 
 
 def reproduce(request: Reproduce, console: Console) -> int:
-    """Makes a table of the paper, or prints the commands that make its runs.
+    """Makes what is asked for of a table of the paper and writes the whole table, or prints the commands of its runs.
 
     Returns:
         0 when all that was asked for is there; 1 where a run failed; TAKEN where other processes are still at work on
@@ -35,37 +34,38 @@ def reproduce(request: Reproduce, console: Console) -> int:
         sys.stdout.writelines(f"{shlex.join(command_of(request, run.name))}\n" for run in missing)
         return 0
     check_settings(wanted, runs)
+    lines_of(whole_table(request, runs), runs)  # a damaged file of any run shows before work is done
     images = load_images(missing) if request.only is None else {}  # a single run loads its own
     check_writable(runs)
     if request.only is not None:
         code = make_run(wanted[0], runs, table.scale, console)
-        _write(table, request.folder)
+        _write(request)
         return code
     if missing:
-        console.print(f"{table.name} at scale {request.scale}, in {request.folder}", soft_wrap=True, highlight=False)
+        say(console, f"{table.name} at scale {request.scale}, in {request.folder}")
         describe_work(missing, len(wanted), runs, images, console)
+    del images  # each run loads its own, and needs the memory
     made = make_runs(request, table, runs, console)
-    for path in _write(table, request.folder):
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    for path in _write(request):
+        say(console, f"written: {path}")
     if made.stopped:
-        console.print("stopped; what was begun is saved, and the same command goes on from there", soft_wrap=True)
+        say(
+            console,
+            "stopped; with the same command training goes on from its last step, and an evaluation begins again",
+        )
         return 128 + made.stopped
     if made.taken:
-        console.print(
-            f"being made by other processes: {', '.join(made.taken)}; the same command adds them once they are done",
-            soft_wrap=True,
-            highlight=False,
-        )
+        names = ", ".join(made.taken)
+        say(console, f"being made by other processes: {names}; the same command adds them once they are done")
     if made.failed:
-        console.print(f"failed: {', '.join(made.failed)}; the same command tries them again", soft_wrap=True)
+        say(console, f"failed: {', '.join(made.failed)}; the same command tries them again")
         return 1
     return TAKEN if made.taken else 0
 
 
 def check_settings(runs: Sequence[Run], folder: Path) -> None:
-    """ValueError where a run cannot be made with this version and machine, or its directory holds another one."""
+    """ValueError where a run cannot be made on this machine, or its directory holds another one."""
     for run in runs:
-        require(run.config.method in METHODS, f"method {run.config.method} is not in this version")
         choose_device(run.config.engine)
         changed = other_settings(folder / run.name, run.config)
         require(
@@ -96,14 +96,13 @@ def describe_work(
     hours = [training_hours(run, runs, images, share) for run in missing]
     known = [value for value in hours if value is not None]
     for run, value in zip(missing, hours, strict=True):
-        console.print(f"  {run.name}: {_hours(value)}", soft_wrap=True, highlight=False)
+        say(console, f"  {run.name}: {_hours(value)}")
     total = f"{_hours(sum(known))} of training" if len(known) == len(hours) else "how long they take is not known"
-    console.print(
+    say(
+        console,
         f"{wanted} runs, {wanted - len(missing)} done, {len(missing)} to make: {total} on this machine, without the "
         "evaluations"
         + (f"; at {share:.0%} of the machine's limit, {source}" if known else " (the estimate needs Triton)"),
-        soft_wrap=True,
-        highlight=False,
     )
 
 
@@ -111,6 +110,7 @@ def _hours(hours: float | None) -> str:
     return "unknown" if hours is None else f"{hours:.2f} h"
 
 
-def _write(table: Table, folder: Path) -> list[Path]:
-    with held(lock_of(table.name, folder / "runs"), wait=True):  # else the older of two states may be written last
-        return write_table(table, folder)
+def _write(request: Reproduce) -> list[Path]:
+    runs = request.folder / "runs"
+    with held(lock_of(request.table, runs), wait=True):  # else the older of two states may be written last
+        return write_table(whole_table(request, runs), request.folder)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mnclglf.config import LinearConfig
-from mnclglf.engine.run import load_trained, read_config
+from mnclglf.config import LinearConfig, RunConfig
+from mnclglf.engine.run import load_trained
 from mnclglf.evaluate import by_lars, linear_loader, prepare
 from mnclglf.evaluation.protocols import evaluate
 from mnclglf.evaluation.results import Protocol, Result
@@ -18,6 +18,7 @@ from mnclglf.evaluation.results import Protocol, Result
 
 def evaluate_checkpoint(
     run: Path,
+    config: RunConfig,
     checkpoint: Path,
     protocols: Mapping[Protocol, Mapping[str, Any]],
     representations: Sequence[str],
@@ -25,12 +26,20 @@ def evaluate_checkpoint(
 ) -> list[Result]:
     """Accuracy on the test images of the encoder in a checkpoint ("pretrained") or of fresh weights ("untrained").
 
+    Args:
+        run: run directory.
+        config: its settings, with where its data set lies now.
+        checkpoint: of the run.
+        protocols: with the settings that the evaluation is made with.
+        representations: "pretrained", "untrained" or both.
+        console: where progress goes.
+
     Returns:
         One result for each protocol and representation, with the checkpoint's step among its settings; of the paper's
         protocol, linear_lars, one for "pretrained" alone.
     """
     lars = LinearConfig(**protocols.get("linear_lars", {}))
-    subject = prepare(run, read_config(run), lars, console)
+    subject = prepare(run, config, lars, console)
     _, method, step = load_trained(run, checkpoint)
     results: list[Result] = []
     if "linear_lars" in protocols:
@@ -49,4 +58,5 @@ def evaluate_checkpoint(
         subject.classes,
         fast,
         settings={"step": step},
+        **protocols.get("knn", {}),
     )

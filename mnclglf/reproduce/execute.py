@@ -11,14 +11,16 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from mnclglf.engine.checkpoint import checkpoint_path
 from mnclglf.engine.log import duration
+from mnclglf.engine.run import read_config
 from mnclglf.engine.train import StopRequest, Trainer, TrainingError
 from mnclglf.evaluation.results import save_results
 from mnclglf.reports.html import write_report
@@ -79,8 +81,8 @@ def command_of(request: Reproduce, name: str) -> list[str]:
     options = ["--scale", request.scale, "--seeds", str(request.seeds), "--out", str(request.folder)]
     if request.dataset:
         options += ["--dataset", *request.dataset]
-    if request.data_dir is not None:
-        options += ["--data-dir", str(request.data_dir.expanduser().resolve())]
+    if request.data_folder is not None:
+        options += ["--data-dir", str(request.data_folder)]
     if request.download:
         options += ["--download"]
     return [*PROGRAM, "reproduce", request.table, *options, "--only", name]
@@ -95,19 +97,20 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
     folder = runs / run.name
     with held(lock_of(run.name, runs)) as mine:
         if not mine:
-            console.print(f"{run.name} is being made by another process", soft_wrap=True, highlight=False)
+            say(console, f"{run.name} is being made by another process")
             return TAKEN
         if not is_trained(folder, run.config):
             stopped = train(run, folder, console)
             if stopped:
-                console.print("stopped and saved; the same command goes on from there", soft_wrap=True)
+                say(console, "stopped and saved; the same command goes on from there")
                 return 128 + stopped
+        config = replace(read_config(folder), data=run.config.data)  # the images may have lain elsewhere then
         for epoch, representations in missing_evaluations(run, runs, scale).items():
             step = step_of_epoch(folder, epoch)
             assert step is not None  # it is trained
-            console.print(f"evaluating after epoch {epoch}", highlight=False)
+            say(console, f"evaluating after epoch {epoch}")
             checkpoint = checkpoint_path(folder / "checkpoints", step)
-            results = evaluate_checkpoint(folder, checkpoint, scale.protocols, representations, console)
+            results = evaluate_checkpoint(folder, config, checkpoint, scale.protocols, representations, console)
             save_results(results_path(folder, run.config, epoch), results)
         write_report(folder)
     return 0
@@ -153,12 +156,12 @@ def _attempt(
         return True
     took = duration(time.perf_counter() - began)
     if code == 0:
-        console.print(f"{run.name}: done in {took}", soft_wrap=True, highlight=False)
+        say(console, f"{run.name}: done in {took}")
     elif not stop.signal:
         made.failed.append(run.name)
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-        console.print(f"{run.name}: FAILED after {took} ({how}); {log} ends with", soft_wrap=True, highlight=False)
-        console.print("\n".join(last_lines(log, LOG_LINES)), markup=False, soft_wrap=True, highlight=False)
+        say(console, f"{run.name}: FAILED after {took} ({how}); {log} ends with")
+        say(console, "\n".join(last_lines(log, LOG_LINES)))
     return False
 
 
@@ -175,13 +178,18 @@ def _watch(command: Sequence[str], log: Path, stop: StopRequest, console: Consol
                 try:
                     return process.wait(POLL_SECONDS)
                 except subprocess.TimeoutExpired:
-                    status.update(f"{log.stem}  {''.join(last_lines(log, 1))}")
+                    status.update(Text(f"{log.stem}  {''.join(last_lines(log, 1))}"))  # a str would be markup
                 if stop.signal and not told:
                     process.send_signal(stop.signal)
                     told = True
         except BaseException:  # a second Ctrl-C
             process.terminate()
             raise
+
+
+def say(console: Console, text: str) -> None:
+    """Prints text as it is: a path or a log may hold what rich takes for markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def last_lines(log: Path, count: int) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -41,7 +41,7 @@ class Reproduce:
     table: Annotated[TableName, tyro.conf.Positional]
     """Which."""
     dataset: tuple[PaperDataset, ...] = ()
-    """Data sets of table3; none given takes all three. The other tables are of cifar10."""
+    """Data sets of table3 to make runs of; none given takes all three. The other tables are of cifar10."""
     scale: ScaleName = "paper"
     """paper: Table 2's settings on the paper's data sets, for a GPU. small: 10,000 images of fashion_mnist at 16 x 16,
     a narrow network and few epochs, for two CPU cores; not the paper's setting."""
@@ -61,6 +61,10 @@ class Reproduce:
     @property
     def folder(self) -> Path:
         return (self.out or Path("reproduced") / self.scale).expanduser().resolve()
+
+    @property
+    def data_folder(self) -> Path | None:
+        return None if self.data_dir is None else self.data_dir.expanduser().resolve()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,20 +159,21 @@ def run_name(config: RunConfig) -> str:
 
 
 def make_table(request: Reproduce) -> Table:
-    """The table that is asked for.
+    """The part of a table that is asked for.
 
     Raises:
-        ValueError: a number of seeds below 1, or data sets for a table that is of cifar10.
+        ValueError: a number of seeds below 1, or data sets that the table is not of.
     """
     require(request.seeds >= 1, f"seeds {request.seeds} must be at least 1")
     scale = SCALES[request.scale]
     datasets: tuple[PaperDataset, ...] = ("cifar10",)
     if request.table == "table3" and scale.of_paper:
-        datasets = request.dataset or ("cifar10", "cifar100", "tinyimagenet")
-    elif request.dataset:
-        which = "scale small is of fashion_mnist" if not scale.of_paper else f"{request.table} is of cifar10"
-        raise ValueError(f"dataset {' '.join(request.dataset)} was given, but {which}; leave --dataset out")
-    rows = [_row(entry, dataset, scale, request) for dataset in datasets for entry in _entries(request.table, dataset)]
+        datasets = get_args(PaperDataset)
+    others = [dataset for dataset in request.dataset if dataset not in datasets or not scale.of_paper]
+    which = f"{request.table} is of cifar10" if scale.of_paper else f"scale {request.scale} is of fashion_mnist"
+    require(not others, f"dataset {' '.join(others)} was given, but {which}; leave --dataset out")
+    chosen = dict.fromkeys(request.dataset or datasets)
+    rows = [_row(entry, dataset, scale, request) for dataset in chosen for entry in _entries(request.table, dataset)]
     if not scale.of_paper:
         rows.append(_row(_Entry(label="Untrained encoder", representation="untrained"), "cifar10", scale, request))
     return Table(name=request.table, scale=scale, rows=tuple(rows))
@@ -216,7 +221,7 @@ def _row(entry: _Entry, dataset: str, scale: Scale, request: Reproduce) -> Row:
     config = replace(
         config,
         objective=replace(config.objective, **entry.objective),
-        data=replace(config.data, data_dir=request.data_dir, download=request.download),
+        data=replace(config.data, data_dir=request.data_folder, download=request.download),
         engine=replace(config.engine, keep_every=config.optim.epochs // 4),
         model=replace(config.model, classes=CLASSES[config.dataset] if config.method == "supervised" else None),
     )

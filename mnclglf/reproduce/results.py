@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mnclglf.engine.checkpoint import checkpoint_path, list_checkpoints
 from mnclglf.engine.run import differences, read_config
 from mnclglf.evaluation.results import Result, load_results
 from mnclglf.records import Record, read_records
-from mnclglf.reproduce.plan import Row, Run, Scale, run_name
+from mnclglf.reproduce.plan import Reproduce, Row, Run, Scale, Table, make_table, run_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,22 @@ class Measurement:
     environment: dict[str, Any]
     """What environment.json says of the process that trained last: device, commit, precision, versions."""
     training_seconds: float
+
+
+def whole_table(request: Reproduce, runs: Path) -> Table:
+    """All of a table that a part is asked of: every data set, and each row's seeds that are asked for or begun."""
+    table = make_table(replace(request, dataset=()))
+    rows = [replace(row, configs=_with_begun_seeds(row.configs, runs)) for row in table.rows]
+    return replace(table, rows=tuple(rows))
+
+
+def _with_begun_seeds(configs: Sequence[RunConfig], runs: Path) -> tuple[RunConfig, ...]:
+    """A row's runs, and those of further seeds that have a run directory."""
+    first = configs[0]
+    stem = run_name(first).removesuffix(str(first.seed))
+    begun = [int(seed) for path in runs.glob(f"{stem}*/") if (seed := path.name.removeprefix(stem)).isdecimal()]
+    seeds = {config.seed for config in configs}.union(begun)
+    return tuple(replace(first, seed=seed) for seed in sorted(seeds))
 
 
 def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:

@@ -1,10 +1,12 @@
 """The least time of a step: what is counted, against arithmetic by hand and PyTorch's own counter."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
@@ -115,6 +117,23 @@ def test_this_cpu_is_measured():
     assert 1e8 < peaks.flops < 1e14  # between a pocket calculator's and a GPU's
     assert 1e8 < peaks.memory_bytes < 1e13
     assert not peaks.pads
+
+
+def test_a_gpu_has_its_memory_back_once_it_is_measured(monkeypatch):
+    """On a GPU that is not there: what is multiplied and copied is gone when the allocator's cache is emptied."""
+    alive, left = [], []
+
+    def note(call, device):
+        alive.extend(weakref.ref(cell.cell_contents) for cell in call.__closure__)
+        return 1.0
+
+    monkeypatch.setattr(limit, "best_seconds", note)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: left.append([x for x in alive if x() is not None]))
+    with FakeTensorMode():
+        measured_peaks(torch.device("cuda"), torch.bfloat16)
+    assert alive
+    assert left == [[]]
 
 
 def test_a_step_takes_the_sum_of_its_parts():

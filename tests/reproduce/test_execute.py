@@ -1,29 +1,35 @@
 """Making runs: once, in their own processes, on from where they stopped, and on after one that failed."""
 
+import csv
 import fcntl
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_reproduce
 from rich.console import Console
-from tiny_reproduce import EPOCHS, HandMade, tiny_table
+from tiny_reproduce import EPOCHS, TINY, HandMade, tiny_table
 
 from mnclglf.cli import main
+from mnclglf.config import RunConfig
+from mnclglf.data.datasets import load_dataset
 from mnclglf.engine.checkpoint import list_checkpoints
 from mnclglf.engine.train import Trainer
 from mnclglf.evaluation.results import load_results
 from mnclglf.reproduce import command, estimate, execute
 from mnclglf.reproduce.execute import TAKEN, held, lock_of, make_run, make_runs
-from mnclglf.reproduce.plan import Reproduce, make_table
+from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table
 from mnclglf.reproduce.results import missing_evaluations
+from mnclglf.reproduce.write import DATASET_TITLES
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("tiny_scale")
@@ -69,18 +75,41 @@ def test_a_run_is_trained_and_evaluated_once(runs: Path, monkeypatch: pytest.Mon
     assert make_run(run, runs, table.scale, silent()) == 0
 
 
-def test_a_run_is_evaluated_by_the_papers_protocol(runs: Path) -> None:
-    protocol = {"linear_lars": {"epochs": 2, "batch_size": 32, "lr": 0.8}}
-    scale = replace(tiny_table("table6").scale, protocols=protocol)
+def test_a_run_is_evaluated_with_the_settings_of_its_scale(runs: Path) -> None:
+    protocols = {"linear_lars": {"epochs": 2, "batch_size": 32, "lr": 0.8}, "knn": {"k": 3, "temperature": 0.2}}
+    scale = replace(tiny_table("table6").scale, protocols=protocols)
     run = tiny_table("table6").runs()[0]
     run.asked = {EPOCHS: ["pretrained"]}
     assert make_run(run, runs, scale, silent()) == 0
     assert missing_evaluations(run, runs, scale) == {}
-    (result,) = load_results(runs / run.name / "evaluation.json")
-    assert (result.protocol, result.representation) == ("linear_lars", "pretrained")
-    assert {name: result.settings[name] for name in ("epochs", "batch_size", "lr")} == protocol["linear_lars"]
-    longer = replace(scale, protocols={"linear_lars": {**protocol["linear_lars"], "epochs": 90}})
+    results = load_results(runs / run.name / "evaluation.json")
+    assert [(result.protocol, result.representation) for result in results] == [
+        (protocol, "pretrained") for protocol in protocols
+    ]
+    for result, settings in zip(results, protocols.values(), strict=True):
+        assert {name: result.settings[name] for name in settings} == settings
+    longer = replace(scale, protocols={"linear_lars": {**protocols["linear_lars"], "epochs": 90}})
     assert missing_evaluations(run, runs, longer) == run.asked
+
+
+def test_missing_evaluations_take_their_images_from_where_they_lie_now(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, asked = load_dataset, []
+
+    def noted(name: str, data_dir: Path | None, *, download: bool, **options: bool) -> object:
+        asked.append((data_dir, download))
+        return load(name, data_dir, download=download, **options)
+
+    monkeypatch.setattr("mnclglf.evaluate.load_dataset", noted)
+    first = Reproduce(table="table6", scale="small", data_dir=Path("/a"))
+    then = Reproduce(table="table5", scale="small", data_dir=Path("/b"), download=True)
+    for request in (first, then):
+        table = make_table(request)
+        scale = replace(table.scale, protocols={"knn": {}})  # the fastest
+        assert make_run(table.run("mnclglf-digits-seed0"), runs, scale, silent()) == 0
+    # table5 has the last epoch from table6, and lacks the three before it.
+    assert asked == [(Path("/a"), False)] + 3 * [(Path("/b"), True)]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +197,20 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     assert {path.stem for path in runs.glob("*.made")} == {run.name for run in table.runs()} - set(made.failed)
 
 
+def test_a_log_and_a_path_may_hold_what_looks_like_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes [/x] for the end of a style, and raises where none was begun."""
+    runs = tmp_path / "[" / "x]" / "runs"
+    runs.mkdir(parents=True)
+    line = "RuntimeError in [/opt/dali/x:123]"
+    child(monkeypatch, f"print({line!r}, flush=True); time.sleep(0.5); sys.exit(1)")
+    monkeypatch.setattr(execute, "POLL_SECONDS", 0.1)
+    table, console = tiny_table("table6"), silent()
+    table = replace(table, rows=table.rows[:1])
+    made = make_runs(Reproduce(table="table6", scale="small", out=runs.parent), table, runs, console)
+    (name,) = made.failed
+    assert f"{runs / name}.log ends with\n{line}\n" in printed(console)
+
+
 def test_a_signal_stops_the_run_at_work_once_and_begins_no_other(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The run needs a second signal to go wrong, and says when it is ready for the first.
     child(
@@ -234,18 +277,87 @@ def test_two_processes_on_one_folder_share_the_work(tmp_path: Path) -> None:
     assert f"written: {out / 'table6.md'}" in said[0]
 
 
+def test_the_files_hold_the_whole_table_whatever_part_is_asked_for(
+    hand_made: HandMade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_paper(method: str, dataset: str) -> RunConfig:
+        return replace(TINY.configure(method, dataset), dataset=dataset)
+
+    monkeypatch.setitem(SCALES, "paper", replace(TINY, of_paper=True, configure=of_paper))
+    monkeypatch.setattr(command, "load_images", lambda _: {})
+    monkeypatch.setattr(command, "describe_work", lambda *_: None)
+    out, done = hand_made.runs.parent, Reproduce(table="table3", dataset=("cifar10", "tinyimagenet"), seeds=3)
+    configs = {(row.dataset, config.seed): config for row in make_table(done).rows for config in row.configs}
+    for dataset, seed, top1 in (("cifar10", 0, 0.8), ("cifar10", 2, 0.9), ("tinyimagenet", 11, 0.5)):
+        config = replace(configs[dataset, 0], seed=seed)  # of MNCLGLF, the last row
+        hand_made.train(config)
+        hand_made.evaluate(config, top1)
+
+    def make(request: Reproduce, table: Table, runs: Path, _: Console) -> execute.Made:
+        """Two other processes finish a run meanwhile, one of the request's and one of another data set."""
+        assert {row.dataset for row in table.rows} == {"cifar100"}
+        for dataset, seed in (("cifar100", 0), ("tinyimagenet", 5)):
+            config = replace(configs["cifar10", 0], dataset=dataset, seed=seed)
+            hand_made.train(config)
+            hand_made.evaluate(config, 0.6)
+        return execute.Made()
+
+    monkeypatch.setattr(command, "make_runs", make)
+    assert main(["reproduce", "table3", "--dataset", "cifar100", "--out", str(out)]) == 0
+    lines = list(csv.DictReader(io.StringIO((out / "table3.csv").read_text())))
+    assert len(lines) == 3 * 8
+    assert {(line["dataset"], line["top1_mean"], line["state"]) for line in lines if line["row"] == "MNCLGLF"} == {
+        ("cifar10", "85.00", "measured: seeds 0, 2; epoch 4 of 4; an abacus; commit abc1234"),
+        ("cifar100", "60.00", "measured: seed 0; epoch 4 of 4; an abacus; commit abc1234"),
+        ("tinyimagenet", "55.00", "measured: seeds 5, 11; epoch 4 of 4; an abacus; commit abc1234; seed 0 not run"),
+    }
+    assert {line["state"] for line in lines if line["row"] != "MNCLGLF"} == {"not run"}
+    runs = {run["run"] for row in json.loads((out / "table3.json").read_text())["rows"] for run in row["runs"]}
+    assert runs == {folder.name for folder in hand_made.runs.iterdir() if folder.is_dir()}
+    assert [(out / "table3.md").read_text().count(f"## {title}\n") for title in DATASET_TITLES.values()] == [1, 1, 1]
+
+
+def test_a_damaged_file_of_another_run_of_the_table_shows_before_any_work(
+    hand_made: HandMade, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hand_made.train(replace(tiny_table("table6").rows[0].configs[0], seed=1))
+    (folder / "config.json").write_text("{")
+    child(monkeypatch, "sys.exit('begun')")
+    assert main(["reproduce", "table6", "--scale", "small", "--out", str(hand_made.runs.parent)]) == 1
+    assert f"{folder / 'config.json'} is not the configuration of a run" in capsys.readouterr().err
+
+
 def test_exit_codes_and_what_is_said_at_the_end(tmp_path: Path, monkeypatch, capsys) -> None:
-    arguments = ["reproduce", "table6", "--scale", "small", "--out", str(tmp_path / "out")]
+    # The path is one that rich would take for markup.
+    arguments = ["reproduce", "table6", "--scale", "small", "--out", str(tmp_path / "[" / "x]")]
     monkeypatch.setattr(command, "describe_work", lambda *_: None)
     for made, code, text in [
         (execute.Made(), 0, "written: "),
         (execute.Made(failed=["a"], taken=["b"]), 1, "failed: a; the same command tries them again"),
         (execute.Made(taken=["b"]), TAKEN, "being made by other processes: b;"),
-        (execute.Made(stopped=signal.SIGTERM), 143, "the same command goes on from there"),
+        (execute.Made(stopped=signal.SIGTERM), 143, "an evaluation begins again"),
     ]:
         monkeypatch.setattr(command, "make_runs", lambda *_, made=made: made)
         assert main(arguments) == code
         assert text in capsys.readouterr().out
+
+
+def test_the_images_are_given_free_before_the_runs_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, loaded = command.load_images, []
+
+    def noted(runs: object) -> object:
+        images = load(runs)
+        loaded.extend(map(weakref.ref, images.values()))
+        return images
+
+    def make(*_: object) -> execute.Made:
+        assert [reference() for reference in loaded] == [None]
+        return execute.Made()
+
+    monkeypatch.setattr(command, "load_images", noted)
+    monkeypatch.setattr(command, "make_runs", make)
+    monkeypatch.setattr(estimate, "HAS_TRITON", False)
+    assert main(["reproduce", "table6", "--scale", "small", "--out", str(tmp_path)]) == 0
 
 
 def test_one_run_alone_adds_itself_to_the_table(tmp_path: Path) -> None:
@@ -269,9 +381,6 @@ def test_what_cannot_work_is_said_before_anything_is_made(
     arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        command, "METHODS", {row.configs[0].method for row in make_table(Reproduce(table="table3")).rows}
-    )
     (tmp_path / "file").touch()
     assert main(["reproduce", *arguments.split()]) == 1
     assert named in capsys.readouterr().err

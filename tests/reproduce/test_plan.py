@@ -147,6 +147,10 @@ def test_the_untrained_encoder_is_evaluated_once_a_seed() -> None:
     ("options", "named"),
     [
         ({"table": "table4", "dataset": ("cifar100",)}, "dataset cifar100 was given, but table4 is of cifar10"),
+        (
+            {"table": "table5", "dataset": ("cifar10", "cifar100")},
+            "dataset cifar100 was given, but table5 is of cifar10",
+        ),
         ({"table": "table3", "scale": "small", "dataset": ("cifar10",)}, "scale small is of fashion_mnist"),
         ({"table": "table6", "seeds": 0}, "seeds 0 must be at least 1"),
     ],
@@ -154,6 +158,13 @@ def test_the_untrained_encoder_is_evaluated_once_a_seed() -> None:
 def test_what_a_table_does_not_have_is_refused(options: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make_table(Reproduce(**options))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_takes_its_own_data_set_by_name_and_once(name: str) -> None:
+    expected = [row for row in table(name).rows if row.dataset == "cifar10"]
+    assert [*table(name, dataset=("cifar10",)).rows] == expected
+    assert [*table(name, dataset=("cifar10", "cifar10")).rows] == expected
 
 
 def test_an_unknown_run_is_refused_with_those_there_are() -> None:
@@ -190,8 +201,16 @@ def test_the_lines_of_a_plan_make_each_run_by_itself(tmp_path, capsys, monkeypat
 
 def test_a_data_dir_changes_no_name() -> None:
     (plain,) = {run_name(row.configs[0]) for row in table("table6").rows if row.label == "k = 2"}
-    (moved,) = {run_name(row.configs[0]) for row in table("table6", data_dir="/x").rows if row.label == "k = 2"}
+    (moved,) = {run_name(row.configs[0]) for row in table("table6", data_dir=Path("/x")).rows if row.label == "k = 2"}
     assert plain == moved
+
+
+def test_a_run_keeps_the_whole_path_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    for given, whole in (("images", tmp_path / "images"), ("~/images", Path("/home/of/somebody/images")), (None, None)):
+        (config,) = {row.configs[0] for row in table("table6", data_dir=given and Path(given)).rows[:1]}
+        assert config.data.data_dir == whole
 
 
 def test_the_slurm_script_runs_the_line_of_its_task(tmp_path) -> None:
