@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from mnclglf.config import KnnConfig, LinearConfig, RunConfig, require
+from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, RunConfig, require
 from mnclglf.data.batches import Loader
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, split_train, view_side, with_labels
 from mnclglf.data.loader import make_loader
-from mnclglf.engine.checkpoint import list_milestones
+from mnclglf.engine.checkpoint import list_checkpoints, list_milestones
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.kernels import choose_backends
 from mnclglf.engine.run import build_method, differences, load_trained, read_config
@@ -73,8 +73,13 @@ def evaluate_run(run: Path, evaluation: KnnConfig | LinearConfig, console: Conso
     return found
 
 
-def check_comparable(runs: Sequence[Path]) -> None:
-    """Raises ValueError unless the runs are different ones, whose settings differ in the seed alone."""
+def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:
+    """Raises ValueError unless the runs are different ones, at one step, whose settings differ in the seed alone."""
+    require(
+        evaluation.checkpoint is None or len(runs) == 1,
+        f"checkpoint {evaluation.checkpoint} is of one run, and {len(runs)} are named; give --milestones to compare "
+        "them along training",
+    )
     require(len({run.resolve() for run in runs}) == len(runs), "one run is named twice; name each once")
     first, *others = map(read_config, runs)
     for run, config in zip(runs[1:], others, strict=True):
@@ -84,6 +89,13 @@ def check_comparable(runs: Sequence[Path]) -> None:
             f"{run} differs from {runs[0]} in more than its seed ({'; '.join(changed)}): a mean would say nothing; "
             "evaluate it by itself",
         )
+    steps = [max((step for step, _ in list_checkpoints(run / "checkpoints")), default=0) for run in runs]
+    require(
+        evaluation.milestones or len(set(steps)) == 1,
+        "the newest checkpoints are of different steps "
+        f"({', '.join(f'{run} {step}' for run, step in zip(runs, steps, strict=True))}): train each run to its end, or "
+        "give --milestones to compare them along training",
+    )
 
 
 def checkpoints(
