@@ -351,8 +351,8 @@ class LinearConfig(EvaluationConfig):
     """Linear classification of frozen features: the paper's protocol (section 4.1), or a fast one."""
 
     fast: bool = False
-    """Not the paper's protocol but logistic regression on features computed once, on all labels and on 10 a class,
-    beside the untrained encoder and raw pixels."""
+    """Not the paper's protocol but logistic regression on features computed once, on all labels and, where each class
+    has as many, on 10 a class, beside the untrained encoder and raw pixels."""
     untrained: bool = False
     """Train a classifier on the untrained encoder's features too."""
     epochs: int = 90
