@@ -274,7 +274,7 @@ def evaluate(command: Knn | Linear, console: Console) -> None:
     from mnclglf.evaluate import check_comparable, evaluate_run
     from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
 
-    check_comparable(command.runs)
+    check_comparable(command.runs, command.config)
     found: list[list[dict[str, Any]]] = []
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for run in command.runs:

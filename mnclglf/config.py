@@ -303,11 +303,6 @@ class RunConfig:
             milestones is None or milestones <= self.optim.epochs,
             f"keep_every {milestones} is more than the run's {self.optim.epochs} epochs: no milestone would be kept",
         )
-        require(
-            self.optim.batch_size <= self.objective.queue_size,
-            f"batch_size {self.optim.batch_size} is more than queue_size {self.objective.queue_size}: a step would "
-            "overwrite its own rows; enlarge the queue or take smaller batches",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,14 +339,20 @@ class KnnConfig(EvaluationConfig):
     vote_temperature: float = 0.07
     """Temperature of the votes."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.k >= 1, f"k {self.k} must be at least 1, as 20")
+        temperature = self.vote_temperature
+        require(0 < temperature < math.inf, f"vote_temperature {temperature} must be positive and finite, as in 0.07")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(EvaluationConfig):
     """Linear classification of frozen features: the paper's protocol (section 4.1), or a fast one."""
 
     fast: bool = False
-    """Not the paper's protocol but logistic regression on features computed once, on all labels and on 10 a class,
-    beside the untrained encoder and raw pixels."""
+    """Not the paper's protocol but logistic regression on features computed once, on all labels and, where each class
+    has as many, on 10 a class, beside the untrained encoder and raw pixels."""
     untrained: bool = False
     """Train a classifier on the untrained encoder's features too."""
     epochs: int = 90

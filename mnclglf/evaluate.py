@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from mnclglf.config import KnnConfig, LinearConfig, RunConfig, require
+from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, RunConfig, require
 from mnclglf.data.batches import Loader
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, split_train, view_side, with_labels
 from mnclglf.data.loader import make_loader
-from mnclglf.engine.checkpoint import list_milestones
+from mnclglf.engine.checkpoint import list_checkpoints, list_milestones
 from mnclglf.engine.device import autocast_dtype, choose_device
 from mnclglf.engine.kernels import choose_backends
 from mnclglf.engine.run import build_method, differences, load_trained, read_config
@@ -28,8 +28,8 @@ from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.evaluation.linear_lars import OPTIMIZER, train_linear
 from mnclglf.evaluation.linear_probe import FEW_LABELS_C
-from mnclglf.evaluation.protocols import evaluate
-from mnclglf.evaluation.results import Result, load_results, save_results
+from mnclglf.evaluation.protocols import FEW_LABELS, evaluate
+from mnclglf.evaluation.results import Protocol, Result, load_results, save_results
 from mnclglf.models.resnet import ResNet18
 from mnclglf.recipes import view_of
 
@@ -60,7 +60,7 @@ def evaluate_run(run: Path, evaluation: KnnConfig | LinearConfig, console: Conso
     if isinstance(evaluation, LinearConfig) and not evaluation.fast:
         measure = partial(by_lars, subject, evaluation, linear_loader(subject, evaluation))
     else:
-        measure = partial(by_stored_features, subject, evaluation)
+        measure = partial(by_stored_features, subject, evaluation, fast_protocols(subject, evaluation))
     found: list[Result] = []
     for checkpoint in chosen:
         _, method, step = load_trained(run, checkpoint)
@@ -73,8 +73,13 @@ def evaluate_run(run: Path, evaluation: KnnConfig | LinearConfig, console: Conso
     return found
 
 
-def check_comparable(runs: Sequence[Path]) -> None:
-    """Raises ValueError unless the runs are different ones, whose settings differ in the seed alone."""
+def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:
+    """Raises ValueError unless the runs are different ones, at one step, whose settings differ in the seed alone."""
+    require(
+        evaluation.checkpoint is None or len(runs) == 1,
+        f"checkpoint {evaluation.checkpoint} is of one run, and {len(runs)} are named; give --milestones to compare "
+        "them along training",
+    )
     require(len({run.resolve() for run in runs}) == len(runs), "one run is named twice; name each once")
     first, *others = map(read_config, runs)
     for run, config in zip(runs[1:], others, strict=True):
@@ -84,6 +89,13 @@ def check_comparable(runs: Sequence[Path]) -> None:
             f"{run} differs from {runs[0]} in more than its seed ({'; '.join(changed)}): a mean would say nothing; "
             "evaluate it by itself",
         )
+    steps = [max((step for step, _ in list_checkpoints(run / "checkpoints")), default=0) for run in runs]
+    require(
+        evaluation.milestones or len(set(steps)) == 1,
+        "the newest checkpoints are of different steps "
+        f"({', '.join(f'{run} {step}' for run, step in zip(runs, steps, strict=True))}): train each run to its end, or "
+        "give --milestones to compare them along training",
+    )
 
 
 def checkpoints(
@@ -126,6 +138,9 @@ class Subject:
     def steps_per_epoch(self) -> int:
         """Of the run."""
         return len(self.train) // self.config.optim.batch_size
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def untrained(self) -> ResNet18:
         """The encoder with the run's initial weights."""
@@ -189,8 +204,37 @@ def prepare(run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, 
     )
 
 
+def fast_protocols(subject: Subject, evaluation: KnnConfig | LinearConfig) -> list[Protocol]:
+    """Those that are asked for and need stored features alone, less the one that a class has too few images for.
+
+    Raises:
+        ValueError: there are fewer images than neighbors that vote.
+    """
+    count = len(subject.labelled)
+    if isinstance(evaluation, KnnConfig):
+        require(
+            evaluation.k <= count,
+            f"k {evaluation.k} is more than the {count} training images whose labels are used; lower --k",
+        )
+        return ["knn"]
+    if evaluation.label_share < 1:
+        return ["linear"]
+    counts, needed = np.bincount(subject.labelled.labels, minlength=subject.classes), FEW_LABELS["per_class"]
+    if counts.min() >= needed:
+        return ["linear", "linear_10_labels"]
+    subject.say(
+        f"linear_10_labels is left out: class {subject.train.classes[counts.argmin()]} has {counts.min()} training "
+        f"images, fewer than {needed}"
+    )
+    return ["linear"]
+
+
 def by_stored_features(
-    subject: Subject, evaluation: KnnConfig | LinearConfig, encoder: ResNet18, step: int
+    subject: Subject,
+    evaluation: KnnConfig | LinearConfig,
+    protocols: Sequence[Protocol],
+    encoder: ResNet18,
+    step: int,
 ) -> list[Result]:
     """k-NN or logistic regression, of one checkpoint among the untrained encoder and raw pixels."""
 
@@ -208,14 +252,14 @@ def by_stored_features(
         torch.from_numpy(subject.labelled.labels),
         torch.from_numpy(subject.test.labels),
         subject.classes,
+        protocols,
         split=evaluation.split,
         settings={"step": step},
     )
     if isinstance(evaluation, KnnConfig):
-        return run_protocols(["knn"], k=evaluation.k, temperature=evaluation.vote_temperature)
-    if evaluation.label_share < 1:  # few labels, of which none is held out to choose C by
-        return run_protocols(["linear"], c=FEW_LABELS_C)
-    return run_protocols(["linear", "linear_10_labels"])
+        return run_protocols(k=evaluation.k, temperature=evaluation.vote_temperature)
+    # Of few labels none is held out to choose C by.
+    return run_protocols(c=FEW_LABELS_C if evaluation.label_share < 1 else None)
 
 
 def by_lars(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, step: int) -> list[Result]:
@@ -260,9 +304,6 @@ def lars_accuracy(
 ) -> Accuracy:
     """Test accuracy of a classifier that is trained for it; `title` stands before each line of progress."""
 
-    def say(line: str) -> None:
-        subject.console.print(f"linear, {title}: {line}", highlight=False, soft_wrap=True, markup=False)
-
     test = subject.features(encoder, subject.test).to(subject.device)
     classifier = train_linear(
         encoder,
@@ -274,7 +315,7 @@ def lars_accuracy(
         steps_per_epoch=len(subject.train) // evaluation.batch_size,
         dtype=subject.dtype,
         seed=subject.config.seed,
-        say=say,
+        say=lambda line: subject.say(f"linear, {title}: {line}"),
     )
     with torch.inference_mode():
         scores = classifier(test)
@@ -283,11 +324,20 @@ def lars_accuracy(
 
 def linear_loader(subject: Subject, evaluation: LinearConfig) -> Loader:
     """Batches of the labelled images, one augmented view of each, normalised as in the run."""
-    config, labelled = subject.config, subject.labelled
+    config = subject.config
     require(
         evaluation.batch_size <= len(subject.train),
         f"batch_size {evaluation.batch_size} is more than the {len(subject.train)} training images; lower --batch-size",
     )
+    try:
+        return _linear_loader(subject, evaluation, config)
+    except ImportError as error:  # the training's machine had DALI
+        subject.say(f"the run's loader cannot be made here, and auto chooses one: {error}")
+        return _linear_loader(subject, evaluation, replace(config, data=replace(config.data, loader="auto")))
+
+
+def _linear_loader(subject: Subject, evaluation: LinearConfig, config: RunConfig) -> Loader:
+    labelled = subject.labelled
     source = int(max(sides.max() for sides in labelled.sizes(np.arange(len(labelled)))))
     backends = choose_backends(
         config, source, subject.side, subject.dtype, subject.device, subject.console, operators=["augment"]

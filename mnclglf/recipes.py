@@ -29,6 +29,7 @@ _CROPPED = ViewConfig(
     blur_probability=0.0,
 )
 
+# mocov2 and byol are in no recipe, as the CIFAR-10 settings of both take SimCLR's: `mnclglf data views` shows them.
 VIEWS: dict[str, ViewConfig] = {
     # The kinds of the paper's section 4.1; it gives no strengths: those of MoCo v2, cubic as in the authors' code.
     "paper": ViewConfig(),

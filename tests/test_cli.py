@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,11 +83,12 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --dataset mnist", "dataset 'mnist' is none of"),
         ("train --k 5", "k 5 must be 1, 2, 3 or 4"),
         ("train --image-size 31", "image_size 31 must be even"),
-        ("train --queue-size 100", "batch_size 256 is more than queue_size 100"),
         ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
         ("train --lr fast", "fast"),
         ("knn", "no run directory is named; give one or more"),
         ("linear runs/x --fast --epochs 9 --untrained", "untrained, epochs: the fast protocol has no such choice"),
+        ("knn runs/x --k 0", "k 0 must be at least 1"),
+        ("knn runs/x --vote-temperature 0", "vote_temperature 0.0 must be positive and finite, as in 0.07"),
         ("linear runs/x --label-share 0", "label_share 0.0 must lie in (0, 1], as in 0.1"),
         ("linear runs/x --milestones --checkpoint x.pt", "checkpoint x.pt names one; give either"),
         ("dance", "Available subcommands: train, knn, linear, report"),
@@ -104,6 +106,7 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("report nowhere", "nowhere"),
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
+        ("train --queue-size 100 --data-dir nowhere", "batch_size 256 is more than queue_size 100"),
         (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
         (f"{TINY} --graphs on", "graphs on asks for CUDA graphs, and this run is on the CPU"),
         (f"{TINY} --kernels require", "backend 'triton' needs CUDA tensors"),
@@ -203,9 +206,11 @@ def copied(run: Path, name: str, section: str | None, **changes: object) -> Path
 
 @pytest.mark.usefixtures("no_pictures")
 def test_several_runs_are_compared_and_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = tmp_path / "first"
-    assert main([*shlex.split(TINY.replace("--epochs 2", "--epochs 1")), "--out", str(first)]) == 0
-    runs = [first, copied(first, "second", None, seed=2)]  # its encoder is the same, its classifier another
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for seed, run in enumerate(runs):
+        assert (
+            main([*shlex.split(TINY.replace("--epochs 2", "--epochs 1")), "--seed", str(seed), "--out", str(run)]) == 0
+        )
     capsys.readouterr()
     assert main(["linear", *map(str, runs), "--epochs", "3", "--lr", "20", "--batch-size", "64"]) == 0
     printed = capsys.readouterr().out
@@ -234,6 +239,33 @@ def test_runs_that_cannot_be_averaged_are_refused(tmp_path: Path, capsys: pytest
     assert main(["knn", str(first), str(other)]) == 1
     error = capsys.readouterr().err
     assert f"{other} differs from {first} in more than its seed (optim.lr: 0.1 -> 0.2)" in error
+    third = copied(first, "third", None, seed=1)
+    assert main(["linear", str(first), str(third), "--checkpoint", "x.pt"]) == 1
+    assert "checkpoint x.pt is of one run, and 2 are named; give --milestones to" in capsys.readouterr().err
+
+
+def test_runs_at_different_steps_are_not_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated: list[Path] = []
+    monkeypatch.setattr("mnclglf.evaluate.evaluate_run", lambda run, *_: evaluated.append(run) or [])
+    monkeypatch.setattr("mnclglf.reports.html.write_report", lambda run: run)
+    runs = [tmp_path / name for name in "abc"]
+    for seed, (run, step) in enumerate(zip(runs, (12, 12, 7), strict=True)):
+        (run / "checkpoints").mkdir(parents=True)
+        config = replace(quick("mnclglf", "digits"), seed=seed)
+        (run / "config.json").write_text(json.dumps(to_dict(config)))
+        for saved in (3, step):
+            (run / "checkpoints" / f"step-{saved:08d}.pt").touch()
+    assert main(["knn", *map(str, runs)]) == 1
+    steps = f"{runs[0]} 12, {runs[1]} 12, {runs[2]} 7"
+    assert f"the newest checkpoints are of different steps ({steps}): train each run to its end" in (
+        capsys.readouterr().err
+    )
+    assert evaluated == []
+    assert main(["knn", *map(str, runs), "--milestones"]) == 0
+    assert main(["knn", *map(str, runs[:2])]) == 0
+    assert evaluated == [*runs, *runs[:2]]
 
 
 def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from mnclglf.config import (
     DataConfig,
     EngineConfig,
+    KnnConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -75,7 +76,11 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (EngineConfig, {"activation_checkpointing": True, "compile": "on"}, "exclude each other; leave --compile on"),
         (RunConfig, {"seed": -1}, "seed -1"),
         (RunConfig, {"engine": EngineConfig(keep_every=201)}, "keep_every 201 is more than the run's 200 epochs"),
-        (RunConfig, {"objective": ObjectiveConfig(queue_size=255)}, "batch_size 256 is more than queue_size 255"),
+        (KnnConfig, {"k": 0}, "k 0 must be at least 1"),
+        (KnnConfig, {"vote_temperature": 0.0}, "vote_temperature 0.0 must be positive and finite"),
+        (KnnConfig, {"vote_temperature": float("inf")}, "vote_temperature inf"),
+        (KnnConfig, {"vote_temperature": float("nan")}, "vote_temperature nan"),
+        (KnnConfig, {"label_share": 0.0}, "label_share 0.0"),
     ],
 )
 def test_a_bad_value_is_named(section: type, setting: dict[str, object], named: str) -> None:

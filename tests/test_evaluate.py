@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mnclglf.config import (
     OptimConfig,
     RunConfig,
 )
+from mnclglf.data.batches import Loader
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
@@ -147,6 +149,26 @@ def test_the_fast_protocol_takes_few_labels_too(run: Path):
     assert all(r.settings["train_images"] < 64 for r in found)
 
 
+@pytest.mark.parametrize(("least", "protocols"), [(9, ["linear"]), (10, ["linear", "linear_10_labels"])])
+def test_ten_labels_a_class_are_left_out_where_a_class_has_fewer(
+    run: Path, least: int, protocols: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        module, "with_labels", lambda train, *_, **__: train.subset(first_of_class(train.labels, 7, least))
+    )
+    found = evaluate_run(run, LinearConfig(fast=True, device="cpu", milestones=True))
+    assert [r.protocol for r in found] == 2 * protocols
+    assert {r.settings["train_images"] for r in found} == {320 - (32 - least)}
+    told = "linear_10_labels is left out: class 7 has 9 training images, fewer than 10"
+    assert capsys.readouterr().out.count(told) == (least < 10)
+    assert load_results(run / "evaluation.json") == found
+
+
+def first_of_class(labels: np.ndarray, label: int, count: int) -> np.ndarray:
+    """All rows but those of one class, of which the first few stay."""
+    return np.sort(np.concatenate([np.flatnonzero(labels != label), np.flatnonzero(labels == label)[:count]]))
+
+
 def test_milestones_are_results_of_their_own(run: Path):
     newest = evaluate_run(run, KnnConfig(device="cpu"))
     found = evaluate_run(run, KnnConfig(device="cpu", milestones=True))
@@ -188,6 +210,11 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "train_linear", train_linear)
     with pytest.raises(ValueError, match="batch_size 321 is more than the 320 training images; lower --batch-size"):
         evaluate_run(run, tiny(batch_size=321))
+    monkeypatch.setattr(module, "load_trained", train_linear)
+    with pytest.raises(
+        ValueError, match=r"k 99 is more than the \d\d training images whose labels are used; lower --k"
+    ):
+        evaluate_run(run, KnnConfig(k=99, label_share=0.1, device="cpu"))
     (run / "evaluation.json").write_text("[{")
     with pytest.raises(ValueError, match="does not hold evaluation results"):
         evaluate_run(run, TINY)
@@ -207,3 +234,26 @@ def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path, monkeypat
     config["engine"] |= {"device": "cuda", "graphs": "on", "compile": "on", "kernels": "require"}
     (run / "config.json").write_text(json.dumps(config))
     assert isinstance(evaluate_run(run, TINY)[0], Result)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_run_trained_by_dali_is_evaluated_without_it(
+    run: Path, installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["loader"] = "dali"
+    (run / "config.json").write_text(json.dumps(config))
+    real, asked = module.make_loader, []
+
+    def make_loader(*args: object, backend: str, **settings: object) -> Loader:
+        asked.append(backend)
+        return real(*args, backend="reference" if installed else backend, **settings)
+
+    monkeypatch.setattr(module, "make_loader", make_loader)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
+    Trained(monkeypatch)
+    (found,) = evaluate_run(run, TINY)
+    assert asked == (["dali"] if installed else ["dali", "auto"])
+    assert found.settings["loader"] == ("reference" if installed else "resident")
+    told = "the run's loader cannot be made here, and auto chooses one: loader dali needs DALI ("
+    assert (told in capsys.readouterr().out) != installed

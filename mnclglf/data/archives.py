@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -216,15 +217,18 @@ _ADMITTED = {
 }
 
 
-def extract(archive: Path, folder: Path, member: str) -> Path:
+def extract(archive: Path, folder: Path, member: str, holds: Sequence[str]) -> Path:
     """Extracts the folder `member` of a tar or zip file into `folder`, whole or not at all, and returns its path.
 
     Only plain files and folders are admitted, and none may leave `folder`; nothing keeps an owner or a special mode.
+    Where `member` is there with all that it `holds`, another process was faster, and nothing is done.
 
     Raises:
         DataError: the archive is damaged, unpacks to too much, holds anything else, or cannot be written out.
     """
     if (folder / member).exists():
+        if all((folder / member / name).exists() for name in holds):
+            return folder / member
         raise DataError(f"{folder / member} is there and not whole; remove it, so that {archive.name} can be unpacked")
     unpack = _unpack_zip if archive.suffix == ".zip" else _unpack_tar
     try:

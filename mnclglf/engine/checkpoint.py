@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the file and the remedy."""
+    """A checkpoint cannot be written, read or used; the message names the file and the remedy."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -52,9 +52,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or of another format.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} is no file; --resume takes auto, never or a checkpoint, RUN/checkpoints/step-N.pt"
-        )
+        raise CheckpointError(f"{path} is no file")
     remedy = "delete it to go on from an earlier one"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -32,6 +32,16 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
     return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
 
 
+def check_queue(config: RunConfig) -> None:
+    """Raises ValueError where a batch does not fit into the queue of a method that has one."""
+    batch, size = config.optim.batch_size, config.objective.queue_size
+    require(
+        batch <= size or "enqueue" not in METHODS[config.method].operators,
+        f"batch_size {batch} is more than queue_size {size}: a step would overwrite its own rows; raise --queue-size "
+        "or lower --batch-size",
+    )
+
+
 def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     """The run with the number of classes that a labelled method tells apart, the data set's where none is given.
 
@@ -84,11 +94,23 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
     return [f"{name}: {before[name]} -> {now[name]}" for name in before if before[name] != now[name]]
 
 
+def changed_settings(checkpoint: Path, state: dict[str, Any], asked: RunConfig) -> list[str]:
+    """The `differences` from what a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: it holds settings that this version does not know.
+    """
+    try:
+        return differences(from_dict(json.loads(state["config"])), asked)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} holds settings that this version does not know: {error}") from error
+
+
 def find_checkpoint(run: Path, resume: str) -> Path | None:
     """The checkpoint to go on from: the newest of `run` for "auto", none for "never", else the path given.
 
     Raises:
-        CheckpointError: "never" in a directory that holds a run.
+        CheckpointError: "never" in a directory that holds a run, or a path where no file is.
     """
     own = list_checkpoints(run / "checkpoints")
     if resume == "auto":
@@ -99,20 +121,30 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
                 f"{run} holds a run of {own[-1][0]} steps; go on with --resume auto, or choose another --out"
             )
         return None
-    return Path(resume)
+    path = Path(resume)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is no file; --resume takes auto, never or a checkpoint, RUN/checkpoints/step-N.pt"
+        )
+    return path
 
 
 def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, Method, int]:
     """Configuration, method and step of a run's newest (or given) checkpoint.
 
     Raises:
-        CheckpointError: the run has no checkpoint, or it is damaged.
+        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
     """
-    config = read_config(run)
+    config, own = read_config(run), f"give one of {run / 'checkpoints'}"
     path = checkpoint or find_checkpoint(run, "auto")
     if path is None:
         raise CheckpointError(f"{run} has no checkpoint yet; train it with mnclglf train --out {run}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; {own}")
     state = load_checkpoint(path)
+    changed = changed_settings(path, state, config)
+    if changed:
+        raise CheckpointError(f"{path} is not of {run}, which has other settings ({'; '.join(changed)}); {own}")
     method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     return config, method, state["step"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from mnclglf.config import RunConfig, from_dict, to_dict
+from mnclglf.config import RunConfig, to_dict
 from mnclglf.data.batches import Batch, Loader, batch_indices
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import Pixels, split_train, view_side
@@ -37,8 +37,9 @@ from mnclglf.engine.kernels import choose_backends, describe_backends
 from mnclglf.engine.log import RunLog, duration
 from mnclglf.engine.run import (
     build_method,
+    changed_settings,
+    check_queue,
     describe_environment,
-    differences,
     find_checkpoint,
     with_classes,
     write_json,
@@ -101,6 +102,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
+        check_queue(config)
         self.out, self.console = out, console or Console()
         self.checkpoints = out / "checkpoints"
         self.device = choose_device(config.engine)
@@ -205,10 +207,7 @@ class Trainer:
                 f"{self.out} holds {later[-1].name}, which is later than {checkpoint}; give another --out, or move the "
                 "later checkpoints away"
             )
-        try:
-            changed = differences(from_dict(json.loads(state["config"])), self.config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint} holds settings that this version does not know: {error}") from error
+        changed = changed_settings(checkpoint, state, self.config)
         if changed:
             raise CheckpointError(
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "

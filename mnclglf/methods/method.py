@@ -78,9 +78,8 @@ class Method(nn.Module, ABC):
             labels: [N] int64, of a labelled method.
         """
 
-    @abstractmethod
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        """Updates momentum network and queue after the optimizer step.
+        """Updates momentum network and queue, where there are any, after the optimizer step.
 
         Args:
             losses: what `forward` gave.

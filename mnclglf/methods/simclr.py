@@ -36,6 +36,3 @@ class SimCLR(Method):
         z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
         loss = nt_xent(z1, z2, self.objective.temperature, backend=self.backends.nt_xent)
         return Losses(total=loss, terms={"nt_xent": loss}, features=f1.detach())
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        """Nothing: there is no momentum network and no queue."""

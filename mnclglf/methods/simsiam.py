@@ -42,6 +42,3 @@ class SimSiam(Method):
             terms={"loss_p1_z2": p1_z2, "loss_p2_z1": p2_z1},
             features=f1.detach(),
         )
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        """Nothing: there is no momentum network and no queue."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnclglf.config import ModelConfig, require
+from mnclglf.config import ModelConfig
 from mnclglf.methods.method import Losses, Method
 
 
@@ -30,10 +30,9 @@ class Supervised(Method):
     labelled = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
-        require(
-            model.classes is not None, "classes None: a classifier needs their number, as in ModelConfig(classes=10)"
-        )
-        self.classifier = nn.Linear(self.encoder.features, model.classes or 0)
+        if model.classes is None:
+            raise ValueError("classes None: a classifier needs their number, as in ModelConfig(classes=10)")
+        self.classifier = nn.Linear(self.encoder.features, model.classes)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         assert labels is not None
@@ -41,6 +40,3 @@ class Supervised(Method):
         f = self.encoder(x)  # [N, F]
         loss = F.cross_entropy(self.classifier(f), labels)  # in fp32 also under autocast
         return Losses(total=loss, terms={"cross_entropy": loss}, features=f.detach())
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        """Nothing: there is no momentum network and no queue."""

@@ -260,7 +260,7 @@ def link(name: str, target: str, kind: bytes) -> tuple[str, tarfile.TarInfo]:
 
 def test_tar_is_extracted_whole(tmp_path: Path) -> None:
     archive = tar_with(tmp_path / "a.tar.gz", ("batches/one", b"1"), ("batches/two", b"22"))
-    made = extract(archive, tmp_path, "batches")
+    made = extract(archive, tmp_path, "batches", ["one"])
     assert made == tmp_path / "batches"
     assert {path.name: path.read_bytes() for path in made.iterdir()} == {"one": b"1", "two": b"22"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "batches"]  # no leftovers
@@ -282,7 +282,7 @@ def test_no_member_of_a_tar_may_leave_the_folder(tmp_path: Path, member: tuple[s
     folder.mkdir()
     archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), member)
     with pytest.raises(DataError, match=r"a\.tar\.gz"):
-        extract(archive, folder, "batches")
+        extract(archive, folder, "batches", ["one"])
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "a.tar.gz"]
 
 
@@ -291,7 +291,7 @@ def test_an_absolute_member_stays_in_the_folder_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     archive = tar_with(folder / "a.tar.gz", ("batches/one", b"1"), (str(outside), b"x"))
-    extract(archive, folder, "batches")  # the data filter makes such a name relative
+    extract(archive, folder, "batches", ["one"])  # the data filter makes such a name relative
     assert not outside.exists()
 
 
@@ -304,7 +304,7 @@ def test_a_tar_takes_no_memory_that_it_only_promises(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         tracemalloc.start()
         with pytest.raises(DataError, match=name):
-            extract(tmp_path / name, tmp_path, "made")
+            extract(tmp_path / name, tmp_path, "made", ["one"])
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 2**24
@@ -316,12 +316,12 @@ def test_a_damaged_or_other_tar_is_refused(tmp_path: Path, monkeypatch: pytest.M
         path = tmp_path / "damaged.tar.gz"
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"damaged\.tar\.gz"):
-            extract(path, tmp_path, "batches")
+            extract(path, tmp_path, "batches", ["one"])
     with pytest.raises(DataError, match="holds no folder other"):
-        extract(whole, tmp_path, "other")
+        extract(whole, tmp_path, "other", ["one"])
     monkeypatch.setattr(archives, "LARGEST_BYTES", 10_000)
     with pytest.raises(DataError, match="unpacks to 20,000 bytes, more than 10,000"):
-        extract(whole, tmp_path, "batches")
+        extract(whole, tmp_path, "batches", ["one"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.tar.gz", "whole.tar.gz"]
 
 
@@ -341,7 +341,7 @@ def zip_with(path: Path, *members: tuple[str, bytes], links: tuple[str, ...] = (
 
 def test_zip_is_extracted_whole(tmp_path: Path) -> None:
     archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"), ("made/in/two", b"22"), ("beside", b"x"))
-    made = extract(archive, tmp_path, "made")
+    made = extract(archive, tmp_path, "made", ["one"])
     assert made == tmp_path / "made"
     assert {str(path.relative_to(made)): path.read_bytes() for path in made.rglob("*") if path.is_file()} == {
         "one": b"1",
@@ -356,24 +356,24 @@ def test_no_member_of_a_zip_may_point_outside(tmp_path: Path, name: str) -> None
     folder.mkdir()
     archive = zip_with(folder / "a.zip", ("made/one", b"1"), (name, b"x"))
     with pytest.raises(DataError, match=r"a\.zip: holds .*outside, which points outside"):
-        extract(archive, folder, "made")
+        extract(archive, folder, "made", ["one"])
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "a.zip"]
 
 
 def test_a_zip_with_a_link_or_a_bomb_or_a_password_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     linked = zip_with(tmp_path / "link.zip", ("made/one", b"1"), links=("made/link",))
     with pytest.raises(DataError, match="made/link, which is neither a file nor a folder"):
-        extract(linked, tmp_path, "made")
+        extract(linked, tmp_path, "made", ["one"])
     bomb = zip_with(tmp_path / "bomb.zip", ("made/one", bytes(50_000)))
     monkeypatch.setattr(archives, "LARGEST_BYTES", 10_000)
     with pytest.raises(DataError, match="unpacks to 50,000 bytes, more than 10,000"):
-        extract(bomb, tmp_path, "made")
+        extract(bomb, tmp_path, "made", ["one"])
     data = bytearray(zip_with(tmp_path / "locked.zip", ("made/one", b"1")).read_bytes())
     for magic, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.index(magic) + offset] |= 1  # the flag of encryption
     (tmp_path / "locked.zip").write_bytes(data)
     with pytest.raises(DataError, match=r"locked\.zip: cannot be extracted .*(?i:password|encrypt)"):
-        extract(tmp_path / "locked.zip", tmp_path, "made")
+        extract(tmp_path / "locked.zip", tmp_path, "made", ["one"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bomb.zip", "link.zip", "locked.zip"]
 
 
@@ -383,7 +383,7 @@ def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path, monkeypatch:
     data = path.read_bytes().replace(struct.pack("<I", 50_000), struct.pack("<I", 1))
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"lies\.zip: cannot be extracted"):
-        extract(path, tmp_path, "made")
+        extract(path, tmp_path, "made", ["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["lies.zip"]
 
 
@@ -391,8 +391,19 @@ def test_a_folder_that_is_there_is_not_unpacked_over(tmp_path: Path) -> None:
     archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"))
     (tmp_path / "made").mkdir()
     with pytest.raises(DataError, match=r"made is there and not whole; remove it, so that a\.zip can be unpacked"):
-        extract(archive, tmp_path, "made")
+        extract(archive, tmp_path, "made", ["one"])
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_folder_that_is_there_and_whole_is_taken(tmp_path: Path) -> None:
+    archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"), ("made/two", b"2"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "one").write_bytes(b"another process's")
+    with pytest.raises(DataError, match="made is there and not whole"):
+        extract(archive, tmp_path, "made", ["one", "two"])
+    (tmp_path / "made" / "two").touch()
+    assert extract(archive, tmp_path, "made", ["one", "two"]) == tmp_path / "made"
+    assert (tmp_path / "made" / "one").read_bytes() == b"another process's"
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,5 +414,5 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(archives, "_unpack_zip", full)
     with pytest.raises(DataError, match=r"a\.zip cannot be extracted into .*No space left.*make room there"):
-        extract(archive, tmp_path, "made")
+        extract(archive, tmp_path, "made", ["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

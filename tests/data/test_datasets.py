@@ -18,7 +18,7 @@ from mnclglf.config import DATASETS
 from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray
-from mnclglf.data.sources import SOURCES, cache_dir, fashion_mnist
+from mnclglf.data.sources import SOURCES, cache_dir, cifar, fashion_mnist
 from mnclglf.data.sources.cifar import Cifar10, Cifar100
 from mnclglf.data.sources.fashion_mnist import DEBIAN
 
@@ -183,6 +183,14 @@ def test_cifar10_in_an_archive(
     assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)
     (folder / version.archive).unlink()
     assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)  # extracted for good
+
+
+def test_cifar10_that_another_process_unpacks_meanwhile_is_read(
+    tmp_path: Path, small_cifar10: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / Cifar10.forms[0].archive).touch()
+    monkeypatch.setattr(cifar, "check_md5", lambda *_: write_cifar10(tmp_path, "bin", small_cifar10))
+    assert_is_small_cifar10(load_dataset("cifar10", tmp_path), small_cifar10)
 
 
 def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cifar10: np.ndarray) -> None:

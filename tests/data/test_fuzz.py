@@ -78,7 +78,7 @@ def array() -> bytes:
 
 
 def read_tar(path: Path) -> object:
-    return extract(path, path.parent, "made")
+    return extract(path, path.parent, "made", ["one"])
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"

@@ -155,6 +155,14 @@ def test_an_archive_of_the_published_checksum_is_unpacked(data: Path, monkeypatc
     assert len(load(archive.parent)[0]) == 12
 
 
+def test_what_another_process_unpacks_meanwhile_is_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / tinyimagenet.ARCHIVE).touch()
+    root = (data / "tiny-imagenet-200").rename(data / "elsewhere")
+    monkeypatch.setattr(tinyimagenet, "check_md5", lambda *_: root.rename(data / "tiny-imagenet-200"))
+    train, test = load(data)
+    assert (len(train), len(test)) == (12, 5)
+
+
 def test_missing_files_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"TinyImageNet's files are missing: .*tiny-imagenet-200\.zip .*--download"):
         load(tmp_path)

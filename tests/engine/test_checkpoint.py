@@ -63,14 +63,13 @@ def test_a_short_file_is_named_as_damage(tmp_path: Path, kept: float) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt is no file; --resume takes"):
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file$"):
         load_checkpoint(tmp_path / "none.pt")
 
 
 def test_a_directory_is_no_damage(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no file; --resume takes") as caught:
+    with pytest.raises(CheckpointError, match=r"is no file$"):
         load_checkpoint(tmp_path)
-    assert "delete" not in str(caught.value)
 
 
 def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from mnclglf.cli import parse
-from mnclglf.config import to_dict
+from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
 from mnclglf.data.batches import Batch, Loader, batch_indices
 from mnclglf.engine.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.engine.run import load_trained
 from mnclglf.engine.timing import Waiting
 from mnclglf.engine.train import Trainer, TrainingError
-from mnclglf.methods import Losses
+from mnclglf.methods import METHODS, Losses
 from mnclglf.records import read_records
 from mnclglf.reports.html import write_report
 
@@ -244,6 +244,19 @@ def test_a_finished_run_is_not_trained_again(straight: Path) -> None:
     assert figures(straight) == before
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_larger_than_the_queue_is_refused_where_there_is_a_queue(method: MethodName, tmp_path: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, precision="fp32")  # oneDNN's bf16 gradients of 1 x 1 images have NaN
+    small = dict(method=method, objective=dataclasses.replace(CONFIG.objective, queue_size=31), engine=engine)
+    if hasattr(METHODS[method](ModelConfig(width=2, classes=10), ObjectiveConfig(queue_size=31)), "queue"):
+        with pytest.raises(
+            ValueError, match=r"batch_size 32 is more than queue_size 31: .*raise --queue-size or lower"
+        ):
+            trainer(tmp_path, **small)
+    else:
+        assert trainer(tmp_path, optim=dataclasses.replace(CONFIG.optim, epochs=1), **small).train() is None
+
+
 def test_never_refuses_a_directory_that_holds_a_run(straight: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds a run of 12 steps; go on with --resume auto"):
         trainer(straight, resume="never")
@@ -361,6 +374,35 @@ def test_the_trained_encoder_is_that_of_the_last_step(straight: Path) -> None:
     assert (config, step) == (CONFIG, STEPS)
     state = final_state(straight)["method"]
     assert torch.equal(method.encoder.conv1.weight, state["encoder.conv1.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_may_be(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file; give one of .*run/checkpoints$"):
+        load_trained(straight, Path("none.pt"))
+
+
+def test_another_run_s_checkpoint_is_refused_and_both_are_named(straight: Path, tmp_path: Path) -> None:
+    other, own = tmp_path / "other", list_checkpoints(straight / "checkpoints")[-1][1]
+    other.mkdir()
+    for change, named in (
+        ({"seed": 3}, r"seed: 0 -> 3"),
+        ({"recipe": "paper", "seed": 3}, "recipe: quick -> paper; seed"),
+    ):
+        (other / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(CONFIG, **change))))
+        with pytest.raises(
+            CheckpointError, match=rf"{own} is not of {other}.*\({named}.*give one of {other}/checkpoints"
+        ):
+            load_trained(other, own)
+    moved = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, log_every=7))
+    (other / "config.json").write_text(json.dumps(to_dict(moved)))
+    assert load_trained(other, own)[2] == STEPS  # how a run is executed is free to change
+
+
+def test_a_trained_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
+    state = final_state(straight)
+    torch.save({**state, "config": json.dumps({**json.loads(state["config"]), "mood": 1})}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt holds settings that this version does not know: .*mood"):
+        load_trained(straight, tmp_path / "odd.pt")
 
 
 def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:

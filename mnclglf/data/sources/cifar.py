@@ -71,7 +71,7 @@ class Cifar(Source):
             archive = folder / form.archive
             if archive.is_file():
                 check_md5(archive, form.md5)
-                return form, extract(archive, folder, form.folder)
+                return form, extract(archive, folder, form.folder, [*form.train, form.test])
         return None
 
     def _read(self, form: Form, paths: list[Path], split: str, records: int) -> ImageArray:

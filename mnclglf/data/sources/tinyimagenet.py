@@ -69,7 +69,7 @@ def _find(folder: Path) -> Path | None:
             return root
     if (folder / ARCHIVE).is_file():
         check_md5(folder / ARCHIVE, MD5)
-        return extract(folder / ARCHIVE, folder, FOLDER)
+        return extract(folder / ARCHIVE, folder, FOLDER, ["train", "val"])
     return None
 
 
