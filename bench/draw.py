@@ -136,7 +136,10 @@ def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
         axis = figure.add_axes((0.27, (bottom + 0.4) / height, 0.62, (tall - 0.7) / height))
         peers = group[0].kind == "peers"
         speeds = [row.tflop_per_second if peers else row.images_per_second for row in group]
-        colors = [COLORS["torch bf16"] if row.name.startswith("+") or row.name.endswith("ours") else COLORS["reference bf16"] for row in group]
+        colors = [
+            COLORS["torch bf16"] if row.name.startswith("+") or row.name.endswith("ours") else COLORS["reference bf16"]
+            for row in group
+        ]
         axis.barh(range(len(group)), speeds, height=0.7, color=colors, linewidth=0)
         for y, (row, speed) in enumerate(zip(group, speeds, strict=True)):
             ratio = "" if row.ratio is None else f"   {row.ratio.median:.2f}x"
