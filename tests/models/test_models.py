@@ -40,6 +40,21 @@ def test_feature_width_is_eight_times_the_width(width: int) -> None:
     assert network(torch.randn(2, 3, 16, 16)).shape == (2, network.features) == (2, 8 * width)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_images_of_one_pixel_are_not_what_memory_held(dtype: torch.dtype) -> None:
+    """Views of 8 pixels have patches of 4, of which the last stage strides over 1: eight taps in nine see padding."""
+    network = ResNet18(width=4).to(memory_format=torch.channels_last)
+    weight = network.layer4[0].conv1.weight
+    for _ in range(10):
+        left_over = [torch.full((2**16,), torch.nan) for _ in range(8)]
+        del left_over
+        weight.grad = None
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features = network(torch.randn(16, 3, 4, 4).to(memory_format=torch.channels_last))
+        features.float().square().sum().backward()
+        assert weight.grad.count_nonzero() == weight.grad[:, :, 1, 1].count_nonzero() > 0
+
+
 def test_heads_equal_the_paper() -> None:
     for ours, reference in [
         (projector(512, 96), oracles.reference_projector(512, 96)),
