@@ -164,7 +164,7 @@ def test_picture_shows_what_was_measured_and_nothing_else():
 def test_run_is_saved_and_drawn(tmp_path):
     saved = tmp_path / "run.json"
     command = [sys.executable, "-m", "pytest", "bench/bench_enqueue.py", f"--benchmark-json={saved}"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["MNCLGLF_BENCH_PROVEN"] = proof.digest()  # these are the tests
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

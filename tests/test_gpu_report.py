@@ -167,7 +167,11 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
         f"report({{'x': Stage('X', dict, 60, False)}}, pathlib.Path({str(tmp_path / 'report')!r}), {program!r})"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as run:
         while not started.exists():
             time.sleep(0.05)

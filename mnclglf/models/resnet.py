@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.init import skip_init
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mnclglf.config import Stem
@@ -47,8 +48,9 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     if stride != 1 or inputs != outputs:
         shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
     first = BasicBlock(inputs, outputs, stride, shortcut)
-    if stride != 1:
-        first.conv1 = StridedConv2d(inputs, outputs, 3, stride, 1, bias=False)
+    if stride != 1:  # without drawing numbers: a seed's weights stay what they are
+        place = first.conv1.weight.device
+        first.conv1 = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
     return nn.Sequential(first, BasicBlock(outputs, outputs))
 
 

@@ -54,7 +54,7 @@ def assert_compiled_equals_eager(backend: str, compiler: str) -> None:
     largest = max(value.abs().max().item() for value in expected if value.is_floating_point())
     for result, reference in zip(compiled, expected, strict=True):
         # fp32 sums in another order, through batch norms of six rows and an update: relative to the largest gradient.
-        torch.testing.assert_close(result, reference, rtol=1e-3, atol=1e-5 * largest)
+        torch.testing.assert_close(result, reference, rtol=1e-3, atol=1e-4 * largest)
 
 
 @pytest.mark.slow
