@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,8 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     first = BasicBlock(inputs, outputs, stride, shortcut)
     if stride != 1:  # without drawing numbers: a seed's weights stay what they are
         place = first.conv1.weight.device
-        first.conv1 = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
+        convolution = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
+        first.conv1 = cast(StridedConv2d, convolution)
     return nn.Sequential(first, BasicBlock(outputs, outputs))
 
 
