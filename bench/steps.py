@@ -181,8 +181,7 @@ LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
 }
 """Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
 
-OURS = "mnclglf, ours"
-PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {OURS: partial(our_rung, keep=True)} | {
+PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {"mnclglf, ours": partial(our_rung, keep=True)} | {
     f"{name}, {how}": make
     for name in PEERS
     for how, make in {

@@ -11,6 +11,7 @@ from torch import Tensor
 from mnclglf.config import ObjectiveConfig, OptimConfig
 from mnclglf.data.batches import Batch
 from mnclglf.methods import Method
+from mnclglf.methods.method import Losses
 from mnclglf_kernels import Backend
 
 M = TypeVar("M", bound=Method)
@@ -30,6 +31,19 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0, views: int = 
 def inputs_of(method: Method, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """What the method's forward takes of a batch: its views, and the labels that Stepper has too."""
     return batch.views, batch.indices % CLASSES if method.labelled else None
+
+
+def assert_one_view_trains(method: Method, trained: dict[str, int]) -> Losses:
+    """Each term's gradient reaches one of two views, the one that stands with it, and not the other."""
+    batch = make_batch()
+    for view in batch.views:
+        view.requires_grad_()
+    losses = method(batch.views)
+    for term, place in trained.items():
+        gradients = torch.autograd.grad(losses.terms[term], batch.views, retain_graph=True, allow_unused=True)
+        assert gradients[place].abs().max() > 0, term
+        assert gradients[1 - place] is None, term
+    return losses
 
 
 def make_oracle(kind: type[Transcription], method: Method, optim: OptimConfig = OPTIM) -> Transcription:

@@ -53,7 +53,8 @@ def assert_compiled_equals_eager(backend: str, compiler: str) -> None:
     expected, compiled = two_steps(copy.deepcopy(method), None), two_steps(copy.deepcopy(method), compiler)
     largest = max(value.abs().max().item() for value in expected if value.is_floating_point())
     for result, reference in zip(compiled, expected, strict=True):
-        # fp32 sums in another order, through batch norms of six rows and an update: relative to the largest gradient.
+        # fp32 sums in another order, through batch norms of six rows and an update: relative to the largest gradient,
+        # of which that was up to 3e-5; a queue that is written before the lookup makes 0.4 of it.
         torch.testing.assert_close(result, reference, rtol=1e-3, atol=1e-4 * largest)
 
 

@@ -6,7 +6,18 @@ import method_oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from method_steps import FP64, MODEL, K, N, Stepper, compare, make_batch, make_method, make_oracle
+from method_steps import (
+    FP64,
+    MODEL,
+    K,
+    N,
+    Stepper,
+    assert_one_view_trains,
+    compare,
+    make_batch,
+    make_method,
+    make_oracle,
+)
 from torch import Tensor, nn
 
 from mnclglf.config import ObjectiveConfig
@@ -50,16 +61,9 @@ def test_neighbors_are_those_of_view_1_as_images() -> None:
 
 
 def test_a_gradient_reaches_the_predictions_only() -> None:
-    method, batch = make_method(NNCLR), make_batch()
-    for view in batch.views:
-        view.requires_grad_()
-    losses = method(batch.views)
+    losses = assert_one_view_trains(make_method(NNCLR), {"loss_n2_p1": 0, "loss_n1_p2": 1})
     assert losses.keys is not None
     assert not losses.keys.requires_grad
-    for place, term in enumerate(("loss_n2_p1", "loss_n1_p2")):
-        gradients = torch.autograd.grad(losses.terms[term], batch.views, retain_graph=True, allow_unused=True)
-        assert gradients[place].abs().max() > 0, term
-        assert gradients[1 - place] is None, term
 
 
 @pytest.mark.parametrize("view", [0, 1])
