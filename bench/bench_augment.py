@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from bench.side_by_side import DEVICE, Case, Implementation, Work, by_implementation
-from mnclglf.data.reference import render_view
-from mnclglf.data.resident import parameter_table
+from mnclglf.data.loaders.reference import render_view
+from mnclglf.data.loaders.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
 from mnclglf.recipes import VIEWS
 from mnclglf_kernels import augment

@@ -24,11 +24,11 @@ from PIL import Image
 from mnclglf.config import EngineConfig, ViewConfig
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray, ImageSet
-from mnclglf.data.loader import make_loader
+from mnclglf.data.loaders import make_loader
 from mnclglf.data.views import blur_window
-from mnclglf.engine.device import autocast_dtype, choose_device
-from mnclglf.engine.train import Waiting
 from mnclglf.recipes import VIEWS
+from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.training.loop import Waiting
 
 DEVICE = choose_device(EngineConfig())
 DTYPE = autocast_dtype(EngineConfig(), DEVICE)

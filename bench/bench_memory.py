@@ -12,7 +12,7 @@ import pytest
 
 from bench.side_by_side import AUTOCAST, DEVICE, QUICK, peak_bytes
 from bench.steps import Size, config_of, our_step
-from mnclglf.engine.memory import largest_batch, step_memory
+from mnclglf.training.memory import largest_batch, step_memory
 
 SIZE = Size(images=32 if QUICK else 128)
 

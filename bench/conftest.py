@@ -30,7 +30,9 @@ from bench.side_by_side import (
 )
 from bench.turns import MATMUL, Comparison
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference path is the tests' oracle
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers")
+)  # the reference path is the tests' oracle
 
 LINES = pytest.StashKey[list[str]]()
 MEASURED = pytest.StashKey[dict[Case, dict[Implementation, Row]]]()

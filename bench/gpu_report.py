@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_leaves
 
-from mnclglf.engine.compiling import remember_proof
-from mnclglf.files import write_atomically
+from mnclglf.runs.files import write_atomically
+from mnclglf.training.compiling import remember_proof
 from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS
 
 Figures = dict[str, Any]
@@ -235,7 +235,7 @@ def loaders() -> Figures:
     """Images per second of each loader by itself, three views of 32 x 32."""
     from mnclglf.config import LoaderName, ViewConfig
     from mnclglf.data.datasets import load_dataset
-    from mnclglf.data.loader import make_loader
+    from mnclglf.data.loaders import make_loader
 
     images, _ = load_dataset("mnist5k", None, download=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -274,14 +274,14 @@ def training(**engine: Any) -> Figures:
     from torch._inductor import config as inductor
 
     from mnclglf.config import EngineConfig
-    from mnclglf.data.batches import Batch
-    from mnclglf.engine.compiling import choose_compile
-    from mnclglf.engine.device import autocast_dtype
-    from mnclglf.engine.kernels import choose_backends, describe_backends
-    from mnclglf.engine.limit import least_seconds, peaks_of
-    from mnclglf.engine.run import build_method
-    from mnclglf.engine.step import TrainStep, use_fast_math
+    from mnclglf.data.loader import Batch
     from mnclglf.recipes import paper
+    from mnclglf.training.backends import choose_backends, describe_backends
+    from mnclglf.training.compiling import choose_compile
+    from mnclglf.training.device import autocast_dtype
+    from mnclglf.training.roofline import least_seconds, peaks_of
+    from mnclglf.training.run_directory import build_method
+    from mnclglf.training.step import TrainStep, use_fast_math
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
     dtype = autocast_dtype(config.engine, DEVICE)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mnclglf.models.resnet import ResNet18
+from mnclglf.models.encoder import ResNet18
 
 LEARNING_RATE = 0.06
 MOMENTUM = 0.996  # of the momentum networks in the first epoch; the examples raise it to 1, epoch by epoch

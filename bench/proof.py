@@ -17,8 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "bench/proven"  # in pytest's cache
-STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/engine/test_step.py"]
-GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/engine/test_compiling.py"]
+STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/training/test_step.py"]
+GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/training/test_compiling.py"]
 PROVEN = ("patches", "contrastive_losses", "neighbor", "queue", "view_losses")
 OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in PROVEN]
 

@@ -1,8 +1,8 @@
 """`python -m bench.roofline`: the least time of a training step, part by part, and what sets it.
 
 For any method, batch and size: by the nominal peaks of a GPU of inspect.py (--gpu), or by this machine's own (--gpu
-this), where the step is also run, and what each part took stands beside its least. mnclglf.engine.limit has how it is
-counted.
+this), where the step is also run, and what each part took stands beside its least. mnclglf.training.roofline has
+how it is counted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.steps import our_step
 from mnclglf.config import EngineConfig, RunConfig
-from mnclglf.engine.device import autocast_dtype, choose_device
-from mnclglf.engine.limit import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
-from mnclglf.engine.step import keep_freed_memory
 from mnclglf.methods import METHODS
 from mnclglf.models import momentum
 from mnclglf.recipes import paper
+from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.training.roofline import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.training.step import keep_freed_memory
 from mnclglf_kernels import (
     combine,
     contrastive_losses,

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference path is the tests' oracle
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers")
+)  # the reference path is the tests' oracle
 from oracles import Algorithm1AsPrinted
 
 from bench.peers import PEERS, peer_step
 from mnclglf.config import EngineConfig, MethodName, RunConfig
-from mnclglf.data.batches import Batch
-from mnclglf.engine.compiling import Compile
-from mnclglf.engine.device import autocast_dtype
-from mnclglf.engine.run import build_method
-from mnclglf.engine.step import TrainStep, keep_freed_memory, use_fast_math
+from mnclglf.data.loader import Batch
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.recipes import paper
+from mnclglf.training.compiling import Compile
+from mnclglf.training.device import autocast_dtype
+from mnclglf.training.run_directory import build_method
+from mnclglf.training.step import TrainStep, keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends
 
 Step = Callable[[], object]

@@ -26,7 +26,7 @@ from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.inspect import launches
 from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Operator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from method_oracles import nt_xent_as_published, queue_loss_as_published
 from oracles import Algorithm1AsPrinted as reference
 

@@ -196,7 +196,7 @@ def run(command: Command, console: Console) -> int:
 
         return reproduce(command, console)
     # Imported here, so that --help, --print-config and a wrong option need not wait for it; torch likewise below.
-    from mnclglf.reports.html import write_report
+    from mnclglf.reports.page import write_report
 
     code = 0
     if isinstance(command, Train):
@@ -215,7 +215,7 @@ def run(command: Command, console: Console) -> int:
 def look(command: Inspect | Views, console: Console) -> None:
     """Looks at a source of images."""
     from mnclglf.data.datasets import load_dataset
-    from mnclglf.data_cli import inspect_source, show_views
+    from mnclglf.reports.sources import inspect_source, show_views
 
     kind = "views" if isinstance(command, Views) else "images"
     picture = command.out or Path(f"{short_name(command.source)}-{kind}.png")
@@ -236,8 +236,8 @@ def look(command: Inspect | Views, console: Console) -> None:
 
 def train(command: Train, console: Console) -> tuple[Path, int]:
     """Trains; gives the run directory and the exit code."""
-    from mnclglf.engine.train import Trainer, TrainingError
-    from mnclglf.reports.html import write_report
+    from mnclglf.reports.page import write_report
+    from mnclglf.training.loop import Trainer, TrainingError
 
     config = resolved(command.config)
     dataset = short_name(config.dataset)
@@ -271,7 +271,7 @@ def short_name(dataset: str) -> str:
 
 def evaluate(command: Knn | Linear, console: Console) -> None:
     """Evaluates runs and prints a table of each; of several runs, a table of the means too."""
-    from mnclglf.evaluate import check_comparable, evaluate_run
+    from mnclglf.evaluation.run import check_comparable, evaluate_run
     from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
 
     check_comparable(command.runs, command.config)

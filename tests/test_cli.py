@@ -23,9 +23,9 @@ from mnclglf.config import KnnConfig, LinearConfig, from_dict, to_dict
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import split_train
 from mnclglf.data.views import whole_views
-from mnclglf.engine.run import build_method, load_trained
 from mnclglf.recipes import VIEWS, paper, quick, tuned
-from mnclglf.reports.html import Picture
+from mnclglf.reports.page import Picture
+from mnclglf.training.run_directory import build_method, load_trained
 
 RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
 TINY = (
@@ -192,7 +192,7 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the pictures of reports out, which take seconds a page."""
-    monkeypatch.setattr("mnclglf.reports.html._picture", lambda _: Picture("", ""))
+    monkeypatch.setattr("mnclglf.reports.page._picture", lambda _: Picture("", ""))
 
 
 def copied(run: Path, name: str, section: str | None, **changes: object) -> Path:
@@ -248,8 +248,8 @@ def test_runs_at_different_steps_are_not_averaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluated: list[Path] = []
-    monkeypatch.setattr("mnclglf.evaluate.evaluate_run", lambda run, *_: evaluated.append(run) or [])
-    monkeypatch.setattr("mnclglf.reports.html.write_report", lambda run: run)
+    monkeypatch.setattr("mnclglf.evaluation.run.evaluate_run", lambda run, *_: evaluated.append(run) or [])
+    monkeypatch.setattr("mnclglf.reports.page.write_report", lambda run: run)
     runs = [tmp_path / name for name in "abc"]
     for seed, (run, step) in enumerate(zip(runs, (12, 12, 7), strict=True)):
         (run / "checkpoints").mkdir(parents=True)

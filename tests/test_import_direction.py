@@ -8,26 +8,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What each part of the program may import of ours, besides itself.
-LEAVES = {"config", "files", "records"}
+LEAVES = {"config", "runs"}
 MODELS = {"config", "mnclglf_kernels"}
 METHODS = MODELS | {"models"}
-RUNS = METHODS | LEAVES | {"methods", "data"}
+TRAINING = METHODS | LEAVES | {"methods", "data"}
 MAY_IMPORT = {
     "mnclglf_kernels": set(),
     "config": set(),
-    "files": set(),
-    "records": set(),
     "recipes": {"config"},
+    "runs": {"config"},
     "data": LEAVES | {"mnclglf_kernels"},
     "models": MODELS,
     "methods": METHODS,
-    "engine": RUNS,
-    "evaluation": RUNS,
-    "reports": LEAVES,
-    "evaluate": RUNS | {"engine", "evaluation", "recipes"},
-    "reproduce": RUNS | {"engine", "evaluation", "evaluate", "reports", "recipes"},
-    "cli": RUNS | {"engine", "evaluation", "evaluate", "reports", "recipes", "data_cli", "reproduce"},
-    "data_cli": LEAVES | {"data", "recipes", "reports"},
+    "training": TRAINING,
+    "evaluation": TRAINING | {"training", "recipes"},
+    "reports": LEAVES | {"data", "recipes"},
+    "reproduce": TRAINING | {"training", "evaluation", "reports", "recipes"},
+    "cli": TRAINING | {"training", "evaluation", "reports", "recipes", "reproduce"},
     "__main__": {"cli"},
     "__init__": {"config"},
 }
@@ -83,21 +80,21 @@ def test_imports_go_one_way(module):
     ("module", "source", "forbidden"),
     [
         ("mnclglf.config", "from mnclglf.data import views", ["mnclglf.data"]),
-        ("mnclglf.models.resnet", "from mnclglf.methods.mnclglf import MNCLGLF", ["mnclglf.methods.mnclglf"]),
-        ("mnclglf.models.resnet", "from ..methods import mnclglf", ["mnclglf.methods"]),
-        ("mnclglf.models.resnet", "from .. import methods", ["mnclglf.methods"]),
-        ("mnclglf.reports.html", "def f():\n    import mnclglf.evaluation.knn", ["mnclglf.evaluation.knn"]),
-        ("mnclglf.engine.step", "from mnclglf import cli, config", ["mnclglf.cli"]),
-        ("mnclglf.engine.train", "from mnclglf.evaluation import knn", ["mnclglf.evaluation"]),
-        ("mnclglf.recipes", "from mnclglf.engine import train", ["mnclglf.engine"]),
-        ("mnclglf.reproduce.execute", "from mnclglf.cli import main", ["mnclglf.cli"]),
+        ("mnclglf.models.encoder", "from mnclglf.methods.mnclglf import MNCLGLF", ["mnclglf.methods.mnclglf"]),
+        ("mnclglf.models.encoder", "from ..methods import mnclglf", ["mnclglf.methods"]),
+        ("mnclglf.models.encoder", "from .. import methods", ["mnclglf.methods"]),
+        ("mnclglf.reports.page", "def f():\n    import mnclglf.evaluation.knn", ["mnclglf.evaluation.knn"]),
+        ("mnclglf.training.step", "from mnclglf import cli, config", ["mnclglf.cli"]),
+        ("mnclglf.training.loop", "from mnclglf.evaluation import knn", ["mnclglf.evaluation"]),
+        ("mnclglf.recipes", "from mnclglf.training import train", ["mnclglf.training"]),
+        ("mnclglf.reproduce.run", "from mnclglf.cli import main", ["mnclglf.cli"]),
         ("mnclglf.reports.tables", "from mnclglf.reproduce import paper", ["mnclglf.reproduce"]),
         ("mnclglf_kernels.queue", "import mnclglf.config", ["mnclglf.config"]),
         ("mnclglf_kernels._triton.queue", "import oracles", ["oracles"]),
         ("mnclglf.methods.mnclglf", "from tests.oracles import loss", ["tests.oracles"]),
         ("mnclglf.methods.mnclglf", "from mnclglf_kernels import divide\nfrom mnclglf.models import heads\n", []),
-        ("mnclglf.models.resnet", "from .heads import Head\nfrom . import heads\nimport torch, mnclglf_kernels", []),
-        ("mnclglf.cli", "from mnclglf import recipes\nfrom mnclglf.engine.train import train", []),
+        ("mnclglf.models.encoder", "from .heads import Head\nfrom . import heads\nimport torch, mnclglf_kernels", []),
+        ("mnclglf.cli", "from mnclglf import recipes\nfrom mnclglf.training.loop import train", []),
     ],
 )
 def test_the_checker_itself(module, source, forbidden):
@@ -106,4 +103,4 @@ def test_the_checker_itself(module, source, forbidden):
 
 def test_a_dot_in_a_package_is_the_package_itself():
     assert forbidden_imports("from . import resnet", "mnclglf.models", is_package=True) == []
-    assert forbidden_imports("from .. import engine", "mnclglf.models", is_package=True) == ["mnclglf.engine"]
+    assert forbidden_imports("from .. import training", "mnclglf.models", is_package=True) == ["mnclglf.training"]

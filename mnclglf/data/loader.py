@@ -1,128 +1,136 @@
-"""Which loader a run takes."""
+"""What a loader is: batches of views, in an order that depends on the seed and the step alone, so that any step can be
+the first."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-import time
-from collections.abc import Mapping
-from typing import Any
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from mnclglf.config import LoaderName, ViewConfig
-from mnclglf.data import resident
-from mnclglf.data.batches import Loader
-from mnclglf.data.images import ImageArray, ImageSet
-from mnclglf.data.reference import ReferenceLoader
-from mnclglf.data.resident import ResidentLoader
-from mnclglf_kernels import Backend
-from mnclglf_kernels.backend import first_line
-
-logger = logging.getLogger(__name__)
-
-_DALI_REMEDY = 'pip install "mnclglf[dali-cuda13]"'
-FASTER_ON_CPU = 32  # pixels a side up to which resident is faster than dali there
-_WARM_UP_BATCHES, _TIMED_BATCHES = 3, 10
+from mnclglf.config import ViewConfig
+from mnclglf.data.images import ImageSet
+from mnclglf.data.philox import permutation
+from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
 
-def make_loader(
-    images: ImageSet,
-    view: ViewConfig,
-    *,
-    backend: LoaderName,
-    device: torch.device,
-    side: int,
-    augment_backend: Backend = "auto",
-    **settings: Any,
-) -> Loader:
-    """The loader of a run.
+class Batch(NamedTuple):
+    """What a step trains on."""
+
+    views: tuple[Tensor, ...]
+    """Each [N, 3, S, S], normalised, channels_last, in the autocast dtype, on the device."""
+    indices: Tensor
+    """Rows of the image set, int64 [N], on the device."""
+
+
+def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
+    """Rows of the images of a global step, int64 [batch_size]: each epoch is a random order of `count` images."""
+    epoch, position = divmod(step, count // batch_size)
+    return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)  # two epochs meet in the prefetch queue
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    order = permutation(count, seed=seed, epoch=epoch)
+    order.flags.writeable = False  # callers share it
+    return order
+
+
+class Loader(ABC):
+    """Makes the views of an image set; the same step gives the same batch, wherever a run starts.
 
     Args:
         images: what to train on.
-        view: how a view is made.
-        backend: auto is on a CPU resident up to 32 x 32, where it is faster (measured: docs/performance.md), and dali
-            above; on a GPU the faster of the two, tried for a moment; without DALI resident, or reference. What is too
-            large for resident goes to dali, and is said to.
-        device: where batches go.
+        config: how a view is made.
+        views: views of each image in a batch.
         side: of a view in pixels.
-        augment_backend: of resident's operator.
-        settings: the rest of Loader's arguments.
+        batch_size: images in a batch of all ranks together.
+        seed: of the order and of the views.
+        dtype: of the views in a batch.
+        device: where batches go.
+        threads: CPU threads; no result depends on them.
+        rank: which part of every batch this process makes.
+        ranks: parts of a batch.
+        statistics: mean [3] and deviation [3] that views are normalised with; None takes the images' own.
 
     Raises:
-        ValueError: there are fewer images than a batch holds.
-        ImportError: backend is dali and DALI is not installed.
+        ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
+            too small for their blur.
     """
-    settings |= dict(device=device, side=side)
-    unfit = resident.problem(images, side)
-    if backend == "resident" and unfit is not None:
-        logger.warning("loader resident cannot hold %s: %s; taking dali", images.name, unfit)
-        backend = "dali"
 
-    def make(name: str) -> Loader:
-        if name == "dali":
-            from mnclglf.data.dali import DaliLoader
+    def __init__(
+        self,
+        images: ImageSet,
+        config: ViewConfig,
+        *,
+        views: int,
+        side: int,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
+        rank: int = 0,
+        ranks: int = 1,
+        statistics: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(
+                f"{images.name} has {len(images)} training images, fewer than one batch of {batch_size}; "
+                "lower --batch-size or take more images"
+            )
+        if batch_size % ranks or not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
+        blur_window(config, side)  # raises where it is too wide
+        self.steps_per_epoch = len(images) // batch_size
+        """Whole batches in an epoch; an incomplete last one is dropped."""
+        self.mean, self.std = statistics or images.statistics()
+        """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
+        self.side = side
+        self._images = images
+        self._config = config
+        self._views = views
+        self._batch_size = batch_size
+        self._share = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self._seed = seed
+        self._dtype = dtype
+        self._device = device
+        self._threads = threads
 
-            return DaliLoader(images, view, **settings)
-        if name == "resident" and isinstance(images, ImageArray):
-            return ResidentLoader(images, view, backend=augment_backend, **settings)
-        return ReferenceLoader(images, view, **settings)
+    @property
+    def name(self) -> str:
+        """As --loader has it."""
+        return type(self).__name__.removesuffix("Loader").lower()
 
-    if backend == "auto" and device.type == "cpu" and resident.problem(images, side, FASTER_ON_CPU) is None:
-        return make("resident")
-    if backend in ("reference", "resident"):
-        return make(backend)
-    missing = _dali_problem()
-    if missing is not None and backend == "dali":
-        raise ImportError(f"loader dali needs DALI ({missing}); install it: {_DALI_REMEDY}") from missing
-    if missing is not None:
-        instead = "reference" if unfit else "resident"
-        logger.warning("DALI is not installed: using the loader %s; install it: %s", instead, _DALI_REMEDY)
-        return make(instead)
-    if backend == "auto" and device.type == "cuda" and unfit is None:
-        return fastest({name: make(name) for name in ("dali", "resident")}, device)
-    return make("dali")
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the global steps start .. stop - 1, across epochs."""
 
+    @abstractmethod
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
 
-def _dali_problem() -> ImportError | None:
-    try:
-        importlib.import_module("nvidia.dali")
-    except ImportError as error:
-        return error
-    return None
+    def _rows(self, step: int) -> NDArray[np.int64]:
+        """Of the images of a step, this rank's part."""
+        return batch_indices(self._seed, step, len(self._images), self._batch_size)[self._share]
 
+    def _draw(self, rows: NDArray[np.int64], epoch: int) -> list[ViewParameters]:
+        """The parameters of these images, view by view."""
+        sizes = self._images.sizes(rows)
+        return [draw_parameters(self._seed, epoch, rows, view, self._config, *sizes) for view in range(self._views)]
 
-def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
-    """The loader that makes batches fastest for a moment; the rates, and which of them cannot run here, are logged.
+    def _batch(self, views: Sequence[Tensor], rows: NDArray[np.int64]) -> Batch:
+        """A batch of views [N, S, S, 3] in any dtype, anywhere."""
+        indices = torch.from_numpy(rows.copy())
+        if self._device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+        return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
 
-    Raises:
-        RuntimeError: none can.
-    """
-    rates: dict[str, float] = {}
-    for name, loader in loaders.items():
-        try:
-            rates[name] = batches_per_second(loader, device)
-        except RuntimeError as error:  # a driver too old for DALI, or memory that is full
-            logger.warning("loader %s cannot run here: %s", name, first_line(error))
-    if not rates:
-        raise RuntimeError(f"none of the loaders {', '.join(loaders)} can run on {device}; the reasons are above")
-    chosen = max(rates, key=lambda name: rates[name])
-    shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    logger.warning("loader %s: batches a second: %s", chosen, shown)
-    return loaders[chosen]
-
-
-def batches_per_second(loader: Loader, device: torch.device) -> float:
-    """Of batches that follow each other, the first few left out."""
-    since = 0.0
-    for number, _ in enumerate(loader.batches(0, _WARM_UP_BATCHES + _TIMED_BATCHES)):
-        if number + 1 == _WARM_UP_BATCHES:
-            _wait_for(device)
-            since = time.perf_counter()
-    _wait_for(device)
-    return _TIMED_BATCHES / (time.perf_counter() - since)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """[N, S, S, 3] as [N, 3, S, S] in the same order of memory: channels_last."""
+        return tuple(view.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2) for view in views)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnclglf.evaluation.accuracy import Accuracy
 from mnclglf.evaluation.knn import weighted_knn
-from mnclglf.evaluation.linear_probe import FEW_LABELS_C, choose_c, few_labels, fit_linear
+from mnclglf.evaluation.logistic import FEW_LABELS_C, choose_c, few_labels, fit_linear
 from mnclglf.evaluation.results import Protocol, Result
 
 FEW_LABELS: dict[str, int] = {"per_class": 10, "draws": 5, "seed": 0}

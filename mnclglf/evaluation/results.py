@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mnclglf.files import write_atomically
+from mnclglf.runs.files import write_atomically
 
 Protocol = Literal["knn", "linear", "linear_10_labels", "linear_lars"]
 """linear and linear_10_labels are logistic regressions, the fast protocol; linear_lars is the paper's."""

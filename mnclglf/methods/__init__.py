@@ -1,9 +1,9 @@
 """The pre-training methods: one file each, one line each in METHODS."""
 
 from mnclglf.config import MethodName
+from mnclglf.methods.base import Losses, Method
 from mnclglf.methods.byol import BYOL
 from mnclglf.methods.fast_moco import FastMoCo
-from mnclglf.methods.method import Losses, Method
 from mnclglf.methods.mnclglf import MNCLGLF
 from mnclglf.methods.mnclglf_official import MNCLGLFOfficial
 from mnclglf.methods.mocov2 import MoCoV2

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
 from mnclglf_kernels import combine, contrastive_losses, divide

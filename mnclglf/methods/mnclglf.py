@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import batch_norms
+from mnclglf.models.encoder import ResNet18
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import update_momentum
-from mnclglf.models.resnet import ResNet18
 from mnclglf_kernels import combine, contrastive_losses, divide, nt_xent
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import projector
 from mnclglf_kernels import nt_xent
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.losses import negative_cosine
 

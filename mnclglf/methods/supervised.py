@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig
-from mnclglf.methods.method import Losses, Method
+from mnclglf.methods.base import Losses, Method
 
 
 class Supervised(Method):

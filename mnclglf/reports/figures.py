@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mnclglf.records import Record, step_of
 from mnclglf.reports.run_files import finite
+from mnclglf.runs.metrics import Record, step_of
 
 DOTS_PER_INCH = 160
 SMOOTH_ABOVE = 100  # points: from here on a running mean is drawn over them

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.records import Record, read_records
+from mnclglf.runs.metrics import Record, read_records
 
 FP32_MAX = 3.4028234663852886e38
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from mnclglf.config import require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, split_train
-from mnclglf.engine.device import choose_device
 from mnclglf.reproduce.estimate import expected_share, training_hours
-from mnclglf.reproduce.execute import TAKEN, check_writable, command_of, held, lock_of, make_run, make_runs, say
 from mnclglf.reproduce.plan import Reproduce, Run, make_table
 from mnclglf.reproduce.results import missing_evaluations, other_settings, whole_table
-from mnclglf.reproduce.write import lines_of, write_table
+from mnclglf.reproduce.run import TAKEN, check_writable, command_of, held, lock_of, make_run, make_runs, say
+from mnclglf.reproduce.table import lines_of, write_table
+from mnclglf.training.device import choose_device
 
 
 def reproduce(request: Reproduce, console: Console) -> int:

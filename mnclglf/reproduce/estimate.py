@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mnclglf.config import RunConfig
 from mnclglf.data.images import ImageSet, view_side
-from mnclglf.engine.device import autocast_dtype, choose_device
-from mnclglf.engine.schedule import Schedule
 from mnclglf.reproduce.plan import Run
 from mnclglf.reproduce.results import limit_shares, steps_done
+from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.training.schedule import Schedule
 from mnclglf_kernels.backend import HAS_TRITON
 
 ASSUMED_SHARE = 0.6  # of the machine's limit, until a run of the folder is finished
@@ -47,7 +47,7 @@ def training_hours(run: Run, runs: Path, images: Mapping[str, ImageSet], share: 
 @cache
 def _least_seconds(config: RunConfig, side: int) -> float:
     """Of a step on this machine."""
-    from mnclglf.engine.limit import least_seconds, peaks_of  # with triton, which not every system has
+    from mnclglf.training.roofline import least_seconds, peaks_of  # with triton, which not every system has
 
     device = choose_device(config.engine)
     dtype = autocast_dtype(config.engine, device)

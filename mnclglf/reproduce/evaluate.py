@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from mnclglf.config import LinearConfig, RunConfig
-from mnclglf.engine.run import load_trained
-from mnclglf.evaluate import by_lars, linear_loader, prepare
 from mnclglf.evaluation.protocols import evaluate
 from mnclglf.evaluation.results import Protocol, Result
+from mnclglf.evaluation.run import by_lars, linear_loader, prepare
+from mnclglf.training.run_directory import load_trained
 
 
 def evaluate_checkpoint(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mnclglf.config import RunConfig
-from mnclglf.engine.checkpoint import checkpoint_path, list_checkpoints
-from mnclglf.engine.run import differences, read_config
 from mnclglf.evaluation.results import Result, load_results
-from mnclglf.records import Record, read_records
 from mnclglf.reproduce.plan import Reproduce, Row, Run, Scale, Table, make_table, run_name
+from mnclglf.runs.checkpoint import checkpoint_path, list_checkpoints
+from mnclglf.runs.metrics import Record, read_records
+from mnclglf.training.run_directory import differences, read_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ import torch
 
 from mnclglf.config import ViewConfig
 from mnclglf.data.images import ImageArray
-from mnclglf.data.loader import make_loader
+from mnclglf.data.loaders import make_loader
 from mnclglf.recipes import VIEWS
 
 pytest.importorskip("nvidia.dali", reason="the extra dali-cuda13 is not installed")
-from mnclglf.data.dali import view_pipeline
+from mnclglf.data.loaders.dali import view_pipeline
 
 EXACT = 0.01  # levels: float32 rounding of values up to 255
 WHOLE = 1.01  # levels: one, from rounding to bytes, and EXACT

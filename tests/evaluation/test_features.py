@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mnclglf.data.images import ImageArray
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation.features import extract_features, raw_pixels
-from mnclglf.models.resnet import ResNet18
+from mnclglf.models.encoder import ResNet18
 
 MEAN, STD = np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.25, 0.3], np.float32)
 CPU = torch.device("cpu")

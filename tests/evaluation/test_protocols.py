@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.evaluation.knn import weighted_knn
-from mnclglf.evaluation.linear_probe import choose_c, few_labels, fit_linear
+from mnclglf.evaluation.logistic import choose_c, few_labels, fit_linear
 from mnclglf.evaluation.protocols import evaluate
 from mnclglf.evaluation.results import Protocol, Result, load_results, save_results
 
@@ -61,7 +61,7 @@ def test_the_penalty_may_be_given():
 
 
 def test_a_note_reaches_the_settings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mnclglf.evaluation.linear_probe.MAX_ITERATIONS", 2)
+    monkeypatch.setattr("mnclglf.evaluation.logistic.MAX_ITERATIONS", 2)
     sets = {"pretrained": representation(8, 1.0)}
     (found,) = evaluate(sets, TRAIN_LABELS, TEST_LABELS, 4, ["linear_10_labels"])
     assert found.settings["note"] == "not converged after 2 iterations"

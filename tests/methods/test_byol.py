@@ -5,8 +5,8 @@ import pytest
 import torch
 from method_steps import Stepper, assert_one_view_trains, compare, make_batch, make_method, make_oracle
 
-from mnclglf.engine.guard import NonFiniteError
 from mnclglf.methods import BYOL
+from mnclglf.training.guard import NonFiniteError
 
 
 def test_five_steps_equal_the_equations_in_fp64() -> None:

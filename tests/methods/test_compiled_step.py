@@ -69,7 +69,7 @@ def test_the_step_is_one_graph(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inductor_keeps_queue_and_gradients(backend, monkeypatch):
     """torch 2.14's Inductor drops `queue.clone()` before an enqueue in one graph, and gradients are silently wrong."""
-    monkeypatch.setattr("mnclglf.methods.method.ResNet18", TinyEncoder)
+    monkeypatch.setattr("mnclglf.methods.base.ResNet18", TinyEncoder)
     with inductor.patch(force_disable_caches=True):
         assert_compiled_equals_eager(backend, "inductor")
 

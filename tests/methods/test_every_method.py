@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
-from mnclglf.engine.guard import NonFiniteError
-from mnclglf.engine.limit import step_parts
 from mnclglf.methods import METHODS, Method
+from mnclglf.training.guard import NonFiniteError
+from mnclglf.training.roofline import step_parts
 
 AUTOCAST = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
 EVERY = pytest.mark.parametrize("name", METHODS)

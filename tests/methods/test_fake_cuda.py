@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
-from mnclglf.engine.guard import Guard
 from mnclglf.methods import METHODS, Method
+from mnclglf.training.guard import Guard
 from mnclglf_kernels import Backends
 
 N, SIDE, K = 6, 16, 20

@@ -8,8 +8,8 @@ import torch
 from method_steps import Stepper, compare, make_batch, make_method, make_oracle
 from torch import Tensor
 
-from mnclglf.engine.guard import NonFiniteError
 from mnclglf.methods import FastMoCo
+from mnclglf.training.guard import NonFiniteError
 
 
 def test_five_steps_equal_the_equation_in_fp64() -> None:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from mnclglf.data.batches import Batch
-from mnclglf.engine.guard import NonFiniteError
-from mnclglf.engine.step import TrainStep
+from mnclglf.data.loader import Batch
 from mnclglf.methods import MNCLGLF, Method
+from mnclglf.training.guard import NonFiniteError
+from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backend, Backends
 
 N, SIDE, K = 6, 16, 20  # K is no multiple of N: the ring wraps in the fourth step

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import OptimConfig
-from mnclglf.data.batches import Batch
+from mnclglf.data.loader import Batch
 from mnclglf.methods import MNCLGLFOfficial
 from mnclglf.models.batch_norm import batch_norms
 

@@ -21,8 +21,8 @@ from method_steps import (
 from torch import Tensor, nn
 
 from mnclglf.config import ObjectiveConfig
-from mnclglf.engine.guard import NonFiniteError
 from mnclglf.methods import NNCLR
+from mnclglf.training.guard import NonFiniteError
 
 
 def test_five_steps_equal_equation_3_in_fp64() -> None:

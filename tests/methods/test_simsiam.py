@@ -8,9 +8,9 @@ from method_steps import assert_one_view_trains, compare, make_batch, make_metho
 from torch import Tensor
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from mnclglf.data.batches import Batch
-from mnclglf.engine.step import TrainStep
+from mnclglf.data.loader import Batch
 from mnclglf.methods import SimSiam
+from mnclglf.training.step import TrainStep
 
 
 def test_five_steps_equal_algorithm_1_in_fp64() -> None:

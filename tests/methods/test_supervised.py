@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mnclglf.config import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, ViewConfig
-from mnclglf.data.batches import Batch
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray
+from mnclglf.data.loader import Batch
 from mnclglf.data.views import whole_views
-from mnclglf.engine.run import load_trained
-from mnclglf.engine.step import TrainStep
-from mnclglf.engine.train import Trainer
 from mnclglf.methods import Supervised
-from mnclglf.models.resnet import ResNet18
+from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import quick
+from mnclglf.training.loop import Trainer
+from mnclglf.training.run_directory import load_trained
+from mnclglf.training.step import TrainStep
 
 IMAGES, CLASSES, SIDE = 6, 10, 8
 OPTIM = OptimConfig(lr=0.05, sgd_momentum=0.9, weight_decay=1e-3)

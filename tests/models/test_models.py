@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mnclglf.models.batch_norm import batch_norms
+from mnclglf.models.encoder import ResNet18
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
-from mnclglf.models.resnet import ResNet18
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 16), ("imagenet", 64)])

@@ -10,8 +10,8 @@ import pytest
 
 from mnclglf.cli import main, parse
 from mnclglf.recipes import paper
-from mnclglf.reproduce.execute import PROGRAM
 from mnclglf.reproduce.plan import Reproduce, make_table, run_name
+from mnclglf.reproduce.run import PROGRAM
 
 # Typed from the paper a second time, line by line: CIFAR10, CIFAR100, TinyImageNet, top-1 and top-5 each.
 TABLE3 = """

@@ -18,7 +18,7 @@ from mnclglf.config import FOLDER
 from mnclglf.data.archives import DataError
 from mnclglf.data.images import ImageFiles, moments_of, read_image
 from mnclglf.data.sources.source import Request, Source, cache_dir
-from mnclglf.files import write_atomically
+from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

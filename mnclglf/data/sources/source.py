@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mnclglf.data.archives import DataError, damaged
 from mnclglf.data.images import ImageSet
-from mnclglf.files import cache_folder
+from mnclglf.runs.files import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mnclglf.data.archives import DataError, damaged, extract
 from mnclglf.data.images import ImageArray, read_image
 from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
-from mnclglf.files import write_atomically
+from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,289 @@
+# pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
+"""Views made by DALI: one pipeline for the CPU and the GPU, images in memory and in files, without randomness or state
+of its own.
+
+The parameters of each view are inputs, drawn by views.draw_parameters; the operations and their order are those of
+reference.py. Pixels are floats from 0 to 255 after the resize, clamped where torchvision clamps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.math as dmath
+import nvidia.dali.types as types
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import pipeline_def
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from mnclglf.config import ViewConfig
+from mnclglf.data.archives import DataError
+from mnclglf.data.images import ImageArray, ImageFiles
+from mnclglf.data.loader import Batch, Loader
+from mnclglf.data.views import ViewParameters, blur_window
+
+PREFETCH = 2  # batches in the making while one is consumed
+_LUMA = [0.2989, 0.587, 0.114]  # torchvision's weights of red, green and blue
+_WHITE = 255.0
+
+
+class DaliLoader(Loader):
+    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used.
+
+    On a GPU a batch belongs to the stream that is current when it is taken: its memory is used again in that order.
+    """
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        steps = range(start, stop)
+        plan = ((self._rows(step), step // self.steps_per_epoch) for step in steps)
+        with closing(self._made(plan, self._share.stop - self._share.start)) as made:
+            for step, views in zip(steps, made, strict=True):
+                yield self._batch(views, self._rows(step))
+
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        (views,) = self._made(iter([(indices, epoch)]), len(indices))
+        return self._to_device(views, torch.float32)
+
+    def _made(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[list[Tensor]]:
+        """A tensor a view, float32 [N, S, S, 3] in DALI's memory, for each (rows, epoch) of the plan; N <= `most`."""
+        cuda = self._device.type == "cuda"
+        device_id = torch.empty(0, device=self._device).device.index if cuda else None  # plain "cuda" has no index
+        ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not given back
+
+        def source() -> Iterator[list[Any]]:
+            for rows, epoch in plan:
+                ahead.append(rows)
+                drawn = [view_inputs(parameters, self._config) for parameters in self._draw(rows, epoch)]
+                yield [self._read(rows), *(column for view in drawn for column in view)]
+
+        pipeline = view_pipeline(
+            source(),
+            self._config,
+            views=self._views,
+            side=self.side,
+            batch_size=most,
+            threads=self._threads,
+            device_id=device_id,
+            mean=self.mean,
+            std=self.std,
+            files=isinstance(self._images, ImageFiles),
+        )
+        while True:
+            try:
+                # Given the stream that uses it, an output is waited for and freed in that stream's order: no host sync.
+                views = pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if isinstance(self._images, ImageFiles):
+                    _blame(self._images, [row for rows in ahead for row in rows], error)
+                raise
+            ahead.popleft()
+            yield [torch.from_dlpack(view.as_tensor()) for view in views]
+
+    def _read(self, rows: NDArray[np.int64]) -> Any:
+        """What the pipeline is given of these images: their pixels, or where they lie."""
+        if isinstance(self._images, ImageFiles):
+            root, paths = self._images.root, self._images.paths
+            return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
+        assert isinstance(self._images, ImageArray)
+        return self._images.images[rows]
+
+
+def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
+    """Raises DataError that names the file which DALI does not name, if there is one among these.
+
+    It is broken or another one than it was; or it is one that Pillow reads and DALI does not.
+    """
+    for row in rows:
+        size = images.pixels(row).shape[:2]  # DataError where it cannot be read
+        if size != (images.heights[row], images.widths[row]):
+            raise DataError(
+                f"{images.root / images.paths[row]} is {size[0]} x {size[1]} pixels, and was {images.heights[row]} x "
+                f"{images.widths[row]} when the run started; put the old file back, or start the run anew"
+            ) from error
+    if rows and any(word in str(error) for word in ("decode", "parser", "nvImageCodec", "image")):
+        named = ", ".join(images.names(np.array(rows[:8])))
+        raise DataError(
+            f"DALI cannot read one of {named}{', ...' if len(rows) > 8 else ''} ({_reason(error)}), though Pillow can; "
+            "convert it, leave it away, or take --loader reference"
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What matters of DALI's many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
+    return (after or ["no text"])[0][:200]
+
+
+def input_names(config: ViewConfig) -> list[str]:
+    """The inputs of a view: only what the config switches on, or DALI would copy the rest in vain."""
+    names = ["start", "shape"]
+    if config.rotation_degrees > 0:
+        names += ["angle"]
+    if config.flip_probability > 0:
+        names += ["flip"]
+    changes = [name for name in ("brightness", "contrast", "saturation", "hue") if getattr(config, name) > 0]
+    if config.jitter_probability > 0 and changes:
+        names += ["jitter", *changes]
+    if config.gray_probability > 0:
+        names += ["gray"]
+    if config.blur_probability > 0:
+        names += ["blur", "sigma"]
+    return names
+
+
+def view_inputs(p: ViewParameters, config: ViewConfig) -> list[NDArray[np.generic]]:
+    """The inputs of one view of a batch, in the order of `input_names`."""
+    inputs = p.arrays() | {
+        "start": np.stack([p.top, p.left], axis=1),
+        "shape": np.stack([p.crop_height, p.crop_width], axis=1),
+        "flip": p.flip.astype(np.int32),
+        "jitter": (p.brightness != 1) | (p.contrast != 1) | (p.saturation != 1) | (p.hue != 0),
+        "blur": p.sigma > 0,
+    }
+    return [inputs[name] for name in input_names(config)]
+
+
+def view_pipeline(
+    source: Iterator[list[Any]],
+    config: ViewConfig,
+    *,
+    views: int,
+    side: int,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    files: bool = False,
+) -> Pipeline:
+    """A pipeline that turns each item of `source` into as many outputs as there are views, float32 [n, side, side, 3].
+
+    Args:
+        source: of each batch the images, uint8 [n, H, W, 3], or where `files` their paths as bytes, uint8 [length]
+            each; then `view_inputs` of every view. Its end is the pipeline's end.
+        config: how views are made.
+        views: of each image; it is read and decoded once.
+        side: of a view in pixels.
+        batch_size: most images in an item.
+        threads: CPU threads.
+        device_id: the GPU's number, or None for the CPU.
+        mean: [3] of the images scaled to [0, 1].
+        std: [3] of the images scaled to [0, 1].
+        files: whether images come as paths.
+    """
+    names = input_names(config)
+    device = "cpu" if device_id is None else "gpu"
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,  # outputs own their memory: a tensor made from one stays valid
+        enable_conditionals=True,  # a fifth faster on the CPU than doing everything to every view, measured
+    )
+    def pipeline():
+        layouts = ["" if files else "HWC"] + [""] * (views * len(names))
+        images, *values = fn.external_source(source=source, num_outputs=1 + views * len(names), layout=layouts)
+        if files:  # "mixed" decodes on the GPU
+            decoder = "cpu" if device == "cpu" else "mixed"
+            images = fn.decoders.image(fn.io.file.read(images), device=decoder, output_type=types.RGB)
+        elif device == "gpu":
+            images = images.gpu()
+        made = []
+        for view in range(views):
+            given = {name: values[view * len(names) + number] for number, name in enumerate(names)}
+            made.append(_view(images, given, config, side, mean, std))
+        return tuple(made)
+
+    return pipeline()
+
+
+def _view(
+    images: Any,
+    given: dict[str, Any],
+    config: ViewConfig,
+    side: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+) -> Any:
+    """One view, float32 [side, side, 3], of uint8 [H, W, 3].
+
+    DALI's `if` takes the images for which its input is true; where the config has no such input it is not built.
+    """
+    pixels = fn.cast(_crop(images, given, side, config.interpolation), dtype=types.FLOAT)
+    if given.get("jitter"):
+        pixels = _jitter(pixels, given)
+    if given.get("gray"):
+        pixels = fn.coord_transform(pixels, M=_LUMA * 3)
+    if given.get("blur"):
+        pixels = fn.gaussian_blur(pixels, sigma=given["sigma"], window_size=blur_window(config, side))
+    return fn.crop_mirror_normalize(
+        pixels,
+        mirror=given.get("flip", 0),
+        mean=[_WHITE * float(value) for value in mean],
+        std=[_WHITE * float(value) for value in std],
+        dtype=types.FLOAT,
+        output_layout="HWC",
+    )
+
+
+def _crop(pixels: Any, given: dict[str, Any], side: int, interpolation: str) -> Any:
+    """The rotation, the crop and its resize, of uint8 [H, W, 3].
+
+    The crop is cut out before it is resized: with resize's own roi_start and roi_end, pixels from outside the crop
+    bleed into its edge (up to 78 of 255 levels from torchvision, measured).
+    """
+    if "angle" in given:
+        pixels = fn.rotate(pixels, angle=given["angle"], keep_size=True, interp_type=types.INTERP_LINEAR, fill_value=0)
+    pixels = fn.slice(pixels, start=given["start"], shape=given["shape"], axes=[0, 1])
+    kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[interpolation]
+    return fn.resize(pixels, size=[side, side], interp_type=kind, antialias=True)
+
+
+def _jitter(pixels: Any, given: dict[str, Any]) -> Any:
+    """Brightness, contrast, saturation and hue, as far as they are given, of float [S, S, 3]."""
+    if "brightness" in given:
+        pixels = dmath.min(pixels * given["brightness"], _WHITE)
+    if "contrast" in given:
+        factor = given["contrast"]
+        mean = fn.reductions.mean(fn.coord_transform(pixels, M=_LUMA), axes=[0, 1, 2], keep_dims=True)
+        pixels = _clamp(pixels * factor + mean * (1.0 - factor), _WHITE)
+    if "saturation" in given:
+        factor = given["saturation"]
+        pixels = _clamp(pixels * factor + fn.coord_transform(pixels, M=_LUMA) * (1.0 - factor), _WHITE)
+    if "hue" in given:
+        pixels = _shift_hue(pixels, given["hue"])
+    return pixels
+
+
+def _shift_hue(pixels: Any, turns: Any) -> Any:
+    """Adds turns to the hue in HSV, of float [S, S, 3]: DALI's own hue turns the colours in YIQ, which is not the same.
+
+    With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
+    q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green
+    m + C clamp(2 - |h - 2|), blue m + C clamp(2 - |h - 4|).
+    """
+    red, green, blue = pixels[:, :, 0:1], pixels[:, :, 1:2], pixels[:, :, 2:3]
+    least = dmath.min(dmath.min(red, green), blue)
+    chroma = dmath.max(dmath.max(red, green), blue) - least
+    sixths = (green + blue - red - least) / dmath.max(chroma, 1e-6) + 1.0
+    hue = (2.0 * (green >= blue) - 1.0) * sixths * (1.0 / 6.0) + turns
+    hue = 6.0 * (hue - dmath.floor(hue))
+    ramps = fn.cat(dmath.abs(hue - 3.0) - 1.0, 2.0 - dmath.abs(hue - 2.0), 2.0 - dmath.abs(hue - 4.0), axis=2)
+    return least + chroma * _clamp(ramps, 1.0)
+
+
+def _clamp(pixels: Any, largest: float) -> Any:
+    return dmath.min(dmath.max(pixels, 0.0), largest)  # half the time of dmath.clamp, measured on the CPU

@@ -1,0 +1,98 @@
+"""Views made from images that stay on the device, by the one kernel of mnclglf_kernels.augment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mnclglf.data.images import ImageArray, ImageSet
+from mnclglf.data.loader import Batch, Loader
+from mnclglf.data.views import ViewParameters, blur_window
+from mnclglf_kernels import Backend, augment
+from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
+
+_COPIED_IMAGES = 4096  # at once
+
+
+def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None:
+    """Why images cannot be resident, or why sides of `most` pixels would be exceeded; or None."""
+    if not isinstance(images, ImageArray):
+        return "image files are decoded when they are needed"
+    largest = max(side, *images.images.shape[1:3])
+    return f"sides of {largest} are above {most}" if largest > most else None
+
+
+class ResidentLoader(Loader):
+    """The whole set as one tensor of bytes on the device; no worker, and nothing but numbers goes there in a step.
+
+    Args:
+        images: in memory, up to 64 x 64 as views are: see `problem`.
+        backend: of augment.
+        others: see Loader.
+    """
+
+    def __init__(self, images: ImageArray, *others: Any, backend: Backend = "auto", **named: Any) -> None:
+        super().__init__(images, *others, **named)
+        self._backend: Backend = backend
+        self._stored = _on_device(images.images, self._device)
+        self._mean, self._std = (torch.from_numpy(x).to(self._device) for x in (self.mean, self.std))
+        config = self._config
+        self._recipe = Recipe(
+            side=self.side,
+            cubic=config.interpolation == "bicubic",
+            blur_window=blur_window(config, self.side) if config.blur_probability else 1,
+            rotates=config.rotation_degrees > 0,
+        )
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as drawing:  # the numbers of the next step while this one is used
+            drawn = drawing.submit(self._numbers, start)
+            for step in range(start, stop):
+                rows, parameters = (x.to(self._device, non_blocking=True) for x in drawn.result())
+                if step + 1 < stop:
+                    drawn = drawing.submit(self._numbers, step + 1)
+                yield Batch(self._made(rows, parameters, self._dtype), rows)
+
+    def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        rows, parameters = (x.to(self._device) for x in self._tensors(indices, epoch))
+        return self._made(rows, parameters, torch.float32)
+
+    def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """V tensors [N, 3, S, S]."""
+        given = self._stored, rows, parameters, self._mean, self._std
+        views = augment(*given, self._recipe, dtype=dtype, backend=self._backend)
+        return views.chunk(self._views)
+
+    def _numbers(self, step: int) -> tuple[Tensor, Tensor]:
+        rows, parameters = self._tensors(self._rows(step), step // self.steps_per_epoch)
+        if self._device.type == "cuda":  # from pageable memory the copy would wait for the device
+            return rows.pin_memory(), parameters.pin_memory()
+        return rows, parameters
+
+    def _tensors(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
+        """Rows [N] and the parameters of their views, [V * N, 12], view-major."""
+        return torch.from_numpy(rows.copy()), parameter_table(self._draw(rows, epoch))
+
+
+def parameter_table(views: Sequence[ViewParameters]) -> Tensor:
+    """What augment takes of V views of N images, fp32 [V * N, 12], view-major."""
+    columns = [view.arrays() for view in views]
+    table = np.concatenate([np.stack([view[name] for name in PARAMETERS], 1) for view in columns])
+    return torch.from_numpy(table.astype(np.float32))
+
+
+def _on_device(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """[n, H, W, 3] as [n, 3, H, W]: on a GPU a plane after the other, on the CPU as it lies in memory."""
+    if device.type == "cpu" and images.flags.writeable:  # torch warns of what it could not write to
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+    stored = torch.empty(len(images), 3, *images.shape[1:3], dtype=torch.uint8, device=device)
+    for start in range(0, len(images), _COPIED_IMAGES):
+        part = torch.tensor(images[start : start + _COPIED_IMAGES])
+        stored[start : start + _COPIED_IMAGES] = part.to(device).permute(0, 3, 1, 2)
+    return stored

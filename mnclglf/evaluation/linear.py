@@ -1,0 +1,91 @@
+"""The paper's linear evaluation (section 4.1): one linear layer, trained by LARS on a frozen encoder's features."""
+
+# n training images, F feature width
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnclglf.config import LinearConfig
+from mnclglf.data.loader import Loader
+from mnclglf.evaluation.features import autocast, eval_mode
+from mnclglf.evaluation.lars import LARS
+from mnclglf.models.encoder import ResNet18
+
+OPTIMIZER = {"momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.001}
+PROGRESS_LINES = 10  # of a whole training
+
+
+def train_linear(
+    encoder: ResNet18,
+    loader: Loader,
+    labels: Tensor,
+    config: LinearConfig,
+    *,
+    classes: int,
+    steps_per_epoch: int,
+    dtype: torch.dtype,
+    seed: int,
+    say: Callable[[str], object],
+) -> nn.Linear:
+    """The classifier after the last epoch.
+
+    Args:
+        encoder: on the device; runs in evaluation mode without gradient, and stays as it is.
+        loader: of batches with one augmented view of each image.
+        labels: [n] int64 of the loader's images, on the device.
+        config: epochs and learning rate, which falls to 0 as a cosine over all steps.
+        classes: number of classes.
+        steps_per_epoch: what counts as an epoch.
+        dtype: of the encoder's autocast; the classifier is fp32.
+        seed: of the initial weights, which are PyTorch's usual ones.
+        say: is given a line of progress now and then.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    classifier = nn.Linear(encoder.features, classes).to(labels.device)
+    optimizer = LARS(classifier.parameters(), config.lr, **OPTIMIZER)
+    total, began = config.epochs * steps_per_epoch, time.perf_counter()
+    with eval_mode(encoder):
+        for step, batch in enumerate(loader.batches(0, total)):
+            with torch.no_grad(), autocast(labels.device, dtype):
+                features = encoder(batch.views[0])
+            loss = F.cross_entropy(classifier(features.float()), labels[batch.indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = cosine(config.lr, step / total)
+            optimizer.step()
+            epoch, rest = divmod(step + 1, steps_per_epoch)
+            if rest == 0 and line_due(epoch, config.epochs):
+                value = loss.item()  # waits for the device, but seldom
+                check_loss(value, epoch, config.lr)
+                left = (time.perf_counter() - began) / epoch * (config.epochs - epoch)
+                say(f"epoch {epoch}/{config.epochs}  loss {value:.3f}  {timedelta(seconds=round(left))} left")
+    return classifier
+
+
+def cosine(peak: float, done: float) -> float:
+    """From `peak` to 0 while `done`, the share of the steps that are done, goes from 0 to 1."""
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def line_due(epoch: int, epochs: int) -> bool:
+    """After the first epoch, which tells the time of all, the last, and some between."""
+    return epoch in (1, epochs) or epoch % max(1, epochs // PROGRESS_LINES) == 0
+
+
+def check_loss(loss: float, epoch: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the linear classifier's loss was {loss} after epoch {epoch}: the encoder's features are not finite, or "
+            f"lr {lr} is too high; look at the run's report, or lower --lr"
+        )

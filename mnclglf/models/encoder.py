@@ -1,0 +1,85 @@
+"""ResNet-18 (He et al. 2016) of torchvision's blocks, with a stem and a width to choose."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.init import skip_init
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+from mnclglf.config import Stem
+from mnclglf.models.batch_norm import without_batch_counters
+
+
+class ResNet18(nn.Module):
+    """[N, 3, H, W] images to [N, 8 * width] features. Parameters are named as torchvision names them.
+
+    Args:
+        stem: "cifar" is a 3 x 3 convolution of stride 1 without max-pool; "imagenet" the 7 x 7 of stride 2 with it.
+        width: channels of the first stage; 64 is ResNet-18.
+    """
+
+    def __init__(self, stem: Stem = "cifar", width: int = 64) -> None:
+        super().__init__()
+        self.stem, self.features = stem, 8 * width
+        kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (7, 2, 3)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, stride=1)
+        self.layer2 = _stage(width, 2 * width, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, stride=2)
+        self.layer4 = _stage(4 * width, 8 * width, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        without_batch_counters(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        convolution = conv1x1(inputs, outputs, stride) if inputs >= 8 else NarrowShortcut(inputs, outputs, stride)
+        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+    first = BasicBlock(inputs, outputs, stride, shortcut)
+    if stride != 1:  # without drawing numbers: a seed's weights stay what they are
+        place = first.conv1.weight.device
+        convolution = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
+        first.conv1 = cast(StridedConv2d, convolution)
+    return nn.Sequential(first, BasicBlock(outputs, outputs))
+
+
+class NarrowShortcut(nn.Conv2d):
+    """A strided 1 x 1 convolution of fewer than 8 channels, as a dense one of the pixels that the stride leaves.
+
+    PyTorch 2.14's own backward of it corrupts the heap on a CPU with AVX2 and no AVX-512 (fp32, channels_last, one
+    thread; found with glibc's MALLOC_CHECK_=3). From 8 channels on it is sound.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, 1, bias=False)
+        self.step = stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input[:, :, :: self.step, :: self.step], self.weight)
+
+
+class StridedConv2d(nn.Conv2d):
+    """A 3 x 3 convolution that takes an image of one pixel by its middle tap, as the others only meet padding.
+
+    On a CPU in bf16, PyTorch 2.14 leaves those taps' gradients, which are 0, as it found the memory.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-2:] == (1, 1):
+            return F.conv2d(input, self.weight[:, :, 1:2, 1:2])
+        return super().forward(input)

@@ -1,0 +1,257 @@
+"""A run's report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jinja2 import Environment, StrictUndefined
+
+from mnclglf.reports.figures import (
+    DARK,
+    LIGHT,
+    Theme,
+    health_curves,
+    loss_curves,
+    schedule_curves,
+    series,
+    views_picture,
+)
+from mnclglf.reports.run_files import RunFiles, finite, read_run
+from mnclglf.reports.tables import percent, result_table
+from mnclglf.runs.files import write_atomically
+
+OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N while all N look alike
+
+
+class Picture(NamedTuple):
+    """A figure in both colour schemes, as base64 PNG."""
+
+    light: str
+    dark: str
+
+
+class Group(NamedTuple):
+    """Settings under one heading, as text."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run got."""
+
+    step: int
+    total: int | None
+    """None where config.json or the epochs of the records are missing."""
+    epoch: float | None
+    epochs: int | None
+
+    @property
+    def finished(self) -> bool:
+        """The last step was logged, as it always is."""
+        return self.total is not None and self.step >= self.total
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes RUN/report.html from the other files of the run directory, as far as they are there.
+
+    Returns:
+        Its path.
+
+    Raises:
+        NotADirectoryError: there is no such directory.
+        ValueError: a file is there but damaged; the message names it.
+    """
+    page = render(read_run(run_dir))
+    path = run_dir / "report.html"
+    write_atomically(path, lambda file: file.write(page.encode()))
+    return path
+
+
+def render(run: RunFiles) -> str:
+    """The page of a run."""
+    source = importlib.resources.files("mnclglf.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = percent
+    return environment.from_string(source).render(**_context(run))
+
+
+def progress(run: RunFiles) -> Progress | None:
+    """How far the records of a run reach; None where there are none."""
+    if not run.records:
+        return None
+    last = run.records[-1]
+    epoch, epochs = finite(last.get("epoch")), finite(_section(run.config, "optim").get("epochs"))
+    total = round(epochs * last["step"] / epoch) if epoch and epochs else None
+    return Progress(step=last["step"], total=total, epoch=epoch, epochs=int(epochs) if epochs else None)
+
+
+def state_line(run: RunFiles) -> str:
+    """One sentence on whether the run is done."""
+    reached = progress(run)
+    broken = run.nonfinite_step
+    if broken is not None and (reached is None or broken >= reached.step):
+        return f"Stopped at step {broken:,}: a loss or a gradient was not finite (nonfinite.json has the images)."
+    if reached is None:
+        return "Nothing logged yet."
+    if reached.total is None or reached.epoch is None:
+        return f"{reached.step:,} steps logged; how many the run has is not known without config.json."
+    if reached.finished:
+        return f"Finished: {reached.step:,} of {reached.total:,} steps, {reached.epochs} epochs."
+    return (
+        f"Not finished, interrupted or still training: {reached.step:,} of {reached.total:,} steps, "
+        f"epoch {reached.epoch:.1f} of {reached.epochs}."
+    )
+
+
+def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
+    """Throughput, memory, waiting and elapsed time in words, as far as they were logged."""
+    lines: list[tuple[str, str]] = []
+    speeds = series(run.records, "images_per_second")[1]
+    if speeds:
+        lines.append(("Throughput, median", f"{statistics.median(speeds):,.0f} images / s"))
+    limits = series(run.records, "limit_share")[1]
+    if limits:
+        lines.append(("Share of the machine's limit, median", f"{percent(statistics.median(limits))} %"))
+    memory = series(run.records, "peak_memory_bytes")[1]
+    if memory:
+        lines.append(("Peak memory", f"{max(memory) / 2**30:.1f} GiB"))
+    share = _waiting_share(run)
+    if share is not None:
+        lines.append(("Waiting for data", f"{percent(share)} % of the time"))
+    elapsed = series(run.records, "elapsed_seconds")[1]
+    if elapsed:
+        lines.append(("Time until the last record", _duration(elapsed[-1])))
+    return lines
+
+
+def _waiting_share(run: RunFiles) -> float | None:
+    """Seconds waited for data over seconds trained, of all records after the first."""
+    batch = finite(_section(run.config, "optim").get("batch_size"))
+    waited = trained = 0.0
+    for before, record in pairwise(run.records):
+        wait, speed = finite(record.get("data_wait_seconds")), finite(record.get("images_per_second"))
+        if batch and wait is not None and speed:
+            waited += wait
+            trained += (record["step"] - before["step"]) * batch / speed
+    return min(1.0, waited / trained) if trained else None
+
+
+def _context(run: RunFiles) -> dict[str, Any]:
+    config = run.config or {}
+    results = run.results or []
+    return {
+        "title": f"{config.get('method', 'A run')} on {config['dataset']}" if "dataset" in config else run.folder.name,
+        "method": config.get("method"),
+        "dataset": config.get("dataset"),
+        "recipe": config.get("recipe"),
+        "seed": config.get("seed"),
+        "folder": run.folder.name,
+        "path": str(run.folder),
+        "state": state_line(run),
+        "speed": speed_lines(run),
+        "table": result_table(results) if results else None,
+        "classes": _classes(results),
+        "measured": _measured_at(run),
+        "losses": _losses(run),
+        "health": _picture(lambda theme: health_curves(run.records, theme=theme)) if run.records else None,
+        "schedule": _picture(lambda theme: schedule_curves(run.records, theme=theme)) if run.records else None,
+        "views": _views(run),
+        "settings": _groups(run.config, "run"),
+        "environment": _groups(run.environment, "machine and software"),
+        "unreadable_lines": run.unreadable_lines,
+    }
+
+
+def _losses(run: RunFiles) -> Picture | None:
+    if not run.records:
+        return None
+    batch = finite(_section(run.config, "optim").get("batch_size"))
+    uninformed = math.log(batch) if batch and (run.config or {}).get("method") in OF_N_CANDIDATES else None
+    return _picture(lambda theme: loss_curves(run.records, uninformed=uninformed, theme=theme))
+
+
+def _views(run: RunFiles) -> Picture | None:
+    views = run.views
+    if views is None or not views.views.size or not views.images.size:
+        return None
+    return _picture(lambda theme: views_picture(*views, theme=theme))
+
+
+def _picture(draw: Callable[[Theme], bytes]) -> Picture:
+    return Picture(*(base64.b64encode(draw(theme)).decode() for theme in (LIGHT, DARK)))
+
+
+def _classes(results: list[dict[str, Any]]) -> int | None:
+    """Number of classes where all results agree on it."""
+    numbers = {finite(_section(result, "settings").get("classes")) for result in results}
+    number = numbers.pop() if len(numbers) == 1 else None
+    return int(number) if number else None
+
+
+def _measured_at(run: RunFiles) -> str | None:
+    """A warning where results of the newest checkpoint are of an earlier step than the last that was logged."""
+    reached = progress(run)
+    newest = [result for result in run.results or [] if result.get("epoch") is None]
+    steps = [finite(_section(result, "settings").get("step")) for result in newest]
+    known = [int(step) for step in steps if step is not None]
+    if reached is None or not known or min(known) >= reached.step:
+        return None
+    return (
+        f"Some of these numbers are of the checkpoint after step {min(known):,}; the run has reached step "
+        f"{reached.step:,} since."
+    )
+
+
+def _section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    section = (values or {}).get(name)
+    return cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+
+
+def _groups(values: Mapping[str, Any] | None, title: str) -> list[Group]:
+    """Plain values under `title`, and a group for each dict among them; deeper dicts get dotted names."""
+    if not values:
+        return []
+    groups = [Group(title, [(name, _text(v)) for name, v in values.items() if not isinstance(v, dict)])]
+    groups += [Group(name, _flat(cast("dict[str, Any]", v))) for name, v in values.items() if isinstance(v, dict)]
+    return [group for group in groups if group.rows]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _text(value)))
+    return rows
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in cast("list[object]", value))
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as "2 h 05 min", "12 min 30 s" or "45 s"."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"

@@ -1,0 +1,84 @@
+"""Checkpoints: written whole or not at all, checked before they are read, a few kept."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnclglf.runs.files import write_atomically
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; the message names the file and the remedy."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in `folder`, oldest first."""
+    found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in folder.glob("step-*.pt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes `state` as the checkpoint after `step` steps.
+
+    Raises:
+        CheckpointError: the file cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}. Free space or choose another --out") from error
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint after checking every byte of it against its checksums. Runs no code from the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file")
+    remedy = "delete it to go on from an earlier one"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values; {remedy}") from error
+    except Exception as error:  # damage comes out as anything: OSError, zlib.error, KeyError, ...
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}")
+    return state
+
+
+def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:
+    """The checkpoints after a multiple of `milestone_steps` steps, oldest first."""
+    return [path for step, path in list_checkpoints(folder) if step % milestone_steps == 0]
+
+
+def delete_old_checkpoints(folder: Path, *, keep_last: int, milestone_steps: int | None) -> None:
+    """Deletes all but the newest `keep_last` and the milestones, those after a multiple of `milestone_steps`."""
+    for step, path in list_checkpoints(folder)[:-keep_last]:
+        if milestone_steps is None or step % milestone_steps:
+            path.unlink()

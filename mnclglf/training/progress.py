@@ -1,0 +1,88 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress display."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from mnclglf.runs.files import write_atomically
+from mnclglf.runs.metrics import read_records
+
+PLAIN_LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+class RunLog:
+    """Writes the records of one run, continuing after `start` steps; a context manager.
+
+    Args:
+        folder: the run directory.
+        start: steps that the run has already behind it; later records of an earlier process are dropped.
+        total: steps of the whole run.
+        console: where progress goes, as a live bar on a terminal and as plain lines elsewhere.
+    """
+
+    def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
+        self.path, self.start, self.total, self.console = folder / "metrics.jsonl", start, total, console
+        kept = [record for record in read_records(self.path)[0] if record["step"] <= start]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+        self.earlier_seconds = kept[-1]["elapsed_seconds"] if kept else 0.0
+        self.started = time.perf_counter()
+        self.last_line = float("-inf")
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("starting", total=total, completed=start)
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds one record: a dict with "step", "epoch", "loss", "lr", "images_per_second" and any other figures."""
+        elapsed = time.perf_counter() - self.started
+        step = record["step"]
+        record = {**record, "elapsed_seconds": round(self.earlier_seconds + elapsed, 3)}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, step)
+        # Of steps that ran by themselves, as the first one may compile for minutes; none is known in the warm-up.
+        step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
+        left = step_seconds * (self.total - step)
+        line = describe(record, left)
+        self.progress.update(self.task, completed=step, description=line)
+        due = elapsed - self.last_line >= PLAIN_LINE_SECONDS or step == self.total
+        if not self.console.is_terminal and due:
+            self.last_line = elapsed
+            self.console.print(f"step {step}/{self.total}  {line}", soft_wrap=True, highlight=False)
+
+
+def describe(record: dict[str, Any], seconds_left: float) -> str:
+    """One line of progress: epoch, losses, learning rate, speed, time left."""
+    speed = record["images_per_second"]
+    rate = "" if speed is None else f"{speed:,.0f} images/s  "  # none while the run warms up
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in record.items() if name.startswith("loss"))
+    return f"epoch {record['epoch']:.1f}  {terms}  lr {record['lr']:.4f}  {rate}{duration(seconds_left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

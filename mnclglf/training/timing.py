@@ -1,0 +1,133 @@
+"""How long a run's steps take, without its warm-up and without making the host wait for the device."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mnclglf.data.loader import Batch, Loader
+
+WARM_UP_STEPS = 3  # of a process, or after one that compiles: libraries initialise, caches fill, graphs are captured
+
+
+class Speed(NamedTuple):
+    """Of some steps: median, and the slowest and the fastest tenth."""
+
+    step_seconds: float
+    images_per_second: float
+    images_per_second_p10: float
+    images_per_second_p90: float
+
+
+def speed_of(seconds: list[float], batch_size: int) -> Speed | None:
+    """Of steps that took so long; None where there are none."""
+    if not seconds:
+        return None
+    if len(seconds) == 1:
+        seconds = 2 * seconds
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    rate = [batch_size / value for value in (tenths[4], tenths[8], tenths[0])]
+    return Speed(tenths[4], *rate)
+
+
+class StepClock:
+    """Times steps from the end of one to the end of the next, the wait for data included, on the device's own clock.
+
+    On CUDA the ends are events on the stream; nothing waits for them before their times are asked for, when the run
+    waits anyway.
+
+    Args:
+        device: of the steps.
+        warm_up: steps at the start whose times are left out.
+    """
+
+    def __init__(self, device: torch.device, warm_up: int = WARM_UP_STEPS) -> None:
+        self.cuda, self.warm_up = device.type == "cuda", warm_up
+        self.last: torch.cuda.Event | float | None = None
+        self.spans: list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = []
+        self.waited = 0.0
+        self.all: list[float] = []
+        """Seconds of every step that was taken."""
+
+    def stop(self, waited: float) -> None:
+        """A step ended, before which the host waited so many seconds for data; the next one begins."""
+        now, self.waited = self._now(), self.waited + waited
+        if self.warm_up > 0:
+            self.warm_up -= 1
+        elif self.last is not None:
+            self.spans.append((self.last, now))
+        self.last = now
+
+    def restart(self) -> None:
+        """What was done since the last step, logging or saving, belongs to no step."""
+        self.last = self._now()
+
+    def times(self) -> list[float]:
+        """Seconds of each step since the last `take`. On CUDA the device must have been waited for."""
+        return [
+            start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start  # pyright: ignore
+            for start, end in self.spans
+        ]
+
+    def take(self) -> tuple[float, list[float]]:
+        """(seconds waited for data, seconds of each step) since the last call."""
+        waited, times = self.waited, self.times()
+        self.waited, self.spans, self.all = 0.0, [], self.all + times
+        return waited, times
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Waiting:
+    """Keeps the time that a run waits for data. The wait for the first batch, which starts the loader, stands apart."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.first = self.later = self.elapsed = 0.0
+        """Seconds: of the first wait, of those after it, and from the first batch to the last look at the clock."""
+
+    def timed(self, loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
+        """(step, batch, seconds waited for it, but 0 for the first) of the global steps from start up to stop."""
+        began, batches = self.clock(), loader.batches(start, stop)
+        for step in range(start, stop):
+            since = self.clock()
+            batch = next(batches)
+            now = self.clock()
+            if step == start:
+                self.first, began, since = now - began, now, now
+            self.later, self.elapsed = self.later + now - since, now - began
+            yield step, batch, now - since
+            self.elapsed = self.clock() - began
+
+    def summary(self) -> str:
+        share = self.later / self.elapsed if self.elapsed else 0.0
+        return f"waited {share:.1%} of the time for data, and {self.first:.1f} s for the first batch"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: of tensors on a GPU, since `forget_peak_memory`; on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # getrusage counts what the parent had when it started this process
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """On a GPU, lets the peak begin anew: that of a warm-up holds what chose kernels, not what a step needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

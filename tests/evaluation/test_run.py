@@ -1,0 +1,259 @@
+"""Runs evaluated as a whole: which checkpoints, images and labels, and what evaluation.json then holds."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mnclglf.config import (
+    DataConfig,
+    EngineConfig,
+    KnnConfig,
+    LinearConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+)
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import split_train
+from mnclglf.data.loader import Loader
+from mnclglf.data.views import whole_views
+from mnclglf.evaluation import run as module
+from mnclglf.evaluation.results import Result, load_results
+from mnclglf.evaluation.run import evaluate_run
+from mnclglf.recipes import view_of
+from mnclglf.training.loop import Trainer
+from mnclglf.training.run_directory import build_method, load_trained
+
+CONFIG = RunConfig(
+    method="simclr",
+    dataset="digits",
+    seed=1,
+    view=view_of("quick", "digits"),
+    data=DataConfig(image_size=8, train_images=320, validation_images=64),
+    model=ModelConfig(width=2, projector_width=8, predictor_width=8),
+    objective=ObjectiveConfig(queue_size=64),
+    optim=OptimConfig(epochs=2, batch_size=64),
+    engine=EngineConfig(device="cpu", precision="fp32", keep_every=1, keep_last=1),
+)
+TINY = LinearConfig(epochs=2, batch_size=64, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs of five steps, with a milestone each."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    Trainer(CONFIG, folder).train()
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def tiny(**changes: object) -> LinearConfig:
+    return LinearConfig(**{"epochs": 2, "batch_size": 64, "device": "cpu", **changes})
+
+
+def test_the_test_images_are_classified_whole_by_the_classifier(run: Path, monkeypatch: pytest.MonkeyPatch):
+    classifier = nn.Linear(16, 10)
+    monkeypatch.setattr(module, "train_linear", lambda *_, **__: classifier)
+    (result,) = evaluate_run(run, TINY)
+    train, test = load_dataset("digits")
+    mean, std = split_train(train, CONFIG.data)[0].statistics()
+    encoder = load_trained(run)[1].encoder.eval()
+    with torch.no_grad():
+        scores = classifier(encoder(whole_views(test.images, 8, mean, std, torch.float32)))
+    hits = scores.argsort(dim=1, descending=True).numpy() == test.labels[:, None]
+    assert 0 < hits[:, 0].mean() < 1
+    # one image of 350 may lie on the border: other batches, other order of sums
+    assert result.top1 == pytest.approx(hits[:, 0].mean(), abs=1.1 / 350)
+    assert result.top5 == pytest.approx(hits[:, :5].any(axis=1).mean(), abs=1.1 / 350)
+
+
+def test_the_papers_protocol_is_of_the_pretrained_encoder(run: Path, capsys: pytest.CaptureFixture[str]):
+    found = evaluate_run(run, TINY)
+    assert [(r.protocol, r.representation, r.split, r.label_share, r.epoch) for r in found] == [
+        ("linear_lars", "pretrained", "test", 1.0, None)
+    ]
+    assert load_results(run / "evaluation.json") == found
+    expected = {"optimizer": "LARS", "epochs": 2, "batch_size": 64, "lr": 0.8, "momentum": 0.9, "weight_decay": 0.0,
+                "trust_coefficient": 0.001, "train_images": 320, "test_images": 350, "classes": 10, "step": 10,
+                "seed": 1, "view": "linear_train", "precision": "float32"}  # fmt: skip
+    assert found[0].settings | expected == found[0].settings
+    printed = capsys.readouterr().out
+    assert "linear, pretrained, step 10: epoch 1/2" in printed
+    assert "left" in printed
+
+
+def test_the_untrained_encoder_is_another_when_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[torch.Tensor] = []
+
+    def train_linear(encoder: nn.Module, *_: object, **__: object) -> nn.Linear:
+        seen.append(encoder.conv1.weight.detach().clone())
+        return nn.Linear(16, 10)
+
+    monkeypatch.setattr(module, "train_linear", train_linear)
+    found = evaluate_run(run, tiny(untrained=True))
+    assert [r.representation for r in found] == ["pretrained", "untrained"]
+    assert torch.equal(seen[0], load_trained(run)[1].encoder.conv1.weight)
+    assert torch.equal(seen[1], build_method(CONFIG, torch.float32).encoder.conv1.weight)
+    assert not torch.equal(*seen)
+
+
+class Trained:
+    """What train_linear was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "train_linear", self)
+
+    def __call__(self, encoder, loader, labels, config, *, steps_per_epoch, seed, **_) -> nn.Linear:
+        self.loader, self.labels, self.seed, self.steps_per_epoch = loader, labels, seed, steps_per_epoch
+        return nn.Linear(16, 10)
+
+
+def test_few_labels_are_a_share_of_each_class_for_as_many_steps(run: Path, monkeypatch: pytest.MonkeyPatch):
+    train, _ = split_train(load_dataset("digits")[0], CONFIG.data)
+    given = Trained(monkeypatch)
+    all_labels, few = evaluate_run(run, TINY)[0], evaluate_run(run, tiny(label_share=0.1))[0]
+    counts = np.bincount(train.labels)
+    np.testing.assert_array_equal(np.bincount(given.labels), np.maximum(1, np.rint(counts / 10)))
+    (batch,) = given.loader.batches(0, 1)
+    assert len(batch.indices) == few.settings["batch_size"] == few.settings["train_images"] == len(given.labels) < 64
+    assert (given.steps_per_epoch, given.seed) == (320 // 64, 1)
+    np.testing.assert_array_equal(given.loader.mean, train.statistics()[0])  # as the encoder was trained
+    assert load_results(run / "evaluation.json") == [all_labels, few]
+    assert (all_labels.label_share, few.label_share) == (1.0, 0.1)
+
+
+def test_digits_are_not_flipped(run: Path, monkeypatch: pytest.MonkeyPatch):
+    given = Trained(monkeypatch)
+    evaluate_run(run, TINY)
+    view = given.loader._config
+    assert (view.flip_probability, view.crop_scale, view.jitter_probability) == (0.0, (0.08, 1.0), 0.0)
+
+
+def test_the_fast_protocol_takes_few_labels_too(run: Path):
+    found = evaluate_run(run, tiny(fast=True, label_share=0.1, epochs=90, batch_size=256))
+    assert [(r.protocol, r.representation) for r in found] == [
+        ("linear", name) for name in ("pretrained", "untrained", "raw pixels")
+    ]
+    assert {r.label_share for r in found} == {0.1}
+    assert all(r.settings["train_images"] < 64 for r in found)
+
+
+@pytest.mark.parametrize(("least", "protocols"), [(9, ["linear"]), (10, ["linear", "linear_10_labels"])])
+def test_ten_labels_a_class_are_left_out_where_a_class_has_fewer(
+    run: Path, least: int, protocols: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        module, "with_labels", lambda train, *_, **__: train.subset(first_of_class(train.labels, 7, least))
+    )
+    found = evaluate_run(run, LinearConfig(fast=True, device="cpu", milestones=True))
+    assert [r.protocol for r in found] == 2 * protocols
+    assert {r.settings["train_images"] for r in found} == {320 - (32 - least)}
+    told = "linear_10_labels is left out: class 7 has 9 training images, fewer than 10"
+    assert capsys.readouterr().out.count(told) == (least < 10)
+    assert load_results(run / "evaluation.json") == found
+
+
+def first_of_class(labels: np.ndarray, label: int, count: int) -> np.ndarray:
+    """All rows but those of one class, of which the first few stay."""
+    return np.sort(np.concatenate([np.flatnonzero(labels != label), np.flatnonzero(labels == label)[:count]]))
+
+
+def test_milestones_are_results_of_their_own(run: Path):
+    newest = evaluate_run(run, KnnConfig(device="cpu"))
+    found = evaluate_run(run, KnnConfig(device="cpu", milestones=True))
+    assert [(r.representation, r.epoch, r.settings["step"]) for r in found] == [
+        ("pretrained", 1.0, 5), ("pretrained", 2.0, 10)
+    ]  # fmt: skip
+    assert found[1].top1 == newest[0].top1
+    assert load_results(run / "evaluation.json") == [*newest, *found]
+    first = run / "checkpoints" / "step-00000005.pt"
+    assert evaluate_run(run, KnnConfig(device="cpu", checkpoint=first))[0] == found[0]
+
+
+def test_an_interruption_leaves_what_was_finished(run: Path, monkeypatch: pytest.MonkeyPatch):
+    evaluate_run(run, KnnConfig(device="cpu"))
+    before = (run / "evaluation.json").read_bytes()
+    classifiers = iter([nn.Linear(16, 10)])
+
+    def train_linear(*_: object, **__: object) -> nn.Linear:
+        try:
+            return next(classifiers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(module, "train_linear", train_linear)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, tiny(untrained=True))  # after the first of its two
+    assert (run / "evaluation.json").read_bytes() == before
+    classifiers = iter([nn.Linear(16, 10)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, tiny(milestones=True))
+    assert [r.epoch for r in load_results(run / "evaluation.json")] == [None, None, None, 1.0]
+    assert not list(run.glob(".*"))
+
+
+def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def train_linear(*_: object, **__: object) -> nn.Linear:
+        raise AssertionError("began")
+
+    monkeypatch.setattr(module, "train_linear", train_linear)
+    with pytest.raises(ValueError, match="batch_size 321 is more than the 320 training images; lower --batch-size"):
+        evaluate_run(run, tiny(batch_size=321))
+    monkeypatch.setattr(module, "load_trained", train_linear)
+    with pytest.raises(
+        ValueError, match=r"k 99 is more than the \d\d training images whose labels are used; lower --k"
+    ):
+        evaluate_run(run, KnnConfig(k=99, label_share=0.1, device="cpu"))
+    (run / "evaluation.json").write_text("[{")
+    with pytest.raises(ValueError, match="does not hold evaluation results"):
+        evaluate_run(run, TINY)
+    config = json.loads((run / "config.json").read_text())
+    config["engine"]["keep_every"] = None
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="has kept no milestone; train with --keep-every N, which is None there"):
+        evaluate_run(run, tiny(milestones=True))
+    with pytest.raises(ValueError, match="milestones are of the pretrained encoder alone"):
+        tiny(milestones=True, untrained=True)
+
+
+def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
+    config = json.loads((run / "config.json").read_text())
+    config["engine"] |= {"device": "cuda", "graphs": "on", "compile": "on", "kernels": "require"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert isinstance(evaluate_run(run, TINY)[0], Result)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_run_trained_by_dali_is_evaluated_without_it(
+    run: Path, installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["loader"] = "dali"
+    (run / "config.json").write_text(json.dumps(config))
+    real, asked = module.make_loader, []
+
+    def make_loader(*args: object, backend: str, **settings: object) -> Loader:
+        asked.append(backend)
+        return real(*args, backend="reference" if installed else backend, **settings)
+
+    monkeypatch.setattr(module, "make_loader", make_loader)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
+    Trained(monkeypatch)
+    (found,) = evaluate_run(run, TINY)
+    assert asked == (["dali"] if installed else ["dali", "auto"])
+    assert found.settings["loader"] == ("reference" if installed else "resident")
+    told = "the run's loader cannot be made here, and auto chooses one: loader dali needs DALI ("
+    assert (told in capsys.readouterr().out) != installed

@@ -1,0 +1,96 @@
+"""Steps of a method beside those of its oracle."""
+
+from typing import TypeVar
+
+import pytest
+import torch
+from method_oracles import Transcription
+from methods.test_mnclglf import CLASSES, FP64, MODEL, OPTIM, SIDE, K, N, Stepper
+from torch import Tensor
+
+from mnclglf.config import ObjectiveConfig, OptimConfig
+from mnclglf.data.loader import Batch
+from mnclglf.methods import Method
+from mnclglf.methods.base import Losses
+from mnclglf_kernels import Backend
+
+M = TypeVar("M", bound=Method)
+
+
+def make_method(kind: type[M], dtype: torch.dtype = torch.float64, backend: Backend = "auto", **objective: object) -> M:
+    settings = ObjectiveConfig(**{"queue_size": K, "temperature": 0.5, "ema_momentum": 0.9, **objective})
+    return kind(MODEL, settings, queue_dtype=dtype, backend=backend).to(dtype).train()
+
+
+def make_batch(dtype: torch.dtype = torch.float64, first: int = 0, views: int = 2) -> Batch:
+    return Batch(
+        tuple(torch.randn(N, 3, SIDE, SIDE, dtype=dtype) for _ in range(views)), torch.arange(first, first + N)
+    )
+
+
+def inputs_of(method: Method, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What the method's forward takes of a batch: its views, and the labels that Stepper has too."""
+    return batch.views, batch.indices % CLASSES if method.labelled else None
+
+
+def assert_one_view_trains(method: Method, trained: dict[str, int]) -> Losses:
+    """Each term's gradient reaches one of two views, the one that stands with it, and not the other."""
+    batch = make_batch()
+    for view in batch.views:
+        view.requires_grad_()
+    losses = method(batch.views)
+    for term, place in trained.items():
+        gradients = torch.autograd.grad(losses.terms[term], batch.views, retain_graph=True, allow_unused=True)
+        assert gradients[place].abs().max() > 0, term
+        assert gradients[1 - place] is None, term
+    return losses
+
+
+def make_oracle(kind: type[Transcription], method: Method, optim: OptimConfig = OPTIM) -> Transcription:
+    """The oracle with a copy of what the method holds: its heads, and momentum network and queue where it has them."""
+    names = [name for name in ("encoder", "projector", "predictor") if hasattr(method, name)]
+    return kind(
+        {name: getattr(method, name) for name in names},
+        method.queue.rows if hasattr(method, "queue") else None,
+        followed=2 if hasattr(method, "momentum") else 0,
+        temperature=method.objective.temperature,
+        ema_momentum=method.objective.ema_momentum,
+        k=method.objective.k,
+        lambda_=method.objective.lambda_,
+        clip_norm=optim.clip_norm,
+        lr=optim.lr,
+        sgd_momentum=optim.sgd_momentum,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def oracle_state(oracle: Transcription) -> dict[str, Tensor]:
+    """Weights and running statistics of f_o and f_m, and the queue, under our names."""
+    state = dict(oracle.f_o.state_dict())
+    for place, (name, network) in enumerate(oracle.f_m.items()):
+        assert name == ("encoder", "projector")[place]
+        state |= {f"momentum.{place}.{rest}": value for rest, value in network.state_dict().items()}
+    if oracle.queue is not None:
+        state |= {"queue.rows": oracle.queue, "queue.pointer": torch.tensor(oracle.pointer)}
+    return state
+
+
+def assert_same_state(method: Method, oracle: Transcription) -> None:
+    expected = oracle_state(oracle)
+    ours = {name: value for name, value in method.state_dict().items() if name != "queue.sources"}
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], **FP64, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def compare(method: Method, oracle: Transcription, steps: int = 5, optim: OptimConfig = OPTIM) -> None:
+    """Losses and state after each step: an update shows the gradient, and the queue wraps in the fourth one."""
+    ours = Stepper(method, optim=optim)
+    for step in range(steps):
+        batch = make_batch(first=step * N, views=method.views)
+        losses, expected = ours(batch), oracle.step(*batch.views)
+        assert losses.keys() == expected.keys()
+        for name, value in losses.items():
+            assert value.item() == pytest.approx(expected[name], rel=FP64["rtol"]), f"{name} of step {step}"
+        assert_same_state(method, oracle)
+    ours.guard.raise_if_failed()

@@ -1,0 +1,259 @@
+"""The report page: what it says of whole, partial, hostile and damaged run directories."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnclglf.reports import page as html
+from mnclglf.reports.page import Picture, progress, speed_lines, state_line, write_report
+from mnclglf.reports.run_files import RunFiles, read_run
+from mnclglf.runs.metrics import read_records
+
+FILES = ["config.json", "environment.json", "metrics.jsonl", "evaluation.json", "views.npz"]
+
+
+class Page(HTMLParser):
+    """Text and attributes of a page; fails on tags that are not closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.attributes, self.open = "", [], []
+        self.source = path.read_text()
+        self.feed(self.source)
+        assert self.open == []
+        self.words = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in {"meta", "img", "source", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data + " "
+
+
+@pytest.fixture
+def real_pictures() -> None:
+    """Has the pictures drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures out, which take two seconds a page, unless the test asks for `real_pictures`."""
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr(html, "_picture", lambda _: Picture("", ""))
+
+
+def report(folder: Path) -> Page:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path)
+
+
+def test_a_whole_run(make_run):
+    page = report(make_run())
+    assert page.source.startswith("<!doctype html>")
+    for words in (
+        "mnclglf on mnist5k", "recipe quick", "seed 0", "self-supervised pre-training", "without seeing their labels",
+        "Finished: 468 of 468 steps, 12 epochs.", "It is not the paper's recipe", "measured on this run",
+        "92.3", "72.0", "83.0", "± 2.1", "Guessing among 10 classes gives 10.0", "queue_size 16384", "loader_threads",
+        "torch 2.14.1", "commit not set", "images / s", "crop_scale 0.2, 1",
+    ):  # fmt: skip
+        assert words in page.words
+    assert "Not measured yet" not in page.words
+    assert not list(make_run().glob(".*"))
+
+
+def test_it_needs_nothing_beside_it(make_run, real_pictures):
+    page = report(make_run())
+    links = [value for _, name, value in page.attributes if name in {"src", "srcset", "href"}]
+    assert len(links) == 8  # four pictures, light and dark
+    for link in links:
+        kind, data = link.split(",", 1)
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+    assert not re.search(r"https?://|@import|<script|<link|url\(", page.source)
+    assert [value for tag, name, value in page.attributes if tag == "img" and name == "alt" and value]
+    assert "prefers-color-scheme: dark" in page.source
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_each_file_may_be_missing(make_run, missing):
+    run = make_run()
+    (run / missing).unlink()
+    page = report(run)
+    assert {"evaluation.json": "Not measured yet", "metrics.jsonl": "Nothing logged yet"}.get(
+        missing, f"There is no {missing}"
+    ) in page.words
+
+
+def test_without_results_it_says_what_makes_them(make_run):
+    run = make_run()
+    (run / "evaluation.json").write_text("[]")
+    page = report(run)
+    assert f"mnclglf knn {run}" in page.words
+    assert f"mnclglf linear {run} --fast" in page.words
+
+
+def test_an_empty_directory(tmp_path):
+    assert "Nothing logged yet." in report(tmp_path).words
+
+
+def test_files_that_are_there_but_empty_of_facts(tmp_path, real_pictures):
+    (tmp_path / "config.json").write_text('{"optim": 3, "dataset": null}')
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    (tmp_path / "evaluation.json").write_text('[{"protocol": "p", "representation": "r", "top1": 0, "top5": 1}]')
+    np.savez(tmp_path / "views.npz", images=np.zeros((0, 4, 4, 3), np.uint8), views=np.zeros((3, 0, 3, 4, 4)),
+             mean=np.zeros(3), std=np.ones(3))  # fmt: skip
+    assert "4 steps logged; how many the run has is not known" in report(tmp_path).words
+
+
+def test_an_interrupted_run(make_run):
+    page = report(make_run(steps=170, recipe="paper"))
+    assert "Not finished, interrupted or still training: 170 of 468 steps, epoch 4.4 of 12." in page.words
+    assert "not the paper's recipe" not in page.words
+    assert "checkpoint after step 468" in page.words
+
+
+def test_results_of_an_earlier_checkpoint_are_marked(make_run):
+    run = make_run()
+    results = json.loads((run / "evaluation.json").read_text())
+    results[0]["settings"]["step"] = 400
+    (run / "evaluation.json").write_text(json.dumps(results))
+    assert "of the checkpoint after step 400; the run has reached step 468 since" in report(run).words
+
+
+def test_milestones_are_rows_and_no_cause_for_a_warning(make_run):
+    run = make_run()
+    results = json.loads((run / "evaluation.json").read_text())
+    milestone = {**results[0], "protocol": "linear_lars", "epoch": 3.0, "settings": {"step": 117, "classes": 10}}
+    (run / "evaluation.json").write_text(json.dumps([*results, milestone]))
+    page = report(run)
+    assert "Linear classifier as in the paper, all labels, after epoch 3 checkpoint after step 117" in page.words
+    assert "has reached step" not in page.words
+
+
+def test_a_torn_last_line_is_skipped_and_others_are_counted(make_run):
+    run = make_run()
+    path = run / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 470, "lo')
+    assert read_records(path) == (read_records(path)[0], 0)
+    assert "could not be read" not in report(run).words
+    path.write_text(whole.replace("\n", "\n{torn\n", 1) + '{"step": 470, "lo')
+    page = report(run)
+    assert "1 line of metrics.jsonl could not be read and is left out." in page.words
+    assert "Finished: 468 of 468 steps" in page.words
+
+
+def test_of_equal_steps_the_last_record_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1}\n{"step": 3}\n{"step": 2}\n{"step": 1, "loss": 9}\n')
+    assert read_records(path)[0] == [{"step": 1, "loss": 9}, {"step": 2}, {"step": 3}]
+
+
+def test_what_is_not_a_number_is_not_drawn(make_run, real_pictures):
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 468, "epoch": 12.0, "loss": NaN, "lr": Infinity, "images_per_second": "fast"}\n')
+    assert "Finished" in report(run).words
+
+
+def test_a_run_stopped_by_a_loss_that_is_not_finite(make_run):
+    run = make_run(steps=100)
+    (run / "nonfinite.json").write_text('{"step": 104, "terms": ["loss_s"], "images": [1, 2]}')
+    assert "Stopped at step 104: a loss or a gradient was not finite" in report(run).words
+    make_run(steps=468)  # went on since
+    assert "Finished: 468 of 468" in report(run).words
+
+
+def test_text_from_files_is_escaped(make_run):
+    run = make_run()
+    attack = "<script>alert(1)</script>"
+    (run / "config.json").write_text(
+        json.dumps({"method": attack, "dataset": attack, "recipe": attack, attack: attack})
+    )
+    (run / "environment.json").write_text(json.dumps({attack: {attack: [attack]}}))
+    results = [{"protocol": attack, "representation": attack, "top1": 0.5, "top5": 0.6, "settings": {"note": attack}}]
+    (run / "evaluation.json").write_text(json.dumps(results))
+    page = report(run)
+    assert "<script" not in page.source
+    assert attack in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[1]"),
+        ("environment.json", '"text"'),
+        ("environment.json", "\udcff\udcfe"),
+        ("evaluation.json", '[{"protocol": "knn"}'),
+        ("evaluation.json", "[3]"),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": "high", "top5": 1}]'),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "settings": 3}]'),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "label_share": null}]'),
+        ("evaluation.json", '[{"protocol": "knn", "representation": "r", "top1": 1, "top5": 1, "epoch": "last"}]'),
+        ("metrics.jsonl", "no\nrecords\n"),
+        ("nonfinite.json", "{"),
+        ("views.npz", "no archive"),
+    ],
+)
+def test_a_damaged_file_is_named(make_run, name, text):
+    run = make_run()
+    write_report(run)
+    before = (run / "report.html").read_bytes()
+    (run / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(str(run / name))):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_views_of_a_wrong_shape_are_refused(make_run, made_views):
+    run = make_run()
+    np.savez(run / "views.npz", **made_views(n=2) | {"images": np.zeros((3, 4, 4, 3), np.uint8)})
+    with pytest.raises(ValueError, match=r"views\.npz is damaged: images \(3, 4, 4, 3\)"):
+        write_report(run)
+    np.savez(run / "views.npz", **made_views(n=2) | {"mean": np.array([object()])})
+    with pytest.raises(ValueError, match=r"views\.npz is damaged"):
+        write_report(run)
+
+
+def test_no_directory_is_an_error(tmp_path):
+    with pytest.raises(NotADirectoryError, match="give the run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_progress_counts_the_steps_of_all_epochs(make_run):
+    reached = progress(read_run(make_run(steps=10)))
+    assert reached is not None
+    assert (reached.step, reached.total, reached.epochs, reached.finished) == (10, 468, 12, False)
+    assert state_line(RunFiles(folder=Path("."))) == "Nothing logged yet."
+
+
+def test_speed_is_the_median_and_waiting_a_share():
+    records = [
+        {"step": 10, "images_per_second": 1.0, "data_wait_seconds": 99.0, "elapsed_seconds": 5, "limit_share": None},
+        {"step": 20, "images_per_second": 100.0, "data_wait_seconds": 0.5, "elapsed_seconds": 6, "limit_share": 0.5},
+        {"step": 30, "images_per_second": 200.0, "data_wait_seconds": 0.25, "elapsed_seconds": 3725},
+        {"step": 31, "limit_share": 0.75, "peak_memory_bytes": 3 * 2**29},
+    ]
+    run = RunFiles(folder=Path("."), records=records, config={"optim": {"batch_size": 10}})
+    assert speed_lines(run) == [
+        ("Throughput, median", "100 images / s"),
+        ("Share of the machine's limit, median", "62.5 %"),
+        ("Peak memory", "1.5 GiB"),
+        ("Waiting for data", "50.0 % of the time"),
+        ("Time until the last record", "1 h 02 min"),
+    ]
+    assert speed_lines(RunFiles(folder=Path("."))) == []

@@ -1,0 +1,97 @@
+"""Which backend each operator of a run gets, and what is said where a kernel is not used."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf.methods import METHODS
+from mnclglf.training.backends import choose_backends, describe_backends
+from mnclglf_kernels import Backends
+from mnclglf_kernels._triton import launch, neighbor
+
+CPU = torch.device("cpu")
+CONFIG = RunConfig(
+    model=ModelConfig(width=4, projector_width=24, predictor_width=12),
+    objective=ObjectiveConfig(queue_size=20),
+    optim=OptimConfig(batch_size=6),
+)
+
+
+def choose(**engine: object) -> tuple[Backends, str]:
+    """(backends, what was printed) with the kernels interpreted on the CPU."""
+    config = dataclasses.replace(CONFIG, engine=EngineConfig(**engine))
+    console = Console(file=io.StringIO())
+    return choose_backends(config, 16, 16, torch.float32, CPU, console), console.file.getvalue()
+
+
+@pytest.fixture
+def wrong_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup kernel that finds the row after the nearest one."""
+
+    def run(launches: list[launch.Launch], device: torch.device) -> None:
+        launch.run(launches, device)
+        launches[-1].arguments["nearest"].add_(1).remainder_(20)
+
+    monkeypatch.setattr(neighbor, "run", run)
+
+
+def test_the_cpu_runs_pytorch():
+    for policy in ("auto", "off"):
+        assert choose(kernels=policy) == (Backends.all("torch"), "")
+
+
+def test_required_kernels_run_where_they_prove_right():
+    assert choose(kernels="require") == (Backends.all("triton"), "")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kernels_of_a_method_prove_themselves_and_no_others(method, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "mnclglf_kernels.canary.failures", lambda *args, operators, **settings: asked.extend(operators) or {}
+    )
+    config = dataclasses.replace(CONFIG, method=method, engine=EngineConfig(kernels="require"))
+    choose_backends(config, 16, 16, torch.float32, CPU, Console(file=io.StringIO()))
+    assert asked == [*METHODS[method].operators, "augment"]
+
+
+def test_required_kernels_that_cannot_run_stop_the_run(monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="needs CUDA tensors"):
+        choose(kernels="require")
+
+
+def test_a_required_kernel_that_is_wrong_stops_the_run(wrong_lookup):
+    with pytest.raises(RuntimeError, match=r"kernels are required, and nearest_neighbor: .*take --kernels auto"):
+        choose(kernels="require")
+
+
+def test_a_wrong_kernel_is_reported_and_pytorch_does_its_work(wrong_lookup, monkeypatch):
+    # As on a GPU, where auto is triton.
+    monkeypatch.setattr("mnclglf.training.backends.resolve", lambda backend, *tensors, kind: "triton")
+    backends, said = choose(kernels="auto")
+    assert backends == Backends.all("triton")._replace(nearest_neighbor="torch")
+    assert "WARNING: the Triton kernel of nearest_neighbor is wrong on this machine (the score is off by" in said
+    assert describe_backends(backends) == "triton, nearest_neighbor torch"
+
+
+def test_faiss_looks_up_beside_the_others():
+    assert choose(lookup="faiss") == (Backends.all("torch")._replace(nearest_neighbor="faiss"), "")
+    assert choose(lookup="faiss", kernels="require")[0] == Backends.all("triton")._replace(nearest_neighbor="faiss")
+
+
+def test_faiss_that_is_not_there_stops_the_run(monkeypatch):
+    monkeypatch.setattr("mnclglf_kernels.backend.HAS_FAISS", False)
+    with pytest.raises(RuntimeError, match="faiss"):
+        choose(lookup="faiss")
+
+
+def test_backends_are_described_in_a_word_and_its_exceptions():
+    assert describe_backends(Backends.all("torch")) == "torch"
+    assert describe_backends(Backends.all("triton")._replace(divide="torch", nearest_neighbor="faiss")) == (
+        "triton, divide torch, nearest_neighbor faiss"
+    )

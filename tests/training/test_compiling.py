@@ -1,0 +1,214 @@
+"""Compiling: one graph that stays one, decided and said once, with a way back."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from training.test_step import (
+    FP64,
+    assert_same_training,
+    make_batch,
+    make_method,
+    trained,
+)
+
+from mnclglf.config import EngineConfig, OptimConfig
+from mnclglf.training import compiling
+from mnclglf.training.compiling import (
+    choose_compile,
+    compiler_problem,
+    graphs_proven,
+    or_eager,
+    proof_path,
+    remember_proof,
+)
+from mnclglf.training.step import TrainStep, compiled
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What torch.compile is asked for; Dynamo and autograd's tracing do their work, code generation is left out."""
+    compiler, found = torch.compile, {}
+
+    def record(method: object, **how: object) -> object:
+        found.update(how)
+        return compiler(method, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr("torch.compile", record)
+    torch._dynamo.reset()
+    return found
+
+
+@pytest.mark.slow
+def test_steps_compile_once_into_one_graph(asked: dict[str, object]) -> None:
+    counters.clear()
+    step = TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.float32, compile="on")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(4):
+            step(number, make_batch(first=16 * number), lr=0.1 / (number + 1), momentum=0.9 + 0.01 * number)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert asked == {"fullgraph": True, "dynamic": False, "mode": None}
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_as_the_eager_one(asked: dict[str, object]) -> None:
+    ours, expected = (trained(EngineConfig(), dtype=torch.float64, compile=compile) for compile in ("on", "off"))
+    assert_same_training(ours, expected, **FP64)
+
+
+class FullPrecision(nn.Linear):
+    """A forward whose product is in fp32 also under autocast, as those of the losses are."""
+
+    def forward(self, views: list[Tensor], labels: None = None) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(views[0], self.weight).square().sum()
+
+
+def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dict[str, object]) -> None:
+    """Autograd's tracing else puts the backward under the forward's autocast: fp32 products are off by 2^-9."""
+    method, views = FullPrecision(64, 32), [torch.randn(48, 64)]
+    gradients = []
+    for forward in (method, compiled(method, graphs=False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = forward(views)
+        gradients += torch.autograd.grad(total, [method.weight])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())  # fp32
+
+
+def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(
+        "torch.compile", lambda method, **how: calls.append(how) or (lambda *inputs: calls.append(inputs))
+    )
+    monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: calls.append("begin"))
+    forward = compiled(make_method(), graphs=True)
+    forward(["views"], "labels")
+    assert calls == [{"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}, "begin", (["views"], "labels")]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """choose_compile with a compiler and a GPU that are not here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "NVIDIA GeForce RTX 3090")
+
+    def choose(device: torch.device, *, problem: str | None = None, **engine: object) -> str:
+        monkeypatch.setattr(compiling, "compiler_problem", lambda device: problem)
+        said: list[str] = []
+        return choose_compile(EngineConfig(**engine), device, said.append) + "".join(f"; {text}" for text in said)
+
+    return choose
+
+
+def test_auto_compiles_on_a_gpu_and_replays_graphs_once_they_are_proven(machine: Callable[..., str]) -> None:
+    assert machine(CPU) == "off"
+    assert machine(CUDA) == "on"
+    remember_proof(CUDA)
+    assert machine(CUDA) == "graphs"
+    assert machine(CUDA, graphs="off") == "on"
+    assert machine(CUDA, lookup="faiss") == "on"
+    assert machine(CUDA, compile="off") == "off"
+    assert machine(CUDA, activation_checkpointing=True) == "off"
+
+
+def test_what_is_asked_for_is_done(machine: Callable[..., str]) -> None:
+    assert machine(CPU, compile="on") == "on"
+    assert machine(CUDA, graphs="on") == "graphs"
+
+
+@pytest.mark.parametrize("engine", [{}, {"compile": "on", "graphs": "on"}], ids=str)
+def test_without_a_compiler_the_step_is_eager_and_that_is_said(machine: Callable[..., str], engine: dict) -> None:
+    assert machine(CUDA, problem="there is no gcc", **engine) == (
+        "off; not compiling, the step stays eager: there is no gcc"
+    )
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "needs a C++ compiler (apt install g++)" in compiler_problem(CPU)
+    assert "needs a C compiler (apt install gcc)" in compiler_problem(CUDA)
+    for name in ("g++", "gcc"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    headers = tmp_path / "include"
+    headers.mkdir()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(headers))
+    assert "there is no Python.h" in compiler_problem(CPU)
+    (headers / "Python.h").write_text("")
+    assert compiler_problem(CPU) is None
+    monkeypatch.setattr(compiling, "HAS_TRITON", False)
+    assert "triton is not installed" in compiler_problem(CUDA)
+
+
+def test_a_proof_holds_for_its_machine_and_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not graphs_proven(CPU)
+    remember_proof(CPU)
+    assert graphs_proven(CPU)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "another")
+    assert not graphs_proven(CUDA)
+    remember_proof(CUDA)
+    assert graphs_proven(CPU)
+    monkeypatch.setattr("torch.__version__", "99.0")
+    assert not graphs_proven(CPU)
+    proof_path().write_text("not whole")
+    assert not graphs_proven(CPU)
+    remember_proof(CPU)
+    assert graphs_proven(CPU)
+
+
+def failing(views: object) -> None:
+    raise BackendCompilerFailed(compiling, ValueError("no such instruction"), None)
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
+    said: list[str] = []
+    forward = or_eager(failing, lambda views: sum(views), said.append)
+    assert [forward([1, 2]), forward([3, 4])] == [3, 7]
+    assert len(said) == 1
+    assert said[0].startswith("torch.compile failed, the step stays eager: ")
+    assert "no such instruction" in said[0]
+
+
+def test_graphs_and_checkpointing_exclude_each_other() -> None:
+    for switch in ("compile", "graphs"):
+        with pytest.raises(ValueError, match="leave --compile on and --graphs on out"):
+            EngineConfig(activation_checkpointing=True, **{switch: "on"})
+
+
+def test_an_error_of_the_eager_forward_is_not_hidden() -> None:
+    with pytest.raises(BackendCompilerFailed):
+        or_eager(failing, failing, print)([1])
+    with pytest.raises(ZeroDivisionError):
+        or_eager(lambda views: 1 / 0, lambda views: 1, print)([1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["on", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_compiled_step_trains_as_the_eager_one_on_the_gpu(how: str, dtype: torch.dtype) -> None:
+    """Every step on a batch of its own; a graph that is skipped or split is an error.
+
+    In fp64, where PyTorch does the work of our kernels, all of the state is the same; in bf16, with them, the losses.
+    """
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch({"triton.cudagraph_or_error": True, "graph_partition": False}),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        ours = trained(EngineConfig(), dtype=dtype, compile=how, steps=5, device=CUDA)
+    expected = trained(EngineConfig(), dtype=dtype, steps=5, device=CUDA)
+    if dtype == torch.float64:
+        assert_same_training(ours, expected, **FP64)
+    else:
+        assert ours[0][::2] == pytest.approx(expected[0][::2], rel=0.05)  # 2^-8 a rounding, 20 layers, five steps

@@ -1,0 +1,541 @@
+"""Whole runs on a handful of 8 x 8 digits: what they leave behind, how they stop, how they go on."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from mnclglf.cli import parse
+from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
+from mnclglf.data.loader import Batch, Loader, batch_indices
+from mnclglf.methods import METHODS, Losses
+from mnclglf.reports.page import write_report
+from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.runs.metrics import read_records
+from mnclglf.training.loop import Trainer, TrainingError
+from mnclglf.training.run_directory import load_trained
+from mnclglf.training.timing import Waiting
+
+STEPS, PER_EPOCH = 12, 4
+SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "limit_share")
+TIMES = (*SPEEDS, "data_wait_seconds", "elapsed_seconds", "peak_memory_bytes")  # the only figures that may differ
+ARGUMENTS = shlex.split(
+    "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "
+    "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
+    "--one-embedding --epochs 3 --batch-size 32 --lr 0.05 --device cpu --log-every 2 --save-every 0.5"
+)
+CONFIG = parse(["train", *ARGUMENTS]).config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def trainer(out: Path, *, resume: str = "auto", console: Console | None = None, **changes: object) -> Trainer:
+    config = dataclasses.replace(CONFIG, **changes)
+    return Trainer(config, out, resume=resume, console=console or silent())
+
+
+def final_state(out: Path) -> dict[str, object]:
+    return load_checkpoint(list_checkpoints(out / "checkpoints")[-1][1])
+
+
+def assert_identical(first: object, second: object, name: str = "state") -> None:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), name
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first:
+            assert_identical(first[key], second[key], f"{name}.{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), name
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_identical(a, b, f"{name}.{index}")
+    else:
+        assert first == second, name
+
+
+def figures(out: Path) -> list[dict[str, object]]:
+    """The records of the run less those that tell the time."""
+    records = read_records(out / "metrics.jsonl")[0]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert trainer(out).train() is None
+    return out
+
+
+def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
+    assert sorted(path.name for path in straight.iterdir()) == [
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", "views.npz"
+    ]  # fmt: skip
+    assert json.loads((straight / "config.json").read_text()) == json.loads(json.dumps(to_dict(CONFIG)))
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (environment["loader"], environment["kernels"]) == ("reference", "torch")
+    assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [10, 12]
+    assert list((straight / "tensorboard").iterdir())
+    with np.load(straight / "views.npz") as arrays:
+        assert arrays["images"].shape == (6, 8, 8, 3)
+        assert arrays["views"].shape == (3, 6, 3, 8, 8)
+
+
+def test_metrics_hold_every_figure(straight: Path) -> None:
+    records = read_records(straight / "metrics.jsonl")[0]
+    assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["loss_s"] + 6 * record["loss_m"], rel=1e-5)
+        assert {"lr", "ema_momentum", "gradient_norm", "feature_std", "effective_rank", *TIMES} <= record.keys()
+        assert record["queue_fill"] == pytest.approx(min(1, record["step"] * 32 / 80))
+    assert records[-1]["epoch"] == 3
+    assert all(0 <= record["neighbor_agreement"] <= 1 for record in records[3:])
+
+
+def test_the_momentum_network_follows_the_schedule(tmp_path: Path) -> None:
+    objective = dataclasses.replace(CONFIG.objective, ema_momentum=0.9, ema_schedule="cosine")
+    run, taken = trainer(tmp_path / "run", method="byol", objective=objective), []
+    after_step = run.method.after_step
+
+    def watched(*args: object, momentum: float, **kwargs: object) -> None:
+        taken.append(momentum)
+        after_step(*args, momentum=momentum, **kwargs)
+
+    run.method.after_step = watched
+    run.train()
+    expected = [1 - 0.1 * (np.cos(np.pi * step / STEPS) + 1) / 2 for step in range(STEPS)]
+    assert taken == pytest.approx(expected)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert [record["ema_momentum"] for record in records] == pytest.approx(expected[1::2])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(straight: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "same").train()
+    assert_identical(final_state(tmp_path / "same"), final_state(straight))
+    assert figures(tmp_path / "same") == figures(straight)
+    trainer(tmp_path / "other", seed=1).train()
+    assert figures(tmp_path / "other") != figures(straight)
+
+
+class LoaderThat:
+    """A loader that does something when it hands out the batch of one step."""
+
+    def __init__(self, loader: Loader, step: int, act: Callable[[Batch], object]) -> None:
+        self.loader, self.step, self.act = loader, step, act
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for step, batch in enumerate(self.loader.batches(start, stop), start):
+            if step == self.step:
+                self.act(batch)
+            yield batch
+
+
+def signalled(out: Path, step: int, number: int) -> Trainer:
+    """A trainer whose process gets a signal while it waits for the batch of a step."""
+    made = trainer(out)
+    made.loader = LoaderThat(made.loader, step, lambda batch: os.kill(os.getpid(), number))
+    return made
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 6], ids=["at the first step", "mid-epoch"])
+def test_stopped_and_resumed_equals_straight(straight: Path, tmp_path: Path, number: int, step: int) -> None:
+    assert signalled(tmp_path, step, number).train() == number
+    assert list_checkpoints(tmp_path / "checkpoints")[-1][0] == step + 1
+    resumed = trainer(tmp_path)
+    assert resumed.start == step + 1
+    assert resumed.train() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
+    # The stop fell between two records, so one interval is split; every other record is the same.
+    assert [record for record in figures(tmp_path) if record in figures(straight)] == figures(straight)
+
+
+def test_stopped_and_resumed_equals_straight_with_dali_in_bf16(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    settings = {
+        "data": dataclasses.replace(CONFIG.data, loader="dali"),
+        "engine": dataclasses.replace(CONFIG.engine, precision="bf16"),
+    }
+    trainer(tmp_path / "straight", **settings).train()
+    stopped = trainer(tmp_path / "stopped", **settings)
+    stopped.loader = LoaderThat(stopped.loader, 6, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.train() == signal.SIGTERM
+    trainer(tmp_path / "stopped", **settings).train()
+    assert_identical(final_state(tmp_path / "stopped"), final_state(tmp_path / "straight"))
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signalled(tmp_path, 1, signal.SIGTERM).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from pathlib import Path
+from mnclglf.cli import parse
+from mnclglf.training.loop import Trainer
+
+trainer = Trainer(parse(["train", *sys.argv[2:]]).config, Path(sys.argv[1]))
+batches = trainer.loader.batches
+
+def killing(start, stop):
+    for step, batch in enumerate(batches(start, stop), start):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+trainer.loader.batches = killing
+trainer.train()
+"""
+
+
+def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_AT_STEP_5, str(tmp_path), *ARGUMENTS]
+    root = Path(__file__).resolve().parents[2]
+    threads = str(torch.get_num_threads())  # another number sums in another order
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"
+    }  # fmt: skip
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    killed_at = [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
+    assert killed_at == [2, 4]
+    assert killed_at[-1] < STEPS
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss"')  # a line torn by the kill
+    trainer(tmp_path).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+    assert figures(tmp_path) == figures(straight)
+
+
+def test_a_finished_run_is_not_trained_again(straight: Path) -> None:
+    before = figures(straight)
+    again = trainer(straight)
+    assert again.start == STEPS
+    assert again.train() is None
+    assert figures(straight) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_larger_than_the_queue_is_refused_where_there_is_a_queue(method: MethodName, tmp_path: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, precision="fp32")  # oneDNN's bf16 gradients of 1 x 1 images have NaN
+    small = dict(method=method, objective=dataclasses.replace(CONFIG.objective, queue_size=31), engine=engine)
+    if hasattr(METHODS[method](ModelConfig(width=2, classes=10), ObjectiveConfig(queue_size=31)), "queue"):
+        with pytest.raises(
+            ValueError, match=r"batch_size 32 is more than queue_size 31: .*raise --queue-size or lower"
+        ):
+            trainer(tmp_path, **small)
+    else:
+        assert trainer(tmp_path, optim=dataclasses.replace(CONFIG.optim, epochs=1), **small).train() is None
+
+
+def test_never_refuses_a_directory_that_holds_a_run(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds a run of 12 steps; go on with --resume auto"):
+        trainer(straight, resume="never")
+
+
+def test_a_checkpoint_of_another_run_can_be_named(straight: Path, tmp_path: Path) -> None:
+    earlier = list_checkpoints(straight / "checkpoints")[0][1]
+    resumed = trainer(tmp_path, resume=str(earlier))
+    assert resumed.start == 10
+    resumed.train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_a_finished_checkpoint_of_another_run_is_taken_over(straight: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, resume=str(list_checkpoints(straight / "checkpoints")[-1][1])).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_an_earlier_checkpoint_does_not_run_into_later_ones(straight: Path) -> None:
+    earlier = list_checkpoints(straight / "checkpoints")[0][1]
+    with pytest.raises(CheckpointError, match=r"holds step-00000012\.pt, which is later than .*; give another --out"):
+        trainer(straight, resume=str(earlier))
+
+
+def test_a_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
+    state = final_state(straight)
+    config = json.loads(state["config"])
+    config["optim"]["nesterov"] = True
+    torch.save({**state, "config": json.dumps(config)}, tmp_path / "step-00000012.pt")
+    with pytest.raises(CheckpointError, match=r"settings that this version does not know: .*nesterov"):
+        trainer(tmp_path / "run", resume=str(tmp_path / "step-00000012.pt"))
+
+
+def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    left_over = tmp_path / "checkpoints" / ".step-00000002.pt.4242.tmp"
+    left_over.touch()
+    trainer(tmp_path).train()
+    assert not left_over.exists()
+
+
+def test_other_settings_are_refused_by_name(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"other settings \(seed: 0 -> 5; objective.k: 2 -> 3\)"):
+        trainer(straight, seed=5, objective=dataclasses.replace(CONFIG.objective, k=3))
+
+
+def test_execution_settings_may_change(straight: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, log_every=1, keep_last=5)
+    assert trainer(straight, engine=engine).start == STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(straight: Path, tmp_path: Path) -> None:
+    for step, path in list_checkpoints(straight / "checkpoints"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        data = path.read_bytes()
+        (tmp_path / "checkpoints" / path.name).write_bytes(data if step == 10 else data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete it to go on from an earlier"):
+        trainer(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
+    trainer(tmp_path).train()
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_milestones_stay(tmp_path: Path) -> None:
+    engine = dataclasses.replace(CONFIG.engine, keep_every=1, keep_last=1, save_every=100.0)
+    trainer(tmp_path, engine=engine).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 12]
+
+
+def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+    broken.loader = LoaderThat(broken.loader, 5, lambda batch: batch.views[1].fill_(torch.nan))
+    with pytest.raises(
+        TrainingError, match=r"step 6: loss_m, gradient, keys not finite; the batch holds the data set's"
+    ):
+        broken.train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
+    assert [record["step"] for record in figures(tmp_path)] == [2, 4]
+    failure = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert (failure["step"], failure["terms"]) == (6, ["loss_m", "gradient", "keys"])
+    pixels = broken.images.images[next(broken.loader.batches(5, 6)).indices.numpy()]
+    published = np.rint(load_digits().images[failure["images"]] * (255 / 16))
+    assert np.array_equal(published, pixels[..., 0])
+    for name, value in broken.method.named_parameters():
+        assert value.isfinite().all(), name
+
+
+def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+
+    def spoil(batch: Batch) -> None:
+        broken.method.momentum[0].bn1.running_var[0] = torch.inf  # the batch norms still train on finite values
+
+    broken.loader = LoaderThat(broken.loader, 3, spoil)
+    with pytest.raises(TrainingError, match=r"after step 4 momentum\.0\.bn1\.running_var hold values .* not finite"):
+        broken.train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    console = silent()
+    trainer(tmp_path, console=console).train()
+    text = console.file.getvalue()
+    assert "mnclglf on digits: 128 images of side 8, 3 epochs of 4 steps, device cpu" in text
+    assert "estimated time: 0:00:" in text
+    assert re.search(r"a step takes at least [\d.e-]+ s: this CPU, [\d.]+ TFLOP/s, [\d.]+ GB/s", text)
+    assert re.search(r"a step needs about [\d.e-]+ GiB, .* the largest batch for 24 GiB is about [\d,]+", text)
+    assert "step 12/12  epoch 3.0  loss " in text
+    assert re.search(r"\d images/s \(slowest .*, without the warm-up: \d+% of this machine's limit; peak memory", text)
+    assert "images/s  0:00:00 left" in text
+
+
+def test_the_trained_encoder_is_that_of_the_last_step(straight: Path) -> None:
+    config, method, step = load_trained(straight)
+    assert (config, step) == (CONFIG, STEPS)
+    state = final_state(straight)["method"]
+    assert torch.equal(method.encoder.conv1.weight, state["encoder.conv1.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_may_be(straight: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file; give one of .*run/checkpoints$"):
+        load_trained(straight, Path("none.pt"))
+
+
+def test_another_run_s_checkpoint_is_refused_and_both_are_named(straight: Path, tmp_path: Path) -> None:
+    other, own = tmp_path / "other", list_checkpoints(straight / "checkpoints")[-1][1]
+    other.mkdir()
+    for change, named in (
+        ({"seed": 3}, r"seed: 0 -> 3"),
+        ({"recipe": "paper", "seed": 3}, "recipe: quick -> paper; seed"),
+    ):
+        (other / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(CONFIG, **change))))
+        with pytest.raises(
+            CheckpointError, match=rf"{own} is not of {other}.*\({named}.*give one of {other}/checkpoints"
+        ):
+            load_trained(other, own)
+    moved = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, log_every=7))
+    (other / "config.json").write_text(json.dumps(to_dict(moved)))
+    assert load_trained(other, own)[2] == STEPS  # how a run is executed is free to change
+
+
+def test_a_trained_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
+    state = final_state(straight)
+    torch.save({**state, "config": json.dumps({**json.loads(state["config"]), "mood": 1})}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt holds settings that this version does not know: .*mood"):
+        load_trained(straight, tmp_path / "odd.pt")
+
+
+def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; mnclglf train --out"):
+        load_trained(tmp_path)
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_waiting_is_the_time_between_a_step_and_its_batch() -> None:
+    clock = Clock()
+
+    class Slow:
+        def batches(self, start: int, stop: int) -> Iterator[str]:
+            for number in range(start, stop):
+                clock.now += 5.0 if number == start else 0.25
+                yield f"batch {number}"
+
+    waiting, waits = Waiting(clock), []
+    for step, batch, wait in waiting.timed(Slow(), 3, 7):
+        assert batch == f"batch {step}"
+        waits.append(wait)
+        clock.now += 2.0  # the step
+    assert waits == [0.0, 0.25, 0.25, 0.25]
+    assert (waiting.first, waiting.later, waiting.elapsed) == (5.0, 0.75, 8.75)
+    assert waiting.summary() == "waited 8.6% of the time for data, and 5.0 s for the first batch"
+
+
+def test_the_time_waited_for_data_is_said_and_kept(straight: Path, tmp_path: Path) -> None:
+    console = silent()
+    trainer(tmp_path, console=console).train()
+    assert re.search(
+        r"waited \d+\.\d% of the time for data, and \d+\.\d s for the first batch", console.file.getvalue()
+    )
+    assert all(record["data_wait_seconds"] >= 0 for record in read_records(straight / "metrics.jsonl")[0])
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]
+    state = load_checkpoint(path)
+    assert state["images"] == trainer(tmp_path / "other").images.fingerprint()
+    state.pop("step")
+    save_checkpoint(path.parent, STEPS, state | {"images": "of another set"})
+    with pytest.raises(CheckpointError, match=r"was trained on other images than digits now holds \(128 of them\)"):
+        trainer(tmp_path / "run")
+    del state["images"], state["loader"]  # as an earlier version wrote it
+    save_checkpoint(path.parent, STEPS, state)
+    assert trainer(tmp_path / "run").start == STEPS
+
+
+def test_a_run_with_loader_auto_goes_on_with_the_loader_that_it_had(tmp_path: Path) -> None:
+    automatic = dataclasses.replace(CONFIG.data, loader="auto")
+    first = trainer(tmp_path)
+    assert first.loader.name == "reference"
+    first.train()
+    assert trainer(tmp_path, data=automatic).loader.name == "reference"
+    assert trainer(tmp_path / "new", data=automatic).loader.name != "reference"
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("loader", ["reference", "auto"])
+def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> None:
+    folder = tmp_path / "photos"
+    for number in range(40):
+        path = folder / (("ab"[number % 2]) if labelled else "") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 11 + number % 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    data = dataclasses.replace(CONFIG.data, train_images=None, loader=loader)
+    changes = dict(dataset=f"folder:{folder}", data=data)
+    run = trainer(tmp_path / "run", **changes)
+    assert run.train() is None
+    records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert len(records) == 2  # 1 step an epoch, 3 epochs
+    assert all((record["neighbor_agreement"] is None) != labelled for record in records)
+    with np.load(tmp_path / "run" / "views.npz") as arrays:
+        assert arrays["images"].shape == (6, 8, 8, 3)
+    if not labelled:
+        with pytest.raises(ValueError, match=r"supervised trains on labels, and .*photos has none; give each class a"):
+            trainer(tmp_path / "none", method="supervised", **changes)
+        assert not (tmp_path / "none").exists()
+    broken = trainer(tmp_path / "broken", **changes)
+    broken.loader = LoaderThat(broken.loader, 1, lambda batch: batch.views[1].fill_(torch.nan))
+    with pytest.raises(TrainingError, match=r"the batch holds the data set's images (a/|b/|)\d\d\.png"):
+        broken.train()
+
+
+def test_a_labelled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> None:
+    run = trainer(tmp_path, method="supervised")
+    forward, seen = run.step.forward, []
+
+    def watched(views: list[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
+        seen.append((len(views), labels))
+        return forward(views, labels)
+
+    run.step.forward = watched
+    assert run.train() is None
+    assert len(seen) == STEPS
+    for step, (views, labels) in enumerate(seen):
+        rows = batch_indices(CONFIG.seed, step, 128, 32)
+        assert views == 1
+        assert labels.tolist() == load_digits().target[run.images.published_rows(rows)].tolist()
+    records = read_records(tmp_path / "metrics.jsonl")[0]
+    assert all(record["cross_entropy"] == record["loss"] for record in records)
+    assert all(record["queue_fill"] is None and record["neighbor_agreement"] is None for record in records)
+    config, method, _ = load_trained(tmp_path)
+    assert config.model.classes == method.classifier.out_features == 10
+    assert trainer(tmp_path, method="supervised").start == STEPS  # the saved number of classes is the data set's
+    assert write_report(tmp_path).exists()
+
+
+def test_too_few_classes_are_refused(tmp_path: Path) -> None:
+    model = dataclasses.replace(CONFIG.model, classes=4)
+    with pytest.raises(ValueError, match="classes 4 are fewer than the 10 of digits"):
+        trainer(tmp_path, method="supervised", model=model)
+
+
+def test_a_folder_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02}.png")
+    changes = dict(dataset=f"folder:{tmp_path / 'photos'}", data=dataclasses.replace(CONFIG.data, train_images=None))
+    trainer(tmp_path / "run", **changes).train()
+    (tmp_path / "photos" / "07.png").unlink()
+    with pytest.raises(CheckpointError, match="other images"):
+        trainer(tmp_path / "run", **changes)
