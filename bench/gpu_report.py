@@ -140,7 +140,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
         nt_xent,
         queue_contrastive_loss,
     )
-    from mnclglf_kernels.augment import Recipe
+    from mnclglf_kernels.augment import ViewFormat
 
     n, side, features, k, width, size, source = SIZES
 
@@ -159,7 +159,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
     numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1], device=DEVICE)
     view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS * n, 1), numbers[6:9], numbers[6:9]]
     return {
-        "augment": (partial(augment, recipe=Recipe(side), dtype=dtype, backend="triton"), view, []),
+        "augment": (partial(augment, recipe=ViewFormat(side), dtype=dtype, backend="triton"), view, []),
         "divide": (partial(divide, backend="triton"), [images], [images]),
         "combine": (partial(combine, k=k, backend="triton"), [patches], [patches]),
         "contrastive_losses": (losses, rows, rows[1::2]),

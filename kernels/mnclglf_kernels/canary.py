@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mnclglf_kernels.augment import LARGEST_SIDE, Recipe, augment
+from mnclglf_kernels.augment import LARGEST_SIDE, ViewFormat, augment
 from mnclglf_kernels.backend import Backend, first_line
 from mnclglf_kernels.contrastive import contrastive_losses
 from mnclglf_kernels.neighbor import nearest_neighbor
@@ -114,16 +114,17 @@ def check_augment(run: Run) -> str | None:
         return None  # such runs do without it
     images = torch.randint(256, (n, 3, source, source), generator=run.generator, dtype=torch.uint8).to(run.device)
     rows = torch.randperm(n, generator=run.generator).to(run.device)
-    u = torch.rand(VIEWS * n, 12, generator=run.generator).to(run.device)
+    u = torch.rand(VIEWS * n, 13, generator=run.generator).to(run.device)
     start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
     on = (u[:, [5, 10]] > 0.5).float()
-    numbers = [360 * u[:, :1] - 180, start, length, on[:, :1], 0.5 + u[:, 6:9], u[:, 9:10] - 0.5, on[:, 1:], u[:, 11:]]
+    numbers = [360 * u[:, :1] - 180, start, length, on[:, :1], 0.5 + u[:, 6:9], u[:, 9:10] - 0.5, on[:, 1:], u[:, 11:12]]
     numbers[-1] = numbers[-1].where(u[:, :1] > 0.3, 0.0) * 2
+    numbers.append((u[:, 12:] > 0.5).float())  # solarize
     parameters, mean, std = torch.cat(numbers, 1), u[0, :3], 0.5 + u[1, :3]
-    for recipe in (Recipe(side), Recipe(side, cubic=False, rotates=True)):
-        views = augment(images, rows, parameters, mean, std, recipe, dtype=run.dtype, backend="triton")
+    for format in (ViewFormat(side), ViewFormat(side, cubic=False, rotates=True)):
+        views = augment(images, rows, parameters, mean, std, format, dtype=run.dtype, backend="triton")
         doubles = parameters.double(), mean.double(), std.double()
-        truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
+        truth = augment(images, rows, *doubles, format, dtype=torch.float64, backend="torch")
         # Seldom a sum within rounding of a half becomes another whole level; two of them and the jitter stay below 8.
         error = (views.double() - truth).abs() - torch.finfo(run.dtype).eps * truth.abs()
         levels = (255 * std.double().view(3, 1, 1) * error).nan_to_num(torch.inf)

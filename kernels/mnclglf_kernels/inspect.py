@@ -119,7 +119,7 @@ def launches(
 
     n, side, features, k, width, size, source = sizes
     if op == "augment":
-        parameters, mean, std = (rows(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 12), (3,), (3,)))
+        parameters, mean, std = (rows(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 13), (3,), (3,)))
         images, chosen = rows(n, 3, source, source, dtype=torch.uint8), rows(n, dtype=torch.int64)
         views = augment.empty_views(parameters, side, dtype)
         return augment.augment_launches(

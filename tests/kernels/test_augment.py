@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from mnclglf_kernels import augment
-from mnclglf_kernels.augment import PARAMETERS, Recipe
+from mnclglf_kernels.augment import PARAMETERS, ViewFormat
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 OFF = dict(flip=0, brightness=1, contrast=1, saturation=1, hue=0, gray=0, sigma=0, angle=0)
@@ -57,7 +57,7 @@ def whole_image(views: int, height: int, width: int, **fixed: float) -> Tensor:
     )
 
 
-def torchvision_view(image: Tensor, numbers: list[float], recipe: Recipe) -> Tensor:
+def torchvision_view(image: Tensor, numbers: list[float], recipe: ViewFormat) -> Tensor:
     """[3, S, S] in levels, not normalised."""
     p = dict(zip(PARAMETERS, numbers, strict=True))
     mode = F.InterpolationMode.BICUBIC if recipe.cubic else F.InterpolationMode.BILINEAR
@@ -77,7 +77,7 @@ def torchvision_view(image: Tensor, numbers: list[float], recipe: Recipe) -> Ten
     return pixels * 255
 
 
-def torchvision_views(images: Tensor, rows: Tensor, parameters: Tensor, recipe: Recipe) -> Tensor:
+def torchvision_views(images: Tensor, rows: Tensor, parameters: Tensor, recipe: ViewFormat) -> Tensor:
     chosen = images[rows].repeat(len(parameters) // len(rows), 1, 1, 1).contiguous()
     return torch.stack(
         [torchvision_view(image, numbers, recipe) for image, numbers in zip(chosen, parameters.tolist(), strict=True)]
@@ -88,7 +88,7 @@ def in_levels(views: Tensor) -> Tensor:
     return (views.double() * STD.double().view(3, 1, 1) + MEAN.double().view(3, 1, 1)) * 255
 
 
-def ours(images: Tensor, rows: Tensor, parameters: Tensor, recipe: Recipe, **how: object) -> Tensor:
+def ours(images: Tensor, rows: Tensor, parameters: Tensor, recipe: ViewFormat, **how: object) -> Tensor:
     return augment(images, rows, parameters, MEAN, STD, recipe, **how)
 
 
@@ -115,7 +115,7 @@ CHANGES = {
 @pytest.mark.parametrize("side", [16, 31])
 def test_what_follows_the_resize_is_torchvision_s(name, side, backend):
     images, rows = smooth(4, side, side), torch.arange(4)
-    parameters, recipe = whole_image(4, side, side, **CHANGES[name]), Recipe(side)
+    parameters, recipe = whole_image(4, side, side, **CHANGES[name]), ViewFormat(side)
     views = in_levels(ours(images, rows, parameters, recipe, backend=backend))
     truth = torchvision_views(images, rows, parameters, recipe)
     assert (views - truth).abs().max() < EXACT
@@ -128,8 +128,8 @@ def test_hue_of_pure_tied_and_gray_colours(backend):
     image = colours.repeat(2, 1)[:256].t().reshape(1, 3, 16, 16)
     for hue in (-0.5, -0.21, 1 / 6, 0.3):
         parameters = whole_image(1, 16, 16, hue=hue)
-        views = in_levels(ours(image, torch.tensor([0]), parameters, Recipe(16), backend=backend))
-        assert (views - torchvision_views(image, torch.tensor([0]), parameters, Recipe(16))).abs().max() < EXACT
+        views = in_levels(ours(image, torch.tensor([0]), parameters, ViewFormat(16), backend=backend))
+        assert (views - torchvision_views(image, torch.tensor([0]), parameters, ViewFormat(16))).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("cubic", [False, True])
@@ -137,7 +137,7 @@ def test_hue_of_pure_tied_and_gray_colours(backend):
     ("height", "width", "side"), [(32, 32, 32), (28, 28, 16), (13, 40, 24), (64, 64, 64), (8, 8, 33)]
 )
 def test_crops_are_torchvision_s_to_a_level(height, width, side, cubic, backend):
-    images, rows, recipe = smooth(6, height, width), torch.arange(6), Recipe(side, cubic=cubic)
+    images, rows, recipe = smooth(6, height, width), torch.arange(6), ViewFormat(side, cubic=cubic)
     parameters = random_parameters(12, height, width, **OFF)
     difference = in_levels(ours(images, rows, parameters, recipe, backend=backend)) - torchvision_views(
         images, rows, parameters, recipe
@@ -149,7 +149,7 @@ def test_crops_are_torchvision_s_to_a_level(height, width, side, cubic, backend)
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 20)])
 def test_rotation_is_torchvision_s_to_a_level(height, width, backend):
-    images, rows, recipe = smooth(6, height, width), torch.arange(6), Recipe(32, cubic=False, rotates=True)
+    images, rows, recipe = smooth(6, height, width), torch.arange(6), ViewFormat(32, cubic=False, rotates=True)
     parameters = whole_image(6, height, width)
     parameters[:, 0] = torch.tensor([-180.0, -88.0, -13.0, 0.0, 45.0, 171.0])
     difference = in_levels(ours(images, rows, parameters, recipe, backend=backend)) - torchvision_views(
@@ -170,7 +170,7 @@ def test_rotation_is_torchvision_s_to_a_level(height, width, backend):
     ids=str,
 )
 def test_the_whole_chain_is_torchvision_s(height, side, recipe, backend):
-    images, rows, recipe = smooth(8, height, height), torch.randperm(8)[:5], Recipe(side, **recipe)
+    images, rows, recipe = smooth(8, height, height), torch.randperm(8)[:5], ViewFormat(side, **recipe)
     off = dict(sigma=0) if recipe.blur_window == 1 else {}
     parameters = random_parameters(15, height, height, degrees=30, **off)
     difference = in_levels(ours(images, rows, parameters, recipe, backend=backend)) - torchvision_views(
@@ -195,7 +195,7 @@ def test_the_whole_chain_is_torchvision_s(height, side, recipe, backend):
     window=st.sampled_from([1, 3, 5, 7]),
 )
 def test_any_shape(height, width, side, count, views, cubic, rotates, window, backend):
-    recipe = Recipe(side, cubic, window, rotates)
+    recipe = ViewFormat(side, cubic, window, rotates)
     images, rows = smooth(4, height, width), torch.arange(count)
     parameters = random_parameters(views * count, height, width, degrees=180)
     made = in_levels(ours(images, rows, parameters, recipe, backend=backend))
@@ -211,8 +211,8 @@ def test_any_shape(height, width, side, count, views, cubic, rotates, window, ba
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_what_a_network_eats(dtype, backend):
     images, rows, parameters = smooth(5, 20, 20), torch.tensor([4, 0, 0]), random_parameters(9, 20, 20)
-    views = ours(images, rows, parameters, Recipe(18), dtype=dtype, backend=backend)
-    exact = ours(images, rows, parameters, Recipe(18), backend=backend)
+    views = ours(images, rows, parameters, ViewFormat(18), dtype=dtype, backend=backend)
+    exact = ours(images, rows, parameters, ViewFormat(18), backend=backend)
     assert views.dtype == dtype
     assert views.is_contiguous(memory_format=torch.channels_last)
     assert not views.requires_grad
@@ -222,10 +222,10 @@ def test_what_a_network_eats(dtype, backend):
 def test_views_are_those_of_their_rows(backend):
     """View-major: row v * N + n is view v of image rows[n], whatever else is in the batch."""
     images, rows, parameters = smooth(7, 16, 16), torch.tensor([6, 2]), random_parameters(6, 16, 16)
-    views = ours(images, rows, parameters, Recipe(16), backend=backend)
+    views = ours(images, rows, parameters, ViewFormat(16), backend=backend)
     for v in range(3):
         for n in range(2):
-            alone = ours(images, rows[n : n + 1], parameters[2 * v + n, None], Recipe(16), backend=backend)
+            alone = ours(images, rows[n : n + 1], parameters[2 * v + n, None], ViewFormat(16), backend=backend)
             torch.testing.assert_close(views[2 * v + n], alone[0], rtol=0, atol=1e-5)
 
 
@@ -243,7 +243,7 @@ def test_views_are_those_of_their_rows(backend):
 )
 def test_images_of_any_strides(view, backend):
     images = view(smooth(4, 18, 18))
-    rows, recipe = torch.arange(len(images)), Recipe(16)
+    rows, recipe = torch.arange(len(images)), ViewFormat(16)
     parameters = random_parameters(len(images), *images.shape[2:])
     dense = ours(images.contiguous(), rows, parameters, recipe, backend=backend)
     assert torch.equal(ours(images, rows, parameters, recipe, backend=backend), dense)
@@ -251,22 +251,22 @@ def test_images_of_any_strides(view, backend):
 
 def test_strided_rows_parameters_and_statistics(backend):
     images, rows, parameters = smooth(4, 16, 16), torch.arange(4), random_parameters(8, 16, 16)
-    expected = ours(images, rows, parameters, Recipe(16), backend=backend)
+    expected = ours(images, rows, parameters, ViewFormat(16), backend=backend)
     spread = [x.repeat_interleave(2, 0)[::2] for x in (rows, MEAN, STD)]
-    made = augment(images, spread[0], parameters.t().contiguous().t(), *spread[1:], Recipe(16), backend=backend)
+    made = augment(images, spread[0], parameters.t().contiguous().t(), *spread[1:], ViewFormat(16), backend=backend)
     assert torch.equal(made, expected)
 
 
 def test_inputs_are_left_alone(backend):
     given = smooth(3, 16, 16), torch.arange(3), random_parameters(3, 16, 16), MEAN.clone(), STD.clone()
     before = [x.clone() for x in given]
-    augment(*given, Recipe(16), backend=backend)
+    augment(*given, ViewFormat(16), backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
 
 
 def test_no_images(backend):
     views = ours(
-        smooth(3, 16, 16), torch.arange(0), torch.empty(0, 12), Recipe(16), dtype=torch.float16, backend=backend
+        smooth(3, 16, 16), torch.arange(0), torch.empty(0, 12), ViewFormat(16), dtype=torch.float16, backend=backend
     )
     assert views.shape == (0, 3, 16, 16)
     assert views.dtype == torch.float16
@@ -274,7 +274,7 @@ def test_no_images(backend):
 
 def test_one_pixel_images_and_extreme_statistics(backend):
     image = torch.tensor([7, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    views = ours(image, torch.tensor([0]), whole_image(1, 1, 1), Recipe(16), backend=backend)
+    views = ours(image, torch.tensor([0]), whole_image(1, 1, 1), ViewFormat(16), backend=backend)
     expected = image.double().expand(1, 3, 16, 16)
     assert (in_levels(views) - expected).abs().max() < EXACT
 
@@ -292,8 +292,8 @@ def test_one_pixel_images_and_extreme_statistics(backend):
         (dict(parameters=torch.zeros(4, 12).half()), TypeError, "float16"),
         (dict(mean=torch.zeros(3).double()), TypeError, "float64"),
         (dict(std=torch.zeros(1)), ValueError, r"\[3\]"),
-        (dict(recipe=Recipe(8, blur_window=4)), ValueError, "blur_window 4"),
-        (dict(recipe=Recipe(4, blur_window=9)), ValueError, "blur_window 9"),
+        (dict(recipe=ViewFormat(8, blur_window=4)), ValueError, "blur_window 4"),
+        (dict(recipe=ViewFormat(4, blur_window=9)), ValueError, "blur_window 9"),
         (dict(dtype=torch.int32), TypeError, "int32"),
     ],
 )
@@ -304,7 +304,7 @@ def test_what_does_not_fit_is_named(change, error, named, backend):
         parameters=whole_image(4, 8, 8),
         mean=MEAN,
         std=STD,
-        recipe=Recipe(8),
+        recipe=ViewFormat(8),
     )
     with pytest.raises(error, match=named):
         augment(**given | change, backend=backend)
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_named(change, error, named, backend):
 
 def test_large_sides_are_pytorch_s_work():
     images, parameters = smooth(1, 65, 20), random_parameters(1, 65, 20)
-    for recipe in (Recipe(16), Recipe(80)):
+    for recipe in (ViewFormat(16), ViewFormat(80)):
         views = ours(images, torch.tensor([0]), parameters, recipe, backend="torch")
         truth = torchvision_views(images, torch.tensor([0]), parameters, recipe)
         assert (in_levels(views) - truth).abs().mean() < 0.05
@@ -320,11 +320,11 @@ def test_large_sides_are_pytorch_s_work():
             ours(images, torch.tensor([0]), parameters, recipe, backend="triton")
     doubles = [x.double() for x in (parameters, MEAN, STD)]
     with pytest.raises(TypeError, match="fp32"):
-        augment(images[:, :, :20], torch.tensor([0]), *doubles, Recipe(16), backend="triton")
+        augment(images[:, :, :20], torch.tensor([0]), *doubles, ViewFormat(16), backend="triton")
 
 
 def test_autocast_changes_nothing(backend):
     given = smooth(3, 16, 16), torch.arange(3), random_parameters(6, 16, 16)
-    expected = ours(*given, Recipe(16), backend=backend)
+    expected = ours(*given, ViewFormat(16), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours(*given, Recipe(16), backend=backend), expected)
+        assert torch.equal(ours(*given, ViewFormat(16), backend=backend), expected)

@@ -16,7 +16,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.augment import ViewFormat
 
 NAMES = (
     "divide",
@@ -131,7 +131,7 @@ def test_augment(compiler, backend):
     )
 
     def brightest(*tensors: Tensor) -> Tensor:
-        return augment(*tensors, Recipe(6, rotates=True), backend=backend).amax((2, 3))
+        return augment(*tensors, ViewFormat(6, rotates=True), backend=backend).amax((2, 3))
 
     compiled = torch.compile(brightest, fullgraph=True, backend=compiler)
     # A sum at a half may end at another whole level, after the jitter up to 3 of 255 away.

@@ -28,7 +28,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.augment import ViewFormat
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_augment(dtype, rotates, cubic, source, side):
     numbers = [360 * u[:, :1] - 180, start, length, (u[:, 5:6] > 0.5).float(), 0.6 + 0.8 * u[:, 6:9], u[:, 9:10] - 0.5]
     parameters = torch.cat([*numbers, (u[:, 10:11] > 0.8).float(), 2 * u[:, 11:] * (u[:, :1] > 0.3)], 1)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    recipe = Recipe(side, cubic, 5, rotates)
+    recipe = ViewFormat(side, cubic, 5, rotates)
     given = on_gpu([images, rows, parameters, mean, std])
     doubles = in_fp64([parameters, mean, std])
     truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")

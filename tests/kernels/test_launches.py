@@ -17,7 +17,7 @@ from mnclglf_kernels import (
 )
 from mnclglf_kernels._triton.launch import Launch, run
 from mnclglf_kernels._triton.patches import divide_launches
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.augment import ViewFormat
 
 MODULES = ["augment", "patches", "contrastive", "neighbor", "nt_xent", "queue", "queue_contrastive"]
 
@@ -83,7 +83,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     [
         (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
         (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
-        (lambda: augment(*stored(), Recipe(6), backend="triton"), 1),
+        (lambda: augment(*stored(), ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
         (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mnclglf_kernels._triton.launch import Launch, run
 
-PARAMETERS = tl.constexpr(12)
+PARAMETERS = tl.constexpr(13)
 WHITE = tl.constexpr(255.0)
+SOLARIZE_THRESHOLD = tl.constexpr(127.5)  # in levels
 DEGREE = tl.constexpr(0.017453292519943295)  # in radians
 RED = tl.constexpr(0.2989)
 GREEN = tl.constexpr(0.587)
@@ -56,6 +57,7 @@ def augment_kernel(
     height, width, flip = tl.load(given + 3), tl.load(given + 4), tl.load(given + 5)
     brightness, contrast, saturation = tl.load(given + 6), tl.load(given + 7), tl.load(given + 8)
     hue, gray, sigma = tl.load(given + 9), tl.load(given + 10), tl.load(given + 11)
+    solarize = tl.load(given + 12)
 
     row = tl.arange(0, 4 * HP)[:, None]
     y, x = row % HP, tl.arange(0, WP)[None, :]
@@ -92,6 +94,7 @@ def augment_kernel(
     row = tl.arange(0, 4 * SP)[:, None]
     channel, y, x = row // SP, row % SP, tl.arange(0, SP)[None, :]
     inside = (channel < 3) & (y < S) & (x < S)
+    pixels = tl.where((solarize > 0) & (pixels >= SOLARIZE_THRESHOLD), WHITE - pixels, pixels)
     middle = tl.where(channel == 0, tl.load(mean), tl.where(channel == 1, tl.load(mean + 1), tl.load(mean + 2)))
     deviation = tl.where(channel == 0, tl.load(std), tl.where(channel == 1, tl.load(std + 1), tl.load(std + 2)))
     pixels = pixels / (WHITE * deviation) - middle / deviation

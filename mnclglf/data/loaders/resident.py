@@ -15,7 +15,7 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window
 from mnclglf_kernels import Backend, augment
-from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
+from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, ViewFormat
 
 _COPIED_IMAGES = 4096  # at once
 
@@ -43,7 +43,7 @@ class ResidentLoader(Loader):
         self._stored = _on_device(images.images, self._device)
         self._mean, self._std = (torch.from_numpy(x).to(self._device) for x in (self.mean, self.std))
         config = self._config
-        self._recipe = Recipe(
+        self._recipe = ViewFormat(
             side=self.side,
             cubic=config.interpolation == "bicubic",
             blur_window=blur_window(config, self.side) if config.blur_probability else 1,
