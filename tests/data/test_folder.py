@@ -347,8 +347,8 @@ def test_a_palette(tmp_path: Path) -> None:
     image = Image.fromarray(GRAY % 4)
     image.putpalette([10, 20, 30, 255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.save(tmp_path / "p.png")
-    colours = np.array([[10, 20, 30], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    np.testing.assert_array_equal(read_image(tmp_path / "p.png"), colours[GRAY % 4])
+    colors = np.array([[10, 20, 30], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    np.testing.assert_array_equal(read_image(tmp_path / "p.png"), colors[GRAY % 4])
 
 
 def test_cmyk(tmp_path: Path) -> None:

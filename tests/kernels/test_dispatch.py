@@ -19,10 +19,17 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import ViewFormat
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
-VIEW = torch.tensor([[0.0, 0, 0, 4, 4, 0, 1, 1, 1, 0, 0, 0]])
-STORED = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]), VIEW, torch.zeros(3), torch.ones(3), ViewFormat(4))
+VIEW = view_parameters(4, 4)
+STORED = (
+    torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+    torch.tensor([0]),
+    VIEW,
+    torch.zeros(3),
+    torch.ones(3),
+    ViewFormat(4),
+)
 CALLS = {
     "augment": lambda **how: augment(*STORED, **how),
     "divide": lambda **how: divide(torch.randn(1, 1, 2, 2), **how),

@@ -17,7 +17,7 @@ from mnclglf_kernels import (
 )
 from mnclglf_kernels._triton.launch import Launch, run
 from mnclglf_kernels._triton.patches import divide_launches
-from mnclglf_kernels.augment import ViewFormat
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 MODULES = ["augment", "patches", "contrastive", "neighbor", "nt_xent", "queue", "queue_contrastive"]
 
@@ -45,7 +45,7 @@ def pairs_of(subsets: tuple[int, ...], images: int, width: int, targets_learn: b
 
 def stored() -> tuple[Tensor, ...]:
     """An image, the numbers of three views, mean and std."""
-    numbers = torch.tensor([[0.0, 0, 0, 8, 8, 0, 1, 1, 1, 0, 0, 1]]).repeat(3, 1)
+    numbers = view_parameters(8, 8, sigma=1).repeat(3, 1)
     image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     return image, torch.tensor([0]), numbers, torch.zeros(3), torch.ones(3)
 

@@ -10,26 +10,28 @@ from torch.nn import functional as F
 
 from mnclglf_kernels.backend import Backend, resolve
 
-PARAMETERS: tuple[str, ...] = (
-    "angle",  # of the rotation in degrees, counter-clockwise
-    "top",  # of the crop in pixels
-    "left",
-    "crop_height",
-    "crop_width",
-    "flip",  # 1 where left and right change places
-    "brightness",  # factors, 1 is off
-    "contrast",
-    "saturation",
-    "hue",  # shift in turns of the color wheel
-    "gray",  # 1 where the colors are dropped
-    "sigma",  # of the blur in pixels, 0 is off
-    "solarize",  # 1 where levels from 127.5 on are inverted
-)
+PARAMETERS: dict[str, float] = {
+    "angle": 0,  # of the rotation in degrees, counter-clockwise
+    "top": 0,  # of the crop in pixels
+    "left": 0,
+    "crop_height": 1,
+    "crop_width": 1,
+    "flip": 0,  # 1 where left and right change places
+    "brightness": 1,  # factors
+    "contrast": 1,
+    "saturation": 1,
+    "hue": 0,  # shift in turns of the color wheel
+    "gray": 0,  # 1 where the colors are dropped
+    "sigma": 0,  # of the blur in pixels
+    "solarize": 0,  # 1 where levels from 127.5 on are inverted
+}
+"""Columns of the parameters, in their order, with the value that changes nothing."""
 LARGEST_SIDE = 64  # of images and views: a program of the kernel holds a whole image
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _WHITE = 255.0
-_SOLARIZE_THRESHOLD = 127.5  # in levels: 0.5 of pixels in [0, 1], as in BYOL
+# In levels: 0.5 of pixels in [0, 1], as in BYOL. Both sides meet there, at 127.5, so rounding is not amplified.
+_SOLARIZE_THRESHOLD = 127.5
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -46,20 +48,27 @@ class ViewFormat(NamedTuple):
     """True where views are rotated; otherwise the angles are ignored."""
 
 
+def view_parameters(height: int, width: int, **changes: float) -> Tensor:
+    """Returns the parameters [1, 13] of the view that is the whole image, but for `changes` by column."""
+    values = PARAMETERS | {"crop_height": height, "crop_width": width} | changes
+    return torch.tensor([list(values.values())], dtype=torch.float32)
+
+
 def augment(
     images: Tensor,
     rows: Tensor,
     parameters: Tensor,
     mean: Tensor,
     std: Tensor,
-    format: ViewFormat,
+    view_format: ViewFormat,
     *,
     dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Returns views of images, made in the order rotation, crop and resize, jitter, gray, flip, blur, solarize, normalization.
+    """Returns views of images, ready for the network.
 
-    The result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
+    The order is rotation, crop and resize, jitter, gray, flip, blur, solarize, normalization. The
+    result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
     of the resize, end in whole levels; from there on pixels are real numbers, clamped after each change of color.
 
     Args:
@@ -69,7 +78,7 @@ def augment(
             lies within the image. fp32; computed in fp64 where it is fp64 (PyTorch form only).
         mean: [3], of the images scaled to [0, 1], in the dtype of the parameters.
         std: [3].
-        format: settings that all views share.
+        view_format: settings that all views share.
         dtype: dtype of the result.
         backend: see `resolve`. The Triton form has sides of at most 64.
 
@@ -80,23 +89,29 @@ def augment(
         ValueError: a shape or a setting does not fit.
         TypeError: a dtype does not.
     """
-    _check(images, rows, parameters, mean, std, format, dtype)
+    _check(images, rows, parameters, mean, std, view_format, dtype)
     resolved = resolve(backend, images, rows, parameters, mean, std)
-    largest = max(*images.shape[2:], format.side)
+    largest = max(*images.shape[2:], view_format.side)
     if resolved == "triton" and backend == "triton":
         if largest > LARGEST_SIDE:
             raise ValueError(f"a side is {largest}; backend 'triton' augments up to {LARGEST_SIDE}, use 'torch'")
         if parameters.dtype == torch.float64:
             raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
     if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
-        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *format, dtype)
+        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *view_format, dtype)
     device = "cpu" if images.is_meta else images.device.type  # meta has no autocast
     with torch.autocast(device, enabled=False):  # its products are of pixels, which bf16 would round
-        return _augment(images, rows, parameters, mean, std, format, dtype)
+        return _augment(images, rows, parameters, mean, std, view_format, dtype)
 
 
 def _check(
-    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, format: ViewFormat, dtype: torch.dtype
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    view_format: ViewFormat,
+    dtype: torch.dtype,
 ) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {tuple(images.shape)}; augment needs [M, 3, H, W]")
@@ -116,30 +131,36 @@ def _check(
         )
     if mean.shape != (3,) or std.shape != (3,):
         raise ValueError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}; augment needs [3]")
-    window = format.blur_window
-    if window < 1 or window % 2 == 0 or window // 2 >= format.side:
-        raise ValueError(f"blur_window {window} must be odd and its half less than the side, {format.side}")
+    window = view_format.blur_window
+    if window < 1 or window % 2 == 0 or window // 2 >= view_format.side:
+        raise ValueError(f"blur_window {window} must be odd and its half less than the side, {view_format.side}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype {dtype} is not floating point; take fp32, fp16 or bf16")
 
 
 def _augment(
-    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, format: ViewFormat, dtype: torch.dtype
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    view_format: ViewFormat,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Makes all views at once: resize and blur are products with matrices of weights, [V * N, out, in]."""
     p = dict(zip(PARAMETERS, parameters[:, :, None, None].unbind(1), strict=True))  # each [V * N, 1, 1]
-    side, work = format.side, parameters.dtype
+    side, work = view_format.side, parameters.dtype
     pixels = images[rows].to(work).repeat(len(parameters) // max(len(rows), 1), 1, 1, 1)
-    if format.rotates:
+    if view_format.rotates:
         pixels = _to_levels(_rotate(pixels, p["angle"]))
-    across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, format.cubic)
-    down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, format.cubic)
+    across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, view_format.cubic)
+    down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, view_format.cubic)
     pixels = _to_levels(pixels @ across.mT[:, None])  # across before down, as torchvision's
     pixels = _to_levels(down[:, None] @ pixels)
     colors = _change_colors(pixels.unbind(1), p)
     pixels = torch.where(p["flip"][:, None] > 0, torch.stack(colors, 1).flip(3), torch.stack(colors, 1))
-    if format.blur_window > 1:
-        blur = _blur_weights(p["sigma"], side, format.blur_window)[:, None]
+    if view_format.blur_window > 1:
+        blur = _blur_weights(p["sigma"], side, view_format.blur_window)[:, None]
         pixels = blur @ pixels @ blur.mT
     pixels = torch.where((p["solarize"][:, None] > 0) & (pixels >= _SOLARIZE_THRESHOLD), _WHITE - pixels, pixels)
     scale, shift = (x.view(3, 1, 1) for x in (1 / (_WHITE * std), mean / std))
