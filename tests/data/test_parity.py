@@ -37,6 +37,7 @@ NONE = ViewConfig(
 )
 SILENT = replace(NONE, jitter_probability=1, brightness=0, contrast=0, saturation=0, hue=0)
 CROP = replace(NONE, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
+OPERATIONS = ("flip", "jitter", "gray", "blur", "solarize")
 COLORS = {
     "brightness": replace(SILENT, brightness=0.4),
     "contrast": replace(SILENT, contrast=0.4),
@@ -50,9 +51,7 @@ COLORS = {
     "blur": replace(NONE, blur_probability=0.5),
     # At the threshold both sides of it meet (127.5 levels), so a rounding there is not amplified: EXACT holds.
     "solarize": replace(NONE, solarize_probability=0.5),
-    "all after the crop": replace(
-        NONE, **{f"{name}_probability": 0.5 for name in ("flip", "jitter", "gray", "blur", "solarize")}
-    ),
+    "all after the crop": replace(NONE, **{f"{name}_probability": 0.5 for name in OPERATIONS}),
 }
 
 
