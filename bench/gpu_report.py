@@ -141,7 +141,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
         nt_xent,
         queue_contrastive_loss,
     )
-    from mnclglf_kernels.ops.augment import Recipe
+    from mnclglf_kernels.ops.augment import ViewFormat
 
     n, side, features, k, width, size, source = SIZES
 
@@ -157,10 +157,10 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
     rows = [x for s in (6, 6, 1, 1) for x in (random(s * n, width), random(n, width).requires_grad_())]
     queue, views = torch.nn.functional.normalize(random(size, width)), rows[1:4:2]
     stored = torch.randint(256, (n, 3, source, source), dtype=torch.uint8, device=DEVICE)
-    numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1], device=DEVICE)
+    numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1], device=DEVICE)
     view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS_PER_IMAGE * n, 1), numbers[6:9], numbers[6:9]]
     return {
-        "augment": (partial(augment, recipe=Recipe(side), dtype=dtype, backend="triton"), view, []),
+        "augment": (partial(augment, view_format=ViewFormat(side), dtype=dtype, backend="triton"), view, []),
         "divide": (partial(divide, backend="triton"), [images], [images]),
         "combine": (partial(combine, k=k, backend="triton"), [patches], [patches]),
         "contrastive_losses": (losses, rows, rows[1::2]),

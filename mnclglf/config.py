@@ -45,7 +45,8 @@ def _require_probability(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How one random view of an image is made, in this order: rotation, random resized crop, flip, jitter, gray, blur.
+    """How one random view of an image is made, in this order: rotation, random resized crop, flip, jitter, gray,
+    blur, solarize.
 
     A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py turns it
     into numbers for each image.
@@ -70,15 +71,17 @@ class ViewConfig:
     saturation: float = 0.4
     """Saturation factor is drawn from 1 - this to 1 + this."""
     hue: float = 0.1
-    """Hue shift is drawn from -this to +this turns of the colour wheel."""
+    """Hue shift is drawn from -this to +this turns of the color wheel."""
     gray_probability: float = 0.2
-    """Probability that the colours are dropped."""
+    """Probability that the colors are dropped."""
     blur_probability: float = 0.5
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels: least and most."""
     blur_kernel: int | None = None
     """Width of the blur's window in pixels (odd); None is the odd number nearest a tenth of the side, at least 5."""
+    solarize_probability: float = 0.0
+    """Probability that pixels of at least 0.5, of 0 to 1, are inverted (BYOL)."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -88,7 +91,7 @@ class ViewConfig:
         low, high = self.blur_sigma
         require(0 < low <= high, f"blur_sigma {self.blur_sigma} must be positive and rise, as in 0.1 2.0")
         require(0 <= self.rotation_degrees <= 180, f"rotation_degrees {self.rotation_degrees} must lie in 0..180")
-        for name in ("flip", "jitter", "gray", "blur"):
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
             _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
         for name in ("brightness", "contrast", "saturation"):
             _require_probability(name, getattr(self, name))

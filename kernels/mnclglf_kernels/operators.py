@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mnclglf_kernels.backend import Backend, Kind
-from mnclglf_kernels.ops.augment import LARGEST_SIDE, Recipe, augment
+from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, ViewFormat, augment
 from mnclglf_kernels.ops.combine import combine
 from mnclglf_kernels.ops.contrastive_losses import contrastive_loss, contrastive_losses
 from mnclglf_kernels.ops.divide import divide
@@ -235,18 +235,26 @@ def _augment(example: Example) -> Arguments:
     if example.device.type != "meta":
         images = torch.randint(256, images.shape, generator=example.generator, dtype=torch.uint8)
         rows = torch.randperm(n, generator=example.generator)
-    u = example.uniform(VIEWS_PER_IMAGE * n, 12)
-    start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
-    on = (u[:, [5, 10]] > 0.5).float()
-    sigma = 2 * u[:, 11:].where(u[:, :1] > 0.3, 0.0)
-    numbers = [360 * u[:, :1] - 180, start, length, on[:, :1], 0.5 + u[:, 6:9], u[:, 9:10] - 0.5, on[:, 1:], sigma]
+    u = example.uniform(VIEWS_PER_IMAGE * n, len(PARAMETERS))
+    columns = dict(zip(PARAMETERS, u.unbind(1), strict=True))
+    columns["sigma"] = 2 * columns["sigma"].where(columns["angle"] > 0.3, 0.0)
+    columns["angle"] = 360 * columns["angle"] - 180
+    for name in ("top", "left"):
+        columns[name] = (columns[name] * source / 2).floor()
+    for name in ("crop_height", "crop_width"):
+        columns[name] = (columns[name] * source / 2).floor() + 1
+    for name in ("brightness", "contrast", "saturation"):
+        columns[name] = 0.5 + columns[name]
+    columns["hue"] = columns["hue"] - 0.5
+    for name in ("flip", "gray", "solarize"):
+        columns[name] = (columns[name] > 0.5).float()
     return dict(
         images=images.to(example.device),
         rows=rows.to(example.device),
-        parameters=torch.cat(numbers, 1),
+        parameters=torch.stack([columns[name] for name in PARAMETERS], 1),
         mean=u[0, :3].contiguous(),
         std=0.5 + u[1, :3],
-        recipe=Recipe(side),
+        view_format=ViewFormat(side),
         dtype=example.dtype,
     )
 
@@ -258,8 +266,8 @@ def _check_augment(example: Example, arguments: Arguments) -> str | None:
     std = arguments["std"].double()
     doubles: Arguments = {name: arguments[name].double() for name in ("parameters", "mean", "std")}
     doubles["dtype"] = torch.float64
-    for recipe in (arguments["recipe"], Recipe(example.sizes.side, cubic=False, rotates=True)):
-        given: Arguments = {**arguments, "recipe": recipe}
+    for view_format in (arguments["view_format"], ViewFormat(example.sizes.side, cubic=False, rotates=True)):
+        given: Arguments = {**arguments, "view_format": view_format}
         views, truth = augment(**given, backend="triton"), augment(**{**given, **doubles}, backend="torch")
         error = (views.double() - truth).abs() - torch.finfo(example.dtype).eps * truth.abs()
         levels = (255 * std.view(3, 1, 1) * error).nan_to_num(torch.inf)

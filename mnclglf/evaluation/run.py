@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, RunConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, split_train, view_side, with_labels
+from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.splits import split_train, with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.evaluation.linear import OPTIMIZER, train_linear
@@ -181,7 +182,7 @@ def prepare(run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, 
         download=config.data.download,
         skip_corrupt=config.data.skip_corrupt,
     )
-    require(train.labelled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
+    require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
     train, held_out = split_train(train, config.data)
     if evaluation.split == "validation":
         require(len(held_out) > 0, f"{run} held no images out; train with --validation-images N to have some")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mnclglf.config import LoaderName, require
-from mnclglf.data.archives import DataError
+from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
@@ -48,7 +48,7 @@ def described(images: ImageSet) -> list[str]:
         return f"{least}" if least == most else f"{least} to {most} (median {middle})"
 
     lines = [f"{images.name} {images.split}: {len(images):,} images, {spread(heights)} high, {spread(widths)} wide"]
-    if images.labelled:
+    if images.labeled:
         counts = np.bincount(images.labels, minlength=len(images.classes))
         if len(counts) <= GRID_CLASSES:
             named = ", ".join(f"{name} {count:,}" for name, count in zip(images.classes, counts, strict=True))
@@ -63,7 +63,7 @@ def described(images: ImageSet) -> list[str]:
 
 def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:
     """Titles and columns of a picture: classes spread over all of them, images spread over each."""
-    if not images.labelled:
+    if not images.labeled:
         chosen = np.linspace(0, len(images) - 1, GRID_CLASSES * GRID_IMAGES, dtype=np.int64)
         groups = [("", part) for part in np.array_split(np.unique(chosen), GRID_CLASSES) if len(part)]
     else:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from mnclglf.config import require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, split_train
+from mnclglf.data.images import ImageSet
+from mnclglf.data.splits import split_train
 from mnclglf.reproduce.estimate import expected_share, training_hours
 from mnclglf.reproduce.plan import Reproduce, Run, make_table
 from mnclglf.reproduce.results import missing_evaluations, other_settings, whole_table

@@ -16,7 +16,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat
 
 NAMES = (
     "divide",
@@ -121,7 +121,7 @@ def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_augment(compiler, backend):
     torch._dynamo.reset()
-    numbers = torch.tensor([10.0, 1, 0, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1]).repeat(4, 1)
+    numbers = torch.tensor([10.0, 1, 0, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1]).repeat(4, 1)
     given = (
         torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8),
         torch.tensor([1, 0]),
@@ -131,7 +131,7 @@ def test_augment(compiler, backend):
     )
 
     def brightest(*tensors: Tensor) -> Tensor:
-        return augment(*tensors, Recipe(6, rotates=True), backend=backend).amax((2, 3))
+        return augment(*tensors, ViewFormat(6, rotates=True), backend=backend).amax((2, 3))
 
     compiled = torch.compile(brightest, fullgraph=True, backend=compiler)
     # A sum at a half may end at another whole level, after the jitter up to 3 of 255 away.

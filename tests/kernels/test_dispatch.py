@@ -20,10 +20,11 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
 )
 from mnclglf_kernels.operators import OPERATORS
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
-VIEW = torch.tensor([[0.0, 0, 0, 4, 4, 0, 1, 1, 1, 0, 0, 0]])
-STORED = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]), VIEW, torch.zeros(3), torch.ones(3), Recipe(4))
+VIEW = view_parameters(4, 4)
+IMAGE = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+STORED = (IMAGE, torch.tensor([0]), VIEW, torch.zeros(3), torch.ones(3), ViewFormat(4))
 CALLS = {
     "augment": lambda **how: augment(*STORED, **how),
     "divide": lambda **how: divide(torch.randn(1, 1, 2, 2), **how),

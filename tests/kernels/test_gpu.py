@@ -29,7 +29,7 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
 )
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat
 
 pytestmark = pytest.mark.gpu
 
@@ -61,17 +61,18 @@ def in_fp64(inputs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_augment(dtype, rotates, cubic, source, side):
     images, rows = torch.randint(256, (20, 3, source, source), dtype=torch.uint8), torch.randperm(20)
-    u = torch.rand(60, 12)
+    u = torch.rand(60, 13)
     start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
     numbers = [360 * u[:, :1] - 180, start, length, (u[:, 5:6] > 0.5).float(), 0.6 + 0.8 * u[:, 6:9], u[:, 9:10] - 0.5]
-    parameters = torch.cat([*numbers, (u[:, 10:11] > 0.8).float(), 2 * u[:, 11:] * (u[:, :1] > 0.3)], 1)
+    numbers += [(u[:, 10:11] > 0.8).float(), 2 * u[:, 11:12] * (u[:, :1] > 0.3), (u[:, 12:] > 0.5).float()]
+    parameters = torch.cat(numbers, 1)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    recipe = Recipe(side, cubic, 5, rotates)
+    view_format = ViewFormat(side, cubic, 5, rotates)
     given = on_gpu([images, rows, parameters, mean, std])
     doubles = in_fp64([parameters, mean, std])
-    truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
+    truth = augment(images, rows, *doubles, view_format, dtype=torch.float64, backend="torch")
     ours, plain = (
-        (augment(*given, recipe, dtype=dtype, backend=backend).cpu().double() - truth).abs()
+        (augment(*given, view_format, dtype=dtype, backend=backend).cpu().double() - truth).abs()
         for backend in ("triton", "torch")
     )
     ours, plain = (255 * std.view(3, 1, 1) * (x - torch.finfo(dtype).eps * truth.abs()) for x in (ours, plain))

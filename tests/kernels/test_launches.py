@@ -18,7 +18,7 @@ from mnclglf_kernels import (
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.divide import divide_launches
 from mnclglf_kernels._triton.launch import Launch
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def pairs_of(subsets: tuple[int, ...], images: int, width: int, targets_learn: b
 
 def stored() -> tuple[Tensor, ...]:
     """An image, the numbers of three views, mean and std."""
-    numbers = torch.tensor([[0.0, 0, 0, 8, 8, 0, 1, 1, 1, 0, 0, 1]]).repeat(3, 1)
+    numbers = view_parameters(8, 8, sigma=1).repeat(3, 1)
     image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     return image, torch.tensor([0]), numbers, torch.zeros(3), torch.ones(3)
 
@@ -86,7 +86,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     [
         (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
         (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
-        (lambda: augment(*stored(), Recipe(6), backend="triton"), 1),
+        (lambda: augment(*stored(), ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
         (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),

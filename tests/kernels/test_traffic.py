@@ -25,7 +25,7 @@ def augment_launches() -> list[launch.Launch]:
     found = []
     for (height, width, side), window in (((9, 20, 16), 5), ((16, 16, 33), 1)):
         images = torch.randint(256, (4, 3, height, width), dtype=torch.uint8)
-        numbers = torch.tensor([0.0, 1, 2, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1]).repeat(8, 1)
+        numbers = torch.tensor([0.0, 1, 2, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1]).repeat(8, 1)
         given = images, torch.randperm(4), numbers, torch.zeros(3), torch.ones(3)
         settings = dict(cubic=True, blur_window=window, rotates=False)
         found += augment.augment_launches(*given, augment.empty_views(numbers, side, torch.float16), **settings)

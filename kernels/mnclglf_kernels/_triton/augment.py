@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.launch import Launch, Traffic, total_bytes
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat
 
-PARAMETERS = tl.constexpr(12)
 WHITE = tl.constexpr(255.0)
+SOLARIZE_THRESHOLD = tl.constexpr(127.5)  # in levels
 DEGREE = tl.constexpr(0.017453292519943295)  # in radians
 RED = tl.constexpr(0.2989)
 GREEN = tl.constexpr(0.587)
@@ -39,6 +39,7 @@ def augment_kernel(
     std,
     views,
     N: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the parameters
     H: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
@@ -55,11 +56,12 @@ def augment_kernel(
 ):
     view = tl.program_id(0).to(tl.int64)
     image = images + tl.load(rows + view % N) * IMAGE_STRIDE
-    given = parameters + view * PARAMETERS
+    given = parameters + view * COLUMNS
     angle, top, left = tl.load(given), tl.load(given + 1), tl.load(given + 2)
     height, width, flip = tl.load(given + 3), tl.load(given + 4), tl.load(given + 5)
     brightness, contrast, saturation = tl.load(given + 6), tl.load(given + 7), tl.load(given + 8)
     hue, gray, sigma = tl.load(given + 9), tl.load(given + 10), tl.load(given + 11)
+    solarize = tl.load(given + 12)
 
     row = tl.arange(0, 4 * HP)[:, None]
     y, x = row % HP, tl.arange(0, WP)[None, :]
@@ -96,6 +98,7 @@ def augment_kernel(
     row = tl.arange(0, 4 * SP)[:, None]
     channel, y, x = row // SP, row % SP, tl.arange(0, SP)[None, :]
     inside = (channel < 3) & (y < S) & (x < S)
+    pixels = tl.where((solarize > 0) & (pixels >= SOLARIZE_THRESHOLD), WHITE - pixels, pixels)
     middle = tl.where(channel == 0, tl.load(mean), tl.where(channel == 1, tl.load(mean + 1), tl.load(mean + 2)))
     deviation = tl.where(channel == 0, tl.load(std), tl.where(channel == 1, tl.load(std + 1), tl.load(std + 2)))
     pixels = pixels / (WHITE * deviation) - middle / deviation
@@ -237,7 +240,7 @@ def blend(other, pixels, factor):
 
 @triton.jit
 def shift_hue(red, green, blue, turns):
-    """The formulas of mnclglf_kernels.augment."""
+    """The formulas of mnclglf_kernels.ops.augment."""
     least = tl.minimum(tl.minimum(red, green), blue)
     chroma = tl.maximum(tl.maximum(red, green), blue) - least
     sixths = 1 + (green + blue - red - least) / tl.maximum(chroma, 1e-6)
@@ -307,6 +310,7 @@ def augment_launches(
         std=std,
         views=views,
         N=len(rows),
+        COLUMNS=parameters.shape[1],
         H=height,
         W=width,
         S=side,
@@ -328,13 +332,13 @@ def launches(
     parameters: Tensor,
     mean: Tensor,
     std: Tensor,
-    recipe: Recipe,
+    view_format: ViewFormat,
     *,
     dtype: torch.dtype,
     arch: int,
 ) -> list[Launch]:
     """The launch of a call."""
-    views, (_, cubic, blur_window, rotates) = empty_views(parameters, recipe.side, dtype), recipe
+    views, (_, cubic, blur_window, rotates) = empty_views(parameters, view_format.side, dtype), view_format
     given = (images, rows, parameters, mean, std, views)
     return augment_launches(*given, cubic=cubic, blur_window=blur_window, rotates=rotates)
 
