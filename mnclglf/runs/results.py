@@ -63,20 +63,21 @@ def load_results(path: Path) -> list[Result]:
     Raises:
         ValueError: the file does not hold results, or is of a later version; the message names it and the remedy.
     """
-    content = read_json(path)
-    if content is None:
-        return []
-    former = isinstance(content, list)
-    file = cast("dict[str, Any]", {"version": VERSION, "results": content} if former else content)
     try:
+        content = read_json(path)
+        if content is None:
+            return []
+        former = isinstance(content, list)
+        file = cast("dict[str, Any]", {"version": VERSION, "results": content} if former else content)
         version, entries = file["version"], cast("list[dict[str, Any]]", file["results"])
-        if version != VERSION:
-            raise ValueError(f"{path} has version {version}, and this mnclglf reads {VERSION}; install a newer one")
-        return [_result(entry, former) for entry in entries]
-    except (AttributeError, KeyError, TypeError) as error:
+        results = [_result(entry, former) for entry in entries] if version == VERSION else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged: it does not hold evaluation results ({error!r}); remove it and evaluate again"
+            f"{path} is damaged: it does not hold evaluation results ({error}); remove it and evaluate again"
         ) from error
+    if results is None:
+        raise ValueError(f"{path} has version {version}, and this mnclglf reads {VERSION}; install the one that wrote it")
+    return results
 
 
 def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
@@ -95,16 +96,13 @@ def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
 
 
 def _result(entry: dict[str, Any], former: bool) -> Result:
-    """Makes a result of what JSON holds; TypeError where that is none."""
-    protocol, settings = entry["protocol"], entry.get("settings")
-    if not isinstance(protocol, str) or not isinstance(settings or {}, dict):
+    """Makes a result of what JSON holds; TypeError or ValueError where that is none."""
+    protocol, settings = entry["protocol"], entry.get("settings") or {}
+    if not isinstance(protocol, str) or not isinstance(settings, dict):
         raise TypeError(f"protocol {protocol!r} and settings {settings!r} are not a name and an object")
     if former:
         protocol = FORMER_PROTOCOLS.get(protocol, protocol)
-    try:
-        return Result(**{**entry, "protocol": cast(Protocol, protocol), "settings": settings or {}})
-    except ValueError as error:
-        raise TypeError(str(error)) from error
+    return Result(**{**entry, "protocol": cast(Protocol, protocol), "settings": settings})
 
 
 def _is_finite(value: object) -> bool:
