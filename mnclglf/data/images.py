@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,24 +275,17 @@ def with_labels(images: Images, share: float, *, seed: int) -> Images:
     """
     if share == 1:
         return images
-    counts = np.bincount(images.labels, minlength=len(images.classes))
-    if not counts.all():
-        raise DataError(
-            f"{images.name} has no training image of class {images.classes[counts.argmin()]} to take a label from; "
-            "train on more images, or evaluate with all labels"
-        )
-    wanted = [max(1, round(share * int(count))) for count in counts]
-    return images.subset(np.sort(draw_label_subset(images.labels, wanted, seed=seed)))
-
-
-def draw_label_subset(labels: NDArray[np.int64], counts: Sequence[int], *, seed: int, draw: int = 0) -> NDArray[np.int64]:
-    """Returns random rows, `counts[c]` of each class c, class by class, without repetition.
-
-    The choice depends on the labels, the seed and the draw alone; with smaller counts it is a part of that with larger.
-    """
-    order = permutation(len(labels), seed=seed, epoch=draw, stream=LABEL_STREAM)
-    members = [order[labels[order] == label][:count] for label, count in enumerate(counts)]
-    return np.concatenate(members)
+    order = permutation(len(images), seed=seed, stream=LABEL_STREAM)
+    rows: list[NDArray[np.int64]] = []
+    for label, name in enumerate(images.classes):
+        members = order[images.labels[order] == label]
+        if len(members) == 0:
+            raise DataError(
+                f"{images.name} has no training image of class {name} to take a label from; train on more images, or "
+                "evaluate with all labels"
+            )
+        rows.append(members[: max(1, round(share * len(members)))])
+    return images.subset(np.sort(np.concatenate(rows)))
 
 
 def view_side(images: ImageSet, image_size: int | None) -> int:

@@ -54,7 +54,8 @@ def fit_logistic(
         test_labels: [m] int64.
         classes: number of classes; one that is missing from the train labels is never predicted.
         c: scikit-learn's inverse strength of the penalty; `choose_c` chooses one.
-        max_iterations: limit of L-BFGS. A fit that ends before it has converged says so in the result's note and in the log.
+        max_iterations: limit of L-BFGS. A fit that ends before it has converged says so in the result's note and
+            in the log.
 
     Raises:
         ValueError: sets that are empty, not finite or do not fit together, or fewer than two classes to learn.
@@ -65,7 +66,7 @@ def fit_logistic(
 
 
 def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
-    """Returns the C of C_GRID whose fit to four fifths of the train rows classifies the last fifth best; of equals the least.
+    """Returns the C of C_GRID whose fit to four fifths of the rows classifies the last fifth best; of equals the least.
 
     Args:
         features: [n, F]; at most SELECTION_ROWS of them, a fixed random choice, take part.
@@ -110,7 +111,7 @@ def few_labels(
 def balanced_subsets(
     labels: NDArray[np.int64], *, classes: int, per_class: int, draws: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Returns `draws` random choices of [classes * per_class] rows, `per_class` of each class, without repetition in a choice.
+    """Draws `draws` random choices of [classes * per_class] rows, `per_class` of each class, each without repetition.
 
     Raises:
         ValueError: per_class or draws below 1, or a class has fewer than `per_class` rows.

@@ -76,7 +76,9 @@ def load_results(path: Path) -> list[Result]:
             f"{path} is damaged: it does not hold evaluation results ({error}); remove it and evaluate again"
         ) from error
     if results is None:
-        raise ValueError(f"{path} has version {version}, and this mnclglf reads {VERSION}; install the one that wrote it")
+        raise ValueError(
+            f"{path} has version {version}, and this mnclglf reads {VERSION}; install the one that wrote it"
+        )
     return results
 
 
