@@ -377,22 +377,42 @@ class LinearConfig(EvaluationConfig):
 
 
 def check_dataset(name: str) -> None:
-    """ValueError unless this is the name of a data set, or folder:PATH."""
+    """Raises ValueError unless this is the name of a data set, or folder:PATH."""
     require(
         name in DATASETS or (name.startswith(FOLDER) and name != FOLDER),
         f"dataset {name!r} is none of {', '.join(DATASETS)}; for image files of your own give folder:PATH",
     )
 
 
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """Returns the run with the whole paths of its images, so that it can be evaluated from anywhere."""
+    if config.data.data_dir is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=config.data.data_dir.expanduser().resolve()))
+    if not config.dataset.startswith(FOLDER):
+        return config
+    path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
+    return dataclasses.replace(config, dataset=f"{FOLDER}{path}")
+
+
+def short_name(dataset: str) -> str:
+    """Returns the name of a data set as part of a file's: folder:PATH by the last part of the path."""
+    return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Returns the run directory of a run that is given none."""
+    return Path("runs") / f"{config.method}-{short_name(config.dataset)}-{config.recipe}-seed{config.seed}"
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain JSON types."""
+    """Returns the configuration as plain JSON types."""
     return dataclasses.asdict(
         config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
     )
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` wrote; unknown names raise TypeError.
+    """Returns the configuration that `to_dict` wrote; unknown names raise TypeError.
 
     JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
     """

@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mnclglf.data.images import draw_label_subset
+from mnclglf.data.splits import per_class_draws
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import check_sets
 
@@ -104,25 +104,8 @@ def few_labels(
     labels = train_labels.cpu().numpy()
     return [
         _fit(train[rows], labels[rows], test, test_labels.cpu(), classes, c, MAX_ITERATIONS)
-        for rows in balanced_subsets(labels, classes=classes, per_class=per_class, draws=draws, seed=seed)
+        for rows in per_class_draws(labels, classes=classes, per_class=per_class, draws=draws, seed=seed)
     ]
-
-
-def balanced_subsets(
-    labels: NDArray[np.int64], *, classes: int, per_class: int, draws: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """Draws `draws` random choices of [classes * per_class] rows, `per_class` of each class, each without repetition.
-
-    Raises:
-        ValueError: per_class or draws below 1, or a class has fewer than `per_class` rows.
-    """
-    if per_class < 1 or draws < 1:
-        raise ValueError(f"per_class {per_class} and draws {draws} must both be at least 1")
-    counts = np.bincount(labels, minlength=classes)
-    if counts.min() < per_class:
-        label = counts.argmin()
-        raise ValueError(f"class {label} has {counts[label]} train images, fewer than per_class {per_class}")
-    return [draw_label_subset(labels, [per_class] * classes, seed=seed, draw=draw) for draw in range(draws)]
 
 
 def standardize(train: Tensor, test: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, LogisticConfig, RunConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, split_train, view_side, with_labels
+from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.splits import split_train, with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.evaluation.linear import OPTIMIZER, train_linear
@@ -27,6 +28,7 @@ from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
+from mnclglf.runs.console import say
 from mnclglf.runs.files import differences, read_config
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.backends import choose_backends
@@ -139,7 +141,7 @@ class EvalContext:
     console: Console
     train: ImageSet
     """All that the run trains on."""
-    labelled: ImageSet
+    labeled: ImageSet
     """The n training images whose labels are used."""
     test: ImageSet
     """The m images to classify."""
@@ -161,7 +163,7 @@ class EvalContext:
         return len(self.train) // self.config.optim.batch_size
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(self.console, line)
 
     def untrained(self) -> ResNet18:
         """Returns the encoder with the run's initial weights."""
@@ -202,7 +204,7 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         download=config.data.download,
         skip_corrupt=config.data.skip_corrupt,
     )
-    require(train.labelled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
+    require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
     train, held_out = split_train(train, config.data)
     if evaluation.split == "validation":
         require(len(held_out) > 0, f"{run} held no images out; train with --validation-images N to have some")
@@ -216,7 +218,7 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         config=replace(config, engine=engine),
         console=console,
         train=train,
-        labelled=with_labels(train, evaluation.label_share, seed=config.seed),
+        labeled=with_labels(train, evaluation.label_share, seed=config.seed),
         test=test,
         statistics=train.statistics(),
         side=view_side(train, config.data.image_size),
@@ -231,7 +233,7 @@ def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConf
     Raises:
         ValueError: there are fewer images than neighbors that vote.
     """
-    count = len(context.labelled)
+    count = len(context.labeled)
     if isinstance(evaluation, KnnConfig):
         require(
             evaluation.neighbors <= count,
@@ -241,7 +243,7 @@ def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConf
         return ["knn"]
     if evaluation.label_share < 1:
         return ["logistic"]
-    counts, needed = np.bincount(context.labelled.labels, minlength=context.classes), FEW_LABELS["per_class"]
+    counts, needed = np.bincount(context.labeled.labels, minlength=context.classes), FEW_LABELS["per_class"]
     if counts.min() >= needed:
         return ["logistic", "logistic_10_labels"]
     context.say(
@@ -262,7 +264,7 @@ def by_stored_features(
     """Evaluates one checkpoint's encoder, and the other representations, by k-NN or logistic regression."""
 
     def features(name: str) -> tuple[Tensor, Tensor]:
-        sets = context.labelled, context.test
+        sets = context.labeled, context.test
         if name == "raw pixels":
             return raw_pixels(sets[0], side=context.side), raw_pixels(sets[1], side=context.side)
         network = encoder if name == "pretrained" else context.untrained()
@@ -271,7 +273,7 @@ def by_stored_features(
     evaluate = partial(
         evaluate_features,
         {name: features(name) for name in names},
-        torch.from_numpy(context.labelled.labels),
+        torch.from_numpy(context.labeled.labels),
         torch.from_numpy(context.test.labels),
         context.classes,
         protocols,
@@ -304,7 +306,7 @@ def by_lars(
         "loader": loader.name,
         "precision": str(context.dtype).removeprefix("torch."),
         "seed": context.config.seed,
-        "train_images": len(context.labelled),
+        "train_images": len(context.labeled),
         "test_images": len(context.test),
         "classes": context.classes,
         "step": step,
@@ -334,7 +336,7 @@ def lars_accuracy(
     classifier = train_linear(
         encoder,
         loader,
-        torch.from_numpy(context.labelled.labels).to(context.device),
+        torch.from_numpy(context.labeled.labels).to(context.device),
         evaluation,
         classes=context.classes,
         # With few labels as many steps as with all: 90 epochs of 1% of the images would hardly move the weights.
@@ -363,13 +365,13 @@ def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
 
 
 def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunConfig) -> Loader:
-    labelled = context.labelled
-    source = int(max(sides.max() for sides in labelled.sizes(np.arange(len(labelled)))))
+    labeled = context.labeled
+    source = int(max(sides.max() for sides in labeled.sizes(np.arange(len(labeled)))))
     backends = choose_backends(
         config, source, context.side, context.dtype, context.device, context.console, operators=["augment"]
     )
     return make_loader(
-        labelled,
+        labeled,
         view_of(LINEAR_VIEW, config.dataset),
         views=1,
         side=context.side,
@@ -386,4 +388,4 @@ def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunCo
 
 def batch_size(context: EvalContext, evaluation: LinearConfig) -> int:
     """Returns the images per step of the paper's protocol: no more than have labels."""
-    return min(evaluation.batch_size, len(context.labelled))
+    return min(evaluation.batch_size, len(context.labeled))

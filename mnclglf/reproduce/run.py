@@ -26,7 +26,8 @@ from rich.text import Text
 
 from mnclglf.config import RunConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, split_train, view_side
+from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.splits import split_train
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.reports.page import write_report
 from mnclglf.reproduce.plan import Reproduce, Run, Scale, Table, evaluation_of, make_table
@@ -42,6 +43,7 @@ from mnclglf.reproduce.results import (
 )
 from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
+from mnclglf.runs.console import say
 from mnclglf.runs.files import read_config
 from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.loop import StopRequest, Trainer, TrainingError
@@ -345,11 +347,6 @@ def _watch(command: Sequence[str], log: Path, stop: StopRequest, console: Consol
         except BaseException:  # a second Ctrl-C
             process.terminate()
             raise
-
-
-def say(console: Console, text: str) -> None:
-    """Prints text as it is: a path or a log may hold what rich takes for markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def last_lines(log: Path, count: int) -> list[str]:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mnclglf.config import RunConfig, to_dict
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import Pixels, split_train, view_side
+from mnclglf.data.images import Pixels, view_side
 from mnclglf.data.loader import Batch, Loader, batch_indices
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.methods import Losses
 from mnclglf.runs.checkpoint import (
@@ -271,7 +272,7 @@ class Trainer:
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
         """The figures of the step just done, as plain numbers."""
         agreement = None
-        if losses.neighbors is not None and self.images.labelled:
+        if losses.neighbors is not None and self.images.labeled:
             agreement = neighbor_agreement(losses.neighbors, batch.indices, self.labels)
         return {
             "step": done,

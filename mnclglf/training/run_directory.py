@@ -42,7 +42,7 @@ def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     if not METHODS[config.method].labelled:
         return config
     require(
-        images.labelled,
+        images.labeled,
         f"{config.method} trains on labels, and {images.name} has none; give each class a subfolder of its own, or "
         "take another --method",
     )
