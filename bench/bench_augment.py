@@ -9,9 +9,9 @@ from bench.side_by_side import DEVICE, Case, Implementation, Work, by_implementa
 from mnclglf.data.loaders.reference import render_view
 from mnclglf.data.loaders.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
-from mnclglf.recipes import VIEWS
+from mnclglf.view_formats import VIEWS
 from mnclglf_kernels import augment
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat
 
 VIEW = VIEWS["paper"]
 
@@ -33,8 +33,8 @@ def augment_case(*, images: int = 256, side: int = 32) -> Case:
         stored = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
         statistics = [torch.from_numpy(values).to(DEVICE) for values in (mean, std)]
         given = stored, torch.arange(images, device=DEVICE), numbers, *statistics
-        recipe = Recipe(side, blur_window=blur_window(VIEW, side))
-        return Work(lambda: [augment(*given, recipe, dtype=implementation.dtype, backend=implementation.backend)])
+        view_format = ViewFormat(side, blur_window=blur_window(VIEW, side))
+        return Work(lambda: [augment(*given, view_format, dtype=implementation.dtype, backend=implementation.backend)])
 
     return Case("augment", f"3 x {images} views, {side} x {side}", "forward", "elementwise", make)
 

@@ -37,9 +37,9 @@ VIEWS: dict[str, ViewConfig] = {
     "simclr": ViewConfig(crop_scale=(0.08, 1.0), blur_probability=0.0, interpolation="bilinear"),
     # He et al. 2020 and Chen et al. 2020 ("Improved baselines"), as in their code's aug_plus.
     "mocov2": ViewConfig(interpolation="bilinear"),
-    # Grill et al. 2020, table 6, with one distribution for all views: theirs blur the first always, the second one time
-    # in ten, and solarise it one time in five, which is not done here.
-    "byol": ViewConfig(crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=0.55),
+    # Grill et al. 2020, table 6, with one distribution for all views: theirs blur the first always and the second one
+    # time in ten, and solarize the second alone, one time in five.
+    "byol": ViewConfig(crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=0.55, solarize_probability=0.1),
     # Chen & He 2021, appendix D (CIFAR-10): as MoCo v2, without blur.
     "simsiam": ViewConfig(interpolation="bilinear", blur_probability=0.0),
     # Khosla et al. 2020, the cross-entropy baseline of their code for CIFAR (main_ce.py): crop and flip.
@@ -54,7 +54,7 @@ VIEWS: dict[str, ViewConfig] = {
 
 
 def view_of(name: str, dataset: str) -> ViewConfig:
-    """The views of this name for a data set: digits are never flipped, and have no colours.
+    """The views of this name for a data set: digits are never flipped, and have no colors.
 
     Raises:
         ValueError: there is no such name.

@@ -19,7 +19,8 @@ from mnclglf.data.images import Pixels
 from mnclglf.data.philox import philox, uniform
 
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, which then falls back to a central crop
-_WORDS = 32  # random words a view: 2 * CROP_ATTEMPTS for the crop's size, 12 for the rest
+# Random words per view, a multiple of 4. What is added later takes further ones, so that these stay as they are.
+_WORDS = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,13 @@ class ViewParameters:
     saturation: NDArray[np.float32]
     """Factor; 1 is off."""
     hue: NDArray[np.float32]
-    """Shift in turns of the colour wheel; 0 is off."""
+    """Shift in turns of the color wheel; 0 is off."""
     gray: NDArray[np.bool_]
-    """Whether the colours are dropped."""
+    """Whether the colors are dropped."""
     sigma: NDArray[np.float32]
     """Standard deviation of the blur in pixels; 0 is off."""
+    solarize: NDArray[np.bool_]
+    """Whether pixels of at least half the largest level are inverted."""
 
     def __len__(self) -> int:
         return len(self.angle)
@@ -101,6 +104,7 @@ def draw_parameters(
         hue=np.where(jitter, _between(u[28], -config.hue, config.hue), 0.0).astype(np.float32),
         gray=u[29] < config.gray_probability,
         sigma=np.where(u[30] < config.blur_probability, _between(u[31], *config.blur_sigma), 0.0).astype(np.float32),
+        solarize=u[32] < config.solarize_probability,
     )
 
 
@@ -155,7 +159,7 @@ def whole_views(
     std: NDArray[np.float32],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The images at the size of a view, normalised, without randomness.
+    """The images at the size of a view, normalized, without randomness.
 
     Args:
         images: n of uint8 [H, W, 3], of any sizes, or one array [n, H, W, 3].

@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional as F
 
 @pytest.fixture(scope="session")
 def photos() -> Callable[..., np.ndarray]:
-    """A function of count, side and colour that gives uint8 [count, side, side, 3], pieces of two photographs."""
+    """A function of count, side and color that gives uint8 [count, side, side, 3], pieces of two photographs."""
     sources = [torch.tensor(load_sample_image(name)).permute(2, 0, 1) for name in ("china.jpg", "flower.jpg")]
 
-    def cut(count: int, side: int, *, colour: bool = True) -> np.ndarray:
+    def cut(count: int, side: int, *, color: bool = True) -> np.ndarray:
         rng = np.random.default_rng(0)
         images = []
         for number in range(count):
@@ -24,6 +24,6 @@ def photos() -> Callable[..., np.ndarray]:
             top, left = (int(rng.integers(0, source.shape[axis] - size)) for axis in (1, 2))
             images.append(F.resized_crop(source, top, left, size, size, [side, side], antialias=True))
         made = torch.stack(images).permute(0, 2, 3, 1).contiguous().numpy()
-        return made if colour else np.repeat(made.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
+        return made if color else np.repeat(made.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
 
     return cut

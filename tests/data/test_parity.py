@@ -1,6 +1,6 @@
 """DALI's and the resident loader's views against torchvision's, image by image, in levels of 1 / 255.
 
-After the resize both compute in float32, so a change of colour alone agrees to rounding. Rotation and resize end in
+After the resize both compute in float32, so a change of color alone agrees to rounding. Rotation and resize end in
 whole levels, where a last bit makes one level. Two things differ by design and are bounded here: DALI repeats an
 image's edge where torchvision leaves outside pixels out of an antialiased or cubic sum, and torchvision's cubic kernel
 rounds and clamps to bytes between its two passes.
@@ -37,7 +37,8 @@ NONE = ViewConfig(
 )
 SILENT = replace(NONE, jitter_probability=1, brightness=0, contrast=0, saturation=0, hue=0)
 CROP = replace(NONE, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
-COLOURS = {
+OPERATIONS = ("flip", "jitter", "gray", "blur", "solarize")
+COLORS = {
     "brightness": replace(SILENT, brightness=0.4),
     "contrast": replace(SILENT, contrast=0.4),
     "saturation": replace(SILENT, saturation=0.4),
@@ -48,7 +49,9 @@ COLOURS = {
     "gray": replace(NONE, gray_probability=0.5),
     "flip": replace(NONE, flip_probability=0.5),
     "blur": replace(NONE, blur_probability=0.5),
-    "all after the crop": replace(NONE, **{f"{name}_probability": 0.5 for name in ("flip", "jitter", "gray", "blur")}),
+    # At the threshold both sides of it meet (127.5 levels), so a rounding there is not amplified: EXACT holds.
+    "solarize": replace(NONE, solarize_probability=0.5),
+    "all after the crop": replace(NONE, **{f"{name}_probability": 0.5 for name in OPERATIONS}),
 }
 
 
@@ -81,21 +84,21 @@ def assert_changed(views: torch.Tensor, images: np.ndarray, view: ViewConfig, si
     assert ((views - unchanged).abs().amax(dim=(1, 2, 3)) > 2).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("colour", [True, False])
-@pytest.mark.parametrize("name", COLOURS)
-def test_what_follows_the_resize_is_exact(photos: Callable[..., np.ndarray], name: str, colour: bool) -> None:
-    images = photos(32, 32, colour=colour)
-    ours, truth = both(images, COLOURS[name], 32)
+@pytest.mark.parametrize("color", [True, False])
+@pytest.mark.parametrize("name", COLORS)
+def test_what_follows_the_resize_is_exact(photos: Callable[..., np.ndarray], name: str, color: bool) -> None:
+    images = photos(32, 32, color=color)
+    ours, truth = both(images, COLORS[name], 32)
     assert (ours - truth).abs().max() < EXACT
-    if colour or name not in ("saturation", "hue", "any hue", "gray"):  # which leave a gray image as it is
-        assert_changed(truth, images, COLOURS[name], 32)
+    if color or name not in ("saturation", "hue", "any hue", "gray"):  # which leave a gray image as it is
+        assert_changed(truth, images, COLORS[name], 32)
 
 
-def test_hue_is_exact_for_pure_tied_and_gray_colours() -> None:
+def test_hue_is_exact_for_pure_tied_and_gray_colors() -> None:
     levels = [0, 1, 127, 128, 254, 255]
-    colours = np.array(np.meshgrid(levels, levels, levels), dtype=np.uint8).reshape(3, -1).T  # 216 colours
-    images = np.stack([np.roll(np.resize(colours, (16, 16, 3)), shift, axis=0) for shift in range(16)])
-    ours, truth = both(images, COLOURS["any hue"], 16)
+    colors = np.array(np.meshgrid(levels, levels, levels), dtype=np.uint8).reshape(3, -1).T  # 216 colors
+    images = np.stack([np.roll(np.resize(colors, (16, 16, 3)), shift, axis=0) for shift in range(16)])
+    ours, truth = both(images, COLORS["any hue"], 16)
     assert (ours - truth).abs().max() < EXACT
 
 
@@ -109,12 +112,12 @@ def test_rotation_agrees_to_a_level(photos: Callable[..., np.ndarray], size: int
     assert_changed(truth, images, view, size)
 
 
-@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("color", [True, False])
 @pytest.mark.parametrize(("size", "side"), [(32, 32), (28, 32), (28, 64)])
 def test_enlarging_bilinear_crops_agree_to_a_level(
-    photos: Callable[..., np.ndarray], size: int, side: int, colour: bool
+    photos: Callable[..., np.ndarray], size: int, side: int, color: bool
 ) -> None:
-    images = photos(32, size, colour=colour)
+    images = photos(32, size, color=color)
     ours, truth = both(images, CROP, side)
     # a crop that is larger than the view would be shrunk: none is here
     assert (ours - truth).abs().max() < WHOLE
@@ -146,14 +149,14 @@ def test_cubic_crops_agree_but_for_the_rounding_between_passes(
     assert_changed(truth, images, view, side)
 
 
-@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("color", [True, False])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "side"), [(32, 32), (28, 32), (32, 16)])
 def test_the_whole_chain_agrees_for_every_image(
-    photos: Callable[..., np.ndarray], size: int, side: int, interpolation: str, colour: bool
+    photos: Callable[..., np.ndarray], size: int, side: int, interpolation: str, color: bool
 ) -> None:
     view = ViewConfig(rotation_degrees=15, interpolation=interpolation)
-    ours, truth = both(photos(48, size, colour=colour), view, side)
+    ours, truth = both(photos(48, size, color=color), view, side)
     difference = (ours - truth).abs()
     # one level of the resize grows by brightness, contrast and saturation, 1.4 each, and by hue where two channels are
     # nearly equal: 3 levels are rare off the edge, and the mean stays that of the resize
@@ -201,10 +204,10 @@ def test_the_whole_chain_agrees_on_the_gpu(
 # the resident loader, whose resize rounds between its passes and leaves outside pixels out as torchvision's does
 
 
-@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("name", COLORS)
 def test_resident_views_follow_the_resize_exactly(photos: Callable[..., np.ndarray], name: str) -> None:
     images = photos(32, 32)
-    ours, truth = (render(images, COLOURS[name], 32, backend) for backend in ("resident", "reference"))
+    ours, truth = (render(images, COLORS[name], 32, backend) for backend in ("resident", "reference"))
     assert (ours - truth).abs().max() < EXACT
 
 

@@ -28,8 +28,8 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.ops.augment import ViewFormat
 
 pytestmark = pytest.mark.gpu
 
@@ -61,17 +61,18 @@ def in_fp64(inputs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_augment(dtype, rotates, cubic, source, side):
     images, rows = torch.randint(256, (20, 3, source, source), dtype=torch.uint8), torch.randperm(20)
-    u = torch.rand(60, 12)
+    u = torch.rand(60, 13)
     start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
     numbers = [360 * u[:, :1] - 180, start, length, (u[:, 5:6] > 0.5).float(), 0.6 + 0.8 * u[:, 6:9], u[:, 9:10] - 0.5]
-    parameters = torch.cat([*numbers, (u[:, 10:11] > 0.8).float(), 2 * u[:, 11:] * (u[:, :1] > 0.3)], 1)
+    numbers += [(u[:, 10:11] > 0.8).float(), 2 * u[:, 11:12] * (u[:, :1] > 0.3), (u[:, 12:] > 0.5).float()]
+    parameters = torch.cat(numbers, 1)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    recipe = Recipe(side, cubic, 5, rotates)
+    view_format = ViewFormat(side, cubic, 5, rotates)
     given = on_gpu([images, rows, parameters, mean, std])
     doubles = in_fp64([parameters, mean, std])
-    truth = augment(images, rows, *doubles, recipe, dtype=torch.float64, backend="torch")
+    truth = augment(images, rows, *doubles, view_format, dtype=torch.float64, backend="torch")
     ours, plain = (
-        (augment(*given, recipe, dtype=dtype, backend=backend).cpu().double() - truth).abs()
+        (augment(*given, view_format, dtype=dtype, backend=backend).cpu().double() - truth).abs()
         for backend in ("triton", "torch")
     )
     ours, plain = (255 * std.view(3, 1, 1) * (x - torch.finfo(dtype).eps * truth.abs()) for x in (ours, plain))
@@ -218,8 +219,8 @@ def test_enqueue(dtype, row_dtype):
     for queue, device, backend in ((before, DEVICE, "triton"), (before.double(), "cpu", "torch")):
         ring, pointer = queue.to(device, copy=True), torch.tensor(900, device=device)
         values = rows.to(device) if backend == "triton" else rows.double()
-        enqueue(ring, pointer, values, keep=torch.tensor(True, device=device), backend=backend)
-        enqueue(ring, pointer, values, keep=torch.tensor(False, device=device), backend=backend)
+        enqueue(ring, pointer, values, should_update=torch.tensor(True, device=device), backend=backend)
+        enqueue(ring, pointer, values, should_update=torch.tensor(False, device=device), backend=backend)
         assert pointer.item() == 156
         results.append(ring.cpu())
     plain = results[1].clone()
@@ -274,7 +275,7 @@ def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> l
     upstream = [i * torch.ones_like(loss) for i, loss in enumerate(losses, start=1)]
     gradients = torch.autograd.grad([*losses, patches], leaves, [*upstream, patches.detach()])
     pointer = torch.full((), 950, device=DEVICE)
-    enqueue(queue, pointer, leaves[2], keep=patches[0, 0, 0, 0] < 100, backend="triton")
+    enqueue(queue, pointer, leaves[2], should_update=patches[0, 0, 0, 0] < 100, backend="triton")
     return [x.detach() for x in (*losses, patches, combined, index, *gradients, queue, pointer)]
 
 

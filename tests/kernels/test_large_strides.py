@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import augment, combine, divide, enqueue, nearest_neighbor
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 LIMIT = 2**31
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13
@@ -65,8 +65,8 @@ def test_divide(strides, far, backend):
 )
 def test_augment(strides, far, backend):
     images = torch.randint(1, 256, (2 if strides[0] > LIMIT else 1, 3, 8, 8), dtype=torch.uint8)
-    numbers = torch.tensor([[0.0, 0, 0, 8, 8, 0, 1, 1, 1, 0, 0, 0]])
-    given = torch.tensor([len(images) - 1]), numbers, torch.zeros(3), torch.ones(3), Recipe(8)
+    numbers = view_parameters(8, 8)
+    given = torch.tensor([len(images) - 1]), numbers, torch.zeros(3), torch.ones(3), ViewFormat(8)
     spread = place(images, far.view(torch.uint8), strides)
     assert torch.equal(augment(spread, *given, backend=backend), augment(images, *given, backend=backend))
 

@@ -15,11 +15,10 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels._triton.launch import Launch, run
-from mnclglf_kernels._triton.patches import divide_launches
-from mnclglf_kernels.augment import Recipe
-
-MODULES = ["augment", "patches", "contrastive", "neighbor", "nt_xent", "queue", "queue_contrastive"]
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.divide import divide_launches
+from mnclglf_kernels._triton.launch import Launch
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def launched(monkeypatch) -> list[Launch]:
         launches.extend(some)
         run(some, device)
 
-    for module in MODULES:
-        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", record)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", record)
     return launches
 
 
@@ -45,7 +44,7 @@ def pairs_of(subsets: tuple[int, ...], images: int, width: int, targets_learn: b
 
 def stored() -> tuple[Tensor, ...]:
     """An image, the numbers of three views, mean and std."""
-    numbers = torch.tensor([[0.0, 0, 0, 8, 8, 0, 1, 1, 1, 0, 0, 1]]).repeat(3, 1)
+    numbers = view_parameters(8, 8, sigma=1).repeat(3, 1)
     image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     return image, torch.tensor([0]), numbers, torch.zeros(3), torch.ones(3)
 
@@ -59,9 +58,13 @@ def queue_loss(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def test_the_queue_s_loss_takes_two_launches_more_for_each_slice(launched, monkeypatch):
-    monkeypatch.setattr("mnclglf_kernels._triton.queue_contrastive.COEFFICIENTS", 3 * 64)
+    monkeypatch.setattr("mnclglf_kernels._triton.queue_contrastive_loss.COEFFICIENTS", 3 * 64)
     queue_contrastive_loss(learner(3, 4), torch.randn(3, 4), torch.randn(150, 4), 0.5, backend="triton").backward()
-    assert [x.arguments["K"] for x in launched if x.kernel.__name__ == "queue_coefficient_kernel"] == [64, 64, 22]
+    assert [x.arguments["K"] for x in launched if x.kernel.__name__ == "queue_contrastive_loss_coefficient_kernel"] == [
+        64,
+        64,
+        22,
+    ]
     assert len(launched) == 2 + 3 * 2 + 1
     memory = {x.arguments["coefficients"].data_ptr() for x in launched if "coefficients" in x.arguments}
     assert len(memory) == 1
@@ -83,7 +86,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     [
         (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
         (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
-        (lambda: augment(*stored(), Recipe(6), backend="triton"), 1),
+        (lambda: augment(*stored(), ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
         (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),
@@ -128,16 +131,16 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
 
     def inspect(launches: list[Launch], device: torch.device) -> None:
         given = {x.untyped_storage().data_ptr() for x in inputs}
-        for launch in launches:
-            for name, value in launch.arguments.items():
+        for x_launch in launches:
+            for name, value in x_launch.arguments.items():
                 for x in value if isinstance(value, tuple) else [value]:
                     if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                        assert is_blank(x), f"{name} of {launch.kernel.fn.__name__}"
+                        assert is_blank(x), f"{name} of {x_launch.kernel.fn.__name__}"
                         written.add(name)
         run(launches, device)
 
-    for module in MODULES:
-        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", inspect)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", inspect)
 
     def known(x: Tensor) -> Tensor:
         inputs.append(x)
@@ -175,15 +178,15 @@ def test_a_kernel_that_leaves_its_tensors_is_found():
     images, patches = torch.randn(1, 1, 2, 2), torch.empty(4, 1, 1, 1)
     launches = divide_launches(images, patches, backward=False)
     with pytest.raises(Exception, match="1 addresses that are no elements"), confined([images, patches[:3]], "divide"):
-        run(launches, images.device)
+        launch.run(launches, images.device)
     with (
         pytest.raises(Exception, match="2 addresses that are no elements"),
         confined([images[..., 0], patches], "divide"),
     ):
-        run(launches, images.device)
+        launch.run(launches, images.device)
 
 
 def test_an_element_that_is_stored_twice_is_found():
     images, patches = torch.empty(1).expand(1, 1, 2, 2), torch.randn(4, 1, 1, 1)
     with pytest.raises(AssertionError, match="two owners"), confined([images, patches], "divide"):
-        run(divide_launches(images, patches, backward=True), images.device)
+        launch.run(divide_launches(images, patches, backward=True), images.device)

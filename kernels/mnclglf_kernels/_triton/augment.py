@@ -11,15 +11,19 @@ N images, H and W their sides, S side of a view; HP, WP and SP the same, padded 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import Launch, run
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.launch import Launch, Traffic, total_bytes
+from mnclglf_kernels.ops.augment import ViewFormat
 
-PARAMETERS = tl.constexpr(12)
 WHITE = tl.constexpr(255.0)
+SOLARIZE_THRESHOLD = tl.constexpr(127.5)  # in levels
 DEGREE = tl.constexpr(0.017453292519943295)  # in radians
 RED = tl.constexpr(0.2989)
 GREEN = tl.constexpr(0.587)
@@ -35,6 +39,7 @@ def augment_kernel(
     std,
     views,
     N: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the parameters
     H: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
@@ -51,11 +56,12 @@ def augment_kernel(
 ):
     view = tl.program_id(0).to(tl.int64)
     image = images + tl.load(rows + view % N) * IMAGE_STRIDE
-    given = parameters + view * PARAMETERS
+    given = parameters + view * COLUMNS
     angle, top, left = tl.load(given), tl.load(given + 1), tl.load(given + 2)
     height, width, flip = tl.load(given + 3), tl.load(given + 4), tl.load(given + 5)
     brightness, contrast, saturation = tl.load(given + 6), tl.load(given + 7), tl.load(given + 8)
     hue, gray, sigma = tl.load(given + 9), tl.load(given + 10), tl.load(given + 11)
+    solarize = tl.load(given + 12)
 
     row = tl.arange(0, 4 * HP)[:, None]
     y, x = row % HP, tl.arange(0, WP)[None, :]
@@ -92,6 +98,7 @@ def augment_kernel(
     row = tl.arange(0, 4 * SP)[:, None]
     channel, y, x = row // SP, row % SP, tl.arange(0, SP)[None, :]
     inside = (channel < 3) & (y < S) & (x < S)
+    pixels = tl.where((solarize > 0) & (pixels >= SOLARIZE_THRESHOLD), WHITE - pixels, pixels)
     middle = tl.where(channel == 0, tl.load(mean), tl.where(channel == 1, tl.load(mean + 1), tl.load(mean + 2)))
     deviation = tl.where(channel == 0, tl.load(std), tl.where(channel == 1, tl.load(std + 1), tl.load(std + 2)))
     pixels = pixels / (WHITE * deviation) - middle / deviation
@@ -233,7 +240,7 @@ def blend(other, pixels, factor):
 
 @triton.jit
 def shift_hue(red, green, blue, turns):
-    """The formulas of mnclglf_kernels.augment."""
+    """The formulas of mnclglf_kernels.ops.augment."""
     least = tl.minimum(tl.minimum(red, green), blue)
     chroma = tl.maximum(tl.maximum(red, green), blue) - least
     sixths = 1 + (green + blue - red - least) / tl.maximum(chroma, 1e-6)
@@ -265,6 +272,20 @@ def blur_weights(sigma, S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr)
     return tl.where((source < S) & (out < S), weights / total, 0.0)
 
 
+def augment_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    """Each view reads its whole image; a rotation reads a pixel up to four times, which is what is counted."""
+    count, h, w, s = grid[0], a["HP"], a["WP"], a["SP"]
+    image, written = 3 * a["H"] * a["W"], total_bytes([a["views"]])
+    row = 8 + 4 * a["parameters"].shape[1] + 4 * 6  # which image, the numbers of the view, mean and std
+    resize = 2 * 4 * s * (h * w + h * s)
+    blur = 3 * 4 * s * s * s * 2 if a["WINDOW"] > 1 else 0
+    return Traffic(
+        2 * count * (resize + blur),
+        len(a["rows"]) * (image + 8) + total_bytes([a["parameters"], a["mean"], a["std"]]) + written,
+        count * (image * (4 if a["ROTATES"] else 1) + row) + written,
+    )
+
+
 def augment_launches(
     images: Tensor,
     rows: Tensor,
@@ -289,6 +310,7 @@ def augment_launches(
         std=std,
         views=views,
         N=len(rows),
+        COLUMNS=parameters.shape[1],
         H=height,
         W=width,
         S=side,
@@ -301,7 +323,24 @@ def augment_launches(
         ROTATES=rotates,
         **dict(zip(("HP", "WP", "SP"), padded, strict=True)),
     )
-    return [Launch(augment_kernel, (len(parameters),), arguments, warps=8 if max(padded) > 32 else 4)]
+    return [Launch(augment_kernel, augment_traffic, (len(parameters),), arguments, warps=8 if max(padded) > 32 else 4)]
+
+
+def launches(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    view_format: ViewFormat,
+    *,
+    dtype: torch.dtype,
+    arch: int,
+) -> list[Launch]:
+    """The launch of a call."""
+    views, (_, cubic, blur_window, rotates) = empty_views(parameters, view_format.side, dtype), view_format
+    given = (images, rows, parameters, mean, std, views)
+    return augment_launches(*given, cubic=cubic, blur_window=blur_window, rotates=rotates)
 
 
 def empty_views(parameters: Tensor, side: int, dtype: torch.dtype) -> Tensor:
@@ -325,8 +364,8 @@ def augment(
     """[M, 3, H, W] bytes to [V * N, 3, S, S]."""
     views = empty_views(parameters, side, dtype)
     given = [x.contiguous() for x in (rows, parameters, mean, std)]
-    launches = augment_launches(images, *given, views, cubic=cubic, blur_window=blur_window, rotates=rotates)
-    run(launches, images.device)
+    launched = augment_launches(images, *given, views, cubic=cubic, blur_window=blur_window, rotates=rotates)
+    launch.run(launched, images.device)
     return views
 
 

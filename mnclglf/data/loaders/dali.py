@@ -25,7 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.archives import DataError
+from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window
@@ -139,6 +139,8 @@ def input_names(config: ViewConfig) -> list[str]:
         names += ["gray"]
     if config.blur_probability > 0:
         names += ["blur", "sigma"]
+    if config.solarize_probability > 0:
+        names += ["solarize"]
     return names
 
 
@@ -229,6 +231,8 @@ def _view(
         pixels = fn.coord_transform(pixels, M=_LUMA * 3)
     if given.get("blur"):
         pixels = fn.gaussian_blur(pixels, sigma=given["sigma"], window_size=blur_window(config, side))
+    if given.get("solarize"):
+        pixels = pixels + (pixels >= _WHITE / 2) * (_WHITE - 2.0 * pixels)
     return fn.crop_mirror_normalize(
         pixels,
         mirror=given.get("flip", 0),
@@ -269,7 +273,7 @@ def _jitter(pixels: Any, given: dict[str, Any]) -> Any:
 
 
 def _shift_hue(pixels: Any, turns: Any) -> Any:
-    """Adds turns to the hue in HSV, of float [S, S, 3]: DALI's own hue turns the colours in YIQ, which is not the same.
+    """Adds turns to the hue in HSV, of float [S, S, 3]: DALI's own hue turns the colors in YIQ, which is not the same.
 
     With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
     q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green

@@ -31,7 +31,7 @@ def render_view(
     """The view of `image`, uint8 [H, W, 3], that row `row` of the parameters describes: float32 [3, side, side].
 
     The rotation and the resize round to uint8 levels, as they do on images from files; from there on pixels are floats
-    in [0, 1], clamped after each change of colour, and the last step normalises them with mean [3] and std [3].
+    in [0, 1], clamped after each change of color, and the last step normalizes them with mean [3] and std [3].
     """
     p = parameters
     pixels = torch.tensor(image).permute(2, 0, 1)
@@ -41,15 +41,17 @@ def render_view(
     pixels = F.resized_crop(
         pixels, top, left, height, width, [side, side], _MODES[config.interpolation], antialias=True
     )
-    pixels = _change_colours(F.to_dtype(pixels, torch.float32, scale=True), p, row)
+    pixels = _change_colors(F.to_dtype(pixels, torch.float32, scale=True), p, row)
     if p.flip[row]:
         pixels = F.horizontal_flip(pixels)
     if p.sigma[row] > 0:
         pixels = F.gaussian_blur(pixels, [blur_window(config, side)] * 2, [float(p.sigma[row])] * 2)
+    if p.solarize[row]:
+        pixels = F.solarize(pixels, 0.5)
     return F.normalize(pixels, mean.tolist(), std.tolist())
 
 
-def _change_colours(pixels: Tensor, p: ViewParameters, row: int) -> Tensor:
+def _change_colors(pixels: Tensor, p: ViewParameters, row: int) -> Tensor:
     """Brightness, contrast, saturation, hue and gray, in this order, of float32 [3, S, S] in [0, 1]."""
     if p.brightness[row] != 1:
         pixels = F.adjust_brightness(pixels, float(p.brightness[row]))

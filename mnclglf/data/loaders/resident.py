@@ -1,4 +1,4 @@
-"""Views made from images that stay on the device, by the one kernel of mnclglf_kernels.augment."""
+"""Views made from images that stay on the device, by the one kernel of mnclglf_kernels.ops.augment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window
 from mnclglf_kernels import Backend, augment
-from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
+from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, ViewFormat
 
 _COPIED_IMAGES = 4096  # at once
 
@@ -43,7 +43,7 @@ class ResidentLoader(Loader):
         self._stored = _on_device(images.images, self._device)
         self._mean, self._std = (torch.from_numpy(x).to(self._device) for x in (self.mean, self.std))
         config = self._config
-        self._recipe = Recipe(
+        self._format = ViewFormat(
             side=self.side,
             cubic=config.interpolation == "bicubic",
             blur_window=blur_window(config, self.side) if config.blur_probability else 1,
@@ -66,7 +66,7 @@ class ResidentLoader(Loader):
     def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """V tensors [N, 3, S, S]."""
         given = self._stored, rows, parameters, self._mean, self._std
-        views = augment(*given, self._recipe, dtype=dtype, backend=self._backend)
+        views = augment(*given, self._format, dtype=dtype, backend=self._backend)
         return views.chunk(self._views)
 
     def _numbers(self, step: int) -> tuple[Tensor, Tensor]:
@@ -76,12 +76,12 @@ class ResidentLoader(Loader):
         return rows, parameters
 
     def _tensors(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
-        """Rows [N] and the parameters of their views, [V * N, 12], view-major."""
+        """Rows [N] and the parameters of their views, [V * N, 13], view-major."""
         return torch.from_numpy(rows.copy()), parameter_table(self._draw(rows, epoch))
 
 
 def parameter_table(views: Sequence[ViewParameters]) -> Tensor:
-    """What augment takes of V views of N images, fp32 [V * N, 12], view-major."""
+    """What augment takes of V views of N images, fp32 [V * N, 13], view-major."""
     columns = [view.arrays() for view in views]
     table = np.concatenate([np.stack([view[name] for name in PARAMETERS], 1) for view in columns])
     return torch.from_numpy(table.astype(np.float32))

@@ -89,7 +89,7 @@ def test_hue_turns_red_towards_green(turns: float, becomes: list[int]) -> None:
     np.testing.assert_allclose(render(red, hue=turns), np.broadcast_to(becomes, red.shape), atol=1e-5)
 
 
-def test_gray_is_the_luma_after_the_other_colours(image: np.ndarray) -> None:
+def test_gray_is_the_luma_after_the_other_colors(image: np.ndarray) -> None:
     pixels = np.minimum(image / 255 * 1.4, 1) @ np.array([0.2989, 0.587, 0.114])
     grayed = render(image, brightness=1.4, gray=True)
     np.testing.assert_allclose(grayed, np.repeat(pixels[..., None], 3, axis=-1), atol=1e-5)

@@ -1,4 +1,4 @@
-"""augment: random views of stored images, from pixels in bytes to what a network eats, in one pass."""
+"""augment: random views of stored images, from stored bytes to the network's input, in one pass."""
 
 from __future__ import annotations
 
@@ -10,38 +10,48 @@ from torch.nn import functional as F
 
 from mnclglf_kernels.backend import Backend, resolve
 
-PARAMETERS: tuple[str, ...] = (
-    "angle",  # of the rotation in degrees, counter-clockwise
-    "top",  # of the crop in pixels
-    "left",
-    "crop_height",
-    "crop_width",
-    "flip",  # 1 where left and right change places
-    "brightness",  # factors, 1 is off
-    "contrast",
-    "saturation",
-    "hue",  # shift in turns of the colour wheel
-    "gray",  # 1 where the colours are dropped
-    "sigma",  # of the blur in pixels, 0 is off
-)
+PARAMETERS: dict[str, float] = {
+    "angle": 0,  # of the rotation in degrees, counter-clockwise
+    "top": 0,  # of the crop in pixels
+    "left": 0,
+    "crop_height": 1,
+    "crop_width": 1,
+    "flip": 0,  # 1 where left and right change places
+    "brightness": 1,  # factors
+    "contrast": 1,
+    "saturation": 1,
+    "hue": 0,  # shift in turns of the color wheel
+    "gray": 0,  # 1 where the colors are dropped
+    "sigma": 0,  # of the blur in pixels
+    "solarize": 0,  # 1 where levels from 127.5 on are inverted
+}
+"""Columns of the parameters, in their order, with the value that changes nothing."""
 LARGEST_SIDE = 64  # of images and views: a program of the kernel holds a whole image
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _WHITE = 255.0
+# In levels: 0.5 of pixels in [0, 1], as in BYOL. Both sides meet there, at 127.5, so rounding is not amplified.
+_SOLARIZE_THRESHOLD = 127.5
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class Recipe(NamedTuple):
-    """What is the same for all views of a run."""
+class ViewFormat(NamedTuple):
+    """Settings that all views of a run share."""
 
     side: int
-    """Of a view in pixels."""
+    """Side of a view in pixels."""
     cubic: bool = True
     """Resampling of the crop: Keys' cubic with a = -1/2, else bilinear; both antialiased."""
     blur_window: int = 5
     """Taps of the blur, odd; 1 where no view is blurred."""
     rotates: bool = False
-    """Whether angles are looked at."""
+    """True where views are rotated; otherwise the angles are ignored."""
+
+
+def view_parameters(height: int, width: int, **changes: float) -> Tensor:
+    """Returns the parameters [1, 13] of the view that is the whole image, but for `changes` by column."""
+    values = PARAMETERS | {"crop_height": height, "crop_width": width} | changes
+    return torch.tensor([list(values.values())], dtype=torch.float32)
 
 
 def augment(
@@ -50,25 +60,26 @@ def augment(
     parameters: Tensor,
     mean: Tensor,
     std: Tensor,
-    recipe: Recipe,
+    view_format: ViewFormat,
     *,
     dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Views of images, in the order rotation, crop and resize, jitter, gray, flip, blur, normalisation.
+    """Returns views of images, ready for the network.
 
-    The result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
-    of the resize, end in whole levels; from there on pixels are real numbers, clamped after each change of colour.
+    The order is rotation, crop and resize, jitter, gray, flip, blur, solarize, normalization. The
+    result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
+    of the resize, end in whole levels; from there on pixels are real numbers, clamped after each change of color.
 
     Args:
         images: [M, 3, H, W] uint8.
-        rows: [N] int64, which images; below M.
-        parameters: [V * N, 12], the columns PARAMETERS, view-major: row v * N + n is view v of image rows[n]. The crop
+        rows: [N] int64, the images to make views of; below M.
+        parameters: [V * N, 13], the columns PARAMETERS, view-major: row v * N + n is view v of image rows[n]. The crop
             lies within the image. fp32; computed in fp64 where it is fp64 (PyTorch form only).
         mean: [3], of the images scaled to [0, 1], in the dtype of the parameters.
         std: [3].
-        recipe: what all views have in common.
-        dtype: of the result.
+        view_format: settings that all views share.
+        dtype: dtype of the result.
         backend: see `resolve`. The Triton form has sides of at most 64.
 
     Returns:
@@ -78,23 +89,29 @@ def augment(
         ValueError: a shape or a setting does not fit.
         TypeError: a dtype does not.
     """
-    _check(images, rows, parameters, mean, std, recipe, dtype)
+    _check(images, rows, parameters, mean, std, view_format, dtype)
     resolved = resolve(backend, images, rows, parameters, mean, std)
-    largest = max(*images.shape[2:], recipe.side)
+    largest = max(*images.shape[2:], view_format.side)
     if resolved == "triton" and backend == "triton":
         if largest > LARGEST_SIDE:
             raise ValueError(f"a side is {largest}; backend 'triton' augments up to {LARGEST_SIDE}, use 'torch'")
         if parameters.dtype == torch.float64:
             raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
     if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
-        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *recipe, dtype)
+        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *view_format, dtype)
     device = "cpu" if images.is_meta else images.device.type  # meta has no autocast
     with torch.autocast(device, enabled=False):  # its products are of pixels, which bf16 would round
-        return _augment(images, rows, parameters, mean, std, recipe, dtype)
+        return _augment(images, rows, parameters, mean, std, view_format, dtype)
 
 
 def _check(
-    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, dtype: torch.dtype
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    view_format: ViewFormat,
+    dtype: torch.dtype,
 ) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {tuple(images.shape)}; augment needs [M, 3, H, W]")
@@ -114,31 +131,38 @@ def _check(
         )
     if mean.shape != (3,) or std.shape != (3,):
         raise ValueError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}; augment needs [3]")
-    window = recipe.blur_window
-    if window < 1 or window % 2 == 0 or window // 2 >= recipe.side:
-        raise ValueError(f"blur_window {window} must be odd and its half less than the side, {recipe.side}")
+    window = view_format.blur_window
+    if window < 1 or window % 2 == 0 or window // 2 >= view_format.side:
+        raise ValueError(f"blur_window {window} must be odd and its half less than the side, {view_format.side}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype {dtype} is not floating point; take fp32, fp16 or bf16")
 
 
 def _augment(
-    images: Tensor, rows: Tensor, parameters: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, dtype: torch.dtype
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    view_format: ViewFormat,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """All views at once: resize and blur are products with matrices of weights, [V * N, out, in]."""
+    """Makes all views at once: resize and blur are products with matrices of weights, [V * N, out, in]."""
     p = dict(zip(PARAMETERS, parameters[:, :, None, None].unbind(1), strict=True))  # each [V * N, 1, 1]
-    side, work = recipe.side, parameters.dtype
+    side, work = view_format.side, parameters.dtype
     pixels = images[rows].to(work).repeat(len(parameters) // max(len(rows), 1), 1, 1, 1)
-    if recipe.rotates:
+    if view_format.rotates:
         pixels = _to_levels(_rotate(pixels, p["angle"]))
-    across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, recipe.cubic)
-    down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, recipe.cubic)
+    across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, view_format.cubic)
+    down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, view_format.cubic)
     pixels = _to_levels(pixels @ across.mT[:, None])  # across before down, as torchvision's
     pixels = _to_levels(down[:, None] @ pixels)
-    colours = _change_colours(pixels.unbind(1), p)
-    pixels = torch.where(p["flip"][:, None] > 0, torch.stack(colours, 1).flip(3), torch.stack(colours, 1))
-    if recipe.blur_window > 1:
-        blur = _blur_weights(p["sigma"], side, recipe.blur_window)[:, None]
+    colors = _change_colors(pixels.unbind(1), p)
+    pixels = torch.where(p["flip"][:, None] > 0, torch.stack(colors, 1).flip(3), torch.stack(colors, 1))
+    if view_format.blur_window > 1:
+        blur = _blur_weights(p["sigma"], side, view_format.blur_window)[:, None]
         pixels = blur @ pixels @ blur.mT
+    pixels = torch.where((p["solarize"][:, None] > 0) & (pixels >= _SOLARIZE_THRESHOLD), _WHITE - pixels, pixels)
     scale, shift = (x.view(3, 1, 1) for x in (1 / (_WHITE * std), mean / std))
     return (pixels * scale - shift).to(dtype, memory_format=torch.channels_last)
 
@@ -174,9 +198,9 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, side: int, cubic
     return weights / weights.sum(2, keepdim=True)
 
 
-def _change_colours(colours: tuple[Tensor, ...], p: dict[str, Tensor]) -> list[Tensor]:
+def _change_colors(colors: tuple[Tensor, ...], p: dict[str, Tensor]) -> list[Tensor]:
     """Brightness, contrast, saturation, hue and gray, in this order, of red, green and blue [n, S, S] in levels."""
-    changed = [(x * p["brightness"]).clamp(max=_WHITE) for x in colours]
+    changed = [(x * p["brightness"]).clamp(max=_WHITE) for x in colors]
     middle = _luma(changed).mean((1, 2), keepdim=True)
     changed = [torch.lerp(middle, x, p["contrast"]).clamp(0, _WHITE) for x in changed]
     luma = _luma(changed)
@@ -186,19 +210,19 @@ def _change_colours(colours: tuple[Tensor, ...], p: dict[str, Tensor]) -> list[T
     return [torch.where(p["gray"] > 0, luma, x) for x in changed]
 
 
-def _luma(colours: list[Tensor]) -> Tensor:
-    red, green, blue = colours
+def _luma(colors: list[Tensor]) -> Tensor:
+    red, green, blue = colors
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
-def _shift_hue(colours: list[Tensor], turns: Tensor) -> list[Tensor]:
+def _shift_hue(colors: list[Tensor], turns: Tensor) -> list[Tensor]:
     """Adds turns to the hue in HSV.
 
     With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
     q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green
     m + C clamp(2 - |h - 2|), blue m + C clamp(2 - |h - 4|).
     """
-    red, green, blue = colours
+    red, green, blue = colors
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue) - least
     sixths = 1 + (green + blue - red - least) / chroma.clamp(min=1e-6)
