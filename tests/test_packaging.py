@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["setup", "train", "report", "test", "test-gpu", "bench", "bench-compare", "gpu-report"]
-TARGETS += ["check-aot", "check", "clean"]
+TARGETS += ["check-aot", "check", "docs", "clean"]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
