@@ -21,7 +21,7 @@ from mnclglf import cli
 from mnclglf.cli import Knn, Linear, Train, main, parse
 from mnclglf.config import KnnConfig, LinearConfig, from_dict, to_dict
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import split_train
+from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import VIEWS, paper, quick, tuned
 from mnclglf.reports.page import Picture

@@ -24,20 +24,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mnclglf.data.errors import DataError, damaged
+
 LARGEST_BYTES = 2**30  # of a file read here, unpacked: five times the largest in use
 CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
 _PART_BYTES = 2**20
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
-
-
-class DataError(ValueError):
-    """A data set's files are missing, damaged or not what they should be."""
-
-
-def damaged(path: Path, problem: str) -> DataError:
-    """The error that says what is wrong with `path` and what to do."""
-    return DataError(f"{path}: {problem}; delete it and fetch it again (--download, or by hand into --data-dir)")
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

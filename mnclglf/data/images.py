@@ -1,38 +1,24 @@
-"""Sets of labelled images, in memory or in files, and the choices that are made among them."""
+"""Sets of images with their labels, in memory or in files."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import ExifTags, Image
 
-from mnclglf.config import DataConfig
-from mnclglf.data.archives import DataError
-from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """Images: one array [n, H, W, 3], or [H, W, 3] each."""
 
-SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
-FORMATS = ("JPEG", "PNG", "WEBP")
-_TURNS = {  # by EXIF's orientation; Pillow's own way takes XMP's too, which DALI does not look at
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _COUNTED_IMAGES = 1000  # at once, for statistics: numpy counts in eight times the memory
 
 
@@ -45,9 +31,9 @@ class ImageSet(ABC):
     split: str
     """train, validation or test."""
     labels: NDArray[np.int64]
-    """[n], 0 to len(classes) - 1; -1 where nobody labelled them."""
+    """[n], 0 to len(classes) - 1; -1 where nobody labeled them."""
     classes: tuple[str, ...]
-    """What each label is called; empty where nobody labelled them."""
+    """What each label is called; empty where nobody labeled them."""
     origin: NDArray[np.int64] | None = None
     """[n], the row of each image in the set that this one was picked from; None where it is whole."""
 
@@ -55,7 +41,7 @@ class ImageSet(ABC):
         return len(self.labels)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         return bool(self.classes)
 
     def subset(self, rows: ArrayLike) -> Self:
@@ -210,82 +196,9 @@ def _mean_and_deviation(
     return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)
 
 
-def to_colour(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def to_color(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[n, H, W] as [n, H, W, 3] with three equal channels."""
     return np.repeat(gray[..., None], 3, axis=3)
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """The image of a JPEG, PNG or WebP file, uint8 [H, W, 3], upright as its EXIF orientation says.
-
-    Gray becomes three equal channels, transparency is dropped, 16 bits become 8.
-
-    Raises:
-        DataError: it cannot be read to its end, or has more pixels than Pillow trusts.
-    """
-    try:
-        # From memory: a file that is read in place reserves what the length of a chunk in it says, up to 2 GB. And of
-        # these formats alone: Pillow would run Ghostscript on others, and DALI does not know them.
-        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-            upright = image if turn is None else image.transpose(turn)
-            if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would cut them off at 255
-                levels = np.asarray(upright, dtype=np.float64) / 257
-                upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
-    except Exception as error:  # a damaged file makes Pillow raise anything: OSError, SyntaxError, struct.error, ...
-        raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
-
-
-Images = TypeVar("Images", bound=ImageSet)
-
-
-def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
-    """The images to pre-train on and the validation images that are held out of them.
-
-    The choice is random and fixed: it depends on the number of images alone, not on a run's seed, and the validation
-    images stay the same when train_images changes.
-
-    Raises:
-        DataError: the two together are more than there are.
-    """
-    held_out = data.validation_images
-    kept = len(train) - held_out if data.train_images is None else data.train_images
-    if kept < 1 or held_out + kept > len(train):
-        raise DataError(
-            f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
-            f"{held_out} do not fit; lower one of them"
-        )
-    order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)  # not a data set's own choice
-    rows = np.sort(order[held_out : held_out + kept]), np.sort(order[:held_out])
-    return train.subset(rows[0]), replace(train.subset(rows[1]), split="validation")
-
-
-def with_labels(images: Images, share: float, *, seed: int) -> Images:
-    """The images whose labels may be used: this share of every class, at least one image of each.
-
-    The choice is random and depends on the labels and the seed alone; a smaller share is a part of a larger one.
-
-    Raises:
-        DataError: a class has no image.
-    """
-    if share == 1:
-        return images
-    order = permutation(len(images), seed=seed, stream=LABEL_STREAM)
-    rows: list[NDArray[np.int64]] = []
-    for label, name in enumerate(images.classes):
-        members = order[images.labels[order] == label]
-        if len(members) == 0:
-            raise DataError(
-                f"{images.name} has no training image of class {name} to take a label from; train on more images, or "
-                "evaluate with all labels"
-            )
-        rows.append(members[: max(1, round(share * len(members)))])
-    return images.subset(np.sort(np.concatenate(rows)))
 
 
 def view_side(images: ImageSet, image_size: int | None) -> int:

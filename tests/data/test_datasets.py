@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import utils
 
 from mnclglf.config import DATASETS
-from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
+from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray
 from mnclglf.data.sources import SOURCES, cache_dir, cifar, fashion_mnist
 from mnclglf.data.sources.cifar import Cifar10, Cifar100

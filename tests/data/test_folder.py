@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from mnclglf.data import images as images_module
-from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import read_image
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
 from mnclglf.data.sources import cache_dir, folder
 
 
@@ -59,7 +59,7 @@ def test_subfolders_are_classes(root: Path) -> None:
     assert train.classes == ("cats", "dogs")
     assert train.paths == ("cats/2019/y.Png", "cats/x.jpeg", "dogs/a.JPG", "dogs/b.png", "dogs/c.webp")
     assert train.labels.tolist() == [0, 0, 1, 1, 1]
-    assert (train.name, train.split, train.labelled, len(train)) == (f"folder:{root}", "train", True, 5)
+    assert (train.name, train.split, train.labeled, len(train)) == (f"folder:{root}", "train", True, 5)
     np.testing.assert_array_equal(train.pixels(3), read_image(root / "dogs/b.png"))
     assert train.names(np.array([4, 0])) == ["dogs/c.webp", "cats/2019/y.Png"]
 
@@ -68,7 +68,7 @@ def test_without_subfolders_there_are_no_labels(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         write(tmp_path / "flat" / name)
     train, test = load(tmp_path / "flat")
-    assert (train.paths, train.labels.tolist(), train.classes, train.labelled) == (
+    assert (train.paths, train.labels.tolist(), train.classes, train.labeled) == (
         ("a.png", "b.png"),
         [-1, -1],
         (),

@@ -27,8 +27,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mnclglf.data.archives import DataError, extract, read_cifar_binary, read_cifar_pickle, read_idx, read_pickle
-from mnclglf.data.images import read_image
+from mnclglf.data.archives import extract, read_cifar_binary, read_cifar_pickle, read_idx, read_pickle
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
 from mnclglf.data.sources import folder, tinyimagenet
 
 EXAMPLES = int(os.environ.get("MNCLGLF_FUZZ_EXAMPLES", "100"))

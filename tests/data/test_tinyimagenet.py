@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from mnclglf.cli import main
-from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import read_image
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
 from mnclglf.data.sources import cache_dir, tinyimagenet
 
 WNIDS = ("n01443537", "n01629819", "n01641577")

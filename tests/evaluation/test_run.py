@@ -21,8 +21,8 @@ from mnclglf.config import (
     RunConfig,
 )
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import split_train
 from mnclglf.data.loader import Loader
+from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation import run as module
 from mnclglf.evaluation.results import Result, load_results

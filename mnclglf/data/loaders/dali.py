@@ -25,7 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.archives import DataError
+from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window

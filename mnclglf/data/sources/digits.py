@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.data.archives import DataError
-from mnclglf.data.images import SPLIT_SEED, ImageArray, to_colour
+from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageArray, to_color
 from mnclglf.data.philox import SPLIT_STREAM, permutation
 from mnclglf.data.sources.source import Request, Source
+from mnclglf.data.splits import SPLIT_SEED
 
 _CLASSES = tuple("0123456789")
 
@@ -53,5 +54,5 @@ def _stratified_split(
     picked = [order[labels[order] == label][:tests_per_class] for label in range(len(_CLASSES))]
     test = np.sort(np.concatenate(picked))
     train = np.setdiff1d(np.arange(len(labels)), test)
-    whole = ImageArray(name=name, split="train", images=to_colour(gray), labels=labels, classes=_CLASSES)
+    whole = ImageArray(name=name, split="train", images=to_color(gray), labels=labels, classes=_CLASSES)
     return whole.subset(train), replace(whole.subset(test), split="test")

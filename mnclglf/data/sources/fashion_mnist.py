@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.data.archives import damaged, read_idx
-from mnclglf.data.images import ImageArray, to_colour
+from mnclglf.data.archives import read_idx
+from mnclglf.data.errors import damaged
+from mnclglf.data.images import ImageArray, to_color
 from mnclglf.data.sources.source import Request, Source, cache_dir, download, missing
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -69,7 +70,7 @@ def _read(files: dict[str, Path], part: str, count: int) -> ImageArray:
     return ImageArray(
         name="fashion_mnist",
         split="train" if part == "train" else "test",
-        images=to_colour(images),
+        images=to_color(images),
         labels=labels.astype(np.int64),
         classes=_CLASSES,
     )

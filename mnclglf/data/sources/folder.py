@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from mnclglf.config import FOLDER
-from mnclglf.data.archives import DataError
-from mnclglf.data.images import ImageFiles, moments_of, read_image
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageFiles, moments_of
 from mnclglf.data.sources.source import Request, Source, cache_dir
 from mnclglf.runs.files import write_atomically
 

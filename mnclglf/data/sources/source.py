@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnclglf.data.archives import DataError, damaged
+from mnclglf.data.errors import DataError, damaged
 from mnclglf.data.images import ImageSet
 from mnclglf.runs.files import cache_folder
 

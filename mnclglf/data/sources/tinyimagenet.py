@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.data.archives import DataError, damaged, extract
-from mnclglf.data.images import ImageArray, read_image
+from mnclglf.data.archives import extract
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.images import ImageArray
 from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
 from mnclglf.runs.files import write_atomically
 

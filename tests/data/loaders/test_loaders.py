@@ -18,8 +18,8 @@ from PIL import Image
 
 from mnclglf.config import ViewConfig
 from mnclglf.data import loaders as loader_module
-from mnclglf.data.archives import DataError
 from mnclglf.data.datasets import load_dataset
+from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import Batch, Loader, batch_indices
 from mnclglf.data.loaders import make_loader

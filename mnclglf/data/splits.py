@@ -1,0 +1,100 @@
+"""Random choices of images: which ones train, which ones validate, and whose labels are used.
+
+Each is a permutation by Philox (philox.py), so it depends on the number of images, their labels and a seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnclglf.config import DataConfig
+from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageSet
+from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
+
+SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
+
+Images = TypeVar("Images", bound=ImageSet)
+
+
+def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
+    """Returns the images to pre-train on and the validation images that are held out of them.
+
+    The choice depends on the number of images alone, not on a run's seed, and the validation images stay the same when
+    train_images changes.
+
+    Raises:
+        DataError: the two together are more than there are.
+    """
+    held_out = data.validation_images
+    kept = len(train) - held_out if data.train_images is None else data.train_images
+    if kept < 1 or held_out + kept > len(train):
+        raise DataError(
+            f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
+            f"{held_out} do not fit; lower one of them"
+        )
+    # epoch=1, because a data set without a test set of its own draws one at epoch 0 (sources/digits.py)
+    order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)
+    train_rows = np.sort(order[held_out : held_out + kept])
+    held_out_rows = np.sort(order[:held_out])
+    return train.subset(train_rows), replace(train.subset(held_out_rows), split="validation")
+
+
+def with_labels(images: Images, share: float, *, seed: int) -> Images:
+    """Returns the images whose labels may be used: this share of every class, at least one image of each.
+
+    A smaller share is a part of a larger one.
+
+    Raises:
+        DataError: a class has no image.
+    """
+    if share == 1:
+        return images
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    for name, count in zip(images.classes, counts.tolist(), strict=True):
+        if count == 0:
+            raise DataError(
+                f"{images.name} has no training image of class {name} to take a label from; train on more images, or "
+                "evaluate with all labels"
+            )
+    return images.subset(
+        draw_labeled(images.labels, len(images.classes), lambda count: max(1, round(share * count)), seed=seed)
+    )
+
+
+def per_class_draws(
+    labels: NDArray[np.int64], *, classes: int, per_class: int, draws: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Returns `draws` random choices of `per_class` rows of each class, each int64 [classes * per_class], sorted.
+
+    Raises:
+        ValueError: per_class or draws is below 1, or a class has fewer than `per_class` rows.
+    """
+    if per_class < 1 or draws < 1:
+        raise ValueError(f"per_class {per_class} and draws {draws} must both be at least 1")
+    for label, count in enumerate(np.bincount(labels, minlength=classes)[:classes].tolist()):
+        if count < per_class:
+            raise ValueError(f"class {label} has {count} train images, fewer than per_class {per_class}")
+    return [draw_labeled(labels, classes, lambda _: per_class, seed=seed, draw=draw) for draw in range(draws)]
+
+
+def draw_labeled(
+    labels: NDArray[np.int64], classes: int, wanted: Callable[[int], int], *, seed: int, draw: int = 0
+) -> NDArray[np.int64]:
+    """Returns the sorted rows of a random choice of `wanted(count)` rows of each class that has `count` of them.
+
+    Args:
+        labels: [n], 0 to classes - 1; other values are not chosen.
+        classes: number of classes.
+        wanted: rows to take of a class of so many.
+        seed: of the choice.
+        draw: number of the choice; each is independent of the others.
+    """
+    order = permutation(len(labels), seed=seed, stream=LABEL_STREAM, epoch=draw)
+    members = [order[labels[order] == label] for label in range(classes)]
+    return np.sort(np.concatenate([rows[: wanted(len(rows))] for rows in members]))
