@@ -68,7 +68,9 @@ def settings() -> str:
     from mnclglf import config
 
     sections = [config.RunConfig]
-    sections += [f.default_factory for f in dataclasses.fields(config.RunConfig) if dataclasses.is_dataclass(f.default_factory)]
+    sections += [
+        f.default_factory for f in dataclasses.fields(config.RunConfig) if dataclasses.is_dataclass(f.default_factory)
+    ]
     return "\n\n".join(section_text(section) for section in sections)
 
 

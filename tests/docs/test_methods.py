@@ -1,4 +1,4 @@
-"""docs/howto/add-a-method.md's tenth method: taken from the document, put where it says, held against its equations, trained."""
+"""The tenth method of docs/howto/add-a-method.md: put where the page says, held against its equations, trained."""
 
 import importlib.util
 import io
