@@ -11,7 +11,7 @@ from mnclglf.data.loaders.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
 from mnclglf.recipes import VIEWS
 from mnclglf_kernels import augment
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.ops.augment import Recipe
 
 VIEW = VIEWS["paper"]
 

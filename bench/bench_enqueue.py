@@ -23,7 +23,7 @@ def enqueue_case(*, images: int = 256, size: int = 16384, width: int = 2048) -> 
             return [queue]
 
         def ours() -> list[Tensor]:
-            enqueue(queue, pointer, batch, keep=keep, backend=implementation.backend)
+            enqueue(queue, pointer, batch, should_update=keep, backend=implementation.backend)
             return [queue]
 
         return Work(reference if implementation.backend == "reference" else ours)

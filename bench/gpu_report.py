@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 from mnclglf.runs.files import write_atomically
 from mnclglf.training.compiling import remember_proof
-from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS
+from mnclglf_kernels.operators import OPERATORS, Example
+from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE
 
 Figures = dict[str, Any]
 Outcome = Literal["passed", "failed", "timed out", "not run"]
@@ -104,21 +105,21 @@ def environment() -> Figures:
 
 def compiled_ahead() -> Figures:
     """Every kernel compiled for the nearest architecture of the table (sm_86 without a GPU): spills, shared memory."""
-    from mnclglf_kernels.inspect import DTYPES, variants
+    from mnclglf_kernels.aot import DTYPES, variants
 
     arch = table_architecture()
-    found = list(variants(OPERATORS, tuple(DTYPES), [arch]))
+    found = list(variants(tuple(OPERATORS), tuple(DTYPES), [arch]))
     bad = [v for v in found if v.stack_bytes or v.shared_bytes > v.shared_limit_bytes]
     return {"architecture": f"sm_{arch}", "variants": len(found), WRONG: [f"{v.kernel}: {v}" for v in bad]}
 
 
 def kernels() -> Figures:
     """Every kernel against PyTorch in fp64 at the paper's sizes, and launches that must agree bit for bit."""
-    from mnclglf_kernels import canary
+    from mnclglf_kernels import self_check
 
     wrong: list[str] = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found = canary.failures(SIZES, dtype, dtype, DEVICE)
+        found = self_check.failures(SIZES, dtype, dtype, DEVICE)
         wrong += [f"{dtype}, {name}: {problem}" for name, problem in found.items()]
     for name, call in operator_calls(torch.bfloat16).items():
         first = call()
@@ -140,7 +141,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
         nt_xent,
         queue_contrastive_loss,
     )
-    from mnclglf_kernels.augment import Recipe
+    from mnclglf_kernels.ops.augment import Recipe
 
     n, side, features, k, width, size, source = SIZES
 
@@ -157,7 +158,7 @@ def operators(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[to
     queue, views = torch.nn.functional.normalize(random(size, width)), rows[1:4:2]
     stored = torch.randint(256, (n, 3, source, source), dtype=torch.uint8, device=DEVICE)
     numbers = torch.tensor([0.0, 1, 2, source - 3, source - 2, 1, 1.2, 0.8, 1.1, 0.1, 0, 1], device=DEVICE)
-    view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS * n, 1), numbers[6:9], numbers[6:9]]
+    view = [stored, torch.arange(n, device=DEVICE), numbers.repeat(VIEWS_PER_IMAGE * n, 1), numbers[6:9], numbers[6:9]]
     return {
         "augment": (partial(augment, recipe=Recipe(side), dtype=dtype, backend="triton"), view, []),
         "divide": (partial(divide, backend="triton"), [images], [images]),
@@ -324,8 +325,7 @@ def roofline() -> Figures:
     from triton.testing import do_bench
 
     from mnclglf_kernels._triton.launch import run
-    from mnclglf_kernels._triton.traffic import traffic
-    from mnclglf_kernels.inspect import GPUS, launches, least_time
+    from mnclglf_kernels.aot import GPUS, least_time
 
     arch = table_architecture()
     square = torch.randn(4096, 4096, device=DEVICE).bfloat16()
@@ -338,12 +338,13 @@ def roofline() -> Figures:
         "bf16 matmul of side 4096": f"{flops / 1e12:.1f} TFLOP/s, nominal {gpu.half_flops / 1e12:.0f}",
         "copy": f"{copied / 1e9:.0f} GB/s, nominal {gpu.dram_bytes / 1e9:.0f}",
     }
-    for op in OPERATORS:
-        for i, x in enumerate(launches(op, torch.bfloat16, arch, SIZES, DEVICE), start=1):
+    example = Example(sizes=SIZES, device=DEVICE)
+    for op, row in OPERATORS.items():
+        for i, x in enumerate(row.launches(example, arch), start=1):
             for tensor in tree_leaves(list(x.arguments.values())):
                 if isinstance(tensor, torch.Tensor):
                     fill(tensor)
-            least = 1e6 * least_time(traffic(x), "bf16", GPUS[arch])[0]
+            least = 1e6 * least_time(x.traffic, "bf16", GPUS[arch])[0]
             measured = 1e3 * float(do_bench(partial(run, [x], DEVICE), return_mode="median"))
             figures[f"{op} {i}, {x.kernel.__name__} {x.grid}"] = (
                 f"{measured:.1f} us, at least {least:.1f} us: {least / measured:.0%}"

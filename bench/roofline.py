@@ -1,6 +1,6 @@
 """`python -m bench.roofline`: the least time of a training step, part by part, and what sets it.
 
-For any method, batch and size: by the nominal peaks of a GPU of inspect.py (--gpu), or by this machine's own (--gpu
+For any method, batch and size: by the nominal peaks of a GPU of aot.py (--gpu), or by this machine's own (--gpu
 this), where the step is also run, and what each part took stands beside its least. mnclglf.training.roofline has
 how it is counted.
 """
@@ -36,7 +36,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.inspect import DTYPES
+from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 
 GPU_OPTIONS = {"3090": 86, "4090": 89, "a100": 80, "h100": 90}
 OTHER = "everything else"

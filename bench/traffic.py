@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves
 from mnclglf.methods import MNCLGLF
 from mnclglf_kernels import augment
 from mnclglf_kernels._triton.launch import Launch
-from mnclglf_kernels._triton.traffic import traffic
-from mnclglf_kernels.augment import Recipe
-from mnclglf_kernels.inspect import launches
-from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Operator
+from mnclglf_kernels.operators import OPERATORS, Example, OperatorName
+from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from method_oracles import nt_xent_as_published, queue_loss_as_published
@@ -75,13 +74,13 @@ def on_meta(*shape: int, dtype: torch.dtype, gradient: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
 
 
-def eager(op: Operator, dtype: torch.dtype) -> Eager:
+def eager(op: OperatorName, dtype: torch.dtype) -> Eager:
     """The reference's launches and bytes of one operator in a step of the paper's sizes, forward and backward."""
     n, side, features, k, width, size, source = PAPER
     with Eager() as counted:
         if op == "augment":
             images, rows = (on_meta(n, 3, source, source, dtype=torch.uint8), on_meta(n, dtype=torch.int64))
-            numbers = (on_meta(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 12), (3,), (3,)))
+            numbers = (on_meta(*shape, dtype=torch.float32) for shape in ((VIEWS_PER_IMAGE * n, 12), (3,), (3,)))
             augment(images, rows, *numbers, Recipe(side), dtype=dtype, backend="torch")
         elif op == "divide":
             images = on_meta(n, 3, side, side, dtype=dtype, gradient=True)
@@ -110,18 +109,18 @@ def eager(op: Operator, dtype: torch.dtype) -> Eager:
     return counted
 
 
-def ours(op: Operator, dtype: torch.dtype) -> list[Launch]:
+def ours(op: OperatorName, dtype: torch.dtype) -> list[Launch]:
     """Ours of the same work: no gradient of targets and keys, as in a step."""
-    asked = launches(op, dtype, 86)
+    asked = OPERATORS[op].launches(Example(dtype=dtype))
     return [x for x in asked if not x.arguments.get("OF_TARGETS") and not x.arguments.get("OF_KEYS")]
 
 
-def rows(dtype: torch.dtype, operators: Sequence[Operator]) -> list[Row]:
+def rows(dtype: torch.dtype, operators: Sequence[OperatorName]) -> list[Row]:
     """A row an operator, and their sum; augment against its own PyTorch form."""
     found: list[Row] = []
     for op in operators:
         mine, theirs = ours(op, dtype), eager(op, dtype)
-        unique = sum(traffic(x).unique_bytes for x in mine)
+        unique = sum(x.traffic.unique_bytes for x in mine)
         found.append(Row(op, len(mine), theirs.launches, unique, theirs.unique_bytes))
     return [*found, Row("together", *(sum(column) for column in zip(*(row[1:] for row in found), strict=True)))]
 
