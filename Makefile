@@ -62,7 +62,7 @@ check: setup ## format, lint and types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: setup ## build the documentation into build/docs/; warnings are errors
-	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs $(ARGS)
+	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(ARGS)
 
 clean: ## delete .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

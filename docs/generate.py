@@ -6,10 +6,13 @@ A page holds a comment such as `<!-- generated: settings -->`; `expand` puts the
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import io
 import os
 import re
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Container
 from contextlib import redirect_stdout
 from functools import cache
 
@@ -136,20 +139,27 @@ def command_line() -> str:
     return "\n\n".join(parts)
 
 
-def autodoc(package: str) -> str:
-    """Returns an autodoc entry for each public name of a package."""
-    import importlib
-    import inspect
-
+def autodoc(package: str, but: Container[str] = ()) -> str:
+    """Returns an autodoc entry for each public name of a package, then for the classes of ours that signatures name."""
     module = importlib.import_module(package)
-    lines = []
-    for name in getattr(module, "__all__", ()):
-        value = getattr(module, name)
-        kind = "function" if inspect.isroutine(value) else "class" if inspect.isclass(value) else "data"
-        lines += [f".. auto{kind}:: {package}.{name}", ""]
-        if kind == "class" and dataclasses.is_dataclass(value):
-            lines[-1:] = ["   :no-members:", ""]
-    return "```{eval-rst}\n" + "\n".join(lines) + "\n```" if lines else ""
+    public = [name for name in getattr(module, "__all__", ()) if name not in but]
+    named: dict[str, type] = {}
+    for value in [getattr(module, name) for name in public]:
+        for hint in typing.get_type_hints(value).values() if inspect.isroutine(value) else ():
+            for kind in [hint, *typing.get_args(hint)]:
+                if inspect.isclass(kind) and kind.__module__.startswith("mnclglf"):
+                    named[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    known = [getattr(module, name) for name in public]
+    rest = {path: kind for path, kind in named.items() if kind not in known and kind.__name__ not in but}
+    entries = {f"{package}.{name}": getattr(module, name) for name in public} | rest
+    return "```{eval-rst}\n" + "\n".join(entry(path, value) for path, value in entries.items()) + "```"
+
+
+def entry(path: str, value: object) -> str:
+    """Returns the autodoc directive of one object. The fields of settings classes are on a page of their own."""
+    if inspect.isclass(value):
+        return f".. autoclass:: {path}{'(**settings)' if value.__module__ == 'mnclglf.config' else ''}\n"
+    return f".. auto{'function' if inspect.isroutine(value) else 'data'}:: {path}\n"
 
 
 PARTS: dict[str, Callable[[], str]] = {
