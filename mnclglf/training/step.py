@@ -92,7 +92,7 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scaler.update()
-        self.method.after_step(losses, batch.indices, momentum=momentum, keep=keep)
+        self.method.after_step(losses, batch.indices, momentum=momentum, should_update=keep)
         return losses, gradient_norm
 
     def kept(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
