@@ -3,15 +3,14 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from mnclglf.config import DATASETS, MethodName, ModelConfig, RunConfig
+from mnclglf.config import DATASETS, METHOD_NAMES, MethodName, ModelConfig, RunConfig
 from mnclglf.recipes import RECIPES, TUNED, VIEWS, paper, tuned
 
 METHOD_PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "algorithm.md"
-NAMES = get_args(MethodName)
+NAMES = METHOD_NAMES
 OF_THE_PAPER = ("cifar10", "cifar100", "tinyimagenet")
 RUNS = [
     (recipe, method, dataset)

@@ -84,7 +84,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-CONSOLE = [block for block in BLOCKS if block.language == "console"]
+CONSOLE = [block for block in BLOCKS if block.language == "console" and block.tested_by is None]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 RUN_PAGES = [ROOT / "README.md", ROOT / "docs" / "start" / "index.md", ROOT / "docs" / "howto" / "use-the-encoder.md"]
 

@@ -23,6 +23,7 @@ from pack.new import x
 
 After `import os` in `pack/table.py`:
 
+<!-- tested by: tests/docs/test_tree_copy.py -->
 ```python
 NAME = "table"
 ```
@@ -39,9 +40,14 @@ An illustration:
 unused = 0
 ```
 
+```console
+$ mnclglf knn runs/x --k 20  # neighbors
+accuracy 90
+```
+
 ```bash
-mnclglf knn runs/x \\
-    --k 20  # neighbors
+mnclglf report \\
+    runs/x
 ```
 """
 TABLE = """import os
@@ -81,8 +87,8 @@ def test_a_field_is_added_to_a_class(copy: TreeCopy) -> None:
     assert (copy.root / "pack" / "table.py").read_text() == TABLE + "    b: int\n"
 
 
-def test_commands_are_the_lines_of_bash_blocks() -> None:
-    assert commands_of(PAGE) == ["mnclglf knn runs/x --k 20"]
+def test_commands_are_those_of_console_and_bash_blocks() -> None:
+    assert commands_of(PAGE) == ["mnclglf knn runs/x --k 20", "mnclglf report runs/x"]
 
 
 @pytest.mark.parametrize(

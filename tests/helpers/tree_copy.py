@@ -7,9 +7,10 @@ A page's instructions are fenced code blocks; the paragraph before a block says 
     After `LINE` in `FILE`:         the block goes after the one line that reads LINE, indentation apart
     At the end of `FILE`:           the block is appended
 
-Import statements at the start of a block go among the file's own, in their sorted place. The block's lines are
-indented as they stand in the page. A `python` block without such a paragraph is an error: an illustration is a `py`
-block. `bash` blocks hold commands, one per line.
+A comment line of the page may stand between. Import statements at the start of a block go among the file's own, in
+their sorted place. The block's lines are indented as they stand in the page. A `python` block without such a paragraph
+is an error: an illustration is a `py` block. Commands are the lines of `bash` blocks and, after `$ `, of `console`
+blocks.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ NOT_COPIED = shutil.ignore_patterns(
     ".*", "__pycache__", "shared", "runs", "data-*", "build", "_build", "dist", "*.egg-info", "*.pt"
 )
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+COMMENT = re.compile(r"^<!--.*?-->$", flags=re.MULTILINE)
 FILE = r"`(?P<file>[\w./-]+\.\w+)`:$"
 FORMS = {
     "write": re.compile(rf"[Ww]rite {FILE}"),
@@ -56,7 +58,7 @@ def edits_of(page: str) -> list[Edit]:
     """
     found: list[Edit] = []
     for fence in FENCE.finditer(page):
-        before = page[: fence.start()].rstrip().rpartition("\n\n")[2]
+        before = COMMENT.sub("", page[: fence.start()]).rstrip().rpartition("\n\n")[2]
         paragraph = " ".join(before.split())
         matches = [(form, match) for form, pattern in FORMS.items() if (match := pattern.search(paragraph))]
         if matches:
@@ -68,10 +70,16 @@ def edits_of(page: str) -> list[Edit]:
 
 
 def commands_of(page: str) -> list[str]:
-    """The lines of a page's `bash` blocks, comments and continuation marks removed."""
-    blocks = [fence["code"].replace("\\\n", " ") for fence in FENCE.finditer(page) if fence["language"] == "bash"]
-    lines = [shlex.join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    """The commands of a page's `console` blocks (lines after `$ `) and `bash` blocks (all lines), comments removed."""
+    lines: list[str] = []
+    for fence in FENCE.finditer(page):
+        own = fence["code"].replace("\\\n", " ").splitlines()
+        if fence["language"] == "console":
+            lines += [line[2:] for line in own if line.startswith("$ ")]
+        elif fence["language"] == "bash":
+            lines += own
+    commands = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return [command for command in commands if command]
 
 
 @dataclass(frozen=True)

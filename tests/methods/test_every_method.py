@@ -1,4 +1,4 @@
-"""What every method of the table promises to the engine."""
+"""The contract of mnclglf.methods.base, for every method of the table."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from methods.test_compiled_step import TinyEncoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf.config import METHOD_NAMES, MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS, Method
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.roofline import step_parts
@@ -101,7 +101,7 @@ def two_steps(method: Method, *, compiled: bool) -> list[Tensor]:
 
 @EVERY
 def test_the_forward_is_one_graph(name: MethodName, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("method", "mnclglf_official"):
+    for module in ("base", "mnclglf_official"):
         monkeypatch.setattr(f"mnclglf.methods.{module}.ResNet18", TinyEncoder)
     torch._dynamo.reset()
     results = []
@@ -137,7 +137,8 @@ def test_a_step_calls_the_operators_that_its_method_names(name: MethodName, fuse
     assert called.names == set(method.operators)
 
 
-# How often a view passes through an encoder, forward and back. The patches of a view count as one.
+# Passes of a view through an encoder, forward and backward; the patches of a view count as one. A method without a row
+# may take each view once through each of its networks (see most_passes).
 PASSES = {
     "mnclglf": (7, 3),
     "mnclglf_official": (7, 2),
@@ -151,6 +152,13 @@ PASSES = {
 }
 
 
+def most_passes(name: MethodName) -> tuple[int, int]:
+    """Each view forward through online encoder, its patches and momentum encoder; backward through the first."""
+    method = make_method(METHODS[name])
+    networks = 1 + ("divide" in method.operators) + hasattr(method, "momentum")
+    return method.views * networks, method.views
+
+
 @EVERY
 def test_a_step_is_counted_and_encodes_no_view_too_often(name: MethodName) -> None:
     def flops(method: MethodName, direction: str) -> int:
@@ -162,5 +170,16 @@ def test_a_step_is_counted_and_encodes_no_view_too_often(name: MethodName) -> No
         )
         return step_parts(config, 16, "bf16")[f"convolutions, {direction}"].flops
 
-    for passes, direction in zip(PASSES[name], ("forward", "backward"), strict=True):
-        assert 2 * flops(name, direction) == passes * flops("simclr", direction)
+    for place, direction in enumerate(("forward", "backward")):
+        taken, two_passes = flops(name, direction), flops("simclr", direction)
+        assert 0 < 2 * taken <= most_passes(name)[place] * two_passes
+        if name in PASSES:
+            assert 2 * taken == PASSES[name][place] * two_passes
+
+
+def test_the_table_holds_the_files() -> None:
+    """config.py lists the names by the files, so that --help needs no torch."""
+    assert sorted(METHODS) == list(METHOD_NAMES)
+    assert {name: kind.__module__ for name, kind in METHODS.items()} == {
+        name: f"mnclglf.methods.{name}" for name in METHODS
+    }

@@ -1,4 +1,4 @@
-"""MNCLGLF against the literal transcription of Algorithm 1, and each decision of docs/method.md on its own."""
+"""MNCLGLF against the literal transcription of Algorithm 1, and each decision of docs/reference/algorithm.md alone."""
 
 import copy
 
