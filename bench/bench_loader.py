@@ -27,8 +27,8 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.views import blur_window
 from mnclglf.recipes import VIEWS
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.loop import Waiting
+from mnclglf.training.start import autocast_dtype, choose_device
 
 DEVICE = choose_device(EngineConfig())
 DTYPE = autocast_dtype(EngineConfig(), DEVICE)

@@ -14,8 +14,8 @@ from bench.roofline import measured_parts, small_share, table
 from bench.side_by_side import AUTOCAST, DEVICE, QUICK
 from bench.steps import COMPILED, GRAPHS, Size, config_of, rungs
 from bench.turns import Comparison
-from mnclglf.training.compiling import compiler_problem
 from mnclglf.training.roofline import name_of, peaks_of, step_parts
+from mnclglf.training.start import compiler_problem
 
 SIZE = Size(images=32) if QUICK else Size()
 NAMES = [

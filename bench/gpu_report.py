@@ -30,7 +30,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mnclglf.runs.files import write_atomically
-from mnclglf.training.compiling import remember_proof
+from mnclglf.training.start import remember_proof
 from mnclglf_kernels.operators import OPERATORS, Example
 from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE
 
@@ -277,11 +277,8 @@ def training(**engine: Any) -> Figures:
     from mnclglf.config import EngineConfig
     from mnclglf.data.loader import Batch
     from mnclglf.recipes import paper
-    from mnclglf.training.backends import choose_backends, describe_backends
-    from mnclglf.training.compiling import choose_compile
-    from mnclglf.training.device import autocast_dtype
     from mnclglf.training.roofline import least_seconds, peaks_of
-    from mnclglf.training.run_directory import build_method
+    from mnclglf.training.start import autocast_dtype, build_method, choose_backends, choose_compile, describe_backends
     from mnclglf.training.step import TrainStep, use_fast_math
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))

@@ -24,8 +24,8 @@ from mnclglf.config import EngineConfig, RunConfig
 from mnclglf.methods import METHODS
 from mnclglf.models import momentum
 from mnclglf.recipes import paper
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.roofline import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf.training.step import keep_freed_memory
 from mnclglf_kernels import (
     combine,

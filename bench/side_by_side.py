@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.row import HEADINGS, REFERENCE, Row, StepRow, ratio
 from mnclglf.config import EngineConfig
-from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf_kernels import resolve
 from mnclglf_kernels.backend import INTERPRETED, Kind
 

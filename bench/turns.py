@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.row import Ratio, StepRow, ratio
 from bench.steps import COMPILED, GRAPHS, KEEPING, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.roofline import best_seconds
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf.training.timing import forget_peak_memory, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from mnclglf.runs.checkpoint import load_state
 from mnclglf.runs.files import read_object
 from mnclglf.runs.results import Result
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import build_method
 
 CHOSEN_FIRST = ("method", "dataset", "recipe")  # the recipe's settings depend on these
 EVALUATIONS = {"knn": KnnConfig, "linear": LinearConfig, "logistic": LogisticConfig}

@@ -189,7 +189,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum and a cosine schedule (Table 2)."""
+    """The optimizer and its schedule: linear warm-up, then a cosine to 0 (Table 2)."""
+
+    optimizer: str = "sgd"
+    """sgd: SGD with momentum. lars: LARS, for large batches; biases and norms are neither adapted nor decayed."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -200,7 +203,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the cosine; the paper has none."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of the optimizer."""
     weight_decay: float = 1e-4
     """Weight decay of every parameter."""
     constant_predictor_lr: bool = False
@@ -236,28 +239,28 @@ class EngineConfig:
     channels_last: bool = True
     """Weights and images with their channels innermost, as tensor cores read them."""
     tf32: bool = True
-    """On a GPU, a run in fp32 multiplies in TF32, in cuDNN and cuBLAS."""
+    """On a GPU, multiply in TF32 in a run in fp32 (cuDNN and cuBLAS)."""
     cudnn_benchmark: bool = True
-    """On a GPU, cuDNN tries its algorithms on each convolution and takes the fastest."""
+    """On a GPU, let cuDNN time its algorithms for each convolution and take the fastest."""
     keep_memory: bool = True
-    """On a CPU, memory that a step freed stays with the process for the next one (Linux)."""
+    """On a CPU, keep the memory that a step freed for the next step (Linux)."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the encoder's residual blocks, and compute the rest again in backward: a third more
-    forward work for a larger batch."""
+    """Keep only the inputs of the encoder's residual blocks and recompute the rest in backward: a third more forward
+    work, for a larger batch."""
     kernels: KernelPolicy = "auto"
-    """Triton kernels: auto uses those that prove right on this GPU, require stops where one does not, off uses none."""
+    """auto: Triton kernels that pass the self-check. require: error if one fails. off: PyTorch only."""
     lookup: Lookup = "auto"
-    """faiss finds the nearest neighbors with FAISS in place of our kernel."""
+    """Nearest-neighbor lookup. auto: our operator. faiss: FAISS."""
     compile: Switch = "auto"
-    """The forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
+    """Compile the forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
     graphs: Switch = "auto"
-    """With compile, on a GPU: CUDA graphs are replayed. auto: once `make gpu-report` has passed on this machine."""
+    """Replay CUDA graphs of the compiled forward. auto: once `make gpu-report` has passed on this GPU."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between two records of metrics."""
     save_every: float = 1.0
     """Epochs between two checkpoints."""
     keep_last: int = 2
-    """Checkpoints that stay besides the milestones."""
+    """Newest checkpoints to keep besides the milestones."""
     keep_every: int | None = None
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 

@@ -25,7 +25,7 @@ from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import VIEWS, paper, quick, tuned
 from mnclglf.reports.page import Picture
-from mnclglf.training.run_directory import build_method, load_trained
+from mnclglf.training.start import build_method, load_trained
 
 RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
 TINY = (

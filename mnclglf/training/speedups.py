@@ -33,9 +33,9 @@ class Forward(Protocol):
 
 
 def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
-    """For all of the process, on a GPU: TF32 for a run in fp32, and cuDNN's fastest algorithms.
+    """Switches TF32 (for a run in fp32) and cuDNN's fastest algorithms on, for the whole process, on a GPU.
 
-    What stays in fp32 under autocast does so for its precision: losses, and the lookup's scores.
+    Losses and the lookup's scores stay in full fp32 under autocast, for their precision.
     """
     precision = "tf32" if config.tf32 and dtype == torch.float32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
@@ -44,10 +44,10 @@ def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep what is freed, for all of the process; false where there is no glibc.
+    """Makes glibc keep freed memory, for the whole process; returns False where there is no glibc.
 
-    A step on a CPU else gets its large tensors anew from the system each time, page by page: 0.9 million page faults
-    and a sixth of the time (docs/performance.md).
+    Otherwise a step on a CPU gets its large tensors from the system anew, page by page: 0.9 million page faults and a
+    sixth of the time were measured (docs/lab/).
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -57,7 +57,7 @@ def keep_freed_memory() -> bool:
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another dtype, by one multi-tensor copy either way."""
+    """Casts tensors to another dtype, and their gradients back, by one multi-tensor copy each way."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -69,14 +69,14 @@ class _Cast(torch.autograd.Function):
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in another dtype, each in its own memory format."""
+    """Returns the tensors in another dtype, each in its own memory format."""
     results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(results, tensors)  # pyright: ignore
     return results
 
 
 def share_casts(method: Method, dtype: torch.dtype) -> Forward:
-    """The method's forward with weights that are cast once a step, for all the forwards of its networks.
+    """Returns the method's forward with each weight cast once per step, for all the forwards of its networks.
 
     Autocast by itself casts a momentum network's weights in each of its forwards: it keeps only casts that carry
     gradients.
@@ -102,10 +102,10 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
 
 
 def compiled(method: Method, *, graphs: bool) -> Forward:
-    """The method's forward as one graph of torch.compile; with `graphs` replayed as CUDA graphs.
+    """Returns the method's forward as one graph of torch.compile; with `graphs` replayed as CUDA graphs.
 
     One graph rather than the encoder's compiled once for all of its forwards: it is as fast, CUDA graphs want it, and
-    equal casts of a weight become one; it takes 1.6 times as long to compile (docs/performance.md).
+    equal casts of a weight become one; it takes 1.6 times as long to compile (docs/lab/).
     """
     from torch._functorch import config  # a second, which an eager run need not wait for
 
@@ -125,7 +125,7 @@ def compiled(method: Method, *, graphs: bool) -> Forward:
 def or_eager(
     forward: Callable[P, Losses], eager: Callable[P, Losses], say: Callable[[str], object]
 ) -> Callable[P, Losses]:
-    """A compiled forward that gives way to the eager one, and says so, where its first call cannot be compiled."""
+    """Returns a forward that falls back to the eager one, with a message, where the compiled one cannot be compiled."""
     chosen = forward
 
     def run(*args: P.args, **kwargs: P.kwargs) -> Losses:
@@ -145,9 +145,9 @@ def or_eager(
 
 
 def checkpoint_activations(method: Method) -> None:
-    """Lets the encoder's residual blocks keep their inputs only, and compute the rest again in backward.
+    """Makes the encoder's residual blocks keep their inputs only, and recompute the rest in backward.
 
-    What is computed again leaves the running statistics alone: they have seen the batch.
+    The recomputation leaves the running statistics alone: they have seen the batch already.
     """
     for block in method.encoder.modules():
         if isinstance(block, BasicBlock):

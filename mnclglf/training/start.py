@@ -81,7 +81,8 @@ class Start:
         return (
             f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
             f"{config.optim.epochs} epochs of {self.loader.steps_per_epoch} steps, device {self.machine.device}, "
-            f"{name_of(self.machine.dtype)}, loader {self.loader.name}, kernels {describe_backends(self.method.backends)}"
+            f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
+            f"kernels {describe_backends(self.method.backends)}"
             + ("" if self.compile == "off" else f", compiled{' with CUDA graphs' * (self.compile == 'graphs')}")
         )
 
@@ -172,7 +173,7 @@ def make_views(config: RunConfig, images: ImageSet, view: ViewConfig, machine: M
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """The device of the run; ValueError where cuda is asked for and torch sees none."""
+    """Returns the device of the run; raises ValueError where cuda is asked for and torch sees no GPU."""
     available = torch.cuda.is_available()
     require(
         config.device != "cuda" or available,
@@ -186,7 +187,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """bfloat16, float16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
+    """Returns bfloat16, float16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
     if config.precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
     if device.type == "cuda":
@@ -200,7 +201,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
-    """The method of a run with fresh weights of its seed, on the CPU, in the memory format that `engine` asks for."""
+    """Makes the method of a run, with fresh weights of its seed, on the CPU, in the memory format of `engine`."""
     torch.manual_seed(config.seed)
     queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
     method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
@@ -224,7 +225,7 @@ def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     Raises:
         ValueError: the images have no labels, or more classes than are given.
     """
-    if not METHODS[config.method].labeled:
+    if not METHODS[config.method].labelled:
         return config
     require(
         images.labeled,
@@ -257,18 +258,18 @@ def choose_backends(
     *,
     operators: Sequence[OperatorName] | None = None,
 ) -> Backends:
-    """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
+    """Chooses each operator's backend: Triton where it runs and passes its self-check at the run's sizes, else PyTorch.
 
     Args:
         config: the run; `engine.kernels` and `engine.lookup` are what is asked for.
         source: longer side of the images that views are made of.
         side: of a view.
         machine: device and autocast dtype of the run.
-        console: where a kernel that is not used is reported.
-        operators: those that are needed; None for those of the method, and of the loader.
+        console: where a kernel that fails its self-check is reported.
+        operators: the operators needed; None for those of the method and of the loader.
 
     Raises:
-        RuntimeError: kernels are required and cannot run, or one is wrong; or FAISS cannot run here.
+        RuntimeError: kernels are required and cannot run, or one fails; or FAISS cannot run here.
     """
     device, dtype = machine.device, machine.dtype
     policy = config.engine.kernels
@@ -277,7 +278,7 @@ def choose_backends(
     if policy == "require" and problem is not None:
         raise RuntimeError(f"kernels are required, but {problem}; take --kernels auto to go on without them")
     if policy == "auto" and problem is not None and device.type == "cuda":
-        console.print(f"PyTorch does the kernels' work: {problem}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"falling back to PyTorch operators: {problem}", highlight=False, markup=False, soft_wrap=True)
     backends = Backends.all("torch")
     if policy == "require" or (policy == "auto" and resolve("auto", probe, kind="matmul") == "triton"):
         backends = Backends.all("triton")
@@ -296,7 +297,8 @@ def choose_backends(
             raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")
         for name, problem in problems.items():
             console.print(
-                f"WARNING: the Triton kernel of {name} is wrong on this machine ({problem}); PyTorch does its work. "
+                f"WARNING: the Triton kernel of {name} fails its self-check on this machine ({problem}); "
+                "falling back to PyTorch. "
                 "`make gpu-report` writes a file to attach to an issue.",
                 style="bold red",
                 markup=False,
@@ -311,7 +313,7 @@ def choose_backends(
 
 
 def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
-    """What the operators of a run see: views of `side`, made of images of `source` pixels a side."""
+    """Returns the sizes that the operators of a run see: views of `side`, made of images of side `source`."""
     return Sizes(
         images=config.optim.batch_size,
         side=side,
@@ -324,18 +326,18 @@ def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
 
 
 def describe_backends(backends: Backends) -> str:
-    """One word where all are alike, else the most used one and the exceptions: "triton, nearest_neighbor faiss"."""
+    """Returns the most used backend and the exceptions: "triton, nearest_neighbor faiss"."""
     (most, _), *_ = Counter(backends).most_common(1)
     return ", ".join([most, *(f"{name} {used}" for name, used in backends._asdict().items() if used != most)])
 
 
 def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object]) -> Compile:
-    """What becomes of a run's forward: eager, compiled, or compiled and replayed as CUDA graphs.
+    """Decides whether a run's forward is eager, compiled, or compiled and replayed as CUDA graphs.
 
     Args:
-        engine: `compile` and `graphs` are what is asked for.
-        device: of the run.
-        say: told why nothing is compiled though it was to be.
+        engine: the settings `compile` and `graphs`.
+        device: device of the run.
+        say: receives the reason where nothing is compiled although it was asked for.
     """
     if engine.compile == "off" or (engine.compile == "auto" and not compiles_by_itself(engine, device)):
         return "off"
@@ -350,12 +352,12 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
 
 
 def compiles_by_itself(engine: EngineConfig, device: torch.device) -> bool:
-    """Whether "auto" compiles: on a GPU. On a CPU minutes buy nothing: convolutions are 87% of a step."""
+    """Returns whether "auto" compiles: on a GPU. On a CPU minutes buy nothing, as convolutions are 87% of a step."""
     return device.type == "cuda" and not engine.activation_checkpointing
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, or None: a C compiler for Triton on a GPU, a C++ one on a CPU."""
+    """Returns what torch.compile lacks here, or None: a C compiler for Triton on a GPU, a C++ compiler on a CPU."""
     if device.type == "cuda" and not HAS_TRITON:
         return "the package triton is not installed"
     names = (os.environ.get("CC"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"),)
@@ -368,12 +370,12 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def graphs_proven(device: torch.device) -> bool:
-    """Whether `make gpu-report` has passed on this GPU with these versions."""
+    """Returns whether `make gpu-report` has passed on this GPU with these versions."""
     return proven_on(device) in _proven()
 
 
 def remember_proof(device: torch.device) -> None:
-    """Keeps that `make gpu-report` has passed on this machine."""
+    """Remembers that `make gpu-report` has passed on this machine."""
     path = proof_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(sorted({*_proven(), proven_on(device)}), indent=1) + "\n"
@@ -381,12 +383,12 @@ def remember_proof(device: torch.device) -> None:
 
 
 def proof_path() -> Path:
-    """Where it is kept."""
+    """Returns the file that remembers on which machines `make gpu-report` has passed."""
     return cache_folder() / "gpu-report.json"
 
 
 def proven_on(device: torch.device) -> str:
-    """What a proof holds for: this GPU with these versions."""
+    """Names what a proof holds for: this GPU with these versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 

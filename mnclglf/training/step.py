@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,20 +18,20 @@ from mnclglf.training.speedups import checkpoint_activations, compiled, share_ca
 
 
 class TrainStep:
-    """Trains a method, batch by batch; nothing in it waits for the device.
+    """Trains a method, batch by batch, without waiting for the device.
 
     Args:
         method: on the device, in train mode, its weights in the memory format that `engine` asks for.
-        optim: of the optimizer.
-        engine: which optimisations to apply.
+        optim: the optimizer's settings.
+        engine: which optimizations to apply.
         dtype: autocast's; float32 for none.
         compile: "off", "on", or "graphs", which also replays CUDA graphs.
-        labels: of all of the run's images, int64 on the device, for a labelled method.
+        labels: int64, on the device, one per image of the run; for a method that needs labels.
 
     Attributes:
-        optimizer: fused SGD; its first group follows the schedule.
-        guard: keeps anything non-finite out; ask it, when the device may be waited for, with `raise_if_failed`.
-        scaler: of the loss; does nothing unless `dtype` is float16.
+        optimizer: see optim.py; its learning rates are tensors on the device.
+        guard: keeps anything non-finite out of the state; `raise_if_failed` waits for the device and reports.
+        scaler: scales the loss where `dtype` is float16, else does nothing.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class TrainStep:
         compile: str = "off",
         labels: Tensor | None = None,
     ) -> None:
-        self.method, self.dtype = method, dtype
+        self.method = method
+        self.dtype = dtype
         self.labels = labels if method.labelled else None
+        self.optim = optim
         self.clip_norm = optim.clip_norm
         self.device = next(method.parameters()).device
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
@@ -53,35 +55,44 @@ class TrainStep:
             checkpoint_activations(method)
         self.forward = share_casts(method, dtype) if compile == "off" else compiled(method, graphs=compile == "graphs")
         self.optimizer = make_optimizer(method, optim)
+        self.rates = self._rates()
         self.guard = Guard(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
-        """Trains on one batch; gives the losses and the gradient's norm (unclipped), both still on the device.
+        """Trains on one batch.
 
         Where loss, gradient or queue keys are not finite, now or in an earlier step, weights, momentum network and
-        queue stay as they are. In fp16 a gradient that overflows only costs its step, and the loss scale falls.
+        queue stay as they are. An fp16 overflow skips the step and halves the loss scale.
+
+        Returns:
+            The losses and the gradient's norm before clipping, both still on the device.
         """
+        # channels_last costs nothing here where the loader made it so.
         views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
+        # Backward outside of autocast, as PyTorch asks for: each operation keeps the dtype that its forward had.
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        keep = self.kept(step, losses, gradient_norm)
+        # Decided on the device: the host learns of it when it next logs or saves.
+        should_update = self.should_update(step, losses, gradient_norm)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, gradient_norm)
-        # What torch's GradScaler does: the fused kernel reads it on the device, and leaves everything as it is.
-        self.optimizer.found_inf = (~keep).float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.param_groups[0]["lr"].fill_(lr)
+        # The optimizer reads found_inf on the device, as it does for torch's GradScaler, and then changes nothing.
+        self.optimizer.found_inf = (~should_update).float()  # pyright: ignore[reportAttributeAccessIssue]
+        for rate in self.rates:
+            rate.fill_(lr)  # in place: a float would recompile, and a CUDA graph would not see it
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scaler.update()
-        self.method.after_step(losses, batch.indices, momentum=momentum, keep=keep)
+        # After the optimizer: Algorithm 1 moves the momentum network towards the new weights, then enqueues.
+        self.method.after_step(losses, batch.indices, momentum=momentum, keep=should_update)
         return losses, gradient_norm
 
-    def kept(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
-        """Whether the step is to be kept: bool, 0-D, on the device."""
+    def should_update(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
+        """Returns whether the step may change the state: bool, 0-D, on the device."""
         keys = {} if losses.keys is None else {"keys": losses.keys}
         if not self.scaler.is_enabled():
             return self.guard.check(step, {**losses.terms, "gradient": gradient_norm, **keys})
@@ -90,21 +101,26 @@ class TrainStep:
         gradient = torch.where(scale < 1, gradient_norm, torch.zeros_like(gradient_norm))
         return self.guard.check(step, {**losses.terms, "gradient": gradient, **keys}) & gradient_norm.isfinite()
 
+    def _rates(self) -> list[Tensor]:
+        """Returns the learning rates that follow the schedule."""
+        return [cast(Tensor, group["lr"]) for group in scheduled_groups(self.optimizer, self.optim)]
+
     def parameters(self) -> Iterator[Tensor]:
-        """What the optimizer updates."""
+        """Iterates over the parameters that the optimizer updates."""
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and loss scale."""
+        """Returns the state of optimizer and loss scale."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave; a state without a loss scale leaves it as it is."""
+        """Restores what `state_dict` returned; a state without a loss scale leaves the scale as it is."""
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, kept in self.optimizer.state.items():
             if "momentum_buffer" in kept:  # in the parameter's memory format, which the fused kernel takes for granted
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate_tensor(group["lr"], group["params"][0])  # that of an older state is a number
+        self.rates = self._rates()
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])

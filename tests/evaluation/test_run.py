@@ -29,7 +29,7 @@ from mnclglf.evaluation.results import Result, load_results
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.recipes import view_of
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import build_method, load_trained
+from mnclglf.training.start import build_method, load_trained
 
 CONFIG = RunConfig(
     method="simclr",

@@ -54,7 +54,7 @@ class HandMade:
         (folder / "environment.json").write_text(json.dumps(environment))
         steps = config.optim.epochs * PER_EPOCH
         records = [
-            {"step": step, "epoch": step / PER_EPOCH, "elapsed_seconds": 2.0 * step, "limit_share": share}
+            {"step": step, "epoch": step / PER_EPOCH, "elapsed_seconds": 2.0 * step, "roofline_fraction": share}
             for step in range(1, steps + 1)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -243,10 +243,22 @@ def test_progress_counts_the_steps_of_all_epochs(make_run):
 
 def test_speed_is_the_median_and_waiting_a_share():
     records = [
-        {"step": 10, "images_per_second": 1.0, "data_wait_seconds": 99.0, "elapsed_seconds": 5, "limit_share": None},
-        {"step": 20, "images_per_second": 100.0, "data_wait_seconds": 0.5, "elapsed_seconds": 6, "limit_share": 0.5},
+        {
+            "step": 10,
+            "images_per_second": 1.0,
+            "data_wait_seconds": 99.0,
+            "elapsed_seconds": 5,
+            "roofline_fraction": None,
+        },
+        {
+            "step": 20,
+            "images_per_second": 100.0,
+            "data_wait_seconds": 0.5,
+            "elapsed_seconds": 6,
+            "roofline_fraction": 0.5,
+        },
         {"step": 30, "images_per_second": 200.0, "data_wait_seconds": 0.25, "elapsed_seconds": 3725},
-        {"step": 31, "limit_share": 0.75, "peak_memory_bytes": 3 * 2**29},
+        {"step": 31, "roofline_fraction": 0.75, "peak_memory_bytes": 3 * 2**29},
     ]
     run = RunFiles(folder=Path("."), records=records, config={"optim": {"batch_size": 10}})
     assert speed_lines(run) == [
