@@ -100,7 +100,8 @@ def contrastive_losses_forward_kernel(
     candidate = (column < N)[None, :]
     if SHIFT:
         candidate = candidate & (column[None, :] != row[:, None])
-    # Columns past the end weigh exp(-inf) = 0. Each tile has at least one real column, so that no top is -inf.
+    # Columns past the end weigh exp(-inf) = 0. No top is -inf: each tile has a real column, and with SHIFT two, as 2N
+    # and the tiles' sides are even.
     logits = tl.where(candidate, logits, float("-inf"))
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)
