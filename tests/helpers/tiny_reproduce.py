@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mnclglf.config import DataConfig, EngineConfig, ModelConfig, RunConfig, to_dict
-from mnclglf.runs.results import Result, save_results
 from mnclglf.recipes import quick
 from mnclglf.reproduce import run as execute
 from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table, run_name
 from mnclglf.reproduce.results import results_path
+from mnclglf.runs.results import Result, save_results
 
 IMAGES, BATCH, EPOCHS = 96, 32, 4
 PER_EPOCH = IMAGES // BATCH
