@@ -120,7 +120,7 @@ def test_make_train_hands_its_choices_on():
     printed = make("--dry-run", "train", "DATASET=cifar10", "RECIPE=paper", "SEED=3", "ARGS=--epochs 7")
     run = "runs/cifar10-paper-seed3"
     assert f'train --method mnclglf --dataset cifar10 --recipe paper --seed 3 --out "{run}"  --epochs 7\n' in printed
-    assert f'.venv/bin/mnclglf knn "{run}"\n.venv/bin/mnclglf linear "{run}" --fast\n' in printed
+    assert f'.venv/bin/mnclglf knn "{run}"\n.venv/bin/mnclglf logistic "{run}"\n' in printed
     assert '--data-dir "/data sets"' in make("--dry-run", "train", "DATA_DIR=/data sets")
     assert 'report "elsewhere"' in make("--dry-run", "report", "RUN=elsewhere")
 
