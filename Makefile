@@ -26,10 +26,10 @@ setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (see CONTRIBUTING.md)
 	  echo "setup: there is no $(PYTHON); install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" tools/setup_environment.py --torch-index="$(TORCH_INDEX)"
 
-train: setup ## pre-train, then k-NN and linear evaluation; DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
+train: setup ## pre-train, then k-NN and logistic regression; DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
 	$(BIN)/mnclglf train --method mnclglf --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED) --out "$(OUT)" $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(ARGS)
 	$(BIN)/mnclglf knn "$(OUT)"
-	$(BIN)/mnclglf linear "$(OUT)" --fast
+	$(BIN)/mnclglf logistic "$(OUT)"
 
 report: setup ## write the report of a run again; RUN
 	$(BIN)/mnclglf report "$(RUN)"

@@ -1,4 +1,4 @@
-"""The one command: mnclglf train | knn | linear | report | data | reproduce."""
+"""The one command: mnclglf train | knn | linear | logistic | report | data | reproduce."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -20,14 +19,19 @@ from mnclglf.config import (
     FOLDER,
     KnnConfig,
     LinearConfig,
+    LogisticConfig,
     MethodName,
     RecipeName,
     RunConfig,
+    default_folder,
     require,
+    short_name,
     to_dict,
+    with_whole_paths,
 )
 from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
+from mnclglf.runs.console import say
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 Run = Annotated[Path, tyro.conf.Positional]
@@ -36,7 +40,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The options that choose where the others start from."""
+    """The options that choose the values that the others start from."""
 
     method: str = "mnclglf"
     dataset: str = "cifar10"
@@ -50,7 +54,7 @@ class Train:
     out: Path | None = None
     """Run directory; None is runs/METHOD-DATASET-RECIPE-seedSEED."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint in --out; never: start anew; or the path of a checkpoint."""
+    """auto: resume from the newest checkpoint in --out; never: start anew; or the path of a checkpoint."""
     print_config: bool = False
     """Print the resolved configuration as JSON and stop."""
     config: RunConfig
@@ -58,7 +62,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the evaluations have in common."""
+    """Arguments that all evaluations have."""
 
     runs: Runs
     """Run directories. Of several, which must differ in the seed alone, mean and deviation are printed as well."""
@@ -76,14 +80,22 @@ class Knn(Evaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Evaluation):
-    """Accuracy of a linear classifier on a run's frozen features, by the paper's protocol or a fast one."""
+    """The paper's linear evaluation: accuracy of a linear layer trained by LARS on a run's frozen encoder."""
 
     config: LinearConfig = field(default_factory=LinearConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Logistic(Evaluation):
+    """Accuracy of logistic regression on a run's features computed once, on all labels and on 10 labels per class,
+    beside the untrained encoder and raw pixels."""
+
+    config: LogisticConfig = field(default_factory=LogisticConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a run's report.html anew."""
+    """Write a run's report.html again."""
 
     run: Run
     """Run directory."""
@@ -91,7 +103,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What the looks at images have in common."""
+    """Arguments that the looks at images have in common."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A data set's name, or folder:PATH."""
@@ -114,14 +126,14 @@ class Inspect(Look):
 class Views(Look):
     """The views that each loader makes of some images, side by side, and their patches, as a picture."""
 
-    recipe: str = "paper"
-    """How views are made: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
+    view: str = "paper"
+    """Recipe of the views: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
     side: int | None = None
     """Side of a view in pixels; None is the images' own, 224 for a folder."""
     images: int = 6
     """Images to show."""
     seed: int = 0
-    """Of the views."""
+    """Seed of the views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +146,7 @@ class Data:
     )
 
 
-Command = Train | Knn | Linear | Report | Data | Reproduce
+Command = Train | Knn | Linear | Logistic | Report | Data | Reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,13 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        message = f"mnclglf: {error}"
-        Console(stderr=True).print(message, style="bold red", highlight=False, soft_wrap=True, markup=False)
+        say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
         return 1
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command that the arguments ask for."""
+    """Returns the command that the arguments ask for."""
     if arguments[:1] == ["train"]:
         start = Train(config=chosen_recipe(arguments[1:]))
         return tyro.cli(Train, default=start, args=[*arguments[1:]], prog="mnclglf train", config=MARKERS)
@@ -162,6 +173,7 @@ def parse(arguments: Sequence[str]) -> Command:
         Annotated[Train, tyro.conf.subcommand("train", default=Train(config=RunConfig()))]
         | Annotated[Knn, tyro.conf.subcommand("knn")]
         | Annotated[Linear, tyro.conf.subcommand("linear")]
+        | Annotated[Logistic, tyro.conf.subcommand("logistic")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
@@ -170,7 +182,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
-    """What the recipe gives for the method and data set among the arguments.
+    """Returns the recipe's settings for the method and data set among the arguments.
 
     A name that does not exist stands for its default here: parsing the arguments proper refuses it.
     """
@@ -184,7 +196,7 @@ def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
 
 
 def run(command: Command, console: Console) -> int:
-    """Runs `command`; gives the exit code."""
+    """Runs `command`; returns the exit code."""
     if isinstance(command, Train) and command.print_config:
         sys.stdout.write(json.dumps(to_dict(command.config), indent=2) + "\n")
         return 0
@@ -192,7 +204,7 @@ def run(command: Command, console: Console) -> int:
         look(command.what, console)
         return 0
     if isinstance(command, Reproduce):
-        from mnclglf.reproduce.command import reproduce
+        from mnclglf.reproduce.run import reproduce
 
         return reproduce(command, console)
     # Imported here, so that --help, --print-config and a wrong option need not wait for it; torch likewise below.
@@ -208,7 +220,7 @@ def run(command: Command, console: Console) -> int:
         folders = command.runs
         evaluate(command, console)
     for folder in folders:
-        console.print(f"report: {write_report(folder).resolve()}", soft_wrap=True, highlight=False)
+        say(console, f"report: {write_report(folder).resolve()}")
     return code
 
 
@@ -222,26 +234,25 @@ def look(command: Inspect | Views, console: Console) -> None:
     require(picture.suffix == ".png", f"--out {picture} must end in .png, which is what is written")
     require(picture.parent.is_dir(), f"--out {picture}: there is no folder {picture.parent}; make it first")
     if isinstance(command, Views):
-        view_of(command.recipe, command.source)  # raises before anything is loaded
+        view_of(command.view, command.source)  # raises before anything is loaded
     images = load_dataset(
         command.source, command.data_dir, download=command.download, skip_corrupt=command.skip_corrupt
     )
     if isinstance(command, Views):
         show_views(
-            images[0], picture, console, command.recipe, side=command.side, count=command.images, seed=command.seed
+            images[0], picture, console, command.view, side=command.side, count=command.images, seed=command.seed
         )
     else:
         inspect_source(images, picture, console)
 
 
 def train(command: Train, console: Console) -> tuple[Path, int]:
-    """Trains; gives the run directory and the exit code."""
+    """Trains; returns the run directory and the exit code."""
     from mnclglf.reports.page import write_report
     from mnclglf.training.loop import Trainer, TrainingError
 
-    config = resolved(command.config)
-    dataset = short_name(config.dataset)
-    folder = command.out or Path("runs") / f"{config.method}-{dataset}-{config.recipe}-seed{config.seed}"
+    config = with_whole_paths(command.config)
+    folder = command.out or default_folder(config)
     trainer = Trainer(config, folder, resume=command.resume, console=console)
     try:
         stopped = trainer.train()
@@ -250,38 +261,22 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
         raise
     if not stopped:
         return folder, 0
-    console.print(f"stopped and saved; the same command with --out {folder} goes on from there", soft_wrap=True)
+    say(console, f"stopped and saved; the same command with --out {folder} resumes from there")
     return folder, 128 + stopped
 
 
-def resolved(config: RunConfig) -> RunConfig:
-    """With the whole paths of its images, so that the run can be evaluated from anywhere."""
-    if config.data.data_dir is not None:
-        config = replace(config, data=replace(config.data, data_dir=config.data.data_dir.expanduser().resolve()))
-    if not config.dataset.startswith(FOLDER):
-        return config
-    path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
-    return replace(config, dataset=f"{FOLDER}{path}")
-
-
-def short_name(dataset: str) -> str:
-    """The name of a data set as part of a file's: folder:PATH by the last part of the path."""
-    return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
-
-
-def evaluate(command: Knn | Linear, console: Console) -> None:
+def evaluate(command: Knn | Linear | Logistic, console: Console) -> None:
     """Evaluates runs and prints a table of each; of several runs, a table of the means too."""
     from mnclglf.evaluation.run import check_comparable, evaluate_run
     from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
 
     check_comparable(command.runs, command.config)
     found: list[list[dict[str, Any]]] = []
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for run in command.runs:
         found.append([asdict(result) for result in evaluate_run(run, command.config, console)])
         if len(command.runs) > 1:
-            say(f"{run}:")
-        say(to_markdown(result_table(found[-1])))
+            say(console, f"{run}:")
+        say(console, to_markdown(result_table(found[-1])))
     if len(command.runs) > 1:
-        say(f"mean and standard deviation (n - 1) over {len(command.runs)} runs:")
-        say(to_markdown(result_table(mean_over_runs(found))))
+        say(console, f"mean and standard deviation (n - 1) over {len(command.runs)} runs:")
+        say(console, to_markdown(result_table(mean_over_runs(found))))

@@ -310,7 +310,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the evaluations of a run have in common."""
+    """Settings that all evaluations of a run have."""
 
     split: Literal["test", "validation"] = "test"
     """Images to classify; validation are those that --validation-images held out."""
@@ -319,7 +319,7 @@ class EvaluationConfig:
     milestones: bool = False
     """Evaluate each checkpoint that --keep-every kept, the pretrained encoder alone (Table 5)."""
     label_share: float = 1.0
-    """Share of every class's training images whose labels are used, a choice by the run's seed: 0.1 or 0.01, say."""
+    """Fraction of labels per class, e.g. 0.01; the run's seed chooses the subset."""
     data_dir: Path | None = None
     """Folder of the data set's files; None is the run's own."""
     device: Device = "auto"
@@ -337,31 +337,34 @@ class EvaluationConfig:
 class KnnConfig(EvaluationConfig):
     """Weighted k-nearest-neighbor classification of frozen features."""
 
-    k: int = 20
+    neighbors: Annotated[int, tyro.conf.arg(aliases=("--k",))] = 20
     """Neighbors that vote."""
     vote_temperature: float = 0.07
     """Temperature of the votes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.k >= 1, f"k {self.k} must be at least 1, as 20")
+        require(self.neighbors >= 1, f"neighbors {self.neighbors} must be at least 1, as 20")
         temperature = self.vote_temperature
         require(0 < temperature < math.inf, f"vote_temperature {temperature} must be positive and finite, as in 0.07")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(EvaluationConfig):
-    """Linear classification of frozen features: the paper's protocol (section 4.1), or a fast one."""
+class LogisticConfig(EvaluationConfig):
+    """Logistic regression on frozen features computed once: on all labels and, where each class has as many, on 10
+    labels per class; beside the untrained encoder and raw pixels."""
 
-    fast: bool = False
-    """Not the paper's protocol but logistic regression on features computed once, on all labels and, where each class
-    has as many, on 10 a class, beside the untrained encoder and raw pixels."""
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(EvaluationConfig):
+    """The paper's linear evaluation (section 4.1): one linear layer on frozen features, trained by LARS."""
+
     untrained: bool = False
     """Train a classifier on the untrained encoder's features too."""
     epochs: int = 90
     """Passes over the training images."""
     batch_size: int = 256
-    """Images a step, or all whose labels are used where those are fewer."""
+    """Images per step, or all whose labels are used where those are fewer."""
     lr: float = 0.8
     """Learning rate of LARS at the start, which falls to 0 as a cosine."""
 
@@ -374,44 +377,62 @@ class LinearConfig(EvaluationConfig):
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1; the paper uses 90")
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1; the paper uses 256")
         require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
-        names = ("untrained", "epochs", "batch_size", "lr")
-        given = [name for name in names if getattr(self, name) != getattr(LinearConfig, name)]
-        require(
-            not (self.fast and given),
-            f"{', '.join(given)}: the fast protocol has no such choice; leave out --fast for the paper's protocol",
-        )
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "view": ViewConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "engine": EngineConfig,
+}
+"""Fields of RunConfig that hold further settings, and their types."""
 
 
 def check_dataset(name: str) -> None:
-    """ValueError unless this is the name of a data set, or folder:PATH."""
+    """Raises ValueError unless this is the name of a data set, or folder:PATH."""
     require(
         name in DATASETS or (name.startswith(FOLDER) and name != FOLDER),
         f"dataset {name!r} is none of {', '.join(DATASETS)}; for image files of your own give folder:PATH",
     )
 
 
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """Returns the run with the whole paths of its images, so that it can be evaluated from anywhere."""
+    if config.data.data_dir is not None:
+        data_dir = config.data.data_dir.expanduser().resolve()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+    if not config.dataset.startswith(FOLDER):
+        return config
+    path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
+    return dataclasses.replace(config, dataset=f"{FOLDER}{path}")
+
+
+def short_name(dataset: str) -> str:
+    """Returns the name of a data set as part of a file's: folder:PATH by the last part of the path."""
+    return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Returns the run directory of a run that is given none."""
+    return Path("runs") / f"{config.method}-{short_name(config.dataset)}-{config.recipe}-seed{config.seed}"
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain JSON types."""
+    """Returns the configuration as plain JSON types."""
     return dataclasses.asdict(
         config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items}
     )
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` wrote; unknown names raise TypeError.
+    """Returns the configuration that `to_dict` wrote; unknown names raise TypeError.
 
     JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
     """
-    sections: dict[str, Any] = {
-        "data": DataConfig,
-        "view": ViewConfig,
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "optim": OptimConfig,
-        "engine": EngineConfig,
-    }
     made = dict(values)
-    for name, section in sections.items():
+    for name, section in SECTIONS.items():
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
         if settings.get("data_dir") is not None:
             settings["data_dir"] = Path(settings["data_dir"])

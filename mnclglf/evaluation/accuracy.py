@@ -1,4 +1,4 @@
-"""What part of a set of images is classified right."""
+"""Top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Accuracy:
     top5: float
     """The right class is among the five with the highest scores."""
     note: str = ""
-    """What a reader of the numbers must know, as that a fit stopped early; else empty."""
+    """A warning to show beside the numbers, as that a fit stopped early; else empty."""
 
 
 def accuracy_of_scores(scores: Tensor, labels: Tensor) -> Accuracy:

@@ -1,4 +1,4 @@
-"""What the evaluation protocols classify: features of a frozen encoder, and the pixels themselves to compare with."""
+"""Representations to classify: features of a frozen encoder, and the pixels themselves to compare with."""
 
 # n images, F feature width, C image channels
 
@@ -48,23 +48,23 @@ def extract_features(
     device: torch.device,
     batch_size: int = 512,
 ) -> Tensor:
-    """Features of the whole images, without augmentation.
+    """Returns features of the whole images, without augmentation.
 
     Args:
         encoder: takes [n, 3, side, side], gives [n, F]; stays as it is, batch-norm statistics included.
         images: n of them, in the order of the result.
-        side: of the encoder's input in pixels.
-        mean: [3] that the encoder was trained with.
-        std: [3] that the encoder was trained with.
-        dtype: of the autocast; float32 for none.
-        device: of the encoder.
+        side: side of the encoder's input in pixels.
+        mean: [3], as in the encoder's training.
+        std: [3], as in the encoder's training.
+        dtype: autocast's; float32 for none.
+        device: the encoder's.
         batch_size: images at once; does not change the features.
 
     Returns:
         fp32 [n, F] on the CPU.
 
     Raises:
-        ValueError: no images, or the encoder does not give one row an image.
+        ValueError: no images, or the encoder does not give one row per image.
     """
     _require_images(images)
     chunks: list[Tensor] = []
@@ -82,7 +82,7 @@ def extract_features(
 
 
 def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
-    """The images resized to side x side pixels, as rows: the representation that nobody learned.
+    """Returns the images resized to side x side pixels, as rows: the representation that nobody learned.
 
     Returns:
         fp32 [n, C * side * side] in [0, 1], channel by channel; C is 1 where all images are gray, else 3.
@@ -129,7 +129,7 @@ def views_of(
     std: NDArray[np.float32],
     dtype: torch.dtype,
 ) -> Tensor:
-    """whole_views of some images; of files, no more are in memory at full size than are decoded at once."""
+    """Returns whole_views of some images; of files, no more are in memory at full size than are decoded at once."""
     if isinstance(images, ImageArray):
         return whole_views(images.read(rows), side, mean, std, dtype)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock

@@ -26,7 +26,7 @@ def weighted_knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> Accuracy:
-    """Each of a test row's k nearest train rows by cosine similarity s votes for its class with exp(s / temperature).
+    """Classifies test rows by votes of their k nearest train rows, exp(s / temperature) for cosine similarity s.
 
     Of equally near rows the earlier is taken, of classes with equal votes the lower. A class without a vote does not
     count as one of the five of top-5; the usual code fills such places with whatever sorting leaves there.
@@ -38,7 +38,7 @@ def weighted_knn(
         test_labels: [m] int64.
         classes: number of classes.
         k: neighbors that vote, at most n.
-        temperature: of the votes.
+        temperature: temperature of the votes.
 
     Raises:
         ValueError: k or temperature out of range, or sets that are empty, not finite or do not fit together.
@@ -58,7 +58,7 @@ def weighted_knn(
 
 
 def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """fp64 [m, classes] votes of [m, n] similarities; -inf for a class without one."""
+    """Returns fp64 [m, classes] votes of [m, n] similarities; -inf for a class without one."""
     neighbors = nearest_columns(similarities, k)
     near = similarities.gather(1, neighbors).double()
     weights = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()  # a common factor keeps exp from overflow
@@ -68,7 +68,7 @@ def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperatu
 
 
 def nearest_columns(similarities: Tensor, k: int) -> Tensor:
-    """[m, k] columns with the highest values of each row of [m, n]; of equal values the first columns.
+    """Returns the [m, k] columns with the highest values of each row of [m, n]; of equal values the first columns.
 
     topk leaves open which of several equal values it takes, so rows with a tie at the k-th place are decided here.
     """

@@ -35,7 +35,7 @@ def train_linear(
     seed: int,
     say: Callable[[str], object],
 ) -> nn.Linear:
-    """The classifier after the last epoch.
+    """Trains the classifier and returns it as it is after the last epoch.
 
     Args:
         encoder: on the device; runs in evaluation mode without gradient, and stays as it is.
@@ -74,12 +74,12 @@ def train_linear(
 
 
 def cosine(peak: float, done: float) -> float:
-    """From `peak` to 0 while `done`, the share of the steps that are done, goes from 0 to 1."""
+    """Falls from `peak` to 0 while `done`, the share of the steps that are done, goes from 0 to 1."""
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def line_due(epoch: int, epochs: int) -> bool:
-    """After the first epoch, which tells the time of all, the last, and some between."""
+    """Returns True after the first epoch, which tells the time of all, the last, and some between."""
     return epoch in (1, epochs) or epoch % max(1, epochs // PROGRESS_LINES) == 0
 
 

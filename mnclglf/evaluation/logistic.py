@@ -1,7 +1,7 @@
-"""Linear classification of frozen features by logistic regression.
+"""Logistic regression on frozen features.
 
-This is the fast protocol: a convex fit to stored features, solved to the end, without augmentation and without a
-learning rate to choose. The paper's own (linear_lars.py) is another one; the numbers of the two are not to be mixed.
+A convex fit to stored features, solved to the end, without augmentation and without a learning rate to choose. The
+paper's protocol (linear.py) is another one: do not mix their numbers.
 """
 
 # n train rows, m test rows, F feature width
@@ -19,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from mnclglf.data.splits import per_class_draws
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import check_sets
 
@@ -34,7 +35,7 @@ MAX_ITERATIONS = 1000
 logger = logging.getLogger(__name__)
 
 
-def fit_linear(
+def fit_logistic(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
@@ -44,7 +45,7 @@ def fit_linear(
     c: float = DEFAULT_C,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Accuracy:
-    """Test accuracy of multinomial logistic regression on standardised features (L-BFGS, L2 penalty).
+    """Returns the test accuracy of multinomial logistic regression on standardized features (L-BFGS, L2 penalty).
 
     Args:
         train_features: [n, F]; each column is centred and scaled by its own mean and deviation.
@@ -53,18 +54,19 @@ def fit_linear(
         test_labels: [m] int64.
         classes: number of classes; one that is missing from the train labels is never predicted.
         c: scikit-learn's inverse strength of the penalty; `choose_c` chooses one.
-        max_iterations: of L-BFGS. A fit that ends before it has converged says so in the result's note and in the log.
+        max_iterations: limit of L-BFGS. A fit that ends before it has converged says so in the result's note and
+            in the log.
 
     Raises:
         ValueError: sets that are empty, not finite or do not fit together, or fewer than two classes to learn.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
-    train, test = standardise(train_features, test_features)
+    train, test = standardize(train_features, test_features)
     return _fit(train, train_labels.cpu().numpy(), test, test_labels.cpu(), classes, c, max_iterations)
 
 
 def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
-    """The C of C_GRID whose fit to four fifths of the train rows classifies the last fifth best; of equals the least.
+    """Returns the C of C_GRID whose fit to four fifths of the rows classifies the last fifth best; of equals the least.
 
     Args:
         features: [n, F]; at most SELECTION_ROWS of them, a fixed random choice, take part.
@@ -74,7 +76,7 @@ def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[:SELECTION_ROWS])
     fit, held_out = rows[len(rows) // 5 :], rows[: len(rows) // 5]
     sets = features[fit], labels[fit], features[held_out], labels[held_out]
-    return max(C_GRID, key=lambda c: fit_linear(*sets, classes=classes, c=c).top1)
+    return max(C_GRID, key=lambda c: fit_logistic(*sets, classes=classes, c=c).top1)
 
 
 def few_labels(
@@ -89,45 +91,25 @@ def few_labels(
     seed: int = 0,
     c: float = FEW_LABELS_C,
 ) -> list[Accuracy]:
-    """`fit_linear` with only `per_class` labels of each class, once for each of `draws` random choices of them.
+    """Fits with only `per_class` labels of each class, once for each of `draws` random choices of them.
 
     The choice depends on the train labels and the seed alone, so every representation gets the same. All train features
-    are standardised together: that needs no labels.
+    are standardized together: that needs no labels.
 
     Raises:
-        ValueError: as `fit_linear`, or a class has fewer than `per_class` images.
+        ValueError: as `fit_logistic`, or a class has fewer than `per_class` images.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
-    train, test = standardise(train_features, test_features)
+    train, test = standardize(train_features, test_features)
     labels = train_labels.cpu().numpy()
     return [
         _fit(train[rows], labels[rows], test, test_labels.cpu(), classes, c, MAX_ITERATIONS)
-        for rows in balanced_subsets(labels, classes=classes, per_class=per_class, draws=draws, seed=seed)
+        for rows in per_class_draws(labels, classes=classes, per_class=per_class, draws=draws, seed=seed)
     ]
 
 
-def balanced_subsets(
-    labels: NDArray[np.int64], *, classes: int, per_class: int, draws: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """`draws` random choices of [classes * per_class] rows, `per_class` of each class, without repetition in a choice.
-
-    Raises:
-        ValueError: per_class or draws below 1, or a class has fewer than `per_class` rows.
-    """
-    if per_class < 1 or draws < 1:
-        raise ValueError(f"per_class {per_class} and draws {draws} must both be at least 1")
-    members = [np.flatnonzero(labels == label) for label in range(classes)]
-    for label, rows in enumerate(members):
-        if len(rows) < per_class:
-            raise ValueError(f"class {label} has {len(rows)} train images, fewer than per_class {per_class}")
-    generator = np.random.default_rng(seed)
-    return [
-        np.concatenate([generator.choice(rows, per_class, replace=False) for rows in members]) for _ in range(draws)
-    ]
-
-
-def standardise(train: Tensor, test: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both sets less the train set's mean, over its deviation, column by column.
+def standardize(train: Tensor, test: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns both sets less the train set's mean, over its deviation, column by column.
 
     A column that varies less than a thousandth as much as the liveliest one is scaled as if it varied that much:
     dividing by next to nothing would make a rare speck of one test image outweigh all else.
@@ -169,6 +151,6 @@ def _fit(
 
 
 def _decisions(model: LogisticRegression, test: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[m, classes seen] scores; scikit-learn gives one column where there are two classes."""
+    """Returns [m, classes seen] scores; scikit-learn gives one column where there are two classes."""
     scores = np.asarray(model.decision_function(test))
     return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)

@@ -1,4 +1,4 @@
-"""Runs evaluation protocols over representations of the same images."""
+"""Runs the protocols that need stored features alone, over representations of the same images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mnclglf.evaluation.accuracy import Accuracy
 from mnclglf.evaluation.knn import weighted_knn
-from mnclglf.evaluation.logistic import FEW_LABELS_C, choose_c, few_labels, fit_linear
-from mnclglf.evaluation.results import Protocol, Result
+from mnclglf.evaluation.logistic import FEW_LABELS_C, choose_c, few_labels, fit_logistic
+from mnclglf.runs.results import Protocol, Result
 
+SUBSET = "philox"  # draws the labels; results without this setting are of other subsets
 FEW_LABELS: dict[str, int] = {"per_class": 10, "draws": 5, "seed": 0}
 
 
-def evaluate(
+def evaluate_features(
     representations: Mapping[str, tuple[Tensor, Tensor]],
     train_labels: Tensor,
     test_labels: Tensor,
@@ -24,12 +25,12 @@ def evaluate(
     protocols: Sequence[Protocol],
     *,
     split: str = "test",
-    k: int = 20,
+    neighbors: int = 20,
     temperature: float = 0.07,
     c: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
-    """One result for each protocol and representation, protocol by protocol: those that need stored features alone.
+    """Returns one result for each protocol and representation, protocol by protocol.
 
     Args:
         representations: name to (train [n, F], test [m, F]) features; F may differ between them.
@@ -38,9 +39,9 @@ def evaluate(
         classes: number of classes.
         protocols: which to run.
         split: name of the images behind the test features.
-        k: neighbors that vote, for knn.
-        temperature: of the votes, for knn.
-        c: of logistic regression, for linear; None chooses one for each representation.
+        neighbors: how many vote, for knn.
+        temperature: temperature of the votes, for knn.
+        c: inverse strength of the penalty, for logistic; None chooses one for each representation.
         settings: more to write down with every result, as {"step": 480}; plain JSON types.
 
     Raises:
@@ -51,7 +52,9 @@ def evaluate(
     for protocol in protocols:
         for name, (train, test) in representations.items():
             try:
-                draws, own = _run(protocol, (train, train_labels, test, test_labels), classes, k, temperature, c)
+                draws, own = _run(
+                    protocol, (train, train_labels, test, test_labels), classes, neighbors, temperature, c
+                )
             except ValueError as error:
                 raise ValueError(f"{protocol} of {name}: {error}") from error
             results.append(_result(protocol, name, split, draws, {**own, **common, **(settings or {})}))
@@ -62,22 +65,22 @@ def _run(
     protocol: Protocol,
     sets: tuple[Tensor, Tensor, Tensor, Tensor],
     classes: int,
-    k: int,
+    neighbors: int,
     temperature: float,
     c: float | None,
 ) -> tuple[list[Accuracy], dict[str, Any]]:
-    """The accuracy of each draw, and the settings behind them."""
+    """Returns the accuracy of each draw, and the settings behind them."""
     if protocol == "knn":
-        settings = {"k": k, "temperature": temperature}
-        return [weighted_knn(*sets, classes=classes, k=k, temperature=temperature)], settings
-    if protocol == "linear":
+        settings = {"k": neighbors, "temperature": temperature}
+        return [weighted_knn(*sets, classes=classes, k=neighbors, temperature=temperature)], settings
+    if protocol == "logistic":
         c = choose_c(*sets[:2], classes=classes) if c is None else c
-        return [fit_linear(*sets, classes=classes, c=c)], {"solver": "logistic regression", "C": c}
-    if protocol == "linear_10_labels":
+        return [fit_logistic(*sets, classes=classes, c=c)], {"solver": "logistic regression", "C": c}
+    if protocol == "logistic_10_labels":
         return few_labels(*sets, classes=classes, **FEW_LABELS), {
-            "solver": "logistic regression", "C": FEW_LABELS_C, **FEW_LABELS
+            "solver": "logistic regression", "C": FEW_LABELS_C, **FEW_LABELS, "subset": SUBSET
         }  # fmt: skip
-    raise ValueError(f"protocol {protocol!r} is not one of knn, linear, linear_10_labels")
+    raise ValueError(f"protocol {protocol!r} is not one of knn, logistic, logistic_10_labels")
 
 
 def _result(protocol: Protocol, name: str, split: str, draws: list[Accuracy], settings: dict[str, Any]) -> Result:

@@ -1,4 +1,4 @@
-"""Evaluates runs: the encoder of each, by k-NN or a linear classifier, into its evaluation.json."""
+"""Evaluates runs, from the command line, from Python and for the paper's tables: the one orchestration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, RunConfig, require
+from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, LogisticConfig, RunConfig, require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import Loader
@@ -24,54 +24,78 @@ from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.evaluation.linear import OPTIMIZER, train_linear
 from mnclglf.evaluation.logistic import FEW_LABELS_C
-from mnclglf.evaluation.protocols import FEW_LABELS, evaluate
-from mnclglf.evaluation.results import Protocol, Result, load_results, save_results
+from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
+from mnclglf.runs.console import say
+from mnclglf.runs.files import differences, read_config
+from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.backends import choose_backends
 from mnclglf.training.device import autocast_dtype, choose_device
-from mnclglf.training.run_directory import build_method, differences, load_trained, read_config
+from mnclglf.training.run_directory import build_method, load_trained
 from mnclglf.training.step import keep_freed_memory, use_fast_math
 
 LINEAR_VIEW = "linear_train"
+Evaluation = KnnConfig | LinearConfig | LogisticConfig
 
 
-def evaluate_run(run: Path, evaluation: KnnConfig | LinearConfig, console: Console | None = None) -> list[Result]:
-    """Evaluates a run's encoder and merges what it finds into RUN/evaluation.json.
+def evaluate_run(
+    run: Path,
+    evaluation: Evaluation,
+    console: Console | None = None,
+    *,
+    config: RunConfig | None = None,
+    representations: Sequence[str] | None = None,
+    file: Path | None = None,
+) -> list[Result]:
+    """Evaluates a run's encoder and merges the results into RUN/evaluation.json.
 
-    A checkpoint's results are written when all of them are there, so what is interrupted leaves the file as it was.
+    A checkpoint's results are written when all of them are there, so an interruption leaves the file as it was.
 
     Args:
         run: run directory.
-        evaluation: by which protocol, on which checkpoints and images. `KnnConfig()` is weighted k-NN, `LinearConfig()`
-            the paper's linear evaluation, `LinearConfig(fast=True)` logistic regression.
+        evaluation: the protocol, and on which checkpoints and images. `KnnConfig()` is weighted k-NN, `LinearConfig()`
+            the paper's linear evaluation, `LogisticConfig()` logistic regression.
         console: where progress goes.
+        config: the run's settings with the folder where its data set lies now; None reads RUN/config.json.
+        representations: "pretrained", "untrained" and "raw pixels", or some of them; None leaves it to the protocol.
+        file: where the results go; None is RUN/evaluation.json.
 
     Returns:
-        What was found now, checkpoint by checkpoint.
+        The new results, checkpoint by checkpoint.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: what is asked for is not there; the message says what to do.
     """
-    config, saved = read_config(run), run / "evaluation.json"
-    load_results(saved)  # one that is damaged shows before any work is done
-    subject = prepare(run, config, evaluation, console or Console())
-    chosen = checkpoints(run, config, evaluation, subject.steps_per_epoch)
-    if isinstance(evaluation, LinearConfig) and not evaluation.fast:
-        measure = partial(by_lars, subject, evaluation, linear_loader(subject, evaluation))
+    config, file = config or read_config(run), file or run / "evaluation.json"
+    load_results(file)  # one that is damaged shows before any work is done
+    context = prepare(run, config, evaluation, console or Console())
+    chosen = checkpoints(run, config, evaluation, context.steps_per_epoch)
+    names = representations or default_representations(evaluation)
+    if isinstance(evaluation, LinearConfig):
+        measure = partial(by_lars, context, evaluation, linear_loader(context, evaluation), names)
     else:
-        measure = partial(by_stored_features, subject, evaluation, fast_protocols(subject, evaluation))
+        measure = partial(by_stored_features, context, evaluation, feature_protocols(context, evaluation), names)
     found: list[Result] = []
     for checkpoint in chosen:
         _, method, step = load_trained(run, checkpoint)
-        epoch = None if checkpoint is None else step / subject.steps_per_epoch
+        epoch = None if checkpoint is None else step / context.steps_per_epoch
         results = [
             replace(result, label_share=evaluation.label_share, epoch=epoch) for result in measure(method.encoder, step)
         ]
-        save_results(saved, results)
+        save_results(file, results)
         found += results
     return found
+
+
+def default_representations(evaluation: Evaluation) -> tuple[str, ...]:
+    """Returns the representations to evaluate where none are named; milestones are of the pretrained encoder alone."""
+    if evaluation.milestones:
+        return ("pretrained",)
+    if isinstance(evaluation, LinearConfig):  # minutes for each: the untrained encoder is for those who ask
+        return ("pretrained", "untrained") if evaluation.untrained else ("pretrained",)
+    return "pretrained", "untrained", "raw pixels"
 
 
 def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:
@@ -99,10 +123,8 @@ def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None
     )
 
 
-def checkpoints(
-    run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, steps_per_epoch: int
-) -> Sequence[Path | None]:
-    """Those to evaluate; None is the run's newest."""
+def checkpoints(run: Path, config: RunConfig, evaluation: Evaluation, steps_per_epoch: int) -> Sequence[Path | None]:
+    """Returns the checkpoints to evaluate; None is the run's newest."""
     if not evaluation.milestones:
         return [evaluation.checkpoint]
     every = config.engine.keep_every
@@ -112,24 +134,24 @@ def checkpoints(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What the checkpoints of a run are evaluated with. n training images, m test images."""
+class EvalContext:
+    """The images and settings that a run's checkpoints are evaluated with. n training images, m test images."""
 
     config: RunConfig
     console: Console
     train: ImageSet
     """All that the run trains on."""
-    labelled: ImageSet
-    """Those of them whose labels are used, n."""
+    labeled: ImageSet
+    """The n training images whose labels are used."""
     test: ImageSet
-    """What is classified, m."""
+    """The m images to classify."""
     statistics: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """Mean [3] and deviation [3] that the run normalises views with."""
+    """Mean [3] and deviation [3] that the run normalizes views with."""
     side: int
-    """Of a view in pixels."""
+    """Side of a view in pixels."""
     device: torch.device
     dtype: torch.dtype
-    """Of the autocast."""
+    """Autocast's dtype."""
 
     @property
     def classes(self) -> int:
@@ -137,18 +159,18 @@ class Subject:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the run."""
+        """Whole batches in an epoch of the run's training."""
         return len(self.train) // self.config.optim.batch_size
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(self.console, line)
 
     def untrained(self) -> ResNet18:
-        """The encoder with the run's initial weights."""
+        """Returns the encoder with the run's initial weights."""
         return build_method(self.config, self.dtype).encoder
 
     def features(self, encoder: ResNet18, images: ImageSet) -> Tensor:
-        """[len(images), F] of whole images, on the CPU."""
+        """Returns features [len(images), F] of whole images, on the CPU."""
         mean, std = self.statistics
         return extract_features(
             encoder.to(self.device),
@@ -161,7 +183,7 @@ class Subject:
         )
 
 
-def prepare(run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, console: Console) -> Subject:
+def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Console) -> EvalContext:
     """Loads and chooses the images.
 
     Raises:
@@ -192,11 +214,11 @@ def prepare(run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, 
             f"{train.name} has no test images; give the folder subfolders train and val, or train with "
             "--validation-images N and evaluate with --split validation"
         )
-    return Subject(
+    return EvalContext(
         config=replace(config, engine=engine),
         console=console,
         train=train,
-        labelled=with_labels(train, evaluation.label_share, seed=config.seed),
+        labeled=with_labels(train, evaluation.label_share, seed=config.seed),
         test=test,
         statistics=train.statistics(),
         side=view_side(train, config.data.image_size),
@@ -205,91 +227,97 @@ def prepare(run: Path, config: RunConfig, evaluation: KnnConfig | LinearConfig, 
     )
 
 
-def fast_protocols(subject: Subject, evaluation: KnnConfig | LinearConfig) -> list[Protocol]:
-    """Those that are asked for and need stored features alone, less the one that a class has too few images for.
+def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConfig) -> list[Protocol]:
+    """Returns the protocols asked for that need stored features alone, less one that a class has too few images for.
 
     Raises:
         ValueError: there are fewer images than neighbors that vote.
     """
-    count = len(subject.labelled)
+    count = len(context.labeled)
     if isinstance(evaluation, KnnConfig):
         require(
-            evaluation.k <= count,
-            f"k {evaluation.k} is more than the {count} training images whose labels are used; lower --k",
+            evaluation.neighbors <= count,
+            f"neighbors {evaluation.neighbors} is more than the {count} training images whose labels are used; lower "
+            "--neighbors",
         )
         return ["knn"]
     if evaluation.label_share < 1:
-        return ["linear"]
-    counts, needed = np.bincount(subject.labelled.labels, minlength=subject.classes), FEW_LABELS["per_class"]
+        return ["logistic"]
+    counts, needed = np.bincount(context.labeled.labels, minlength=context.classes), FEW_LABELS["per_class"]
     if counts.min() >= needed:
-        return ["linear", "linear_10_labels"]
-    subject.say(
-        f"linear_10_labels is left out: class {subject.train.classes[counts.argmin()]} has {counts.min()} training "
+        return ["logistic", "logistic_10_labels"]
+    context.say(
+        f"logistic_10_labels is left out: class {context.train.classes[counts.argmin()]} has {counts.min()} training "
         f"images, fewer than {needed}"
     )
-    return ["linear"]
+    return ["logistic"]
 
 
 def by_stored_features(
-    subject: Subject,
-    evaluation: KnnConfig | LinearConfig,
+    context: EvalContext,
+    evaluation: KnnConfig | LogisticConfig,
     protocols: Sequence[Protocol],
+    names: Sequence[str],
     encoder: ResNet18,
     step: int,
 ) -> list[Result]:
-    """k-NN or logistic regression, of one checkpoint among the untrained encoder and raw pixels."""
+    """Evaluates one checkpoint's encoder, and the other representations, by k-NN or logistic regression."""
 
-    def both(of: ResNet18) -> tuple[Tensor, Tensor]:
-        return subject.features(of, subject.labelled), subject.features(of, subject.test)
+    def features(name: str) -> tuple[Tensor, Tensor]:
+        sets = context.labeled, context.test
+        if name == "raw pixels":
+            return raw_pixels(sets[0], side=context.side), raw_pixels(sets[1], side=context.side)
+        network = encoder if name == "pretrained" else context.untrained()
+        return context.features(network, sets[0]), context.features(network, sets[1])
 
-    representations = {"pretrained": both(encoder)}
-    if not evaluation.milestones:
-        pixels = partial(raw_pixels, side=subject.side)
-        representations["untrained"] = both(subject.untrained())
-        representations["raw pixels"] = pixels(subject.labelled), pixels(subject.test)
-    run_protocols = partial(
-        evaluate,
-        representations,
-        torch.from_numpy(subject.labelled.labels),
-        torch.from_numpy(subject.test.labels),
-        subject.classes,
+    evaluate = partial(
+        evaluate_features,
+        {name: features(name) for name in names},
+        torch.from_numpy(context.labeled.labels),
+        torch.from_numpy(context.test.labels),
+        context.classes,
         protocols,
         split=evaluation.split,
         settings={"step": step},
     )
     if isinstance(evaluation, KnnConfig):
-        return run_protocols(k=evaluation.k, temperature=evaluation.vote_temperature)
+        return evaluate(neighbors=evaluation.neighbors, temperature=evaluation.vote_temperature)
     # Of few labels none is held out to choose C by.
-    return run_protocols(c=FEW_LABELS_C if evaluation.label_share < 1 else None)
+    return evaluate(c=FEW_LABELS_C if evaluation.label_share < 1 else None)
 
 
-def by_lars(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, step: int) -> list[Result]:
-    """The paper's linear evaluation of one checkpoint, and where that is asked for of the untrained encoder."""
-    encoders = {"pretrained": encoder}
-    if evaluation.untrained:
-        encoders["untrained"] = subject.untrained()
+def by_lars(
+    context: EvalContext,
+    evaluation: LinearConfig,
+    loader: Loader,
+    names: Sequence[str],
+    encoder: ResNet18,
+    step: int,
+) -> list[Result]:
+    """Evaluates one checkpoint's encoder by the paper's protocol, and the untrained one where `names` has it."""
+    encoders = {name: encoder if name == "pretrained" else context.untrained() for name in names}
     settings: dict[str, Any] = {
         "optimizer": "LARS",
         "epochs": evaluation.epochs,
-        "batch_size": batch_size(subject, evaluation),
+        "batch_size": batch_size(context, evaluation),
         "lr": evaluation.lr,
         **OPTIMIZER,
         "view": LINEAR_VIEW,
         "loader": loader.name,
-        "precision": str(subject.dtype).removeprefix("torch."),
-        "seed": subject.config.seed,
-        "train_images": len(subject.labelled),
-        "test_images": len(subject.test),
-        "classes": subject.classes,
+        "precision": str(context.dtype).removeprefix("torch."),
+        "seed": context.config.seed,
+        "train_images": len(context.labeled),
+        "test_images": len(context.test),
+        "classes": context.classes,
         "step": step,
     }
     results: list[Result] = []
     for name, network in encoders.items():
         title = f"{name}, step {step}" if network is encoder else name
-        accuracy = lars_accuracy(subject, evaluation, loader, network, title)
+        accuracy = lars_accuracy(context, evaluation, loader, network, title)
         results.append(
             Result(
-                protocol="linear_lars",
+                protocol="linear",
                 representation=name,
                 split=evaluation.split,
                 top1=accuracy.top1,
@@ -301,64 +329,63 @@ def by_lars(subject: Subject, evaluation: LinearConfig, loader: Loader, encoder:
 
 
 def lars_accuracy(
-    subject: Subject, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, title: str
+    context: EvalContext, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, title: str
 ) -> Accuracy:
-    """Test accuracy of a classifier that is trained for it; `title` stands before each line of progress."""
-
-    test = subject.features(encoder, subject.test).to(subject.device)
+    """Trains a classifier and returns its test accuracy; `title` stands before each line of progress."""
+    test = context.features(encoder, context.test).to(context.device)
     classifier = train_linear(
         encoder,
         loader,
-        torch.from_numpy(subject.labelled.labels).to(subject.device),
+        torch.from_numpy(context.labeled.labels).to(context.device),
         evaluation,
-        classes=subject.classes,
+        classes=context.classes,
         # With few labels as many steps as with all: 90 epochs of 1% of the images would hardly move the weights.
-        steps_per_epoch=len(subject.train) // evaluation.batch_size,
-        dtype=subject.dtype,
-        seed=subject.config.seed,
-        say=lambda line: subject.say(f"linear, {title}: {line}"),
+        steps_per_epoch=len(context.train) // evaluation.batch_size,
+        dtype=context.dtype,
+        seed=context.config.seed,
+        say=lambda line: context.say(f"linear, {title}: {line}"),
     )
     with torch.inference_mode():
         scores = classifier(test)
-    return accuracy_of_scores(scores.cpu(), torch.from_numpy(subject.test.labels))
+    return accuracy_of_scores(scores.cpu(), torch.from_numpy(context.test.labels))
 
 
-def linear_loader(subject: Subject, evaluation: LinearConfig) -> Loader:
-    """Batches of the labelled images, one augmented view of each, normalised as in the run."""
-    config = subject.config
+def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
+    """Returns a loader of the labeled images, one augmented view of each, normalized as in the run."""
+    config = context.config
     require(
-        evaluation.batch_size <= len(subject.train),
-        f"batch_size {evaluation.batch_size} is more than the {len(subject.train)} training images; lower --batch-size",
+        evaluation.batch_size <= len(context.train),
+        f"batch_size {evaluation.batch_size} is more than the {len(context.train)} training images; lower --batch-size",
     )
     try:
-        return _linear_loader(subject, evaluation, config)
+        return _linear_loader(context, evaluation, config)
     except ImportError as error:  # the training's machine had DALI
-        subject.say(f"the run's loader cannot be made here, and auto chooses one: {error}")
-        return _linear_loader(subject, evaluation, replace(config, data=replace(config.data, loader="auto")))
+        context.say(f"the run's loader cannot be made here; falling back to --loader auto: {error}")
+        return _linear_loader(context, evaluation, replace(config, data=replace(config.data, loader="auto")))
 
 
-def _linear_loader(subject: Subject, evaluation: LinearConfig, config: RunConfig) -> Loader:
-    labelled = subject.labelled
-    source = int(max(sides.max() for sides in labelled.sizes(np.arange(len(labelled)))))
+def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunConfig) -> Loader:
+    labeled = context.labeled
+    source = int(max(sides.max() for sides in labeled.sizes(np.arange(len(labeled)))))
     backends = choose_backends(
-        config, source, subject.side, subject.dtype, subject.device, subject.console, operators=["augment"]
+        config, source, context.side, context.dtype, context.device, context.console, operators=["augment"]
     )
     return make_loader(
-        labelled,
+        labeled,
         view_of(LINEAR_VIEW, config.dataset),
         views=1,
-        side=subject.side,
-        batch_size=batch_size(subject, evaluation),
+        side=context.side,
+        batch_size=batch_size(context, evaluation),
         seed=config.seed,
-        dtype=subject.dtype,
-        device=subject.device,
+        dtype=context.dtype,
+        device=context.device,
         backend=config.data.loader,
         augment_backend=backends.augment,
         threads=config.data.loader_threads,
-        statistics=subject.statistics,
+        statistics=context.statistics,
     )
 
 
-def batch_size(subject: Subject, evaluation: LinearConfig) -> int:
-    """Images a step of the paper's protocol: no more than have labels."""
-    return min(evaluation.batch_size, len(subject.labelled))
+def batch_size(context: EvalContext, evaluation: LinearConfig) -> int:
+    """Returns the images per step of the paper's protocol: no more than have labels."""
+    return min(evaluation.batch_size, len(context.labeled))

@@ -32,7 +32,7 @@ OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms
 
 
 class Picture(NamedTuple):
-    """A figure in both colour schemes, as base64 PNG."""
+    """A figure in both color schemes, as base64 PNG."""
 
     light: str
     dark: str
@@ -78,7 +78,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """The page of a run."""
+    """Returns the page of a run."""
     source = importlib.resources.files("mnclglf.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
@@ -86,7 +86,7 @@ def render(run: RunFiles) -> str:
 
 
 def progress(run: RunFiles) -> Progress | None:
-    """How far the records of a run reach; None where there are none."""
+    """Returns how far the records of a run reach; None where there are none."""
     if not run.records:
         return None
     last = run.records[-1]
@@ -96,7 +96,7 @@ def progress(run: RunFiles) -> Progress | None:
 
 
 def state_line(run: RunFiles) -> str:
-    """One sentence on whether the run is done."""
+    """Returns one sentence that says if the run is done."""
     reached = progress(run)
     broken = run.nonfinite_step
     if broken is not None and (reached is None or broken >= reached.step):
@@ -114,14 +114,14 @@ def state_line(run: RunFiles) -> str:
 
 
 def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
-    """Throughput, memory, waiting and elapsed time in words, as far as they were logged."""
+    """Returns throughput, memory, waiting and elapsed time in words, as far as they were logged."""
     lines: list[tuple[str, str]] = []
     speeds = series(run.records, "images_per_second")[1]
     if speeds:
         lines.append(("Throughput, median", f"{statistics.median(speeds):,.0f} images / s"))
-    limits = series(run.records, "limit_share")[1]
-    if limits:
-        lines.append(("Share of the machine's limit, median", f"{percent(statistics.median(limits))} %"))
+    fractions = series(run.records, "roofline_fraction")[1]
+    if fractions:
+        lines.append(("Share of the roofline, median", f"{percent(statistics.median(fractions))} %"))
     memory = series(run.records, "peak_memory_bytes")[1]
     if memory:
         lines.append(("Peak memory", f"{max(memory) / 2**30:.1f} GiB"))
@@ -135,7 +135,7 @@ def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _waiting_share(run: RunFiles) -> float | None:
-    """Seconds waited for data over seconds trained, of all records after the first."""
+    """Returns seconds waited for data over seconds trained, of all records after the first."""
     batch = finite(_section(run.config, "optim").get("batch_size"))
     waited = trained = 0.0
     for before, record in pairwise(run.records):
@@ -148,7 +148,7 @@ def _waiting_share(run: RunFiles) -> float | None:
 
 def _context(run: RunFiles) -> dict[str, Any]:
     config = run.config or {}
-    results = run.results or []
+    results = run.results
     return {
         "title": f"{config.get('method', 'A run')} on {config['dataset']}" if "dataset" in config else run.folder.name,
         "method": config.get("method"),
@@ -192,16 +192,16 @@ def _picture(draw: Callable[[Theme], bytes]) -> Picture:
 
 
 def _classes(results: list[dict[str, Any]]) -> int | None:
-    """Number of classes where all results agree on it."""
+    """Returns the number of classes where all results agree on it."""
     numbers = {finite(_section(result, "settings").get("classes")) for result in results}
     number = numbers.pop() if len(numbers) == 1 else None
     return int(number) if number else None
 
 
 def _measured_at(run: RunFiles) -> str | None:
-    """A warning where results of the newest checkpoint are of an earlier step than the last that was logged."""
+    """Returns a warning where results of the newest checkpoint are of an earlier step than the last that was logged."""
     reached = progress(run)
-    newest = [result for result in run.results or [] if result.get("epoch") is None]
+    newest = [result for result in run.results if result.get("epoch") is None]
     steps = [finite(_section(result, "settings").get("step")) for result in newest]
     known = [int(step) for step in steps if step is not None]
     if reached is None or not known or min(known) >= reached.step:
@@ -218,7 +218,7 @@ def _section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _groups(values: Mapping[str, Any] | None, title: str) -> list[Group]:
-    """Plain values under `title`, and a group for each dict among them; deeper dicts get dotted names."""
+    """Returns plain values under `title`, and a group for each dict among them; deeper dicts get dotted names."""
     if not values:
         return []
     groups = [Group(title, [(name, _text(v)) for name, v in values.items() if not isinstance(v, dict)])]
@@ -249,7 +249,7 @@ def _text(value: object) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as "2 h 05 min", "12 min 30 s" or "45 s"."""
+    """Returns seconds as "2 h 05 min", "12 min 30 s" or "45 s"."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

@@ -1,8 +1,7 @@
-"""data inspect and data views: what a source holds, and what each loader makes of it."""
+"""data inspect and data views: prints and draws the images of a source, and the views that each loader makes."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +18,7 @@ from mnclglf.data.loaders import make_loader
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import view_of
 from mnclglf.reports.figures import divided, picture_grid
+from mnclglf.runs.console import say
 from mnclglf.runs.files import write_atomically
 
 GRID_CLASSES, GRID_IMAGES = 10, 8  # of the picture of a source
@@ -27,20 +27,19 @@ THUMBNAIL = 128  # pixels; what is larger is shown as large
 
 def inspect_source(source: tuple[ImageSet, ImageSet | None], picture: Path, console: Console) -> None:
     """Prints sizes, classes and channel statistics of training and test images; draws some images of some classes."""
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     train, test = source
     for images in (train, *((test,) if test is not None else ())):
         for line in described(images):
-            say(line)
+            say(console, line)
     titles, columns = some_images(train)
     write_atomically(
         picture, lambda file: file.write(picture_grid(titles, columns, heading=f"{train.name}, {train.split}"))
     )
-    say(f"picture: {picture.resolve()}")
+    say(console, f"picture: {picture.resolve()}")
 
 
 def described(images: ImageSet) -> list[str]:
-    """What there is to say of an image set, a line each."""
+    """Returns lines that describe an image set."""
     heights, widths = images.sizes(np.arange(len(images)))
 
     def spread(values: NDArray[np.int32]) -> str:
@@ -62,7 +61,7 @@ def described(images: ImageSet) -> list[str]:
 
 
 def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:
-    """Titles and columns of a picture: classes spread over all of them, images spread over each."""
+    """Returns titles and columns of a picture: classes spread over all of them, images spread over each."""
     if not images.labeled:
         chosen = np.linspace(0, len(images) - 1, GRID_CLASSES * GRID_IMAGES, dtype=np.int64)
         groups = [("", part) for part in np.array_split(np.unique(chosen), GRID_CLASSES) if len(part)]
@@ -76,18 +75,17 @@ def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[Any]:
-    """The middle of an image at a size that a picture can hold."""
+    """Returns the middle of an image at a size that a picture can hold."""
     side = min(THUMBNAIL, *pixels.shape[:2])
     zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
     return whole_views([pixels], side, zero, one, torch.float32)[0].permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 def show_views(
-    images: ImageSet, picture: Path, console: Console, recipe: str, *, side: int | None, count: int, seed: int
+    images: ImageSet, picture: Path, console: Console, view_name: str, *, side: int | None, count: int, seed: int
 ) -> None:
-    """Draws the views that every loader makes of some images, and says how far they are apart."""
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    view = view_of(recipe, images.name)
+    """Draws the views that every loader makes of some images, and prints how far they are apart."""
+    view = view_of(view_name, images.name)
     require(1 <= count <= len(images), f"{count} images cannot be shown of {len(images)}; give --images from 1 on")
     side = view_side(images, side)
     require(side % 2 == 0, f"side {side} must be even: an image is divided into 2 x 2 patches")
@@ -100,13 +98,13 @@ def show_views(
             if loader.name == name:  # else it went to another, and said why
                 made[name] = in_unit(loader, loader.render(shown, epoch=0))
         except (ImportError, RuntimeError, DataError) as error:
-            say(f"left out: {name}: {error}")
+            say(console, f"left out: {name}: {error}")
     require(bool(made), f"no loader can make views of {images.name}; the reasons are above")
     first, *others = made
     for other in others:
         difference = 255 * np.abs(made[other] - made[first])
         apart = f"{difference.mean():.2f} levels of 255 apart on average, {difference.max():.0f} at most"
-        say(f"{other} and {first}: {apart}")
+        say(console, f"{other} and {first}: {apart}")
     titles, columns = ["image"], [[thumbnail(images.pixels(row)) for row in shown]]
     for name, views in made.items():
         titles += [f"{name}\nview {number + 1}" for number in range(3)]
@@ -114,12 +112,12 @@ def show_views(
     for number in (0, 2):
         titles.append(f"patches of\nview {number + 1}")
         columns.append([divided(pixels) for pixels in made[first][number]])
-    heading = f"{images.name}, recipe {recipe}, {side} x {side}"
+    heading = f"{images.name}, view {view_name}, {side} x {side}"
     write_atomically(picture, lambda file: file.write(picture_grid(titles, columns, heading=heading)))
-    say(f"picture: {picture.resolve()}")
+    say(console, f"picture: {picture.resolve()}")
 
 
 def in_unit(loader: Loader, views: tuple[torch.Tensor, ...]) -> NDArray[np.float32]:
-    """Views [n, 3, S, S] without their normalisation, [V, n, S, S, 3] in [0, 1]."""
+    """Returns views [n, 3, S, S] without their normalization, as [V, n, S, S, 3] in [0, 1]."""
     pixels = torch.stack(views).permute(0, 1, 3, 4, 2).numpy()
     return (pixels * loader.std + loader.mean).clip(0, 1)

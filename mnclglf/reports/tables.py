@@ -1,4 +1,4 @@
-"""Evaluation results as a table: a row for each protocol, share of labels, checkpoint and split, a column for each
+"""Evaluation results as a table: one row per protocol, share of labels, checkpoint and split, one column per
 representation."""
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 REPRESENTATIONS = ("pretrained", "untrained", "raw pixels")  # always shown; others follow
 PROTOCOLS = {
     "knn": "k nearest neighbors",
-    "linear": "Linear classifier, all labels",
-    "linear_10_labels": "Linear classifier, 10 labels a class",
-    "linear_lars": "Linear classifier as in the paper, all labels",
+    "linear": "Linear evaluation, all labels",
+    "logistic": "Logistic regression, all labels",
+    "logistic_10_labels": "Logistic regression, 10 labels per class",
 }
 SETTING_NAMES = {
     "k": "k",
     "temperature": "vote temperature",
-    "solver": "",
     "optimizer": "",
     "C": "C",
     "batch_size": "batches of",
     "draws": "draws of labels",
+    "subset": "subsets by",
     "train_images": "training images",
     "test_images": "images classified",
     "step": "checkpoint after step",
 }
 COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
-UNSHOWN = {"classes", "note", "per_class", "seed"} | {
+UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
     "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ class Cell:
     top5: float
     deviation: float | None
     notes: tuple[str, ...]
-    """What is said of this number alone."""
+    """Remarks on this number alone."""
     best: bool
     """No other of the row has a higher top-1."""
 
@@ -55,11 +55,11 @@ class Row:
     details: str
     """The settings that all cells share, in words."""
     cells: tuple[Cell | None, ...]
-    """In the order of the table's representations; None where it was not run."""
+    """One per representation of the table; None where it was not run."""
 
 
 class Measured(NamedTuple):
-    """What a row of the table is of."""
+    """The subject of a table's row."""
 
     protocol: str
     label_share: float
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """In the order of rows: by protocol, all labels first, the newest checkpoint last."""
+        """The sort key of rows: by protocol, all labels first, the newest checkpoint last."""
         known = list(PROTOCOLS)
         order = known.index(self.protocol) if self.protocol in known else len(known)
         return order, self.protocol, -self.label_share, self.split, math.inf if self.epoch is None else self.epoch
@@ -97,7 +97,7 @@ class ResultTable(NamedTuple):
 
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
-    """The table of the results in evaluation.json; of results for the same cell the last counts.
+    """Returns the table of the results in evaluation.json; of results for the same cell the last counts.
 
     Args:
         results: each with protocol, representation, top1 and top5, and perhaps split, label_share, epoch, deviation and
@@ -113,15 +113,24 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
 
 
 def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Means over the runs of the results that all of them have, with top-1's standard deviation (n - 1) over the runs.
+    """Returns the means over the runs of the results that all have, with top-1's standard deviation (n - 1).
 
     Args:
         runs: the results of each, two runs or more.
+
+    Raises:
+        ValueError: runs were evaluated on subsets of labels that were drawn in different ways.
     """
     by_cell = [{(Measured.of(result), result["representation"]): result for result in results} for results in runs]
     means: list[dict[str, Any]] = []
     for cell, first in by_cell[0].items():
         group = [results[cell] for results in by_cell if cell in results]
+        subsets = {(result.get("settings") or {}).get("subset") for result in group}
+        if len(subsets) > 1:
+            raise ValueError(
+                f"{cell[0].protocol} of {cell[1]}: the runs' label subsets were drawn in different ways "
+                f"({', '.join(sorted(map(str, subsets)))}), so a mean would mix them; evaluate every run again"
+            )
         if len(group) == len(runs):
             top1, top5 = ([result[name] for result in group] for name in ("top1", "top5"))
             settings = {"runs": len(runs), **_shared([dict(result.get("settings") or {}) for result in group])}
@@ -131,12 +140,12 @@ def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage with one digit, without the sign."""
+    """Returns a fraction as a percentage with one digit, without the sign."""
     return f"{100 * fraction:.1f}"
 
 
 def to_markdown(table: ResultTable) -> str:
-    """The table as Markdown; every number in percent, top-1 and then top-5."""
+    """Returns the table as Markdown; every number in percent, top-1 and then top-5."""
     lines = [
         "| Top-1 / top-5, % | " + " | ".join(map(_escape, table.representations)) + " |",
         "|---" + "|--:" * len(table.representations) + "|",
@@ -158,7 +167,7 @@ def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], represent
 
 
 def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that all have, with the same value."""
+    """Returns the settings that all have, with the same value."""
     return {name: value for name, value in settings[0].items() if all(value == s.get(name) for s in settings)}
 
 
@@ -177,7 +186,7 @@ def _cell(result: Mapping[str, Any] | None, shared: Mapping[str, Any], best: flo
 
 
 def _describe(settings: Mapping[str, Any]) -> str:
-    """Settings in words: "k 20, 4,000 training images"."""
+    """Returns settings in words: "k 20, 4,000 training images"."""
     parts: list[str] = []
     for name, value in settings.items():
         if name in UNSHOWN:

@@ -1,6 +1,6 @@
-"""What each table of the paper needs: its rows, and the runs behind them. Makes nothing.
+"""Plans each table of the paper: its rows, and the runs behind them. Makes nothing.
 
-A run's name says all that sets it apart within a scale, so that rows of any table which need equal runs share one.
+A run's name holds all that sets it apart within a scale, so rows of any table that need equal runs share one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from mnclglf.config import DATASETS, MethodName, ObjectiveConfig, RunConfig, require
-from mnclglf.evaluation.results import Protocol
+from mnclglf.config import (
+    DATASETS,
+    KnnConfig,
+    LinearConfig,
+    LogisticConfig,
+    MethodName,
+    ObjectiveConfig,
+    RunConfig,
+    require,
+)
 from mnclglf.recipes import RECIPES
 from mnclglf.reproduce.paper import METHOD_TITLES, TABLE3, TABLE4, TABLE5, TABLE6, PaperResult
+from mnclglf.runs.results import Protocol
 
 TableName = Literal["table3", "table4", "table5", "table6"]
 PaperDataset = Literal["cifar10", "cifar100", "tinyimagenet"]
@@ -23,7 +32,7 @@ ScaleName = Literal["paper", "small"]
 
 PAPER_EPOCHS = 200
 CLASSES = dict.fromkeys(DATASETS, 10) | {"cifar100": 100, "tinyimagenet": 200}
-"""Of each data set, which a run of supervised keeps in its settings."""
+"""Classes of each data set, which a run of supervised keeps in its settings."""
 SMALL_EPOCHS = 12  # a multiple of four, for the milestones of Table 5
 TITLES: dict[TableName, str] = {
     "table3": "Table 3: linear evaluation of eight methods",
@@ -39,7 +48,7 @@ class Reproduce:
     """Make a table of the paper: what is missing of its runs and evaluations, and the paper's numbers beside ours."""
 
     table: Annotated[TableName, tyro.conf.Positional]
-    """Which."""
+    """The table."""
     dataset: tuple[PaperDataset, ...] = ()
     """Data sets of table3 to make runs of; none given takes all three. The other tables are of cifar10."""
     scale: ScaleName = "paper"
@@ -54,7 +63,7 @@ class Reproduce:
     download: bool = False
     """Fetch the data sets where they are missing."""
     plan: bool = False
-    """Print one command a line for what is missing, for xargs, GNU parallel or a Slurm array, and make nothing."""
+    """Print one command per line for what is missing, for xargs, GNU parallel or a Slurm array, and make nothing."""
     only: str | None = None
     """Make this run alone, by its name, in this process; as the lines of --plan do."""
 
@@ -79,7 +88,7 @@ class Scale:
     protocol_text: str
     """How those are found, in words."""
     of_paper: bool
-    """Whether the setting is the paper's, so that its numbers can be held against ours."""
+    """The setting is the paper's, so its numbers can be compared with ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +97,13 @@ class Row:
 
     label: str
     dataset: str
-    """That we train on."""
+    """Data set that we train on."""
     paper_dataset: str
-    """That the paper's number is of."""
+    """Data set of the paper's number."""
     configs: tuple[RunConfig, ...]
-    """One a seed."""
+    """One per seed."""
     epoch: int
-    """After which the encoder is evaluated."""
+    """Epoch after which the encoder is evaluated."""
     representation: str
     """"pretrained" or "untrained"."""
     paper: PaperResult | None
@@ -103,7 +112,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run, and what is asked of it."""
+    """A run, and the evaluations asked of it."""
 
     config: RunConfig
     asked: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
@@ -123,7 +132,7 @@ class Table:
     rows: tuple[Row, ...]
 
     def runs(self) -> list[Run]:
-        """What the rows need, each run once; all of one seed before the next."""
+        """Returns the runs that the rows need, each once; all of one seed before the next."""
         runs: dict[str, Run] = {}
         for row in self.rows:
             for config in row.configs:
@@ -134,7 +143,7 @@ class Table:
         return sorted(runs.values(), key=lambda run: run.config.seed)
 
     def run(self, name: str) -> Run:
-        """The run of this name.
+        """Returns the run of this name.
 
         Raises:
             ValueError: the table has none.
@@ -147,7 +156,7 @@ class Table:
 
 
 def run_name(config: RunConfig) -> str:
-    """METHOD-DATASET-seedSEED, with what differs from the paper's objective between: mnclglf-cifar10-k1-seed0."""
+    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective: mnclglf-cifar10-k1-seed0."""
     objective, usual = config.objective, ObjectiveConfig()
     variant = {
         f"lambda{objective.lambda_:g}": objective.lambda_ != usual.lambda_,
@@ -158,8 +167,19 @@ def run_name(config: RunConfig) -> str:
     return "-".join([*parts, f"seed{config.seed}"])
 
 
+def evaluation_of(
+    protocol: Protocol, settings: Mapping[str, Any], checkpoint: Path | None
+) -> KnnConfig | LinearConfig | LogisticConfig:
+    """Returns the evaluation whose results have these settings."""
+    if protocol == "knn":
+        return KnnConfig(neighbors=settings["k"], vote_temperature=settings["temperature"], checkpoint=checkpoint)
+    if protocol == "linear":
+        return LinearConfig(**settings, checkpoint=checkpoint)
+    return LogisticConfig(checkpoint=checkpoint)
+
+
 def make_table(request: Reproduce) -> Table:
-    """The part of a table that is asked for.
+    """Returns the part of a table that is asked for.
 
     Raises:
         ValueError: a number of seeds below 1, or data sets that the table is not of.
@@ -186,7 +206,7 @@ class _Entry:
     label: str
     method: MethodName = "mnclglf"
     objective: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What differs from the recipe's."""
+    """Settings that differ from the recipe's."""
     trained: float = 1.0
     """Part of the run's epochs after which it is evaluated."""
     representation: str = "pretrained"
@@ -237,7 +257,7 @@ def _row(entry: _Entry, dataset: str, scale: Scale, request: Reproduce) -> Row:
 
 
 def _small(method: MethodName, dataset: str) -> RunConfig:
-    """The quick recipe's settings for MNCLGLF on fashion_mnist, for every method, whatever data set the paper has."""
+    """Returns the quick recipe's settings for MNCLGLF on fashion_mnist, for every method and data set."""
     config = RECIPES["quick"]("mnclglf", "fashion_mnist")
     return replace(config, method=method, optim=replace(config.optim, epochs=SMALL_EPOCHS))
 
@@ -247,7 +267,7 @@ SCALES: dict[ScaleName, Scale] = {
     "paper": Scale(
         name="paper",
         configure=RECIPES["paper"],
-        protocols={"linear_lars": {"epochs": 90, "batch_size": 256, "lr": 0.8}},
+        protocols={"linear": {"epochs": 90, "batch_size": 256, "lr": 0.8}},
         protocol_text="the paper's protocol: a linear layer on the frozen encoder, 90 epochs of LARS on augmented "
         "images",
         of_paper=True,
@@ -255,7 +275,7 @@ SCALES: dict[ScaleName, Scale] = {
     "small": Scale(
         name="small",
         configure=_small,
-        protocols={"linear": LOGISTIC, "knn": {"k": 20, "temperature": 0.07}},
+        protocols={"logistic": LOGISTIC, "knn": {"k": 20, "temperature": 0.07}},
         protocol_text="logistic regression on frozen features computed once, C chosen on a held-out fifth of the "
         "training images; k-NN with k 20",
         of_paper=False,

@@ -1,4 +1,4 @@
-"""What the run directories of a table hold: what is done, what is missing, what was measured."""
+"""Reads the run directories of a table: which runs are done, which are missing, and what they measured."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mnclglf.config import RunConfig
-from mnclglf.evaluation.results import Result, load_results
 from mnclglf.reproduce.plan import Reproduce, Row, Run, Scale, Table, make_table, run_name
 from mnclglf.runs.checkpoint import checkpoint_path, list_checkpoints
+from mnclglf.runs.files import differences, read_config
 from mnclglf.runs.metrics import Record, read_records
-from mnclglf.training.run_directory import differences, read_config
+from mnclglf.runs.results import Result, load_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,14 @@ class Measurement:
 
 
 def whole_table(request: Reproduce, runs: Path) -> Table:
-    """All of a table that a part is asked of: every data set, and each row's seeds that are asked for or begun."""
+    """Returns the whole of a table: every data set, and each row's seeds that are asked for or begun."""
     table = make_table(replace(request, dataset=()))
     rows = [replace(row, configs=_with_begun_seeds(row.configs, runs)) for row in table.rows]
     return replace(table, rows=tuple(rows))
 
 
 def _with_begun_seeds(configs: Sequence[RunConfig], runs: Path) -> tuple[RunConfig, ...]:
-    """A row's runs, and those of further seeds that have a run directory."""
+    """Returns a row's runs, and those of further seeds that have a run directory."""
     first = configs[0]
     stem = run_name(first).removesuffix(str(first.seed))
     begun = [int(seed) for path in runs.glob(f"{stem}*/") if (seed := path.name.removeprefix(stem)).isdecimal()]
@@ -52,35 +52,35 @@ def _with_begun_seeds(configs: Sequence[RunConfig], runs: Path) -> tuple[RunConf
 
 
 def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:
-    """Where the evaluations after an epoch lie: evaluation.json for the last, a file of its own for a milestone."""
+    """Returns the file of an epoch's evaluations: evaluation.json for the last, a file of its own for a milestone."""
     return folder / ("evaluation.json" if epoch == config.optim.epochs else f"evaluation-epoch{epoch}.json")
 
 
 def step_of_epoch(folder: Path, epoch: int) -> int | None:
-    """Steps behind a run after `epoch` epochs; None where nothing was logged yet."""
+    """Returns the steps behind a run after `epoch` epochs; None where nothing was logged yet."""
     last = _last_record(folder)
     return None if last is None else epoch * round(last["step"] / last["epoch"])
 
 
 def steps_done(folder: Path) -> int:
-    """Of the newest checkpoint."""
+    """Returns the steps behind the newest checkpoint."""
     checkpoints = list_checkpoints(folder / "checkpoints")
     return checkpoints[-1][0] if checkpoints else 0
 
 
 def is_trained(folder: Path, config: RunConfig) -> bool:
-    """Whether there is a checkpoint of the run's last step."""
+    """Returns True if there is a checkpoint of the run's last step."""
     step = step_of_epoch(folder, config.optim.epochs)
     return step is not None and checkpoint_path(folder / "checkpoints", step).exists()
 
 
 def other_settings(folder: Path, config: RunConfig) -> list[str]:
-    """Settings in which the run in this folder differs from `config`; none where there is no run."""
+    """Returns the settings in which the run in this folder differs from `config`; none where there is no run."""
     return differences(read_config(folder), config) if (folder / "config.json").exists() else []
 
 
 def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[str]]:
-    """Representations that are yet to be evaluated, by epoch; of a run that is not trained, all that are asked for."""
+    """Returns the representations yet to be evaluated, by epoch; of a run that is not trained, all asked for."""
     folder = runs / run.name
     missing = {
         epoch: [name for name in names if None in find_results(folder, run.config, epoch, name, scale).values()]
@@ -92,7 +92,7 @@ def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[st
 def find_results(
     folder: Path, config: RunConfig, epoch: int, representation: str, scale: Scale
 ) -> dict[str, Result | None]:
-    """By protocol, what is there of this very run, epoch and protocol on the test images."""
+    """Returns by protocol the results of this very run, epoch and protocol on the test images."""
     step = step_of_epoch(folder, epoch)
     if step is None or other_settings(folder, config):
         return dict.fromkeys(scale.protocols)
@@ -113,18 +113,18 @@ def _find(saved: Sequence[Result], protocol: str, representation: str, settings:
 
 
 def measurements(row: Row, runs: Path, scale: Scale) -> list[Measurement]:
-    """What was measured for a row, one for each seed whose run and evaluations are done."""
+    """Returns the measurements of a row, one for each seed whose run and evaluations are done."""
     found = [_measurement(row, config, runs, scale) for config in row.configs]
     return [measurement for measurement in found if measurement is not None]
 
 
-def limit_shares(runs: Path) -> list[float]:
-    """Of each finished run in the folder, the median share of the machine's limit that its steps reached."""
+def roofline_fractions(runs: Path) -> list[float]:
+    """Returns each finished run's median fraction of the roofline that its steps reached."""
     shares: list[float] = []
     for folder in sorted(runs.glob("*/")):
         if not (folder / "evaluation.json").exists():
             continue
-        logged = [record.get("limit_share") for record in read_records(folder / "metrics.jsonl")[0]]
+        logged = [record.get("roofline_fraction") for record in read_records(folder / "metrics.jsonl")[0]]
         known = sorted(share for share in logged if isinstance(share, float))
         if known:
             shares.append(known[len(known) // 2])

@@ -1,43 +1,197 @@
-"""Makes the runs of a table: each in a process of its own, and never in two at once."""
+"""mnclglf reproduce: checks, estimates the time, makes the missing runs, writes the table.
+
+Each run is made in a process of its own, and never in two at once.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-from mnclglf.evaluation.results import save_results
+from mnclglf.config import RunConfig, require
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.splits import split_train
+from mnclglf.evaluation.run import evaluate_run
 from mnclglf.reports.page import write_report
-from mnclglf.reproduce.evaluate import evaluate_checkpoint
-from mnclglf.reproduce.plan import Reproduce, Run, Scale, Table
-from mnclglf.reproduce.results import is_trained, missing_evaluations, results_path, step_of_epoch
+from mnclglf.reproduce.plan import Reproduce, Run, Scale, Table, evaluation_of, make_table
+from mnclglf.reproduce.results import (
+    is_trained,
+    missing_evaluations,
+    other_settings,
+    results_path,
+    roofline_fractions,
+    step_of_epoch,
+    steps_done,
+    whole_table,
+)
+from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
+from mnclglf.runs.console import say
+from mnclglf.runs.files import read_config
+from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.loop import StopRequest, Trainer, TrainingError
 from mnclglf.training.progress import duration
-from mnclglf.training.run_directory import read_config
+from mnclglf.training.schedule import Schedule
+from mnclglf_kernels.backend import HAS_TRITON
 
 PROGRAM = (sys.executable, "-m", "mnclglf")
 TAKEN = 75  # exit code of a process whose run is another's: EX_TEMPFAIL of sysexits.h
 POLL_SECONDS = 1.0
 LOCK_TRIES = 5  # a tenth of a second apart
 LOG_LINES = 12  # of a run that failed
+ASSUMED_SHARE = 0.6  # of the roofline, until a run of the folder is finished
+
+
+def reproduce(request: Reproduce, console: Console) -> int:
+    """Makes what is asked for of a table of the paper and writes the whole table, or prints the commands of its runs.
+
+    Returns:
+        0 when all that was asked for is there; 1 where a run failed; TAKEN where other processes are still at work on
+        some; 128 + N when stopped by signal N.
+    """
+    table, runs = make_table(request), request.folder / "runs"
+    wanted = table.runs() if request.only is None else [table.run(request.only)]
+    missing = [run for run in wanted if missing_evaluations(run, runs, table.scale)]
+    if request.plan:
+        sys.stdout.writelines(f"{shlex.join(command_of(request, run.name))}\n" for run in missing)
+        return 0
+    check_settings(wanted, runs)
+    lines_of(whole_table(request, runs), runs)  # a damaged file of any run shows before work is done
+    images = load_images(missing) if request.only is None else {}  # a single run loads its own
+    check_writable(runs)
+    if request.only is not None:
+        code = make_run(wanted[0], runs, table.scale, console)
+        _write(request)
+        return code
+    if missing:
+        say(console, f"{table.name} at scale {request.scale}, in {request.folder}")
+        describe_work(missing, len(wanted), runs, images, console)
+    del images  # each run loads its own, and needs the memory
+    made = make_runs(request, table, runs, console)
+    for path in _write(request):
+        say(console, f"written: {path}")
+    if made.stopped:
+        say(
+            console,
+            "stopped; with the same command training goes on from its last step, and an evaluation begins again",
+        )
+        return 128 + made.stopped
+    if made.taken:
+        names = ", ".join(made.taken)
+        say(console, f"being made by other processes: {names}; the same command adds them once they are done")
+    if made.failed:
+        say(console, f"failed: {', '.join(made.failed)}; the same command tries them again")
+        return 1
+    return TAKEN if made.taken else 0
+
+
+def check_settings(runs: Sequence[Run], folder: Path) -> None:
+    """ValueError where a run cannot be made on this machine, or its directory holds another one."""
+    for run in runs:
+        choose_device(run.config.engine)
+        changed = other_settings(folder / run.name, run.config)
+        require(
+            not changed,
+            f"{folder / run.name} holds a run of other settings ({'; '.join(changed)}); give another --out, or move it "
+            "away",
+        )
+
+
+def load_images(runs: Sequence[Run]) -> dict[str, ImageSet]:
+    """Loads the images that each data set of the runs pre-trains on.
+
+    Raises:
+        DataError: a data set's files are missing or damaged.
+    """
+    data = {run.config.dataset: run.config.data for run in runs}
+    return {
+        name: split_train(load_dataset(name, config.data_dir, download=config.download)[0], config)[0]
+        for name, config in data.items()
+    }
+
+
+def describe_work(
+    missing: Sequence[Run], wanted: int, runs: Path, images: dict[str, ImageSet], console: Console
+) -> None:
+    """Prints the runs that will be made, with their estimated hours on this machine."""
+    share, source = expected_share(runs)
+    hours = [training_hours(run, runs, images, share) for run in missing]
+    known = [value for value in hours if value is not None]
+    for run, value in zip(missing, hours, strict=True):
+        say(console, f"  {run.name}: {_hours(value)}")
+    total = f"{_hours(sum(known))} of training" if len(known) == len(hours) else "how long they take is not known"
+    say(
+        console,
+        f"{wanted} runs, {wanted - len(missing)} done, {len(missing)} to make: {total} on this machine, without the "
+        "evaluations" + (f"; at {share:.0%} of the roofline, {source}" if known else " (the estimate needs Triton)"),
+    )
+
+
+def _hours(hours: float | None) -> str:
+    return "unknown" if hours is None else f"{hours:.2f} h"
+
+
+def _write(request: Reproduce) -> list[Path]:
+    runs = request.folder / "runs"
+    with held(lock_of(request.table, runs), wait=True):  # else the older of two states may be written last
+        return write_table(whole_table(request, runs), request.folder)
+
+
+def expected_share(runs: Path) -> tuple[float, str]:
+    """Returns the fraction of the roofline that steps are expected to reach, and where the figure is from."""
+    shares = roofline_fractions(runs)
+    if shares:
+        return statistics.median(shares), f"as the {len(shares)} finished runs in the folder did"
+    return ASSUMED_SHARE, "an assumption until a run is finished"
+
+
+def training_hours(run: Run, runs: Path, images: Mapping[str, ImageSet], share: float) -> float | None:
+    """Returns the hours that the run still has to train; None where the roofline is not known.
+
+    Args:
+        run: the run.
+        runs: folder of the run directories.
+        images: what each data set pre-trains on.
+        share: expected fraction of the roofline.
+    """
+    if not HAS_TRITON:  # the counts are those of its kernels
+        return None
+    config, trained_on = run.config, images[run.config.dataset]
+    schedule = Schedule.of(config, len(trained_on) // config.optim.batch_size)
+    steps = schedule.total_steps - steps_done(runs / run.name)
+    return steps * _least_seconds(replace(config, seed=0), view_side(trained_on, config.data.image_size)) / share / 3600
+
+
+@cache
+def _least_seconds(config: RunConfig, side: int) -> float:
+    """Returns the roofline time of a step on this machine."""
+    from mnclglf.training.roofline import least_seconds, peaks_of  # with triton, which not every system has
+
+    device = choose_device(config.engine)
+    dtype = autocast_dtype(config.engine, device)
+    return least_seconds(config, side, dtype, peaks_of(device, dtype, tf32=config.engine.tf32))
 
 
 @dataclass(kw_only=True)
 class Made:
-    """What became of the missing runs."""
+    """The outcome of making the missing runs."""
 
     failed: list[str] = field(default_factory=list[str])
     taken: list[str] = field(default_factory=list[str])
@@ -61,7 +215,7 @@ def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
 
 
 def _try_lock(file: TextIO) -> bool:
-    """Whether the lock could be had; a process that only asks whether a run is free holds it for a moment."""
+    """Returns True if the lock could be had; a process that only asks whether a run is free holds it for a moment."""
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +231,7 @@ def lock_of(name: str, runs: Path) -> Path:
 
 
 def command_of(request: Reproduce, name: str) -> list[str]:
-    """The command that makes one run of the table."""
+    """Returns the command that makes one run of the table."""
     options = ["--scale", request.scale, "--seeds", str(request.seeds), "--out", str(request.folder)]
     if request.dataset:
         options += ["--dataset", *request.dataset]
@@ -102,16 +256,24 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
         if not is_trained(folder, run.config):
             stopped = train(run, folder, console)
             if stopped:
-                say(console, "stopped and saved; the same command goes on from there")
+                say(console, "stopped and saved; the same command resumes there")
                 return 128 + stopped
         config = replace(read_config(folder), data=run.config.data)  # the images may have lain elsewhere then
         for epoch, representations in missing_evaluations(run, runs, scale).items():
             step = step_of_epoch(folder, epoch)
             assert step is not None  # it is trained
             say(console, f"evaluating after epoch {epoch}")
-            checkpoint = checkpoint_path(folder / "checkpoints", step)
-            results = evaluate_checkpoint(folder, config, checkpoint, scale.protocols, representations, console)
-            save_results(results_path(folder, run.config, epoch), results)
+            last = epoch == run.config.optim.epochs
+            checkpoint = None if last else checkpoint_path(folder / "checkpoints", step)
+            for protocol, settings in scale.protocols.items():
+                evaluate_run(
+                    folder,
+                    evaluation_of(protocol, settings, checkpoint),
+                    console,
+                    config=config,
+                    representations=representations,
+                    file=results_path(folder, run.config, epoch),
+                )
         write_report(folder)
     return 0
 
@@ -187,13 +349,8 @@ def _watch(command: Sequence[str], log: Path, stop: StopRequest, console: Consol
             raise
 
 
-def say(console: Console, text: str) -> None:
-    """Prints text as it is: a path or a log may hold what rich takes for markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last lines of a text file."""
+    """Returns the last lines of a text file."""
     with log.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque(file, maxlen=count)]
 

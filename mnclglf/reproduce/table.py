@@ -19,8 +19,7 @@ from mnclglf.reports.figures import DotPanel, Dots, dot_chart
 from mnclglf.reproduce.paper import PaperResult
 from mnclglf.reproduce.plan import PAPER_EPOCHS, TITLES, Row, Table, run_name
 from mnclglf.reproduce.results import Measurement, measurements
-from mnclglf.runs.files import write_atomically
-from mnclglf.training.run_directory import differences
+from mnclglf.runs.files import differences, write_atomically
 
 NOT_RUN = "not run"
 DATASET_TITLES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tinyimagenet": "TinyImageNet"}
@@ -28,18 +27,18 @@ DATASET_TITLES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tinyimagenet": 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row with what was measured for it."""
+    """A row with its measurements."""
 
     row: Row
     measured: tuple[Measurement, ...]
 
     def values(self, name: str) -> list[float]:
-        """Of each measured seed, in percent; name is top1, top5 or knn_top1."""
+        """Returns the value of each measured seed in percent; name is top1, top5 or knn_top1."""
         found = [getattr(measurement, name) for measurement in self.measured]
         return [100 * value for value in found if value is not None]
 
     def state(self) -> str:
-        """Measured (seeds, epochs, hardware, commit), or not run."""
+        """Returns "measured" (seeds, epochs, hardware, commit), or "not run"."""
         done = {measurement.seed for measurement in self.measured}
         lacking = [config.seed for config in self.row.configs if config.seed not in done]
         if not done:
@@ -55,12 +54,12 @@ class Line:
 
 
 def lines_of(table: Table, runs: Path) -> list[Line]:
-    """The table's rows, each with what the run directories have for it."""
+    """Returns the table's rows, each with its measurements in the run directories."""
     return [Line(row=row, measured=tuple(measurements(row, runs, table.scale))) for row in table.rows]
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
-    """Writes FOLDER/TABLE.md, .csv, .json and .png from the runs in FOLDER/runs; gives their paths."""
+    """Writes FOLDER/TABLE.md, .csv, .json and .png from the runs in FOLDER/runs; returns their paths."""
     lines = lines_of(table, folder / "runs")
     files = {
         "md": to_markdown(table, lines).encode(),
@@ -74,7 +73,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 
 def to_markdown(table: Table, lines: Sequence[Line]) -> str:
-    """The table with its settings; a part for each data set."""
+    """Returns the table with its settings as Markdown, a part for each data set."""
     knn = "knn" in table.scale.protocols
     parts = [f"# {TITLES[table.name]}", _introduction(table)]
     for dataset, group in _by_dataset(lines).items():
@@ -100,7 +99,7 @@ def to_markdown(table: Table, lines: Sequence[Line]) -> str:
 
 
 def to_csv(table: Table, lines: Sequence[Line]) -> str:
-    """One line a row; a cell without a measurement, or without a number of the paper, is empty."""
+    """Returns one line per row; a cell without a measurement, or without a number of the paper, is empty."""
     names = ("top1", "top5", "knn_top1")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -119,7 +118,7 @@ def to_csv(table: Table, lines: Sequence[Line]) -> str:
 
 
 def to_json(table: Table, lines: Sequence[Line]) -> dict[str, Any]:
-    """Everything: settings, the paper's numbers, and each measurement with its run, hardware and commit."""
+    """Returns everything: settings, the paper's numbers, and each measurement with its run, hardware and commit."""
     return {
         "table": table.name,
         "title": TITLES[table.name],
@@ -133,7 +132,7 @@ def to_json(table: Table, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def to_picture(table: Table, lines: Sequence[Line]) -> bytes:
-    """Top-1 of every row: in the paper's setting the paper's beside ours, else in a panel of its own."""
+    """Draws top-1 of every row: in the paper's setting the paper's beside ours, else in a panel of its own."""
     groups = _by_dataset(lines)
     labels = [line.row.label for line in next(iter(groups.values()))]
     panels: list[DotPanel] = []
@@ -151,7 +150,7 @@ def to_picture(table: Table, lines: Sequence[Line]) -> bytes:
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean, standard deviation (n - 1) and number of values, or "not run"."""
+    """Returns mean, standard deviation (n - 1) and number of values, or "not run"."""
     mean, deviation = _mean_and_deviation(values)
     if mean is None:
         return NOT_RUN
@@ -159,7 +158,7 @@ def summary(values: Sequence[float]) -> str:
 
 
 def describe(config: RunConfig) -> str:
-    """What the rows of a table share, in words."""
+    """Returns the settings that the rows of a table share, in words."""
     data, model, objective, optim = config.data, config.model, config.objective, config.optim
     images = "all training images" if data.train_images is None else f"{data.train_images:,} training images"
     side = "their own size" if data.image_size is None else f"{data.image_size} x {data.image_size}"
@@ -204,7 +203,7 @@ def _row_json(line: Line, base: RunConfig) -> dict[str, Any]:
 
 
 def _base(group: Sequence[Line]) -> RunConfig:
-    """MNCLGLF's usual settings, which every table has a row of."""
+    """Returns MNCLGLF's usual settings, which every table has a row of."""
     configs = [line.row.configs[0] for line in group]
     return next(config for config in configs if run_name(config) == f"mnclglf-{config.dataset}-seed0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mnclglf.runs.files import write_atomically
+from mnclglf.config import RunConfig, from_dict
+from mnclglf.runs.files import differences, read_config, write_atomically
 
 FORMAT = 1
 
@@ -20,12 +22,12 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Returns the path of the checkpoint after `step` steps."""
     return folder / f"step-{step:08d}.pt"
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint in `folder`, oldest first."""
+    """Returns (step, path) of every checkpoint in `folder`, oldest first."""
     found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in folder.glob("step-*.pt"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -53,7 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
-    remedy = "delete it to go on from an earlier one"
+    remedy = "delete it to resume from an earlier one"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -72,8 +74,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def changed_settings(checkpoint: Path, state: dict[str, Any], asked: RunConfig) -> list[str]:
+    """Returns the `differences` from what a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: it holds settings that this version does not know.
+    """
+    try:
+        return differences(from_dict(json.loads(state["config"])), asked)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} holds settings that this version does not know: {error}") from error
+
+
+def find_checkpoint(run: Path, resume: str) -> Path | None:
+    """Returns the checkpoint to resume from: the newest of `run` for "auto", none for "never", else the path given.
+
+    Raises:
+        CheckpointError: "never" in a directory that holds a run, or a path where no file is.
+    """
+    own = list_checkpoints(run / "checkpoints")
+    if resume == "auto":
+        return own[-1][1] if own else None
+    if resume == "never":
+        if own:
+            raise CheckpointError(
+                f"{run} holds a run of {own[-1][0]} steps; resume it with --resume auto, or choose another --out"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is no file; --resume takes auto, never or a checkpoint, RUN/checkpoints/step-N.pt"
+        )
+    return path
+
+
+def load_state(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Returns a run's configuration and what its newest (or given) checkpoint holds.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+    """
+    config, own = read_config(run), f"give one of {run / 'checkpoints'}"
+    path = checkpoint or find_checkpoint(run, "auto")
+    if path is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; train it with mnclglf train --out {run}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; {own}")
+    state = load_checkpoint(path)
+    changed = changed_settings(path, state, config)
+    if changed:
+        raise CheckpointError(f"{path} is not of {run}, which has other settings ({'; '.join(changed)}); {own}")
+    return config, state
+
+
 def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:
-    """The checkpoints after a multiple of `milestone_steps` steps, oldest first."""
+    """Returns the checkpoints after a multiple of `milestone_steps` steps, oldest first."""
     return [path for step, path in list_checkpoints(folder) if step % milestone_steps == 0]
 
 

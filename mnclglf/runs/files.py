@@ -1,15 +1,21 @@
-"""Files that are whole or absent. Imports nothing of ours."""
+"""Files that are whole or absent, and the settings that a run directory keeps. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
+
+from mnclglf.config import RunConfig, from_dict, to_dict
+
+# Settings that may change between training and resuming: they do not change what is computed.
+FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "data.loader_threads"}
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
+    """Folder for what can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnclglf"
 
 
@@ -30,3 +36,68 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as readable JSON, whole or not at all.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> object:
+    """Reads a JSON file; None where there is no file.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # malformed JSON or UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file that holds an object, as environment.json does; None where there is no file.
+
+    Raises:
+        ValueError: it is not JSON, or not an object; the message names the file.
+    """
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__} where an object belongs")
+    return cast("dict[str, Any] | None", value)
+
+
+def read_config(run: Path) -> RunConfig:
+    """Reads the configuration of a run directory.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no config.json, or it does not hold a configuration.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; mnclglf train --out {run} makes a run there")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
+    """Returns the settings that differ and change what is computed, as `name: saved -> asked`."""
+
+    def flatten(config: RunConfig) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in to_dict(config).items():
+            if name not in FREE_TO_CHANGE:
+                flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        return {name: value for name, value in flat.items() if name not in FREE_TO_CHANGE}
+
+    before, now = flatten(saved), flatten(asked)
+    return [f"{name}: {before[name]} -> {now[name]}" for name in before if before[name] != now[name]]

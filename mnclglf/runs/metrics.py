@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each a step's figures. Imports nothing of ours."""
+"""metrics.jsonl: one JSON object per line, each a step's figures. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, cast
 
 Record = dict[str, Any]
 
+FORMER_KEYS = {"limit_share": "roofline_fraction"}
+"""Keys in files of before, and today's."""
+
 
 def read_records(path: Path) -> tuple[list[Record], int]:
-    """The records of a metrics.jsonl, and how many of its lines are none; a torn last line is not counted.
+    """Returns the records of a metrics.jsonl, and how many lines are none, without a torn last one.
 
     Raises:
         ValueError: there are lines, but no record among them.
@@ -32,7 +35,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 def step_of(record: Record) -> int | None:
-    """The step of a record, or None where it has none or what stands there cannot be one."""
+    """Returns the step of a record, or None where it has none or the value cannot be one."""
     step = record.get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53 else None
 
@@ -42,4 +45,6 @@ def _parse_record(line: str) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and step_of(cast("Record", record)) is not None else None
+    if not isinstance(record, dict) or step_of(cast("Record", record)) is None:
+        return None
+    return {FORMER_KEYS.get(key, key): value for key, value in cast("Record", record).items()}

@@ -25,28 +25,23 @@ from mnclglf.data.views import whole_views
 from mnclglf.methods import Losses
 from mnclglf.runs.checkpoint import (
     CheckpointError,
+    changed_settings,
     checkpoint_path,
     delete_old_checkpoints,
+    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from mnclglf.runs.files import write_atomically
+from mnclglf.runs.environment import describe_environment
+from mnclglf.runs.files import write_atomically, write_json
 from mnclglf.training.backends import choose_backends, describe_backends
 from mnclglf.training.compiling import choose_compile, or_eager
 from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.training.progress import RunLog, duration
-from mnclglf.training.run_directory import (
-    build_method,
-    changed_settings,
-    check_queue,
-    describe_environment,
-    find_checkpoint,
-    with_classes,
-    write_json,
-)
+from mnclglf.training.run_directory import build_method, check_queue, with_classes
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.step import TrainStep, keep_freed_memory, share_casts, use_fast_math
 from mnclglf.training.timing import (
@@ -245,6 +240,9 @@ class Trainer:
             **self.step.state_dict(),
             "images": self.fingerprint,
             "loader": self.loader.name,
+            "mean": torch.from_numpy(self.loader.mean),
+            "std": torch.from_numpy(self.loader.std),
+            "side": self.side,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -331,7 +329,14 @@ class Trainer:
             left_over.unlink()
         loader, dtype = self.loader.name, str(self.dtype).removeprefix("torch.")
         kernels = describe_backends(self.method.backends)
-        chosen = {"precision": dtype, "loader": loader, "kernels": kernels, "image_side": self.side}
+        chosen = {
+            "precision": dtype,
+            "loader": loader,
+            "kernels": kernels,
+            "image_side": self.side,
+            "mean": self.loader.mean.tolist(),
+            "std": self.loader.std.tolist(),
+        }
         write_json(self.out / "config.json", to_dict(self.config))
         write_json(self.out / "environment.json", describe_environment(self.device, chosen))
         pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted

@@ -1,0 +1,42 @@
+"""environment.json: the machine, the versions and the commit behind a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns versions, machine and commit of this process, and `settings` as chosen for the run."""
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "packages": dict(sorted(installed.items())),
+        "system": platform.platform(),
+        "device": gpu or f"CPU, {os.cpu_count()} cores, {torch.cpu.get_capabilities().get('cpu_name', 'unknown')}",
+        "torch_threads": torch.get_num_threads(),
+        "commit": _commit(),
+        **settings,
+    }
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout this code runs from; None where it is installed from a package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None

@@ -1,0 +1,111 @@
+"""The results of evaluations, and evaluation.json that keeps them: {"version": 2, "results": [...]}.
+
+Files without a version, a bare list, are those of before: they name logistic regression "linear" and the paper's
+protocol "linear_lars". They are read under today's names, and saved as version 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from mnclglf.runs.files import read_json, write_json
+
+Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels"]
+"""linear is the paper's linear evaluation, trained by LARS; logistic is logistic regression on stored features."""
+
+VERSION = 2
+FORMER_PROTOCOLS = {"linear": "logistic", "linear_10_labels": "logistic_10_labels", "linear_lars": "linear"}
+"""Protocol names in a file without a version, and today's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Accuracy of one representation under one protocol on one split; fractions, 0 to 1."""
+
+    protocol: Protocol
+    representation: str
+    """"pretrained", "untrained", "raw pixels" or another."""
+    split: str = "test"
+    """The images that were classified: "test" or "validation"."""
+    label_share: float = 1.0
+    """Fraction of the training images whose labels were used."""
+    epoch: float | None = None
+    """Epochs of training behind a checkpoint that was chosen, as a milestone; None for the run's newest."""
+    top1: float
+    top5: float
+    deviation: float | None = None
+    """Standard deviation of top-1 over draws of labels (n - 1 in the denominator); None where there is one draw."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the number depends on, as plain JSON types; "note" holds a warning to print beside it."""
+
+    def __post_init__(self) -> None:
+        numbers: list[object] = [self.top1, self.top5, self.label_share]
+        numbers += [value for value in (self.epoch, self.deviation) if value is not None]
+        if not all(_is_finite(number) for number in numbers):
+            raise ValueError(f"{numbers} are not finite numbers")
+        if not (0 <= self.top1 <= self.top5 <= 1):
+            raise ValueError(f"top1 {self.top1} and top5 {self.top5} are not rising fractions of the images")
+
+    @property
+    def key(self) -> tuple[str, str, str, float, float | None]:
+        """Results with the same key replace one another."""
+        return self.protocol, self.representation, self.split, self.label_share, self.epoch
+
+
+def load_results(path: Path) -> list[Result]:
+    """Reads the results in an evaluation.json, of today or of before; none where there is no file.
+
+    Raises:
+        ValueError: the file does not hold results, or is of a later version; the message names it and the remedy.
+    """
+    try:
+        content = read_json(path)
+        if content is None:
+            return []
+        former = isinstance(content, list)
+        file = cast("dict[str, Any]", {"version": VERSION, "results": content} if former else content)
+        version, entries = file["version"], cast("list[dict[str, Any]]", file["results"])
+        results = [_result(entry, former) for entry in entries] if version == VERSION else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: it does not hold evaluation results ({error}); remove it and evaluate again"
+        ) from error
+    if results is None:
+        raise ValueError(
+            f"{path} has version {version}, and this mnclglf reads {VERSION}; install the one that wrote it"
+        )
+    return results
+
+
+def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
+    """Merges `results` into an evaluation.json and returns all it then holds.
+
+    A result replaces the one with the same key, in its place; new ones come last. The file is whole at any time, but of
+    two processes that merge at the same moment one loses its results.
+
+    Raises:
+        ValueError: the file that is there does not hold results.
+    """
+    merged = {result.key: result for result in load_results(path)}
+    merged.update({result.key: result for result in results})
+    write_json(path, {"version": VERSION, "results": [dataclasses.asdict(result) for result in merged.values()]})
+    return list(merged.values())
+
+
+def _result(entry: dict[str, Any], former: bool) -> Result:
+    """Makes a result of what JSON holds; TypeError or ValueError where that is none."""
+    protocol, settings = entry["protocol"], entry.get("settings") or {}
+    if not isinstance(protocol, str) or not isinstance(settings, dict):
+        raise TypeError(f"protocol {protocol!r} and settings {settings!r} are not a name and an object")
+    if former:
+        protocol = FORMER_PROTOCOLS.get(protocol, protocol)
+    return Result(**{**entry, "protocol": cast(Protocol, protocol), "settings": settings})
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
