@@ -1,4 +1,4 @@
-"""The recipes: `paper` is Table 2 for every method, `tuned` is what docs/method.md says, with a source a value."""
+"""The recipes: `paper` is Table 2 for every method, `tuned` is what docs/reference/algorithm.md says, with a source a value."""
 
 import re
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import pytest
 from mnclglf.config import DATASETS, MethodName, ModelConfig, RunConfig
 from mnclglf.recipes import RECIPES, TUNED, VIEWS, paper, tuned
 
-METHOD_PAGE = Path(__file__).resolve().parents[1] / "docs" / "method.md"
+METHOD_PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "algorithm.md"
 NAMES = get_args(MethodName)
 OF_THE_PAPER = ("cifar10", "cifar100", "tinyimagenet")
 RUNS = [
