@@ -90,8 +90,9 @@ class ViewConfig:
         low, high = self.blur_sigma
         require(0 < low <= high, f"blur_sigma {self.blur_sigma} must be positive and rise, as in 0.1 2.0")
         require(0 <= self.rotation_degrees <= 180, f"rotation_degrees {self.rotation_degrees} must lie in 0..180")
-        for name in ("flip", "jitter", "gray", "blur", "solarize"):
-            _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
+        for setting in dataclasses.fields(self):
+            if setting.name.endswith("_probability"):
+                _require_probability(setting.name, getattr(self, setting.name))
         for name in ("brightness", "contrast", "saturation"):
             _require_probability(name, getattr(self, name))
         require(0 <= self.hue <= 0.5, f"hue {self.hue} must lie in 0..0.5 turns")
