@@ -15,7 +15,7 @@ BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/ben
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-gpu bench bench-compare gpu-report check-aot check clean
+.PHONY: help setup train report test test-gpu bench bench-compare gpu-report check-aot check docs clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -60,6 +60,9 @@ check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs: setup ## build the documentation into build/docs/; warnings are errors
+	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(ARGS)
 
 clean: ## delete .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -47,5 +47,6 @@ setup(
             "ruff>=0.17",
             "basedpyright>=1.40",
         ],
+        "docs": ["sphinx>=9", "myst-parser>=5", "pydata-sphinx-theme>=0.16"],
     },
 )

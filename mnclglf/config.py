@@ -28,7 +28,6 @@ Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
 
-DATASETS = ("mnist5k", "digits", "fashion_mnist", "cifar10", "cifar100", "tinyimagenet")
 FOLDER = "folder:"
 """What the name of a data set starts with that is a folder of image files: folder:PATH."""
 
@@ -91,8 +90,9 @@ class ViewConfig:
         low, high = self.blur_sigma
         require(0 < low <= high, f"blur_sigma {self.blur_sigma} must be positive and rise, as in 0.1 2.0")
         require(0 <= self.rotation_degrees <= 180, f"rotation_degrees {self.rotation_degrees} must lie in 0..180")
-        for name in ("flip", "jitter", "gray", "blur", "solarize"):
-            _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
+        for setting in dataclasses.fields(self):
+            if setting.name.endswith("_probability"):
+                _require_probability(setting.name, getattr(self, setting.name))
         for name in ("brightness", "contrast", "saturation"):
             _require_probability(name, getattr(self, name))
         require(0 <= self.hue <= 0.5, f"hue {self.hue} must lie in 0..0.5 turns")
@@ -289,7 +289,7 @@ class RunConfig:
 
     method: MethodName = "mnclglf"
     dataset: str = "cifar10"
-    """mnist5k, digits, fashion_mnist, cifar10, cifar100, tinyimagenet, or folder:PATH for image files of any size."""
+    """Name of a data set (see above), or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
     """Weights, views, order of the images: the same seed gives the same run. (Two loaders differ by levels of 255 in
@@ -302,7 +302,6 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_dataset(self.dataset)
         require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
         milestones = self.engine.keep_every
         require(
@@ -391,14 +390,6 @@ SECTIONS: dict[str, Any] = {
     "engine": EngineConfig,
 }
 """Fields of RunConfig that hold further settings, and their types."""
-
-
-def check_dataset(name: str) -> None:
-    """Raises ValueError unless this is the name of a data set, or folder:PATH."""
-    require(
-        name in DATASETS or (name.startswith(FOLDER) and name != FOLDER),
-        f"dataset {name!r} is none of {', '.join(DATASETS)}; for image files of your own give folder:PATH",
-    )
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:

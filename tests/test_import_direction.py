@@ -15,7 +15,7 @@ TRAINING = METHODS | LEAVES | {"methods", "data"}
 MAY_IMPORT = {
     "mnclglf_kernels": set(),
     "config": set(),
-    "recipes": {"config"},
+    "recipes": {"config", "data"},
     "runs": {"config"},
     "data": LEAVES | {"mnclglf_kernels"},
     "models": MODELS,

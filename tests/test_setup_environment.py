@@ -166,12 +166,12 @@ def test_torch_comes_from_its_index_and_the_rest_does_not():
     first, second = setup.install_commands(setup.decide(OLD_DRIVER, CU126), Path("python"), constraints)
     assert first[first.index("--index-url") + 1 :] == [CU126, "torch==2.14.1", "torchvision==0.29.1"]
     assert "--index-url" not in second
-    assert second[-4:] == ["-c", "constraints.txt", "-e", ".[dev,faiss-gpu,dali-cuda12]"]
+    assert second[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,faiss-gpu,dali-cuda12]"]
 
 
 def test_pypi_is_one_command_and_no_dali_is_no_extra():
     (command,) = setup.install_commands(setup.decide(MAC, None), Path("python"), "torch==2.14.1\n")
-    assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev,faiss-cpu]"]
+    assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,faiss-cpu]"]
 
 
 def found(cuda="13.0", gpu=None, gpu_error=None):

@@ -214,7 +214,7 @@ def check_driver(machine: Machine, cuda: int) -> None:
 def install_commands(plan: Plan, python: Path, constraints: str) -> list[list[str]]:
     """The pip commands, in order. torch and torchvision come first where they have an index of their own."""
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    extras = ",".join(["dev", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
+    extras = ",".join(["dev", "docs", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
     everything = [*pip, "-c", "constraints.txt", "-e", f".[{extras}]"]
     if plan.torch_index is None:
         return [everything]

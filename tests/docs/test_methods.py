@@ -1,4 +1,4 @@
-"""docs/methods.md's tenth method: taken from the document, put where it says, held against its equations, trained."""
+"""The tenth method of docs/howto/add-a-method.md: put where the page says, held against its equations, trained."""
 
 import importlib.util
 import io
@@ -19,7 +19,7 @@ from mnclglf.runs.metrics import read_records
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "add-a-method.md"
 METHOD_FILE, RECIPE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 MODEL = ModelConfig(width=2, projector_width=6)
 

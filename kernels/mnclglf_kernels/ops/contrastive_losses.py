@@ -54,7 +54,7 @@ def contrastive_losses(
         A scalar a pair, in their order.
 
     Raises:
-        As contrastive_loss.
+        ValueError: as contrastive_loss.
     """
     for targets, predictions in pairs:
         check_pair(targets, predictions)

@@ -1,0 +1,258 @@
+"""Every command and every Python block of the documents: run where that is cheap, else checked by its own parser.
+
+A comment directly above a block says why it is not run: `<!-- needs: gpu -->` (see NEEDS). `<!-- tested by: FILE -->`
+names the test that takes the code from there.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mnclglf.cli import main, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if page.parent.name != "lab"]  # dated entries: their commands are of their day
+NEEDS = {"gpu", "download", "hours", "slurm", "network", "your-files", "install"}
+COMMANDS = {"mnclglf", "make", "python", "pytest", "pip", "apt", "apt-get", "git", "tensorboard", "pre-commit"}
+PROGRAMS = {
+    "xargs",
+    "parallel",
+    "sbatch",
+    "tensorboard",
+    "pre-commit",
+    "apt",
+    "git",
+    "pip",
+}  # only in a block that needs something
+TINY = shlex.split(
+    "--image-size 8 --train-images 320 --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
+    "--epochs 2 --batch-size 64 --device cpu --precision fp32"
+)
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    needs: str | None
+    tested_by: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def commands(self) -> list[str]:
+        """Returns the commands of a console block, without prompts, comments and output."""
+        return [line[2:].split("  #")[0].strip() for line in self.text.splitlines() if line.startswith("$ ")]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        mark = match["mark"] or ""
+        found.append(
+            Block(
+                page=page,
+                line=text.count("\n", 0, match.start("language")) + 1,
+                language=match["language"].strip(),
+                text=match["text"],
+                needs=mark.removeprefix("needs: ") if mark.startswith("needs: ") else None,
+                tested_by=mark.removeprefix("tested by: ") if mark.startswith("tested by: ") else None,
+            )
+        )
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+CONSOLE = [block for block in BLOCKS if block.language == "console"]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+RUN_PAGES = [ROOT / "README.md", ROOT / "docs" / "start" / "index.md", ROOT / "docs" / "howto" / "use-the-encoder.md"]
+
+
+def parts_of(command: str) -> list[list[str]]:
+    """Returns the words of each program in a line of shell: split at | && ; and without redirections and variables."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    programs: list[list[str]] = [[]]
+    words = iter(lexer)
+    for word in words:
+        if word in ("|", "&&", ";", "||", "&"):
+            programs.append([])
+        elif word in (">", "<", ">>"):
+            next(words)
+        elif programs[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
+            programs[-1].append(word)
+    return [program for program in programs if program]
+
+
+def check(program: list[str], needs: str | None) -> None:
+    """Raises or fails unless the program takes these arguments."""
+    name, *arguments = program
+    if name == "mnclglf":
+        parse(arguments)
+    elif name == "make":
+        check_make(arguments)
+    elif name in ("python", "python3.11") and arguments[0] == "-m":
+        module, *options = arguments[1:]
+        if module == "pytest":
+            check_paths(options)
+        else:
+            assert find_spec(module), f"there is no module {module}"
+            text = help_of_module(module)
+            for option in options:
+                if option.startswith("--"):
+                    assert option.split("=")[0] in text, f"{module} has no option {option}"
+    elif name in ("python", "pytest"):
+        check_paths(arguments)
+    else:
+        assert name in PROGRAMS, f"{name} is neither checked nor known here"
+        assert needs, f"{name} is not run here; say above the block what it needs, as <!-- needs: network -->"
+        check_paths([word for word in arguments if word.startswith(("docs/", "bench/", "tests/"))])
+
+
+def check_paths(arguments: list[str]) -> None:
+    for word in arguments:
+        if "/" in word and not word.startswith(("-", "runs/")):
+            assert (ROOT / word.split("::")[0]).exists(), f"there is no {word}"
+
+
+def check_make(arguments: list[str]) -> None:
+    variables = [word.split("=")[0] for word in arguments if "=" in word]
+    makefile = (ROOT / "Makefile").read_text()
+    for variable in variables:
+        assert re.search(rf"^{variable} \?=", makefile, re.M), f"the Makefile has no variable {variable}"
+    environment = {"PATH": os.environ["PATH"]}  # without the variables of a `make test` that runs this
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        if line.startswith(".venv/bin/mnclglf "):
+            parse(shlex.split(line)[1:])
+
+
+@cache
+def help_of_module(module: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", module, "--help"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_block_is_of_a_kind_that_is_checked(page: Path) -> None:
+    assert page.read_text().count("\n```") % 2 == 0, f"{page}: a fence is not closed"
+    for block in blocks_of(page):
+        assert block.needs is None or block.needs in NEEDS, f"{block.name}: needs {block.needs}; one of {NEEDS}"
+        if block.tested_by is not None:
+            assert page.name in (ROOT / block.tested_by).read_text(), (
+                f"{block.name}: {block.tested_by} takes no code from it"
+            )
+        if block.language not in ("console", "python") and not block.language.startswith("{"):
+            first = {line.removeprefix("$ ").split(" ")[0] for line in block.text.splitlines()}
+            assert not first & COMMANDS, f"{block.name}: commands stand in a console block, each after '$ '"
+        elif block.language == "console":
+            assert block.commands, f"{block.name}: no command after a '$ '"
+
+
+def is_slow(block: Block) -> bool:
+    return any(word in block.text for word in ("python -m bench", "python -m mnclglf_kernels"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, id=b.name, marks=[pytest.mark.slow] if is_slow(b) else []) for b in CONSOLE],
+)
+def test_commands_are_taken_by_their_parsers(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in block.commands:
+        try:
+            for program in parts_of(command):
+                check(program, block.needs)
+        except SystemExit as stop:
+            if stop.code != 0:
+                pytest.fail(f"{block.name}: {command} is refused")
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=b.name) for b in PYTHON])
+def test_python_names_what_there_is(block: Block) -> None:
+    if block.tested_by is not None:
+        return
+    tree = ast.parse(block.text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mnclglf"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name), f"{block.name}: {node.module} has no {name.name}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mnclglf":
+            assert hasattr(importlib.import_module("mnclglf"), node.attr), f"{block.name}: no mnclglf.{node.attr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_reader_follows_the_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Runs the page from its top in an empty folder; only sizes are made tiny, and the images those that are here.
+    monkeypatch.chdir(tmp_path)
+    make_tiny(monkeypatch)
+    start = ["train", "--dataset", "digits", "--recipe", "quick", "--out", "runs/digits", *TINY]
+    assert main(start) == 0
+    names: dict[str, object] = {}
+    ran = 0
+    for block in blocks_of(page):
+        if block.needs or block.tested_by:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, block.name, "exec"), names)
+            ran += 1
+        elif block.language == "console":
+            for program in (program for command in block.commands for program in parts_of(command)):
+                if program[0] == "mnclglf" and "reproduce" not in program:
+                    assert main(tiny(program[1:])) == 0, f"{block.name}: {program}"
+                    ran += 1
+    assert ran > 0, f"{page} runs nothing"
+
+
+def tiny(arguments: list[str]) -> list[str]:
+    """Returns the arguments with tiny sizes where they train."""
+    kept = [word for word in arguments if word != "paper"]
+    return [*arguments, *TINY] if kept[0] == "train" and "--print-config" not in kept else arguments
+
+
+def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the recipe `quick` tiny, so that `mnclglf.train(recipe="quick")` takes a moment."""
+    from dataclasses import replace
+
+    from mnclglf import recipes
+
+    whole = recipes.RECIPES["quick"]
+
+    def small(method, dataset):
+        config = whole(method, dataset)
+        return replace(
+            config,
+            data=replace(config.data, image_size=8, train_images=320),
+            model=replace(config.model, width=2, projector_width=16, predictor_width=8),
+            objective=replace(config.objective, queue_size=80),
+            optim=replace(config.optim, batch_size=64, epochs=2, warmup_epochs=0.0),
+        )
+
+    monkeypatch.setitem(recipes.RECIPES, "quick", small)
