@@ -376,6 +376,17 @@ class LinearConfig(EvaluationConfig):
         require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
 
 
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "view": ViewConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "engine": EngineConfig,
+}
+"""Fields of RunConfig that hold further settings, and their types."""
+
+
 def check_dataset(name: str) -> None:
     """Raises ValueError unless this is the name of a data set, or folder:PATH."""
     require(
@@ -387,7 +398,8 @@ def check_dataset(name: str) -> None:
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Returns the run with the whole paths of its images, so that it can be evaluated from anywhere."""
     if config.data.data_dir is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=config.data.data_dir.expanduser().resolve()))
+        data_dir = config.data.data_dir.expanduser().resolve()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
     if not config.dataset.startswith(FOLDER):
         return config
     path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
@@ -416,16 +428,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
     JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
     """
-    sections: dict[str, Any] = {
-        "data": DataConfig,
-        "view": ViewConfig,
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "optim": OptimConfig,
-        "engine": EngineConfig,
-    }
     made = dict(values)
-    for name, section in sections.items():
+    for name, section in SECTIONS.items():
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
         if settings.get("data_dir") is not None:
             settings["data_dir"] = Path(settings["data_dir"])

@@ -156,7 +156,7 @@ class Table:
 
 
 def run_name(config: RunConfig) -> str:
-    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective between: mnclglf-cifar10-k1-seed0."""
+    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective: mnclglf-cifar10-k1-seed0."""
     objective, usual = config.objective, ObjectiveConfig()
     variant = {
         f"lambda{objective.lambda_:g}": objective.lambda_ != usual.lambda_,

@@ -10,8 +10,7 @@ import torch
 from mnclglf.config import RunConfig, require
 from mnclglf.data.images import ImageSet
 from mnclglf.methods import METHODS, Method
-from mnclglf.runs.checkpoint import CheckpointError, changed_settings, find_checkpoint, load_checkpoint
-from mnclglf.runs.files import read_config
+from mnclglf.runs.checkpoint import load_state
 
 
 def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
@@ -52,21 +51,12 @@ def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
 
 
 def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, Method, int]:
-    """Configuration, method and step of a run's newest (or given) checkpoint.
+    """Returns configuration, method and step of a run's newest (or given) checkpoint.
 
     Raises:
-        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+        CheckpointError: as `load_state`.
     """
-    config, own = read_config(run), f"give one of {run / 'checkpoints'}"
-    path = checkpoint or find_checkpoint(run, "auto")
-    if path is None:
-        raise CheckpointError(f"{run} has no checkpoint yet; train it with mnclglf train --out {run}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file; {own}")
-    state = load_checkpoint(path)
-    changed = changed_settings(path, state, config)
-    if changed:
-        raise CheckpointError(f"{path} is not of {run}, which has other settings ({'; '.join(changed)}); {own}")
+    config, state = load_state(run, checkpoint)
     method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     return config, method, state["step"]
