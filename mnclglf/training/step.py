@@ -88,7 +88,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         self.scaler.update()
         # After the optimizer: Algorithm 1 moves the momentum network towards the new weights, then enqueues.
-        self.method.after_step(losses, batch.indices, momentum=momentum, keep=should_update)
+        self.method.after_step(losses, batch.indices, momentum=momentum, should_update=should_update)
         return losses, gradient_norm
 
     def should_update(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -
         losses.total.backward()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        method.after_step(losses, batch.indices, momentum=0.9, keep=torch.tensor(True))
+        method.after_step(losses, batch.indices, momentum=0.9, should_update=torch.tensor(True))
     return dict(method.named_parameters())
 
 
