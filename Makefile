@@ -54,7 +54,7 @@ gpu-report: setup ## all that only a GPU can tell, into bench/results/gpu-report
 	$(BIN)/python -m bench.gpu_report $(ARGS)
 
 check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
-	$(BIN)/python -m pytest tests/kernels/test_inspect.py -m aot $(ARGS)
+	$(BIN)/python -m pytest tests/kernels/test_aot.py -m aot $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -99,7 +99,7 @@ def kernels() -> Figures:
         found = self_check.failures(SIZES, dtype, dtype, DEVICE)
         wrong += [f"{dtype}, {name}: {problem}" for name, problem in found.items()]
     for row in OPERATORS.values():
-        inputs = row.inputs(Example(SIZES, torch.bfloat16, device=DEVICE))
+        inputs = row.inputs(Example(sizes=SIZES, dtype=torch.bfloat16, device=DEVICE))
         first = results(row.function, inputs)
         for _ in range(REPEATS - 1):
             if not all(torch.equal(x, y) for x, y in zip(first, results(row.function, inputs), strict=True)):
@@ -125,7 +125,7 @@ def compiled_operators() -> Figures:
     figures: Figures = {}
     wrong: list[str] = []
     for row in OPERATORS.values():
-        inputs = row.inputs(Example(SIZES, torch.bfloat16, device=DEVICE))
+        inputs = row.inputs(Example(sizes=SIZES, dtype=torch.bfloat16, device=DEVICE))
         expected = results(row.function, inputs)
         since = time.perf_counter()
         actual = results(torch.compile(row.function, fullgraph=True), inputs)
@@ -272,7 +272,7 @@ def roofline() -> Figures:
         "copy": f"{copied / 1e9:.0f} GB/s, nominal {gpu.dram_bytes / 1e9:.0f}",
     }
     for row in OPERATORS.values():
-        launches = row.launches(Example(SIZES, torch.bfloat16, device=DEVICE), arch=arch)
+        launches = row.launches(Example(sizes=SIZES, dtype=torch.bfloat16, device=DEVICE), arch=arch)
         for i, x in enumerate(launches, start=1):
             for tensor in tree_leaves(list(x.arguments.values())):
                 if isinstance(tensor, torch.Tensor):

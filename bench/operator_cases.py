@@ -25,8 +25,8 @@ from mnclglf.data.loaders.reference import render_view
 from mnclglf.data.loaders.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
 from mnclglf.recipes import VIEWS
-from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.operators import OPERATORS, Example, Operator
+from mnclglf_kernels.ops.augment import Recipe
 from mnclglf_kernels.sizes import PAPER, Sizes
 
 VIEW = VIEWS["paper"]
@@ -88,7 +88,7 @@ def torch_form(row: Operator, **inputs: Any) -> Outputs:
 
 
 def augment_inputs(dtype: torch.dtype, device: torch.device, *, images: int = 256, side: int = 32) -> Inputs:
-    """Three views of random images, by the parameters that a run with the paper's views draws."""
+    """Describes three views of random images, by the parameters that a run with the paper's views draws."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     drawn = [draw_parameters(0, 0, np.arange(images), view, VIEW, side, side) for view in range(3)]
     return {
@@ -126,7 +126,7 @@ def contrastive_inputs(
     width: int,
     both_sides: bool = False,
 ) -> Inputs:
-    """One pair for each of `subsets`. In the step a gradient reaches the predictions only."""
+    """Makes one pair for each of `subsets`. In the step a gradient reaches the predictions only."""
 
     def embeddings(count: int, *, gradient: bool) -> Tensor:
         return torch.randn(count, width, device=device).to(dtype).requires_grad_(gradient)
@@ -160,6 +160,12 @@ def neighbor_reference(queries: Tensor, queue: Tensor) -> Outputs:
 # enqueue: Algorithm 1 has a pointer on the host and no `should_update`.
 
 _calls = itertools.count()
+
+
+def enqueue_inputs(dtype: torch.dtype, device: torch.device, *, sizes: Sizes = PAPER) -> Inputs:
+    """Returns the table's inputs with the pointer at the first row, where the reference begins."""
+    inputs = OPERATORS["enqueue"].inputs(Example(sizes=sizes, dtype=dtype, device=device))
+    return inputs | {"pointer": torch.zeros_like(inputs["pointer"])}
 
 
 def enqueue_reference(queue: Tensor, rows: Tensor, **_: Any) -> Outputs:
@@ -205,7 +211,9 @@ BENCHES: Mapping[str, OperatorBench] = {
         neighbor_reference,
         [Shape("2 x 256 in 16384 x 2048"), Shape("2 x 64 in 4096 x 512", sizes(images=64, queue=4096, width=512))],
     ),
-    "enqueue": OperatorBench("enqueue", enqueue_reference, [Shape("256 rows into 16384 x 2048")]),
+    "enqueue": OperatorBench(
+        "enqueue", enqueue_reference, [Shape("256 rows into 16384 x 2048", inputs=enqueue_inputs)]
+    ),
     "nt_xent": OperatorBench(
         "nt_xent",
         lambda first, second, temperature: [nt_xent_as_published(first, second, temperature)],
@@ -242,7 +250,7 @@ def inputs_of(row: Operator, shape: Shape, dtype: torch.dtype, device: torch.dev
     """Returns the operator's inputs at a shape."""
     if shape.inputs is not None:
         return shape.inputs(dtype, device)
-    return row.inputs(Example(shape.sizes, dtype, device=device))
+    return row.inputs(Example(sizes=shape.sizes, dtype=dtype, device=device))
 
 
 def work(

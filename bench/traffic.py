@@ -63,7 +63,10 @@ class OperatorTraffic(NamedTuple):
 
 def eager(row: Operator, dtype: torch.dtype) -> Eager:
     """Counts the reference form, forward and backward, at the paper's sizes."""
-    bench, inputs = bench_of(row), row.inputs(Example(PAPER, dtype))
+    bench = bench_of(row)
+    inputs = row.inputs(Example(sizes=PAPER, dtype=dtype))
+    for targets, _ in inputs.get("pairs", ()):  # in a step no gradient reaches the targets
+        targets.requires_grad_(False)
     reference = bench.reference if bench.on_meta else partial(torch_form, row)
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     with Eager() as counted:
@@ -77,7 +80,7 @@ def eager(row: Operator, dtype: torch.dtype) -> Eager:
 
 def ours(row: Operator, dtype: torch.dtype) -> list[Launch]:
     """Returns our launches for the same work: as in a step, targets and keys need no gradient."""
-    launches = row.launches(Example(PAPER, dtype), arch=86)
+    launches = row.launches(Example(sizes=PAPER, dtype=dtype), arch=86)
     return [x for x in launches if not x.arguments.get("OF_TARGETS") and not x.arguments.get("OF_KEYS")]
 
 

@@ -1,10 +1,10 @@
-"""Which implementation an operator runs: decided in one place, the same way for all."""
+"""The choice of the implementation that an operator runs: made in one place, the same way for all."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,26 +12,6 @@ from torch import Tensor
 Backend = Literal["auto", "triton", "torch", "faiss"]
 Resolved = Literal["triton", "torch", "faiss"]
 Kind = Literal["elementwise", "matmul", "lookup"]
-
-
-class Backends(NamedTuple):
-    """What each operator is called with: they can fall back one by one."""
-
-    divide: Backend = "auto"
-    combine: Backend = "auto"
-    contrastive_losses: Backend = "auto"
-    nearest_neighbor: Backend = "auto"
-    enqueue: Backend = "auto"
-    augment: Backend = "auto"
-    nt_xent: Backend = "auto"
-    queue_contrastive_loss: Backend = "auto"
-
-    @classmethod
-    def all(cls, backend: Backend) -> Backends:
-        """The same for every operator; those that FAISS has not choose for themselves beside it."""
-        others: Backend = "auto" if backend == "faiss" else backend
-        everywhere: list[Backend] = [others] * len(cls._fields)
-        return cls(*everywhere)._replace(nearest_neighbor=backend)
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -42,7 +22,7 @@ TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 
 
 def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> Resolved:
-    """The backend that an operator called with `backend` on `tensors` runs.
+    """Returns the backend that an operator called with `backend` on `tensors` runs.
 
     "auto" is "triton" on CUDA and "torch" elsewhere, and "torch" where Triton cannot run. With TRITON_INTERPRET=1 set
     before the import, "triton" interprets its kernels, slowly, on the CPU too. On the meta device it gives shapes.
@@ -76,7 +56,7 @@ def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> R
 
 
 def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
-    """Why the Triton kernels cannot run on these tensors, or None."""
+    """Returns the reason why the Triton kernels cannot run on these tensors, or None."""
     device = tensors[0].device
     if not HAS_TRITON:
         return RuntimeError("backend 'triton' needs the package triton, which is not installed; use 'torch'")
@@ -101,7 +81,7 @@ def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
 
 
 def faiss_problem(device: torch.device) -> Exception | None:
-    """Why FAISS cannot search on this device, or None."""
+    """Returns the reason why FAISS cannot search on this device, or None."""
     if not HAS_FAISS:
         return RuntimeError(
             "backend 'faiss' needs the package faiss, which is not installed; pip install 'mnclglf[faiss-gpu]' on a "
@@ -119,13 +99,13 @@ def faiss_problem(device: torch.device) -> Exception | None:
 
 @torch.compiler.assume_constant_result
 def faiss_gpus() -> int:
-    """GPUs that the installed build of FAISS can search on."""
+    """Returns the number of GPUs that the installed build of FAISS can search on."""
     import faiss
 
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, short: its type where it says nothing."""
+    """Returns an exception's type and the first line of its text."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no text'}"

@@ -1,21 +1,10 @@
-"""The sizes of a training step that its operators see, and the operators' names."""
+"""The sizes of a training step, as its operators see them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
-Operator = Literal[
-    "divide",
-    "combine",
-    "contrastive_losses",
-    "nearest_neighbor",
-    "enqueue",
-    "nt_xent",
-    "queue_contrastive_loss",
-    "augment",
-]
-VIEWS = 3  # of an image in a step
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
+VIEWS_PER_IMAGE = 3  # in a step
 
 
 class Sizes(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.encoder import ResNet18
 from mnclglf_kernels import Backend, Backends
-from mnclglf_kernels.sizes import Operator
+from mnclglf_kernels.operators import OperatorName
 
 
 class Losses(NamedTuple):
@@ -41,7 +41,7 @@ class Method(nn.Module, ABC):
 
     views: int
     labelled: bool = False
-    operators: tuple[Operator, ...] = ()
+    operators: tuple[OperatorName, ...] = ()
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class FeatureQueue(nn.Module):
         # Before enqueue, which moves the pointer.
         where = (self.pointer + torch.arange(len(sources), device=sources.device)) % len(self.sources)
         self.sources[where] = torch.where(keep, sources, self.sources[where])
-        enqueue(self.rows, self.pointer, rows, keep=keep, backend=backend)
+        enqueue(self.rows, self.pointer, rows, should_update=keep, backend=backend)
 
     def fill(self) -> Tensor:
         """Share of the rows that hold an embedding, 0-D."""

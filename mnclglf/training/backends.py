@@ -10,9 +10,10 @@ from rich.console import Console
 
 from mnclglf.config import RunConfig
 from mnclglf.methods import METHODS
-from mnclglf_kernels import Backends, canary, resolve
+from mnclglf_kernels import Backends, resolve, self_check
 from mnclglf_kernels.backend import triton_problem
-from mnclglf_kernels.sizes import Operator, Sizes
+from mnclglf_kernels.operators import OperatorName
+from mnclglf_kernels.sizes import Sizes
 
 
 def choose_backends(
@@ -23,7 +24,7 @@ def choose_backends(
     device: torch.device,
     console: Console,
     *,
-    operators: Sequence[Operator] | None = None,
+    operators: Sequence[OperatorName] | None = None,
 ) -> Backends:
     """The operators' backends: Triton where it can run and is right at this run's sizes, else PyTorch, and said.
 
@@ -51,9 +52,13 @@ def choose_backends(
         sizes = sizes_of(config, side, source)
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
-        needed: Sequence[Operator] = (*METHODS[config.method].operators, "augment") if operators is None else operators
-        used: list[Operator] = [op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")]
-        problems = canary.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
+        needed: Sequence[OperatorName] = (
+            (*METHODS[config.method].operators, "augment") if operators is None else operators
+        )
+        used: list[OperatorName] = [
+            op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")
+        ]
+        problems = self_check.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")

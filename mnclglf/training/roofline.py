@@ -27,6 +27,7 @@ from mnclglf.methods import METHODS, Method
 from mnclglf.training.backends import sizes_of
 from mnclglf_kernels import Backends
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
+from mnclglf_kernels.operators import OPERATORS, Example
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -46,7 +47,7 @@ ACTIVATION_PASSES = {
     aten.add.Tensor: 1,
     aten.threshold_backward.default: 1,
 }
-# How torch names the GPUs whose peaks inspect.py has.
+# How torch names the GPUs whose peaks aot.py has.
 GPU_NAMES = {"RTX 3090": 86, "RTX 4090": 89, "A100-SXM4-80GB": 80, "H100 80GB HBM3": 90}
 
 
@@ -147,19 +148,17 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
         arch: the GPU whose launch configurations our operators have.
         pads: see Counter.
     """
-    from mnclglf_kernels._triton.traffic import traffic  # with triton, which not every system has
-    from mnclglf_kernels.inspect import launches
-
     method = on_meta(config, DTYPES[dtype])
     with Counter(pads=pads) as counter:
         method(*inputs_on_meta(method, config.optim.batch_size, side, DTYPES[dtype])).total.backward()
     parts = dict(counter.parts)
     for op in (*method.operators, "augment"):
         part = parts["input" if op == "augment" else op] = Part()
-        for x in launches(op, DTYPES[dtype], arch, sizes_of(config, side, side), splits=counter.splits):
+        example = Example(sizes=sizes_of(config, side, side), dtype=DTYPES[dtype], splits=counter.splits)
+        for x in OPERATORS[op].launches(example, arch):
             # As in a step of MNCLGLF or MoCo v2, where patches, targets and keys need no gradient.
             if not any(x.arguments.get(name) for name in ("BACKWARD", "OF_TARGETS", "OF_KEYS")):
-                moved = traffic(x)
+                moved = x.traffic
                 part.flops, part.unique_bytes = part.flops + moved.flops, part.unique_bytes + moved.unique_bytes
     trained = sum(p.numel() for p in method.trained_parameters())
     followed = sum(p.numel() for p in method.parameters()) - trained
@@ -171,8 +170,8 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
 
 
 def nominal_peaks(arch: int, dtype: str, *, tf32: bool = False) -> Peaks:
-    """Those that inspect.py has for an architecture's GPU; TF32 has half of fp16's rate on all of them."""
-    from mnclglf_kernels.inspect import GPUS
+    """Those that aot.py has for an architecture's GPU; TF32 has half of fp16's rate on all of them."""
+    from mnclglf_kernels.aot import GPUS
 
     gpu = GPUS[arch]
     flops = gpu.half_flops if dtype != "fp32" else gpu.half_flops / 2 if tf32 else gpu.fp32_flops

@@ -1,6 +1,5 @@
 """bench/operator_cases.py: every operator of the table has cases, and its implementations compute the same."""
 
-import dataclasses
 import itertools
 from functools import partial
 
@@ -9,8 +8,9 @@ import torch
 
 from bench import harness, operator_cases
 from bench.harness import BOTH, DEVICE, DIRECTIONS, BenchCase, Implementation
-from bench.operator_cases import BENCHES, Shape, all_cases, bench_of, cases, contrastive_inputs
-from mnclglf_kernels.operators import OPERATORS
+from bench.operator_cases import BENCHES, Shape, all_cases, bench_of, cases, contrastive_inputs, enqueue_inputs
+from mnclglf_kernels import combine
+from mnclglf_kernels.operators import OPERATORS, Operator
 from mnclglf_kernels.sizes import Sizes
 
 FP32 = torch.float32
@@ -22,17 +22,18 @@ def pairs(*subsets: int, both_sides: bool = False) -> Shape:
     return Shape(f"S {subsets}", directions=DIRECTIONS if subsets == (6,) else [BOTH], inputs=how)
 
 
-SHAPES = {"contrastive_losses": [pairs(6), pairs(6, 6, 1, 1), pairs(2, both_sides=True)]}
-FORWARD_ONLY = {"nearest_neighbor", "enqueue"}
+SHAPES = {
+    "contrastive_losses": [pairs(6), pairs(6, 6, 1, 1), pairs(2, both_sides=True)],
+    "enqueue": [Shape("small", inputs=partial(enqueue_inputs, sizes=SMALL))],
+    "nearest_neighbor": [Shape("small", SMALL)],
+}
 SMALL_CASES = [
     case
     for name, row in OPERATORS.items()
     if name != "augment"  # rounds pixels to levels, see below
     for case in cases(
         row,
-        bench_of(row)._replace(
-            shapes=SHAPES.get(name, [Shape("small", SMALL, DIRECTIONS[: 1 if name in FORWARD_ONLY else None])])
-        ),
+        bench_of(row)._replace(shapes=SHAPES.get(name, [Shape("small", SMALL, DIRECTIONS)])),
     )
 ]
 
@@ -93,12 +94,16 @@ def test_every_operator_of_the_table_is_measured():
 
 def test_an_operator_without_an_entry_is_measured_against_its_pytorch_form(monkeypatch):
     """A new row of the table needs no edit in bench/."""
-    toy = dataclasses.replace(OPERATORS["combine"], name="toy")
-    monkeypatch.setitem(OPERATORS, "toy", toy)
+
+    def toy(features: torch.Tensor, k: int, *, backend: str) -> torch.Tensor:
+        return combine(features, k, backend=backend)
+
+    row = Operator(function=toy, kind="elementwise", inputs=OPERATORS["combine"].inputs)
+    monkeypatch.setitem(OPERATORS, "toy", row)
     found = [case for case in all_cases() if case.operator == "toy"]
     assert [case.direction for case in found] == list(DIRECTIONS)
-    bench = bench_of(toy)
+    bench = bench_of(row)
     small = bench._replace(shapes=[shape._replace(sizes=SMALL) for shape in bench.shapes])
-    for case in cases(toy, small):
+    for case in cases(row, small):
         reference = computed(case, Implementation("reference", FP32))
         torch.testing.assert_close(computed(case, Implementation("triton", FP32)), reference, rtol=1e-4, atol=3e-5)

@@ -1,5 +1,8 @@
 """The Triton kernels, registered as torch.ops.mnclglf.*; importing this package needs triton."""
 
-from mnclglf_kernels._triton import augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive
+from importlib import import_module
 
-__all__ = ["augment", "contrastive", "neighbor", "nt_xent", "patches", "queue", "queue_contrastive"]
+from mnclglf_kernels.operators import OPERATORS
+
+for _name in OPERATORS:
+    import_module(f"{__name__}.{_name}")

@@ -11,12 +11,16 @@ N images, H and W their sides, S side of a view; HP, WP and SP the same, padded 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import Launch, run
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.launch import Launch, Traffic, total_bytes
+from mnclglf_kernels.ops.augment import Recipe
 
 PARAMETERS = tl.constexpr(12)
 WHITE = tl.constexpr(255.0)
@@ -265,6 +269,20 @@ def blur_weights(sigma, S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr)
     return tl.where((source < S) & (out < S), weights / total, 0.0)
 
 
+def augment_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    """Each view reads its whole image; a rotation reads a pixel up to four times, which is what is counted."""
+    count, h, w, s = grid[0], a["HP"], a["WP"], a["SP"]
+    image, written = 3 * a["H"] * a["W"], total_bytes([a["views"]])
+    row = 8 + 4 * a["parameters"].shape[1] + 4 * 6  # which image, the numbers of the view, mean and std
+    resize = 2 * 4 * s * (h * w + h * s)
+    blur = 3 * 4 * s * s * s * 2 if a["WINDOW"] > 1 else 0
+    return Traffic(
+        2 * count * (resize + blur),
+        len(a["rows"]) * (image + 8) + total_bytes([a["parameters"], a["mean"], a["std"]]) + written,
+        count * (image * (4 if a["ROTATES"] else 1) + row) + written,
+    )
+
+
 def augment_launches(
     images: Tensor,
     rows: Tensor,
@@ -301,7 +319,24 @@ def augment_launches(
         ROTATES=rotates,
         **dict(zip(("HP", "WP", "SP"), padded, strict=True)),
     )
-    return [Launch(augment_kernel, (len(parameters),), arguments, warps=8 if max(padded) > 32 else 4)]
+    return [Launch(augment_kernel, augment_traffic, (len(parameters),), arguments, warps=8 if max(padded) > 32 else 4)]
+
+
+def launches(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    arch: int,
+) -> list[Launch]:
+    """The launch of a call."""
+    views, (_, cubic, blur_window, rotates) = empty_views(parameters, recipe.side, dtype), recipe
+    given = (images, rows, parameters, mean, std, views)
+    return augment_launches(*given, cubic=cubic, blur_window=blur_window, rotates=rotates)
 
 
 def empty_views(parameters: Tensor, side: int, dtype: torch.dtype) -> Tensor:
@@ -325,8 +360,8 @@ def augment(
     """[M, 3, H, W] bytes to [V * N, 3, S, S]."""
     views = empty_views(parameters, side, dtype)
     given = [x.contiguous() for x in (rows, parameters, mean, std)]
-    launches = augment_launches(images, *given, views, cubic=cubic, blur_window=blur_window, rotates=rotates)
-    run(launches, images.device)
+    launched = augment_launches(images, *given, views, cubic=cubic, blur_window=blur_window, rotates=rotates)
+    launch.run(launched, images.device)
     return views
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+
+
+class Traffic(NamedTuple):
+    """Operations and bytes of one launch.
+
+    Unique bytes are what any implementation has to move: each element read once, each result written once. Issued
+    bytes are what the programs ask for, tiles that are read again included: on a GPU L2 serves the difference.
+    """
+
+    flops: int  # multiplications and additions of the matrix products; the rest is not counted
+    unique_bytes: int
+    issued_bytes: int
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,7 @@ class Launch:
 
     Attributes:
         kernel: what triton.jit made.
+        count: the traffic in closed form, from grid and arguments.
         grid: programs by axis.
         arguments: by parameter name, all of them. Tensors, tuples of tensors and floats are passed; everything else is
             a constant of the compiled kernel, so a variant is a kernel, these constants and the dtypes.
@@ -25,10 +38,16 @@ class Launch:
     """
 
     kernel: Any
+    count: Callable[[tuple[int, ...], dict[str, Any]], Traffic]
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 1
+
+    @property
+    def traffic(self) -> Traffic:
+        """Operations and bytes of this launch (tests hold the closed form to what the interpreter counts)."""
+        return self.count(self.grid, self.arguments)
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
@@ -36,6 +55,11 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
         for launch in launches:
             launch.kernel[launch.grid](**launch.arguments, num_warps=launch.warps, num_stages=launch.stages)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors, each counted once."""
+    return sum({id(x): x.numel() * x.itemsize for x in tensors}.values())
 
 
 def blocks(count: int, size: int) -> int:

@@ -6,20 +6,26 @@ column in one product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mnclglf_kernels._triton.contrastive import (
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.contrastive_losses import (
     Forward,
     backward_launches,
     check_dense,
     empty_forward,
     forward_launches,
 )
-from mnclglf_kernels._triton.launch import Launch, architecture, run
-from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels._triton.launch import Launch, architecture
+from mnclglf_kernels._triton.tiles import ARCHITECTURES, SMALL, Tile, Tuning, register, tile
+
+_FP32 = {arch: Tile(64, 64, 16 if arch == 80 else 32, 4, 2) for arch in ARCHITECTURES}  # 32 deep, sm_80 would spill
+# The [2N, 2N] logits are few: larger tiles would leave SMs idle.
+register("nt_xent", half=(SMALL, SMALL, SMALL), fp32=(_FP32, _FP32, _FP32))
 
 
 def nt_xent_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
@@ -41,13 +47,32 @@ def nt_xent_backward_launches(
     return backward_launches(*given, shift=len(rows) // 2)
 
 
+def launches(first: Tensor, second: Tensor, temperature: float, *, arch: int) -> list[Launch]:
+    """The launches of a call and of its backward pass."""
+    rows = torch.cat([first, second])
+    results = empty_forward([rows], [rows])
+    t, gradient_tile = nt_xent_tiles(rows, arch)
+    shared = (rows, temperature, results)
+    return [
+        *nt_xent_forward_launches(*shared, t),
+        *nt_xent_backward_launches(*shared, results.losses, torch.empty_like(rows), t, gradient_tile),
+    ]
+
+
+def tunings(first: Tensor, second: Tensor, temperature: float) -> Iterator[Tuning]:
+    """The launches whose tiles can be measured; the gradient's are those of contrastive_losses."""
+    rows = torch.cat([first, second])
+    results = empty_forward([rows], [rows])
+    yield Tuning("nt_xent", lambda t: nt_xent_forward_launches(rows, temperature, results, t), list(results))
+
+
 @torch.library.custom_op("mnclglf::nt_xent", mutates_args=())
 def nt_xent(rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Dense [2N, D], view 1 above view 2: see Forward, of one pair."""
     check_dense([rows], [rows])
     results = empty_forward([rows], [rows])
     t, _ = nt_xent_tiles(rows, architecture(rows))
-    run(nt_xent_forward_launches(rows, temperature, results, t), rows.device)
+    launch.run(nt_xent_forward_launches(rows, temperature, results, t), rows.device)
     return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
@@ -65,7 +90,7 @@ def nt_xent_backward(
     check_dense([rows], [rows])
     results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
     gradient, tiles = torch.empty_like(rows), nt_xent_tiles(rows, architecture(rows))
-    run(nt_xent_backward_launches(rows, temperature, results, upstream, gradient, *tiles), rows.device)
+    launch.run(nt_xent_backward_launches(rows, temperature, results, upstream, gradient, *tiles), rows.device)
     return gradient
 
 

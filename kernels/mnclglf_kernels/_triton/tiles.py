@@ -1,4 +1,4 @@
-"""The launch configurations: one table by (operator, dtype, width, architecture), which a tuning file may overrule.
+"""The launch configurations: one table by (kernel family, dtype, width, architecture), which a tuning file overrules.
 
 Every entry compiles without spills and within the shared memory of its architecture (tests/kernels/test_tiles.py). None
 was chosen by timings on a GPU: `python -m mnclglf_kernels.tune` does that and writes the file.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-Operator = Literal["contrastive", "nt_xent", "gradient", "queue_sum", "neighbor"]
+from mnclglf_kernels._triton.launch import Launch
+
 ARCHITECTURES = (80, 86, 89, 90)
 WIDTHS = (128, 512, 65536)  # upper ends of the width buckets
 
@@ -41,50 +44,51 @@ class Tile:
 # A tile takes about (stages - 1) * (rows + columns) * depth * bytes of shared memory: sm_86 and sm_89 have 99 KiB a
 # block and 100 an SM, sm_80 163 and 164, sm_90 227 and 228. These let two programs or more share an SM. fp32 multiplies
 # without tensor cores (input_precision "ieee"), so registers set its tile.
-_SMALL = {arch: Tile(64, 64, 32, 4, 3) for arch in ARCHITECTURES}
-_WIDE = {arch: Tile(64, 128, 32, 4, 3) for arch in ARCHITECTURES}
-_LARGE = {
+SMALL = {arch: Tile(64, 64, 32, 4, 3) for arch in ARCHITECTURES}
+WIDE = {arch: Tile(64, 128, 32, 4, 3) for arch in ARCHITECTURES}
+LARGE = {
     80: Tile(128, 128, 64, 4, 3),
     86: Tile(128, 128, 32, 4, 3),
     89: Tile(128, 128, 32, 4, 3),
     90: Tile(128, 128, 64, 4, 3),
 }
-_DEEP = {
+DEEP = {
     80: Tile(64, 128, 64, 4, 3),
     86: Tile(64, 128, 32, 4, 4),
     89: Tile(64, 128, 32, 4, 4),
     90: Tile(64, 128, 64, 4, 4),
 }
-_FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
-_FP32_VIEWS = {arch: Tile(64, 64, 16 if arch == 80 else 32, 4, 2) for arch in ARCHITECTURES}  # 32 deep it would spill
-_FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in ARCHITECTURES}
+FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
+FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in ARCHITECTURES}
 
-# D up to                                       128              512              65536
-TABLE: dict[tuple[Operator, Literal["half", "fp32"]], tuple[dict[int, Tile], ...]] = {
-    ("neighbor", "half"): (_SMALL, _LARGE, _LARGE),
-    ("contrastive", "half"): (_SMALL, _WIDE, _DEEP),
-    ("nt_xent", "half"): (_SMALL, _SMALL, _SMALL),  # [2N, 2N] logits are few: larger tiles leave processors idle
-    ("gradient", "half"): (_SMALL, _SMALL, _WIDE),
-    ("queue_sum", "half"): (_SMALL, _SMALL, _SMALL),  # as [N, D] sums are
-    ("neighbor", "fp32"): (_FP32, _FP32, _FP32),
-    ("contrastive", "fp32"): (_FP32, _FP32, _FP32),
-    ("nt_xent", "fp32"): (_FP32_VIEWS, _FP32_VIEWS, _FP32_VIEWS),
-    ("gradient", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
-    ("queue_sum", "fp32"): (_FP32_GRADIENT, _FP32_GRADIENT, _FP32_GRADIENT),
-}
+Entries = tuple[dict[int, Tile], dict[int, Tile], dict[int, Tile]]  # one for each bucket of widths
+TABLE: dict[tuple[str, Literal["half", "fp32"]], Entries] = {}
 
 
-def tile(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> Tile:
-    """The configuration of an operator: the tuning file's where it has one for this GPU, else the table's.
+def register(family: str, *, half: Entries, fp32: Entries) -> None:
+    """Adds a kernel family to the table, which is done by the operator that has its kernels."""
+    TABLE[family, "half"], TABLE[family, "fp32"] = half, fp32
+
+
+class Tuning(NamedTuple):
+    """A kernel family to measure: its launches with a given tile, and the tensors that they write."""
+
+    family: str
+    launches: Callable[[Tile], list[Launch]]
+    results: list[Tensor]
+
+
+def tile(family: str, dtype: torch.dtype, width: int, arch: int) -> Tile:
+    """Returns the configuration of a kernel family: the tuning file's where it has one for this GPU, else the table's.
 
     Args:
-        operator: kernel family.
+        family: as registered.
         dtype: of what is multiplied.
         width: D.
         arch: 86 for sm_86; one that the table does not know takes the entry of the nearest one below it.
     """
-    tuned = read_tuning(tuning_path()).get(key(operator, dtype, width, arch))
-    return tuned or TABLE[operator, kind(dtype)][bucket(width)][nearest_architecture(arch)]
+    tuned = read_tuning(tuning_path()).get(key(family, dtype, width, arch))
+    return tuned or TABLE[family, kind(dtype)][bucket(width)][nearest_architecture(arch)]
 
 
 def nearest_architecture(arch: int) -> int:
@@ -101,9 +105,9 @@ def bucket(width: int) -> int:
     return next((i for i, end in enumerate(WIDTHS[:-1]) if width <= end), len(WIDTHS) - 1)
 
 
-def key(operator: Operator, dtype: torch.dtype, width: int, arch: int) -> str:
+def key(family: str, dtype: torch.dtype, width: int, arch: int) -> str:
     """Name of an entry in the tuning file, such as neighbor/half/D65536/sm_86."""
-    return f"{operator}/{kind(dtype)}/D{WIDTHS[bucket(width)]}/sm_{arch}"
+    return f"{family}/{kind(dtype)}/D{WIDTHS[bucket(width)]}/sm_{arch}"
 
 
 def tuning_path() -> Path:

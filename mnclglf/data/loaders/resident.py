@@ -15,7 +15,7 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window
 from mnclglf_kernels import Backend, augment
-from mnclglf_kernels.augment import LARGEST_SIDE, PARAMETERS, Recipe
+from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, Recipe
 
 _COPIED_IMAGES = 4096  # at once
 

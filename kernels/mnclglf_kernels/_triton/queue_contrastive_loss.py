@@ -12,6 +12,7 @@ memory. N queries, K rows of the queue or of a slice, D width. The queue's rows 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.contrastive import check_dense
-from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.contrastive_losses import check_dense
+from mnclglf_kernels._triton.launch import Launch, Traffic, architecture, blocks, total_bytes
 from mnclglf_kernels._triton.products import CLAMPED, inverse_norm, row_products, weighted_rows
-from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels._triton.tiles import FP32_GRADIENT, SMALL, Tile, Tuning, register, tile
 from mnclglf_kernels.backend import INTERPRETED
 
+# The sums are [N, D] and few: small tiles keep all SMs busy.
+register("queue_sum", half=(SMALL, SMALL, SMALL), fp32=(FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT))
 COEFFICIENTS = 2**20  # of a slice, at most: 4 MB, which stay in the L2 cache
 
 
@@ -51,7 +55,7 @@ def negative_products(
 
 
 @triton.jit
-def queue_forward_kernel(
+def queue_contrastive_loss_forward_kernel(
     queries,
     queue,
     maxima,  # [tiles of the queue, N] fp32
@@ -81,7 +85,7 @@ def queue_forward_kernel(
 
 
 @triton.jit
-def queue_merge_kernel(
+def queue_contrastive_loss_merge_kernel(
     queries,
     keys,
     maxima,
@@ -121,7 +125,7 @@ def queue_merge_kernel(
 
 
 @triton.jit
-def queue_coefficient_kernel(
+def queue_contrastive_loss_coefficient_kernel(
     queries,
     queue,
     tops,
@@ -151,7 +155,7 @@ def queue_coefficient_kernel(
 
 
 @triton.jit
-def queue_sum_kernel(
+def queue_contrastive_loss_sum_kernel(
     coefficients,
     queue,
     sums,  # [N, D] fp32
@@ -190,7 +194,7 @@ def queue_sum_kernel(
 
 
 @triton.jit
-def queue_gradient_kernel(
+def queue_contrastive_loss_gradient_kernel(
     queries,
     keys,
     sums,
@@ -219,6 +223,49 @@ def queue_gradient_kernel(
     radial = tl.where(inverse > CLAMPED, 0.0, tl.sum(total * unit, 0))
     scale = tl.load(upstream + n) * inverse_temperature
     tl.store(gradients + place, (total - unit * radial) * (inverse * scale), mask=inside)
+
+
+def logit_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
+    """(flops, unique bytes, issued bytes) of the products of queries and rows of the queue."""
+    queries, queue = a["queries"], a["queue"]
+    row_tiles, tiles = grid
+    read = row_tiles * tiles * a["D"] * (a["ROWS"] * queries.itemsize + a["COLUMNS"] * queue.itemsize)
+    return 2 * a["N"] * a["K"] * a["D"], total_bytes([queries, queue]), read
+
+
+def forward_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logit_traffic(grid, a)
+    written = 4 * a["N"] * (2 * grid[1] + 1)
+    return Traffic(flops, unique + written, issued + written)
+
+
+def merge_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    moved = total_bytes([a["queries"], a["keys"]]) + 4 * a["N"] * (2 * a["TILES"] + 1 + 5)
+    return Traffic(0, moved, moved)
+
+
+def coefficient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logit_traffic(grid, a)
+    n, written = a["N"], 4 * a["N"] * a["K"]
+    return Traffic(flops, unique + 4 * 3 * n + written, issued + grid[1] * 4 * 3 * n + written)
+
+
+def sum_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    n, k, d, queue = a["N"], a["K"], a["D"], a["queue"]
+    column_blocks, row_blocks = grid
+    halves, added = 1 if queue.itemsize == 4 else 2, 4 * n * d * (1 if a["FIRST"] else 2)
+    queue_bytes = k * d * queue.itemsize
+    return Traffic(
+        2 * halves * n * k * d,
+        4 * n * k + queue_bytes + added,
+        column_blocks * 4 * n * k + row_blocks * queue_bytes + added,
+    )
+
+
+def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    sums = [] if a["OF_KEYS"] else [a["sums"]]
+    moved = total_bytes([a["queries"], a["keys"], a["gradients"], *sums]) + 4 * 4 * grid[0]
+    return Traffic(0, moved, moved)
 
 
 class QueueForward(NamedTuple):
@@ -272,8 +319,15 @@ def queue_forward_launches(
         **shared,
     )
     return [
-        Launch(queue_forward_kernel, (blocks(n, t.rows), tiles), forward, t.warps, t.stages),
-        Launch(queue_merge_kernel, (n,), merge),
+        Launch(
+            queue_contrastive_loss_forward_kernel,
+            forward_traffic,
+            (blocks(n, t.rows), tiles),
+            forward,
+            t.warps,
+            t.stages,
+        ),
+        Launch(queue_contrastive_loss_merge_kernel, merge_traffic, (n,), merge),
     ]
 
 
@@ -316,7 +370,11 @@ def queue_backward_launches(
             logits = dict(tops=results.tops, log_sums=results.log_sums, **logit_constants(queries, queue, t))
             coefficient = dict(**logits, **sliced, **shared)
             grid = (blocks(n, t.rows), blocks(size, t.columns))
-            launches.append(Launch(queue_coefficient_kernel, grid, coefficient, t.warps, t.stages))
+            launches.append(
+                Launch(
+                    queue_contrastive_loss_coefficient_kernel, coefficient_traffic, grid, coefficient, t.warps, t.stages
+                )
+            )
             add = dict(
                 sums=sums,
                 D=d,
@@ -328,7 +386,9 @@ def queue_backward_launches(
                 **sliced,
             )
             grid = (blocks(d, sum_tile.columns), blocks(n, sum_tile.rows))
-            launches.append(Launch(queue_sum_kernel, grid, add, sum_tile.warps, sum_tile.stages))
+            launches.append(
+                Launch(queue_contrastive_loss_sum_kernel, sum_traffic, grid, add, sum_tile.warps, sum_tile.stages)
+            )
     for gradients in (query_gradients, key_gradients):
         if gradients is not None:
             gradient = dict(
@@ -342,8 +402,30 @@ def queue_backward_launches(
                 BLOCK=triton.next_power_of_2(d),
                 **shared,
             )
-            launches.append(Launch(queue_gradient_kernel, (n,), gradient))
+            launches.append(Launch(queue_contrastive_loss_gradient_kernel, gradient_traffic, (n,), gradient))
     return launches
+
+
+def launches(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, arch: int) -> list[Launch]:
+    """The launches of a call and of its backward pass, with the gradients of queries and keys."""
+    t, sum_tile = queue_tiles(queries, queue, arch)
+    results = empty_queue_forward(queries)
+    shared = (queries, keys, queue, temperature, results)
+    gradients = torch.empty_like(queries), torch.empty_like(keys)
+    return [
+        *queue_forward_launches(*shared, t),
+        *queue_backward_launches(*shared, results.losses, *gradients, t, sum_tile),
+    ]
+
+
+def tunings(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Iterator[Tuning]:
+    """The launches whose tiles can be measured; the logits' are those of contrastive_losses."""
+    shared = (queries, keys, queue, temperature, empty_queue_forward(queries))
+    logits, _ = queue_tiles(queries, queue, architecture(queue))
+    launch.run(queue_forward_launches(*shared, logits), queue.device)
+    gradient = torch.empty_like(queries)
+    given = (*shared, torch.ones_like(shared[4].losses), gradient, None, logits)
+    yield Tuning("queue_sum", lambda t: queue_backward_launches(*given, t), [gradient])
 
 
 def check_queue_dense(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
@@ -364,7 +446,7 @@ def queue_contrastive_loss(
     check_queue_dense(queries, keys, queue)
     results = empty_queue_forward(queries)
     t, _ = queue_tiles(queries, queue, architecture(queue))
-    run(queue_forward_launches(queries, keys, queue, temperature, results, t), queue.device)
+    launch.run(queue_forward_launches(queries, keys, queue, temperature, results, t), queue.device)
     return tuple(results)  # pyright: ignore[reportReturnType]  # of six
 
 
@@ -389,7 +471,7 @@ def queue_contrastive_loss_backward(
     gradients = [torch.empty_like(rows) if asked else None for rows, asked in ((queries, of_queries), (keys, of_keys))]
     tiles = queue_tiles(queries, queue, architecture(queue))
     given = (queries, keys, queue, temperature, results, upstream)
-    run(queue_backward_launches(*given, *gradients, *tiles), queue.device)
+    launch.run(queue_backward_launches(*given, *gradients, *tiles), queue.device)
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -1,6 +1,6 @@
-"""`python -m mnclglf_kernels.inspect`: compiles the kernels for a GPU that is not here and says what became of them.
+"""`python -m mnclglf_kernels.aot`: compiles the kernels for a GPU that is not here, and prints what they take.
 
-What is compiled are the launches that the operators make (`Launch`), with tensors on the meta device in place of data.
+It compiles the launches that the operators make (`Launch`), with tensors on the meta device in place of data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import comb, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,14 +24,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnclglf_kernels._triton import augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive
-from mnclglf_kernels._triton.launch import Launch
-from mnclglf_kernels._triton.traffic import Traffic, traffic
+from mnclglf_kernels._triton.launch import Launch, Traffic
 from mnclglf_kernels.backend import INTERPRETED
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
-from mnclglf_kernels.sizes import OPERATORS, PAPER, VIEWS, Sizes
+from mnclglf_kernels.operators import OPERATORS, Example, OperatorName
+from mnclglf_kernels.sizes import PAPER, Sizes
 
-META = torch.device("meta")
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -44,24 +42,24 @@ POINTERS = {
 
 
 class Gpu(NamedTuple):
-    """Limits and peaks of an architecture's GPU that stands for it."""
+    """Limits and peaks of the GPU that stands for an architecture."""
 
     name: str
     processors: int  # SMs
-    shared_block: int  # bytes a block can have
-    shared_processor: int  # bytes an SM has; a block takes 1 KiB more than it asks for
-    warps: int  # an SM can hold
-    blocks: int  # an SM can hold
-    half_flops: float  # a second, dense fp16 or bf16 on tensor cores with fp32 sums
-    fp32_flops: float  # a second, without tensor cores
-    dram_bytes: float  # a second
-    l2_bytes: float  # a second, at most
-    registers: int = 65536  # an SM has
+    shared_block: int  # bytes per block, at most
+    shared_processor: int  # bytes per SM; a block takes 1 KiB more than it asks for
+    warps: int  # per SM, at most
+    blocks: int  # per SM, at most
+    half_flops: float  # per second, dense fp16 or bf16 on tensor cores with fp32 sums
+    fp32_flops: float  # per second, without tensor cores
+    dram_bytes: float  # per second
+    l2_bytes: float  # per second, at most
+    registers: int = 65536  # per SM
 
 
 # Limits: CUDA C++ Programming Guide, technical specifications per compute capability. Peaks at boost clock: NVIDIA's
-# white papers of GA102, GA100 (5,120 bytes a clock from L2), AD102 and GH100. Where the paper has no rate for L2 it is
-# the 64 bytes a clock that an SM can take (Jia et al. 2018, arXiv:1804.06826): an upper end, so bounds stay bounds.
+# white papers of GA102, GA100 (5,120 bytes per clock from L2), AD102 and GH100. Where the paper has no rate for L2 it
+# is the 64 bytes per clock that an SM can take (Jia et al. 2018, arXiv:1804.06826): too high, so bounds stay bounds.
 GPUS = {
     80: Gpu("A100 SXM 80 GB", 108, 163 << 10, 164 << 10, 64, 32, 312e12, 19.5e12, 2039e9, 5120 * 1.41e9),
     86: Gpu("RTX 3090", 82, 99 << 10, 100 << 10, 48, 16, 71e12, 35.6e12, 936e9, 64 * 82 * 1.695e9),
@@ -75,7 +73,7 @@ Bound = Literal["compute", "L2", "DRAM"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A compiled kernel: what it takes of an SM, and which instructions it has."""
+    """A compiled kernel: its share of an SM, and its instructions."""
 
     op: str
     kernel: str
@@ -92,87 +90,17 @@ class Variant:
     mma: int  # tensor-core instructions
     mma_fp32: bool  # all of them with fp32 sums
     async_copies: int  # of 16 bytes
-    wide_loads: int  # global loads of 16 bytes a thread
+    wide_loads: int  # global loads of 16 bytes per thread
     flops: int  # of the matrix products
     unique_bytes: int  # read or written once each
     issued_bytes: int  # asked for by the programs, which L2 serves
-    intensity: float  # flops a unique byte
+    intensity: float  # flops per unique byte
     bound: Bound
     bound_microseconds: float  # least time of the launch on this GPU
 
 
-def launches(
-    op: str,
-    dtype: torch.dtype,
-    arch: int,
-    sizes: Sizes = PAPER,
-    device: torch.device = META,
-    splits: Sequence[int] | None = None,
-) -> list[Launch]:
-    """What the operator launches in a step, forward and then backward; on the meta device there are no values.
-
-    `splits` has the S of each pair that contrastive_losses gets: by default those of MNCLGLF.
-    """
-
-    def rows(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    n, side, features, k, width, size, source = sizes
-    if op == "augment":
-        parameters, mean, std = (rows(*shape, dtype=torch.float32) for shape in ((VIEWS * n, 12), (3,), (3,)))
-        images, chosen = rows(n, 3, source, source, dtype=torch.uint8), rows(n, dtype=torch.int64)
-        views = augment.empty_views(parameters, side, dtype)
-        return augment.augment_launches(
-            images, chosen, parameters, mean, std, views, cubic=True, blur_window=5, rotates=False
-        )
-    if op == "divide":
-        images = rows(n, 3, side, side).contiguous(memory_format=torch.channels_last)
-        divided = patches.empty_patches(images)
-        return [x for back in (False, True) for x in patches.divide_launches(images, divided, backward=back)]
-    if op == "combine":
-        patch_features = rows(4 * n, features)
-        combined = patches.empty_combined(patch_features, k)
-        return [x for b in (False, True) for x in patches.combine_launches(patch_features, combined, k, backward=b)]
-    if op == "enqueue":
-        return queue.enqueue_launches(
-            rows(size, width), rows(dtype=torch.int64), rows(n, width), rows(dtype=torch.bool)
-        )
-    if op == "nearest_neighbor":
-        queries, keys = rows(2 * n, width), rows(size, width)
-        t = neighbor.neighbor_tile(queries, keys, arch)
-        return neighbor.neighbor_launches(queries, keys, neighbor.empty_nearest(queries, keys), t)
-    if op == "nt_xent":
-        views, gradient = rows(2 * n, width), rows(2 * n, width)
-        t, gradient_tile = nt_xent.nt_xent_tiles(views, arch)
-        results = contrastive.empty_forward([views], [views])
-        shared = (views, 1.0, results)
-        return [
-            *nt_xent.nt_xent_forward_launches(*shared, t),
-            *nt_xent.nt_xent_backward_launches(*shared, results.losses, gradient, t, gradient_tile),
-        ]
-    if op == "queue_contrastive_loss":
-        queries, keys, of_queries, of_keys = (rows(n, width) for _ in range(4))
-        negatives = rows(size, width)
-        t, sum_tile = queue_contrastive.queue_tiles(queries, negatives, arch)
-        results = queue_contrastive.empty_queue_forward(queries)
-        shared = (queries, keys, negatives, 1.0, results)
-        return [
-            *queue_contrastive.queue_forward_launches(*shared, t),
-            *queue_contrastive.queue_backward_launches(*shared, results.losses, of_queries, of_keys, t, sum_tile),
-        ]
-    splits = splits or [comb(4, k)] * 2 + [1] * 2
-    targets, predictions = [rows(s * n, width) for s in splits], [rows(n, width) for _ in splits]
-    t, gradient_tile = contrastive.contrastive_tiles(targets[0], arch)
-    results = contrastive.empty_forward(targets, predictions)
-    shared = (targets, predictions, 1.0, results)
-    return [
-        *contrastive.forward_launches(*shared, t),
-        *contrastive.backward_launches(*shared, results.losses, targets, predictions, t, gradient_tile),
-    ]
-
-
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """The kernel as a launch with pointers aligned to 16 bytes compiles it, for sm_`arch`."""
+    """Returns the kernel as a launch with pointers aligned to 16 bytes compiles it, for sm_`arch`."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so Triton compiles nothing in this process; unset it")
     signature: dict[str, Any] = {}
@@ -198,12 +126,12 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def tool(name: str) -> str:
-    """Path of one of the CUDA tools that come with triton."""
+    """Returns the path of one of the CUDA tools that come with triton."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread)."""
+    """Returns (registers per thread, bytes of stack per thread)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -216,7 +144,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def least_time(moved: Traffic, dtype: str, gpu: Gpu) -> tuple[float, Bound]:
-    """(seconds, what sets them): the longest of computing at the peak, L2's share and DRAM's."""
+    """Returns (seconds, what sets them): the longest of computing at the peak, L2's share and DRAM's."""
     rate = gpu.fp32_flops if dtype == "fp32" else gpu.half_flops
     times: dict[Bound, float] = {
         "compute": moved.flops / rate,
@@ -227,9 +155,9 @@ def least_time(moved: Traffic, dtype: str, gpu: Gpu) -> tuple[float, Bound]:
     return times[bound], bound
 
 
-def inspect(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
-    """Compiles a launch and reads the result."""
-    moved = traffic(launch)
+def variant(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
+    """Compiles a launch and reads what it takes of an SM, and its instructions."""
+    moved = launch.traffic
     seconds, bound = least_time(moved, dtype, GPUS[arch])
     compiled, gpu = compile_launch(launch, arch), GPUS[arch]
     registers, stack = resources(compiled.asm["cubin"])
@@ -266,24 +194,24 @@ def inspect(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
 
 
 def variants(
-    ops: Sequence[str], dtypes: Sequence[str], archs: Sequence[int], sizes: Sizes = PAPER
+    ops: Sequence[OperatorName], dtypes: Sequence[str], archs: Sequence[int], sizes: Sizes = PAPER
 ) -> Iterator[Variant]:
-    """Every kernel of these operators in these dtypes for these architectures."""
+    """Yields every kernel of these operators in these dtypes for these architectures."""
     for arch in archs:
         for op in ops:
             for dtype in dtypes:
-                for launch in launches(op, DTYPES[dtype], arch, sizes):
-                    yield inspect(op, launch, dtype, arch)
+                for launch in OPERATORS[op].launches(Example(sizes=sizes, dtype=DTYPES[dtype]), arch):
+                    yield variant(op, launch, dtype, arch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mnclglf_kernels.inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mnclglf_kernels.aot", description=__doc__)
     parser.add_argument("--arch", choices=[f"sm_{arch}" for arch in GPUS], default="sm_86")
-    parser.add_argument("--op", choices=OPERATORS, nargs="+", default=OPERATORS)
+    parser.add_argument("--op", choices=OPERATORS, nargs="+", default=tuple(OPERATORS))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
     parser.add_argument("--width", type=int, default=PAPER.width, help="D of the embeddings")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--markdown", action="store_true", help="print the table that docs/kernels.md has")
+    parser.add_argument("--markdown", action="store_true", help="print the table that docs/explain/kernels.md has")
     options = parser.parse_args(arguments)
     sizes = PAPER._replace(width=options.width)
     found = list(variants(options.op, options.dtype, [int(options.arch.removeprefix("sm_"))], sizes))
@@ -321,18 +249,18 @@ COLUMNS = {
 
 
 def table(found: Sequence[Variant]) -> str:
-    """The variants as aligned columns."""
+    """Returns the variants as aligned columns."""
     rows = [tuple(COLUMNS.values())]
-    for variant in found:
-        values = asdict(variant) | {
-            "grid": " x ".join(map(str, variant.grid)),
-            "shared_bytes": f"{variant.shared_bytes / 1024:.0f}/{variant.shared_limit_bytes // 1024} K",
-            "blocks_per_sm": f"{variant.blocks_per_sm} ({variant.warps_per_sm})",
-            "flops": f"{variant.flops / 1e9:.2f}",
-            "unique_bytes": f"{variant.unique_bytes / 1e6:.2f}",
-            "issued_bytes": f"{variant.issued_bytes / 1e6:.2f}",
-            "intensity": f"{variant.intensity:.0f}",
-            "bound_microseconds": f"{variant.bound_microseconds:.1f}",
+    for v in found:
+        values = asdict(v) | {
+            "grid": " x ".join(map(str, v.grid)),
+            "shared_bytes": f"{v.shared_bytes / 1024:.0f}/{v.shared_limit_bytes // 1024} K",
+            "blocks_per_sm": f"{v.blocks_per_sm} ({v.warps_per_sm})",
+            "flops": f"{v.flops / 1e9:.2f}",
+            "unique_bytes": f"{v.unique_bytes / 1e6:.2f}",
+            "issued_bytes": f"{v.issued_bytes / 1e6:.2f}",
+            "intensity": f"{v.intensity:.0f}",
+            "bound_microseconds": f"{v.bound_microseconds:.1f}",
         }
         rows.append(tuple(str(values[name]) for name in COLUMNS))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
@@ -340,9 +268,9 @@ def table(found: Sequence[Variant]) -> str:
 
 
 def markdown(found: Sequence[Variant]) -> str:
-    """The variants as a Markdown table of what matters most, equal launches in one line."""
+    """Returns the variants as a Markdown table of what matters most, equal launches in one line."""
     lines = [
-        "| operator | kernel | programs | registers | shared | blocks (warps) an SM | mma | cp.async "
+        "| operator | kernel | programs | registers | shared | blocks (warps) per SM | mma | cp.async "
         "| GFLOP | unique MB | issued MB | bound | least us |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]

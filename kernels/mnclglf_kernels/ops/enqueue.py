@@ -12,7 +12,7 @@ from mnclglf_kernels.checks import check_matrix, check_widths
 
 @torch.no_grad()
 def enqueue(
-    queue: Tensor, pointer: Tensor, rows: Tensor, *, keep: Tensor | None = None, backend: Backend = "auto"
+    queue: Tensor, pointer: Tensor, rows: Tensor, *, should_update: Tensor | None = None, backend: Backend = "auto"
 ) -> None:
     """Writes `rows`, L2-normalised, over the queue's oldest rows and moves the pointer, both in place.
 
@@ -22,12 +22,12 @@ def enqueue(
         queue: [K, D], any floating dtype; rows pointer, pointer + 1, ... modulo K are overwritten.
         pointer: int64, 0-D, on the queue's device: the oldest row.
         rows: [N, D] with N <= K; normalised in fp32 (fp64 for fp64) and cast to the queue's dtype.
-        keep: bool, 0-D: where false, neither queue nor pointer changes. None keeps.
+        should_update: bool, 0-D: where false, neither queue nor pointer changes. None updates.
         backend: see `resolve`.
 
     Raises:
         ValueError: shapes that do not fit, or more rows than the queue has.
-        TypeError: rows or queue not floating point, a pointer that is not int64, a keep that is not bool.
+        TypeError: rows or queue not floating point, a pointer that is not int64, a should_update that is not bool.
     """
     check_matrix("queue", queue, "[K, D]")
     check_matrix("rows", rows, "[N, D]")
@@ -37,17 +37,19 @@ def enqueue(
         raise ValueError(f"{count} rows do not fit into a queue of {size}; enlarge the queue or enqueue fewer")
     if pointer.dtype != torch.int64 or pointer.dim() != 0:
         raise TypeError(f"pointer is {pointer.dtype} of shape {tuple(pointer.shape)}; it must be a 0-D int64 tensor")
-    if keep is not None and (keep.dtype != torch.bool or keep.dim() != 0):
-        raise TypeError(f"keep is {keep.dtype} of shape {tuple(keep.shape)}; it must be a 0-D bool tensor")
+    if should_update is not None and (should_update.dtype != torch.bool or should_update.dim() != 0):
+        raise TypeError(
+            f"should_update is {should_update.dtype} of shape {tuple(should_update.shape)}; it must be 0-D bool"
+        )
     if not count:
         return
-    gate = () if keep is None else (keep,)
+    gate = () if should_update is None else (should_update,)
     if resolve(backend, queue, pointer, rows, *gate) == "triton":
-        torch.ops.mnclglf.enqueue(queue, pointer, rows, keep)
+        torch.ops.mnclglf.enqueue(queue, pointer, rows, should_update)
         return
     where = (pointer + torch.arange(count, device=queue.device)).remainder_(size)
     values = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32))).to(queue.dtype)
-    if keep is not None:
-        values = torch.where(keep, values, queue[where])
+    if should_update is not None:
+        values = torch.where(should_update, values, queue[where])
     queue.index_copy_(0, where, values)
-    pointer.add_(count if keep is None else count * keep).remainder_(size)
+    pointer.add_(count if should_update is None else count * should_update).remainder_(size)

@@ -5,21 +5,27 @@ M queries, K queue rows, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.launch import Launch, Traffic, architecture, blocks
 from mnclglf_kernels._triton.products import row_products
-from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels._triton.tiles import FP32, LARGE, SMALL, Tile, Tuning, register, tile
 from mnclglf_kernels.backend import INTERPRETED
 
+# With D up to 128 a program has little to sum, so that small tiles, and more of them, keep all SMs busy.
+register("neighbor", half=(SMALL, LARGE, LARGE), fp32=(FP32, FP32, FP32))
 MERGED_QUERIES, MERGED_TILES = 16, 128  # of a step of the merge
 
 
 @triton.jit
-def neighbor_kernel(
+def nearest_neighbor_search_kernel(
     queries,
     queue,
     scores,  # [tiles, M] fp32: the greatest of each tile
@@ -63,7 +69,7 @@ def neighbor_kernel(
 
 
 @triton.jit
-def neighbor_merge_kernel(
+def nearest_neighbor_merge_kernel(
     scores,
     rows,
     nearest,  # [M] int64
@@ -91,6 +97,24 @@ def neighbor_merge_kernel(
         best_row = tl.where(top > best, row, best_row)
         best = tl.maximum(top, best)
     tl.store(nearest + query, best_row.to(tl.int64), mask=query < M)
+
+
+def search_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    m, k, d = a["M"], a["K"], a["D"]
+    query_tiles, tiles = grid
+    query_bytes, queue_bytes = a["queries"].itemsize, a["queue"].itemsize
+    found = tiles * m * (4 + 4)
+    return Traffic(
+        2 * m * k * d,
+        d * (m * query_bytes + k * queue_bytes) + found,
+        query_tiles * tiles * d * (a["ROWS"] * query_bytes + a["COLUMNS"] * queue_bytes) + found,
+    )
+
+
+def merge_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    m, steps = a["M"], blocks(a["TILES"], a["BLOCK"])
+    moved = 4 * a["TILES"] * m + 4 * steps * m + 8 * m
+    return Traffic(0, moved, moved)
 
 
 def neighbor_tile(queries: Tensor, queue: Tensor, arch: int) -> Tile:
@@ -126,9 +150,22 @@ def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, t: Tile) 
         scores=scores, rows=rows, nearest=nearest, M=count, TILES=tiles, QUERIES=MERGED_QUERIES, BLOCK=MERGED_TILES
     )
     return [
-        Launch(neighbor_kernel, (blocks(count, t.rows), tiles), search, t.warps, t.stages),
-        Launch(neighbor_merge_kernel, (blocks(count, MERGED_QUERIES),), merge),
+        Launch(
+            nearest_neighbor_search_kernel, search_traffic, (blocks(count, t.rows), tiles), search, t.warps, t.stages
+        ),
+        Launch(nearest_neighbor_merge_kernel, merge_traffic, (blocks(count, MERGED_QUERIES),), merge),
     ]
+
+
+def launches(queries: Tensor, queue: Tensor, *, arch: int) -> list[Launch]:
+    """The launches of a call."""
+    return neighbor_launches(queries, queue, empty_nearest(queries, queue), neighbor_tile(queries, queue, arch))
+
+
+def tunings(queries: Tensor, queue: Tensor) -> Iterator[Tuning]:
+    """The launches whose tiles can be measured."""
+    nearest = empty_nearest(queries, queue)
+    yield Tuning("neighbor", lambda t: neighbor_launches(queries, queue, nearest, t), [nearest])
 
 
 def empty_nearest(queries: Tensor, queue: Tensor) -> Tensor:
@@ -140,7 +177,7 @@ def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """[M, D] queries and [K, D] queue to [M] rows."""
     nearest = empty_nearest(queries, queue)
     t = neighbor_tile(queries, queue, architecture(queue))
-    run(neighbor_launches(queries, queue, nearest, t), queue.device)
+    launch.run(neighbor_launches(queries, queue, nearest, t), queue.device)
     return nearest
 
 

@@ -5,21 +5,24 @@ N rows, K queue rows, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import Launch, run, sum_dtype
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.launch import Launch, Traffic, sum_dtype
 
 FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
 
 
 @triton.jit
-def enqueue_kernel(
+def enqueue_write_kernel(
     queue,
     pointer,
-    keep,
+    should_update,
     rows,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -36,7 +39,7 @@ def enqueue_kernel(
     column = tl.arange(0, BLOCK).to(tl.int64)
     inside = column < D
     if GATED:
-        inside &= tl.load(keep) != 0
+        inside &= tl.load(should_update) != 0
     values = tl.load(rows + n * ROW_STRIDE + column * ROW_COLUMN, mask=inside, other=0.0).to(SUM)
     norm = tl.sqrt(tl.sum(values * values, 0))
     place = (tl.load(pointer) + n) % K
@@ -47,19 +50,30 @@ def enqueue_kernel(
 
 
 @triton.jit
-def advance_kernel(pointer, keep, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr):
-    """A launch of its own: every program of enqueue_kernel reads the pointer as it was."""
+def enqueue_advance_kernel(pointer, should_update, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr):
+    """A launch of its own: every program of enqueue_write_kernel reads the pointer as it was."""
     kept = True
     if GATED:
-        kept = tl.load(keep) != 0
+        kept = tl.load(should_update) != 0
     before = tl.load(pointer)
     tl.store(pointer, tl.where(kept, (before + N) % K, before))
 
 
-def enqueue_launches(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> list[Launch]:
+def write_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    rows, gate = a["rows"], a["should_update"].itemsize if a["GATED"] else 0
+    moved = rows.numel() * (rows.itemsize + a["queue"].itemsize)
+    return Traffic(0, moved + 8 + gate, moved + len(rows) * (8 + gate))
+
+
+def advance_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    moved = 16 + (a["should_update"].itemsize if a["GATED"] else 0)
+    return Traffic(0, moved, moved)
+
+
+def enqueue_launches(queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None) -> list[Launch]:
     """The two launches of an enqueue."""
     size, width = queue.shape
-    gate = dict(keep=pointer if keep is None else keep, GATED=keep is not None)
+    gate = dict(should_update=pointer if should_update is None else should_update, GATED=should_update is not None)
     write = dict(
         queue=queue,
         pointer=pointer,
@@ -75,17 +89,26 @@ def enqueue_launches(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor 
         **gate,
     )
     return [
-        Launch(enqueue_kernel, (len(rows),), write),
-        Launch(advance_kernel, (1,), dict(pointer=pointer, N=len(rows), K=size, **gate), warps=1),
+        Launch(enqueue_write_kernel, write_traffic, (len(rows),), write),
+        Launch(
+            enqueue_advance_kernel, advance_traffic, (1,), dict(pointer=pointer, N=len(rows), K=size, **gate), warps=1
+        ),
     ]
 
 
+def launches(
+    queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None = None, *, arch: int
+) -> list[Launch]:
+    """The launches of a call."""
+    return enqueue_launches(queue, pointer, rows, should_update)
+
+
 @torch.library.custom_op("mnclglf::enqueue", mutates_args=("queue", "pointer"))
-def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> None:
+def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None) -> None:
     """[N, D] rows into the ring [K, D]."""
-    run(enqueue_launches(queue, pointer, rows, keep), queue.device)
+    launch.run(enqueue_launches(queue, pointer, rows, should_update), queue.device)
 
 
 @enqueue.register_fake
-def _(queue: Tensor, pointer: Tensor, rows: Tensor, keep: Tensor | None) -> None:
+def _(queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None) -> None:
     return None

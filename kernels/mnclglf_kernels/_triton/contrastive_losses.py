@@ -14,7 +14,7 @@ targets are its predictions, and no row is a candidate of itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -23,11 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnclglf_kernels._triton.launch import Launch, architecture, blocks, run
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.launch import Launch, Traffic, architecture, blocks, total_bytes
 from mnclglf_kernels._triton.products import CLAMPED, inverse_norm, row_products, weighted_rows
-from mnclglf_kernels._triton.tiles import Tile, tile
+from mnclglf_kernels._triton.tiles import DEEP, FP32, FP32_GRADIENT, SMALL, WIDE, Tile, Tuning, register, tile
 from mnclglf_kernels.backend import INTERPRETED
 
+register("contrastive", half=(SMALL, WIDE, DEEP), fp32=(FP32, FP32, FP32))
+# A gradient is [N, D] or [S * N, D]: with D up to 512 large tiles would leave SMs idle.
+register("gradient", half=(SMALL, SMALL, WIDE), fp32=(FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT))
 MERGED = 1024  # rows of a step of the merge
 
 
@@ -68,7 +72,7 @@ def tile_products(
 
 
 @triton.jit
-def forward_kernel(
+def contrastive_losses_forward_kernel(
     targets,
     predictions,
     maxima,  # [candidate tiles, R] fp32
@@ -110,7 +114,7 @@ def forward_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def contrastive_losses_merge_kernel(
     maxima,
     sums,
     positives,
@@ -150,7 +154,7 @@ def merge_kernel(
 
 
 @triton.jit
-def coefficient_kernel(
+def contrastive_losses_coefficient_kernel(
     targets,
     predictions,
     tops,
@@ -197,7 +201,7 @@ def coefficient_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def contrastive_losses_gradient_kernel(
     coefficients,
     rows,  # of the side whose gradient this is, and of the other side
     others,
@@ -272,6 +276,56 @@ def gradient_kernel(
     unit = tl.load(x + tile_place, mask=tile_inside, other=0.0).to(tl.float32) * inverse[:, None]
     scale = tl.load(upstream + pair) * inverse_temperature / pair_rows
     tl.store(gradient + tile_place, (total - unit * radial[:, None]) * (inverse * scale)[:, None], mask=tile_inside)
+
+
+def logit_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
+    """(flops, unique bytes, issued bytes) of the products of all pairs."""
+    d, rows = a["D"], a["FIRST_ROWS"][-1]
+    candidate_tiles, row_tiles = grid
+    read = candidate_tiles * row_tiles * d * (a["ROWS"] + a["COLUMNS"]) * a["targets"][0].itemsize
+    return 2 * rows * a["N"] * d, total_bytes([*a["targets"], *a["predictions"]]), read
+
+
+def forward_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logit_traffic(grid, a)
+    rows, candidate_tiles = a["FIRST_ROWS"][-1], grid[0]
+    written = 4 * (2 * candidate_tiles * rows + 2 * rows + len(a["targets"]) * a["N"])
+    return Traffic(flops, unique + written, issued + written)
+
+
+def merge_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    rows = a["FIRST_ROWS"][-1]
+    moved = 4 * (2 * a["TILES"] * rows + 3 * rows + a["PAIRS"])
+    return Traffic(0, moved, moved)
+
+
+def coefficient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    flops, unique, issued = logit_traffic(grid, a)
+    n, rows, pairs = a["N"], a["FIRST_ROWS"][-1], len(a["targets"])
+    candidate_tiles, row_tiles = grid
+    written = 4 * (rows * n + candidate_tiles * rows + row_tiles * n)
+    return Traffic(
+        flops,
+        unique + 4 * (3 * rows + pairs * n) + written,
+        issued + 4 * (3 * candidate_tiles * rows + row_tiles * n) + written,
+    )
+
+
+def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    n, d, first_rows, own_blocks = a["N"], a["D"], a["FIRST_ROWS"], a["FIRST_BLOCKS"]
+    itemsize, column_blocks, halves = a["rows"][0].itemsize, grid[0], 1 if a["rows"][0].itemsize == 4 else 2
+    flops = unique = issued = 0
+    for i in range(len(a["rows"])):
+        rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]
+        parts = a["PARTS"] if a["OF_TARGETS"] else a["FIRST_TILES"][i + 1] - a["FIRST_TILES"][i]
+        parts += a["PARTS"] if a["SHIFT"] else 0  # of the other side too
+        own, others = (rows, n) if a["OF_TARGETS"] else (n, rows)
+        flops += 2 * halves * rows * n * d
+        unique += 4 * (rows * n + others + own * (parts + 1) + 1) + own * d * itemsize
+        loads = 2 if a["SHIFT"] else 1  # of a coefficient: as that of a row and as that of a column
+        issued += column_blocks * 4 * (loads * rows * n + programs * (others + 1) + own * (parts + 1))
+        issued += programs * others * d * itemsize + 2 * own * d * itemsize
+    return Traffic(flops, unique + total_bytes([*a["rows"], *a["others"]]), issued)
 
 
 class Geometry(NamedTuple):
@@ -356,8 +410,15 @@ def forward_launches(
         **reduced,
     )
     return [
-        Launch(forward_kernel, (candidate_tiles, first_tiles[-1]), forward, t.warps, t.stages),
-        Launch(merge_kernel, (len(targets),), merge),
+        Launch(
+            contrastive_losses_forward_kernel,
+            forward_traffic,
+            (candidate_tiles, first_tiles[-1]),
+            forward,
+            t.warps,
+            t.stages,
+        ),
+        Launch(contrastive_losses_merge_kernel, merge_traffic, (len(targets),), merge),
     ]
 
 
@@ -416,7 +477,16 @@ def backward_launches(
         WIDEN=INTERPRETED and dtype == torch.bfloat16,
         **shared,
     )
-    launches = [Launch(coefficient_kernel, (candidate_tiles, first_tiles[-1]), coefficient, t.warps, t.stages)]
+    launches = [
+        Launch(
+            contrastive_losses_coefficient_kernel,
+            coefficient_traffic,
+            (candidate_tiles, first_tiles[-1]),
+            coefficient,
+            t.warps,
+            t.stages,
+        )
+    ]
     target_side = (targets, results.inverse_targets, target_dots)
     prediction_side = (predictions, results.inverse_predictions, prediction_dots)
     t, pairs = gradient_tile, len(targets)
@@ -444,7 +514,16 @@ def backward_launches(
             WIDEN=INTERPRETED and dtype == torch.bfloat16,
             **shared,
         )
-        launches.append(Launch(gradient_kernel, (blocks(d, t.columns), first_blocks[-1]), gradient, t.warps, t.stages))
+        launches.append(
+            Launch(
+                contrastive_losses_gradient_kernel,
+                gradient_traffic,
+                (blocks(d, t.columns), first_blocks[-1]),
+                gradient,
+                t.warps,
+                t.stages,
+            )
+        )
     return launches
 
 
@@ -452,6 +531,30 @@ def contrastive_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
     """The configurations for rows of this width and dtype: of the logits, and of the gradients."""
     logits, gradients = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("contrastive", "gradient"))
     return logits, gradients
+
+
+def launches(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, arch: int) -> list[Launch]:
+    """The launches of a call with pairs of one dtype and of its backward pass, with the gradients of both sides."""
+    targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
+    t, gradient_tile = contrastive_tiles(targets[0], arch)
+    results = empty_forward(targets, predictions)
+    shared = (targets, predictions, temperature, results)
+    return [
+        *forward_launches(*shared, t),
+        *backward_launches(*shared, results.losses, targets, predictions, t, gradient_tile),
+    ]
+
+
+def tunings(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Iterator[Tuning]:
+    """The launches whose tiles can be measured; of the gradients those that a step asks for, of the predictions."""
+    targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
+    shared = (targets, predictions, temperature, empty_forward(targets, predictions))
+    yield Tuning("contrastive", lambda t: forward_launches(*shared, t), list(shared[3]))
+    logits, _ = contrastive_tiles(targets[0], architecture(targets[0]))
+    launch.run(forward_launches(*shared, logits), targets[0].device)
+    gradients = [torch.empty_like(x) for x in predictions]
+    given = (*shared, torch.ones_like(shared[3].losses), [], gradients, logits)
+    yield Tuning("gradient", lambda t: backward_launches(*given, t), gradients)
 
 
 def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:
@@ -472,7 +575,7 @@ def contrastive_losses(
     results = empty_forward(targets, predictions)
     check_dense(targets, predictions)
     t, _ = contrastive_tiles(targets[0], architecture(targets[0]))
-    run(forward_launches(targets, predictions, temperature, results, t), targets[0].device)
+    launch.run(forward_launches(targets, predictions, temperature, results, t), targets[0].device)
     return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
@@ -506,7 +609,7 @@ def contrastive_losses_backward(
         prediction_gradients,
         *contrastive_tiles(targets[0], architecture(targets[0])),
     )
-    run(launches, targets[0].device)
+    launch.run(launches, targets[0].device)
     return target_gradients + prediction_gradients
 
 

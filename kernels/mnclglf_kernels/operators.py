@@ -1,0 +1,305 @@
+"""The one table of operators: whatever is done for every operator iterates over it.
+
+An operator is four files: `ops/<name>.py` (contract, PyTorch form, choice of a backend), `_triton/<name>.py` (kernels,
+launches, their traffic and tiles), its test and its row here. Exports, `Backends`, the self-check before a run, the
+ahead-of-time compiler, tuning, the counts of traffic and the tests' parametrization follow from the row. The how-to is
+docs/howto/add-an-operator.md.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mnclglf_kernels.backend import Backend, Kind
+from mnclglf_kernels.ops.augment import LARGEST_SIDE, Recipe, augment
+from mnclglf_kernels.ops.combine import combine
+from mnclglf_kernels.ops.contrastive_losses import contrastive_loss, contrastive_losses
+from mnclglf_kernels.ops.divide import divide
+from mnclglf_kernels.ops.enqueue import enqueue
+from mnclglf_kernels.ops.nearest_neighbor import nearest_neighbor
+from mnclglf_kernels.ops.nt_xent import nt_xent
+from mnclglf_kernels.ops.queue_contrastive_loss import queue_contrastive_loss
+from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE, Sizes
+
+if TYPE_CHECKING:
+    from mnclglf_kernels._triton.launch import Launch
+    from mnclglf_kernels._triton.tiles import Tuning
+
+OperatorName = str  # a key of OPERATORS
+Arguments = dict[str, Any]  # of an operator by name, all but the backend
+TEMPERATURE = 0.1
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """The circumstances of a call: a row makes its operator's arguments from them.
+
+    Attributes:
+        sizes: of the training step.
+        dtype: of images, features and embeddings.
+        queue_dtype: of the queue's rows; None for `dtype`.
+        device: where the arguments are; on the meta device they have shapes alone.
+        generator: of the random numbers, on the CPU; None for PyTorch's own.
+        one_embedding: whether one of the S combinations is contrasted, not all.
+        splits: S of each pair that contrastive_losses gets; None for those of MNCLGLF.
+    """
+
+    sizes: Sizes = PAPER
+    dtype: torch.dtype = torch.bfloat16
+    queue_dtype: torch.dtype | None = None
+    device: torch.device = META
+    generator: torch.Generator | None = None
+    one_embedding: bool = False
+    splits: Sequence[int] | None = None
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns normally distributed numbers; none are drawn on the meta device."""
+        dtype = dtype or self.dtype
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Returns fp32 numbers from 0 to 1; none are drawn on the meta device."""
+        if self.device.type == "meta":
+            return torch.empty(shape, device=self.device)
+        return torch.rand(shape, generator=self.generator).to(self.device)
+
+    def queue(self, common: Tensor | float = 0.0) -> Tensor:
+        """Returns [K, D] unit rows that resemble each other where there is something common to them."""
+        rows = self.random(self.sizes.queue, self.sizes.width, dtype=torch.float32)
+        rows = common + (rows / 2 if isinstance(common, Tensor) else rows)
+        return F.normalize(rows).to(self.queue_dtype or self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Limit of an error against fp64, relative to the greatest true value: max(roundings * eps of the dtype, floor)."""
+
+    roundings: float
+    floor: float
+
+    def excess(self, name: str, actual: Tensor, truth: Tensor) -> str | None:
+        """Returns a description of the error where it is above the limit, else None."""
+        kind = torch.finfo(actual.dtype)
+        relative = max(self.roundings * kind.eps, self.floor)
+        limit = relative * truth.abs().max().item() + kind.smallest_normal * kind.eps
+        error = (actual.double() - truth).abs().max().item()
+        if error <= limit:  # false for a NaN
+            return None
+        return f"{name} is off by {error:.3g}, more than {limit:.3g}"
+
+
+EXACT = Tolerance(roundings=0, floor=0)
+# 4 roundings: of the operands' product, the sum, the norm and the result. 1e-4: fp32 sums of up to 16,384 terms stay
+# below it at the paper's sizes (tests/kernels/test_self_check.py), and a wrong sign, mask or factor is above it.
+SUMS = Tolerance(roundings=4, floor=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A row of the table.
+
+    Attributes:
+        function: the public operator, with the keyword `backend`.
+        kind: which backends it can have, see `resolve`.
+        inputs: makes the arguments of a call; those that require a gradient are differentiated in the self-check.
+        tolerance: of the self-check.
+        check: a self-check of its own, where results cannot be compared number by number: None if all is well.
+        exports: further public functions of its file.
+    """
+
+    function: Callable[..., Any]
+    kind: Kind
+    inputs: Callable[[Example], Arguments]
+    tolerance: Tolerance = SUMS
+    check: Callable[[Example, Arguments], str | None] | None = None
+    exports: tuple[Callable[..., Any], ...] = ()
+
+    @property
+    def name(self) -> OperatorName:
+        return self.function.__name__
+
+    def launches(self, example: Example, arch: int = 86) -> list[Launch]:
+        """Returns the launches of a call and of its backward pass for sm_`arch`; on the meta device without values."""
+        return self._triton().launches(**_detached(self.inputs(example)), arch=arch)
+
+    def tunings(self, example: Example) -> Iterator[Tuning]:
+        """Yields the kernel families of this operator whose tiles can be measured, ready to run on a GPU."""
+        if hasattr(self._triton(), "tunings"):
+            yield from self._triton().tunings(**_detached(self.inputs(example)))
+
+    def _triton(self) -> Any:
+        return import_module(f"mnclglf_kernels._triton.{self.name}")  # late: it needs triton
+
+
+def _detached(arguments: Arguments) -> Arguments:
+    return tree_map_only(Tensor, Tensor.detach, arguments)
+
+
+def _divide(example: Example) -> Arguments:
+    side = example.sizes.side
+    images = example.random(example.sizes.images, 3, side, side)
+    return dict(images=images.contiguous(memory_format=torch.channels_last).requires_grad_())
+
+
+def _combine(example: Example) -> Arguments:
+    features = example.random(4 * example.sizes.images, example.sizes.features)
+    return dict(features=features.requires_grad_(), k=example.sizes.k)
+
+
+def _contrastive_losses(example: Example) -> Arguments:
+    """Makes rows that resemble each other, and their positives most, so that all of softmax and gradient matters."""
+    n, width, queue_dtype = example.sizes.images, example.sizes.width, example.queue_dtype or example.dtype
+    subsets = 1 if example.one_embedding else comb(4, example.sizes.k)
+    combined, looked_up = (subsets, example.dtype), (1, queue_dtype)
+    kinds = [combined, combined, looked_up, looked_up]
+    if example.splits:
+        kinds = [(split, example.dtype) for split in example.splits]
+    common = example.random(1, width)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for split, dtype in kinds:
+        predictions = common + example.random(n, width) / 2
+        targets = predictions.repeat(split, 1) + example.random(split * n, width) / 2
+        pairs.append((targets.to(dtype).requires_grad_(), predictions.requires_grad_()))
+    return dict(pairs=pairs, temperature=TEMPERATURE)
+
+
+def _nearest_neighbor(example: Example) -> Arguments:
+    return dict(queries=example.random(2 * example.sizes.images, example.sizes.width), queue=example.queue())
+
+
+def _check_nearest_neighbor(example: Example, arguments: Arguments) -> str | None:
+    """Compares scores at the indices: two rows may be equally near, to within rounding."""
+    queries, queue = arguments["queries"], arguments["queue"]
+    nearest = nearest_neighbor(queries, queue, backend="triton")
+    if not ((nearest >= 0) & (nearest < len(queue))).all():
+        return "a row is outside the queue"
+    truth = nearest_neighbor(queries.double(), queue.double(), backend="torch")
+    score, best = (torch.linalg.vecdot(queries.double(), queue[rows].double()) for rows in (nearest, truth))
+    return SUMS.excess("the score", score.float(), best)
+
+
+def _enqueue(example: Example) -> Arguments:
+    n, size = example.sizes.images, example.sizes.queue
+    return dict(
+        queue=torch.zeros(size, example.sizes.width, dtype=example.queue_dtype or example.dtype, device=example.device),
+        pointer=torch.tensor(size - n // 2 - 1, device=example.device),  # half of the rows go over the ring's end
+        rows=example.random(n, example.sizes.width),
+        should_update=torch.tensor(True, device=example.device),
+    )
+
+
+def _check_enqueue(example: Example, arguments: Arguments) -> str | None:
+    """Compares queue and pointer after a call with the gate open and one with the gate closed."""
+    queue, pointer, rows, gate = arguments.values()
+    expected, expected_pointer = queue.double(), pointer.clone()
+    for should_update in (gate, ~gate):
+        enqueue(queue, pointer, rows, should_update=should_update, backend="triton")
+        enqueue(expected, expected_pointer, rows.double(), should_update=should_update, backend="torch")
+    if pointer != expected_pointer:
+        return f"the pointer is {pointer.item()}, not {expected_pointer.item()}"
+    return SUMS.excess("a row", queue, expected)
+
+
+def _nt_xent(example: Example) -> Arguments:
+    n, width = example.sizes.images, example.sizes.width
+    first = example.random(1, width) + example.random(n, width) / 2  # as in _contrastive_losses
+    second = first + example.random(n, width) / 2
+    return dict(first=first.requires_grad_(), second=second.requires_grad_(), temperature=TEMPERATURE)
+
+
+def _queue_contrastive_loss(example: Example) -> Arguments:
+    n, width = example.sizes.images, example.sizes.width
+    common = example.random(1, width)
+    queries = common + example.random(n, width) / 2
+    keys = queries + example.random(n, width) / 2
+    queue = example.queue(common.float())
+    return dict(queries=queries.requires_grad_(), keys=keys, queue=queue, temperature=TEMPERATURE)
+
+
+def _augment(example: Example) -> Arguments:
+    (n, side, *_), source = example.sizes, example.sizes.source
+    images, rows = torch.empty(n, 3, source, source, dtype=torch.uint8), torch.arange(n)
+    if example.device.type != "meta":
+        images = torch.randint(256, images.shape, generator=example.generator, dtype=torch.uint8)
+        rows = torch.randperm(n, generator=example.generator)
+    u = example.uniform(VIEWS_PER_IMAGE * n, 12)
+    start, length = (u[:, 1:3] * source / 2).floor(), (u[:, 3:5] * source / 2).floor() + 1
+    on = (u[:, [5, 10]] > 0.5).float()
+    sigma = 2 * u[:, 11:].where(u[:, :1] > 0.3, 0.0)
+    numbers = [360 * u[:, :1] - 180, start, length, on[:, :1], 0.5 + u[:, 6:9], u[:, 9:10] - 0.5, on[:, 1:], sigma]
+    return dict(
+        images=images.to(example.device),
+        rows=rows.to(example.device),
+        parameters=torch.cat(numbers, 1),
+        mean=u[0, :3].contiguous(),
+        std=0.5 + u[1, :3],
+        recipe=Recipe(side),
+        dtype=example.dtype,
+    )
+
+
+def _check_augment(example: Example, arguments: Arguments) -> str | None:
+    """Compares levels: seldom a sum within rounding of a half becomes another whole level, after the jitter up to 8."""
+    if max(example.sizes.side, example.sizes.source) > LARGEST_SIDE:
+        return None  # such runs do without it
+    std = arguments["std"].double()
+    doubles: Arguments = {name: arguments[name].double() for name in ("parameters", "mean", "std")}
+    doubles["dtype"] = torch.float64
+    for recipe in (arguments["recipe"], Recipe(example.sizes.side, cubic=False, rotates=True)):
+        given: Arguments = {**arguments, "recipe": recipe}
+        views, truth = augment(**given, backend="triton"), augment(**{**given, **doubles}, backend="torch")
+        error = (views.double() - truth).abs() - torch.finfo(example.dtype).eps * truth.abs()
+        levels = (255 * std.view(3, 1, 1) * error).nan_to_num(torch.inf)
+        off = (levels > 0.1).double().mean().item()
+        if levels.max() > 8 or off > 0.02:
+            greatest = levels.max().item()
+            return f"a view is off by {greatest:.3g} levels at most, {off:.2%} of its pixels by more than 0.1"
+    return None
+
+
+_ROWS = (
+    Operator(function=divide, kind="elementwise", inputs=_divide, tolerance=EXACT),  # copies
+    Operator(function=combine, kind="elementwise", inputs=_combine),
+    Operator(function=contrastive_losses, kind="matmul", inputs=_contrastive_losses, exports=(contrastive_loss,)),
+    Operator(function=nearest_neighbor, kind="lookup", inputs=_nearest_neighbor, check=_check_nearest_neighbor),
+    Operator(function=enqueue, kind="elementwise", inputs=_enqueue, check=_check_enqueue),
+    Operator(function=nt_xent, kind="matmul", inputs=_nt_xent),
+    Operator(function=queue_contrastive_loss, kind="matmul", inputs=_queue_contrastive_loss),
+    Operator(function=augment, kind="elementwise", inputs=_augment, check=_check_augment),
+)
+OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}
+
+
+# Made of the table's names, which type checkers cannot see: to them `backends.divide` is Any.
+class Backends(  # pyright: ignore[reportUntypedNamedTuple]
+    namedtuple("Backends", tuple(OPERATORS), defaults=["auto"] * len(OPERATORS))
+):
+    """The backend of each operator by its name: they can fall back one by one."""
+
+    __slots__ = ()
+
+    @classmethod
+    def all(cls, backend: Backend) -> Backends:
+        """Returns the same backend for every operator; those that FAISS lacks choose for themselves beside it."""
+        everywhere = dict.fromkeys(OPERATORS, "auto" if backend == "faiss" else backend)
+        return cls(**everywhere | {"nearest_neighbor": backend})
+
+
+__all__ = ["Backends"]
+for _row in _ROWS:
+    for _function in (_row.function, *_row.exports):
+        globals()[_function.__name__] = _function
+        __all__.append(_function.__name__)  # pyright: ignore[reportUnsupportedDunderAll]
