@@ -284,8 +284,8 @@ OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}
 
 
 # Made of the table's names, which type checkers cannot see: to them `backends.divide` is Any.
-class Backends(  # pyright: ignore[reportUntypedNamedTuple]
-    namedtuple("Backends", tuple(OPERATORS), defaults=["auto"] * len(OPERATORS))
+class Backends(
+    namedtuple("Backends", tuple(OPERATORS), defaults=["auto"] * len(OPERATORS))  # pyright: ignore[reportUntypedNamedTuple]
 ):
     """The backend of each operator by its name: they can fall back one by one."""
 

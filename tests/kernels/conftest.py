@@ -1,4 +1,4 @@
-"""What every interpreted kernel is held to: it writes all of its result, once, and touches nothing else."""
+"""Checks of every interpreted kernel: it writes all of its result, once, and touches nothing else."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -27,16 +27,16 @@ def kernels_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from interpreter import confined
 
-    from mnclglf_kernels._triton import augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive
-    from mnclglf_kernels._triton.launch import Launch, run
+    from mnclglf_kernels._triton import launch
 
-    def run_confined(launches: Sequence[Launch], device: torch.device) -> None:
-        for launch in launches:
+    run = launch.run
+
+    def run_confined(launches: Sequence[launch.Launch], device: torch.device) -> None:
+        for x in launches:
             values = [
-                x for value in launch.arguments.values() for x in (value if isinstance(value, tuple) else (value,))
+                value for group in x.arguments.values() for value in (group if isinstance(group, tuple) else [group])
             ]
-            with confined([x for x in values if isinstance(x, Tensor)], launch.kernel.fn.__name__):
-                run([launch], device)
+            with confined([value for value in values if isinstance(value, Tensor)], x.kernel.fn.__name__):
+                run([x], device)
 
-    for module in (augment, contrastive, neighbor, nt_xent, patches, queue, queue_contrastive):
-        monkeypatch.setattr(module, "run", run_confined)
+    monkeypatch.setattr(launch, "run", run_confined)

@@ -16,7 +16,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.ops.augment import Recipe
 
 NAMES = (
     "divide",
@@ -97,7 +97,7 @@ def test_enqueue(keep, compiler, backend):
     for write in (enqueue, torch.compile(enqueue, fullgraph=True, backend=compiler)):
         ring, pointer = queue.clone(), torch.tensor(15)
         for _ in range(2):
-            write(ring, pointer, rows, keep=gate, backend=backend)
+            write(ring, pointer, rows, should_update=gate, backend=backend)
         results.append((ring, pointer))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, **FP32)
@@ -113,8 +113,8 @@ def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
     assert torch.equal(compiled(queries, queue, backend=lookup), expected)
     if lookup == "torch":  # the loop of a CPU that does not multiply bf16
         torch._dynamo.reset()
-        monkeypatch.setattr("mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False)
-        monkeypatch.setattr("mnclglf_kernels.neighbor.CHUNK", 16)
+        monkeypatch.setattr("mnclglf_kernels.ops.nearest_neighbor.CPU_MULTIPLIES_BF16", False)
+        monkeypatch.setattr("mnclglf_kernels.ops.nearest_neighbor.CHUNK", 16)
         assert torch.equal(compiled(queries, queue, backend=lookup), expected)
 
 

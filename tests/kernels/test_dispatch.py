@@ -19,7 +19,8 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.operators import OPERATORS
+from mnclglf_kernels.ops.augment import Recipe
 
 VIEW = torch.tensor([[0.0, 0, 0, 4, 4, 0, 1, 1, 1, 0, 0, 0]])
 STORED = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]), VIEW, torch.zeros(3), torch.ones(3), Recipe(4))
@@ -115,7 +116,9 @@ ACROSS_DEVICES = {
     "queue": lambda **how: enqueue(rows(5, "meta"), torch.tensor(0), rows(3), **how),
     "pointer": lambda **how: enqueue(rows(5), torch.tensor(0, device="meta"), rows(3), **how),
     "rows": lambda **how: enqueue(rows(5), torch.tensor(0), rows(3, "meta"), **how),
-    "keep": lambda **how: enqueue(rows(5), torch.tensor(0), rows(3), keep=torch.tensor(True, device="meta"), **how),
+    "should_update": lambda **how: enqueue(
+        rows(5), torch.tensor(0), rows(3), should_update=torch.tensor(True, device="meta"), **how
+    ),
 }
 
 
@@ -154,3 +157,4 @@ def test_the_operators_import_nothing_of_the_project(tmp_path):
 
 def test_the_operators_are_public():
     assert set(CALLS) <= set(mnclglf_kernels.__all__)
+    assert set(OPERATORS) <= set(CALLS)

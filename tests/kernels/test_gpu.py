@@ -28,8 +28,8 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.augment import Recipe
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.ops.augment import Recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -218,8 +218,8 @@ def test_enqueue(dtype, row_dtype):
     for queue, device, backend in ((before, DEVICE, "triton"), (before.double(), "cpu", "torch")):
         ring, pointer = queue.to(device, copy=True), torch.tensor(900, device=device)
         values = rows.to(device) if backend == "triton" else rows.double()
-        enqueue(ring, pointer, values, keep=torch.tensor(True, device=device), backend=backend)
-        enqueue(ring, pointer, values, keep=torch.tensor(False, device=device), backend=backend)
+        enqueue(ring, pointer, values, should_update=torch.tensor(True, device=device), backend=backend)
+        enqueue(ring, pointer, values, should_update=torch.tensor(False, device=device), backend=backend)
         assert pointer.item() == 156
         results.append(ring.cpu())
     plain = results[1].clone()
@@ -274,7 +274,7 @@ def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> l
     upstream = [i * torch.ones_like(loss) for i, loss in enumerate(losses, start=1)]
     gradients = torch.autograd.grad([*losses, patches], leaves, [*upstream, patches.detach()])
     pointer = torch.full((), 950, device=DEVICE)
-    enqueue(queue, pointer, leaves[2], keep=patches[0, 0, 0, 0] < 100, backend="triton")
+    enqueue(queue, pointer, leaves[2], should_update=patches[0, 0, 0, 0] < 100, backend="triton")
     return [x.detach() for x in (*losses, patches, combined, index, *gradients, queue, pointer)]
 
 

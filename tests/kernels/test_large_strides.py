@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import augment, combine, divide, enqueue, nearest_neighbor
-from mnclglf_kernels.augment import Recipe
+from mnclglf_kernels.ops.augment import Recipe
 
 LIMIT = 2**31
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13

@@ -15,11 +15,10 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels._triton.launch import Launch, run
-from mnclglf_kernels._triton.patches import divide_launches
-from mnclglf_kernels.augment import Recipe
-
-MODULES = ["augment", "patches", "contrastive", "neighbor", "nt_xent", "queue", "queue_contrastive"]
+from mnclglf_kernels._triton import launch
+from mnclglf_kernels._triton.divide import divide_launches
+from mnclglf_kernels._triton.launch import Launch
+from mnclglf_kernels.ops.augment import Recipe
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def launched(monkeypatch) -> list[Launch]:
         launches.extend(some)
         run(some, device)
 
-    for module in MODULES:
-        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", record)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", record)
     return launches
 
 
@@ -59,9 +58,13 @@ def queue_loss(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def test_the_queue_s_loss_takes_two_launches_more_for_each_slice(launched, monkeypatch):
-    monkeypatch.setattr("mnclglf_kernels._triton.queue_contrastive.COEFFICIENTS", 3 * 64)
+    monkeypatch.setattr("mnclglf_kernels._triton.queue_contrastive_loss.COEFFICIENTS", 3 * 64)
     queue_contrastive_loss(learner(3, 4), torch.randn(3, 4), torch.randn(150, 4), 0.5, backend="triton").backward()
-    assert [x.arguments["K"] for x in launched if x.kernel.__name__ == "queue_coefficient_kernel"] == [64, 64, 22]
+    assert [x.arguments["K"] for x in launched if x.kernel.__name__ == "queue_contrastive_loss_coefficient_kernel"] == [
+        64,
+        64,
+        22,
+    ]
     assert len(launched) == 2 + 3 * 2 + 1
     memory = {x.arguments["coefficients"].data_ptr() for x in launched if "coefficients" in x.arguments}
     assert len(memory) == 1
@@ -128,16 +131,16 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
 
     def inspect(launches: list[Launch], device: torch.device) -> None:
         given = {x.untyped_storage().data_ptr() for x in inputs}
-        for launch in launches:
-            for name, value in launch.arguments.items():
+        for x_launch in launches:
+            for name, value in x_launch.arguments.items():
                 for x in value if isinstance(value, tuple) else [value]:
                     if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                        assert is_blank(x), f"{name} of {launch.kernel.fn.__name__}"
+                        assert is_blank(x), f"{name} of {x_launch.kernel.fn.__name__}"
                         written.add(name)
         run(launches, device)
 
-    for module in MODULES:
-        monkeypatch.setattr(f"mnclglf_kernels._triton.{module}.run", inspect)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", inspect)
 
     def known(x: Tensor) -> Tensor:
         inputs.append(x)
@@ -175,15 +178,15 @@ def test_a_kernel_that_leaves_its_tensors_is_found():
     images, patches = torch.randn(1, 1, 2, 2), torch.empty(4, 1, 1, 1)
     launches = divide_launches(images, patches, backward=False)
     with pytest.raises(Exception, match="1 addresses that are no elements"), confined([images, patches[:3]], "divide"):
-        run(launches, images.device)
+        launch.run(launches, images.device)
     with (
         pytest.raises(Exception, match="2 addresses that are no elements"),
         confined([images[..., 0], patches], "divide"),
     ):
-        run(launches, images.device)
+        launch.run(launches, images.device)
 
 
 def test_an_element_that_is_stored_twice_is_found():
     images, patches = torch.empty(1).expand(1, 1, 2, 2), torch.randn(4, 1, 1, 1)
     with pytest.raises(AssertionError, match="two owners"), confined([images, patches], "divide"):
-        run(divide_launches(images, patches, backward=True), images.device)
+        launch.run(divide_launches(images, patches, backward=True), images.device)

@@ -7,7 +7,9 @@ import torch
 
 from mnclglf_kernels import contrastive_loss, tune
 from mnclglf_kernels._triton import launch, tiles
-from mnclglf_kernels._triton.tiles import ARCHITECTURES, TABLE, WIDTHS, Tile, tile
+from mnclglf_kernels._triton.tiles import ARCHITECTURES, TABLE, WIDTHS, Tile, Tuning, tile
+from mnclglf_kernels.operators import OPERATORS, Example
+from mnclglf_kernels.sizes import Sizes
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,7 @@ def tuning(tmp_path, monkeypatch):
 
 def test_every_operator_has_a_tile_for_every_dtype_width_and_architecture():
     for operator, dtype, width, arch in itertools.product(
-        ("neighbor", "contrastive", "nt_xent", "gradient", "queue_sum"),
+        {family for family, _ in TABLE},
         (torch.float32, torch.float16, torch.bfloat16),
         (1, *WIDTHS, 10**6),
         ARCHITECTURES,
@@ -92,14 +94,14 @@ def test_without_a_home_there_is_no_tuning_file(monkeypatch):
 
 def test_the_tuning_file_is_what_is_launched(tuning, monkeypatch):
     launched = []
-    monkeypatch.setattr("mnclglf_kernels._triton.contrastive.run", lambda launches, _: launched.extend(launches))
+    monkeypatch.setattr("mnclglf_kernels._triton.launch.run", lambda launches, _: launched.extend(launches))
     rows = torch.randn(70, 16)
     for rows_of_a_tile in (64, 32):
         tiles.write_tuning(
             tuning, {tiles.key("contrastive", torch.float32, 16, 86): Tile(rows_of_a_tile, 64, 16, 4, 2)}
         )
         contrastive_loss(rows, rows, 1.0, backend="triton")
-    assert [x.grid for x in launched if x.kernel.fn.__name__ == "forward_kernel"] == [(2, 2), (2, 3)]
+    assert [x.grid for x in launched if x.kernel.fn.__name__ == "contrastive_losses_forward_kernel"] == [(2, 2), (2, 3)]
 
 
 def test_without_a_gpu_tune_says_so_and_writes_nothing(tuning, monkeypatch, capsys):
@@ -109,9 +111,18 @@ def test_without_a_gpu_tune_says_so_and_writes_nothing(tuning, monkeypatch, caps
     assert not tuning.exists()
 
 
-@pytest.mark.parametrize("operator", tune.OPERATORS)
-def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monkeypatch):
-    case = tune.make_case(operator, torch.float32, torch.device("cpu"), width=32, n=16, k=70)
+SMALL = Example(sizes=Sizes(16, 8, 12, 2, 32, 70), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_every_family_of_the_table_is_tuned():
+    tuned = [tuning.family for row in OPERATORS.values() for tuning in row.tunings(SMALL)]
+    assert sorted(tuned) == sorted({family for family, _ in TABLE})
+
+
+@pytest.mark.parametrize(
+    "case", [x for row in OPERATORS.values() for x in row.tunings(SMALL)], ids=lambda case: case.family
+)
+def test_tune_takes_the_fastest_candidate_that_computes_the_same(case, monkeypatch):
     table, fast, slow, wrong = (Tile(64, 64, 32, 4, stages) for stages in (1, 2, 3, 4))
     seconds = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5}
     last: list[Tile] = []
@@ -120,7 +131,7 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monke
         last[:] = [t]
         return [] if t == wrong else case.launches(t)  # it leaves all results as they were
 
-    watched = tune.Case(launches, case.results)
+    watched = Tuning(case.family, launches, case.results)
 
     def milliseconds(call) -> float:
         call()
@@ -131,7 +142,7 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(operator, monke
 
 
 def test_a_candidate_that_was_fast_once_only_is_not_taken():
-    case = tune.Case(lambda t: [], [])
+    case = Tuning("none", lambda t: [], [])
     table, lucky = Tile(64, 64, 32, 4, 1), Tile(64, 64, 32, 4, 2)
     times = iter([2.0, 1.0, *[2.0, 2.5] * 3])  # the table and the candidate, then both in turn
     assert tune.best(case, table, [lucky], torch.device("cpu"), lambda call: next(times)) == (table, 2.0, 2.0)
@@ -143,7 +154,7 @@ def test_a_candidate_that_cannot_be_launched_is_passed_over(capsys):
             raise RuntimeError("out of resource: shared memory")
         return []
 
-    case = tune.Case(launches, [torch.ones(2)])
+    case = Tuning("none", launches, [torch.ones(2)])
     table, impossible = Tile(64, 64, 32, 4, 1), Tile(64, 64, 32, 4, 2)
     assert tune.best(case, table, [impossible], torch.device("cpu"), lambda call: 1.0)[0] == table
     assert "out of resource" in capsys.readouterr().out

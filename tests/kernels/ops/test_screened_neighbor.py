@@ -10,8 +10,8 @@ from tolerance import assert_nearest
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import neighbor
-from mnclglf_kernels.neighbor import nearest_neighbor, screened_nearest_neighbor
+from mnclglf_kernels.ops import nearest_neighbor as neighbor
+from mnclglf_kernels.ops.nearest_neighbor import nearest_neighbor, screened_nearest_neighbor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEARCHES = ["screened", "in fp32"]

@@ -114,8 +114,8 @@ def test_duplicated_rows_are_stored_twice(backend):
 def test_no_rows_change_nothing(backend):
     queue, pointer = torch.randn(9, 7), torch.tensor(6)
     before = queue.clone()
-    for keep in (None, torch.tensor(True)):
-        enqueue(queue, pointer, torch.empty(0, 7), keep=keep, backend=backend)
+    for should_update in (None, torch.tensor(True)):
+        enqueue(queue, pointer, torch.empty(0, 7), should_update=should_update, backend=backend)
     assert torch.equal(queue, before)
     assert pointer.item() == 6
 
@@ -152,7 +152,7 @@ def test_kept(backend):
     ungated, gated, rows = torch.zeros(9, 7), torch.zeros(9, 7), torch.randn(5, 7)
     first, second = torch.tensor(6), torch.tensor(6)
     enqueue(ungated, first, rows, backend=backend)
-    enqueue(gated, second, rows, keep=torch.tensor(True), backend=backend)
+    enqueue(gated, second, rows, should_update=torch.tensor(True), backend=backend)
     assert torch.equal(gated, ungated)
     assert torch.equal(second, first)
 
@@ -162,7 +162,7 @@ def test_kept(backend):
 def test_not_kept(dtype, value, backend):
     queue, pointer = torch.randn(9, 7).to(dtype), torch.tensor(6)
     before = queue.clone()
-    enqueue(queue, pointer, torch.full((5, 7), value), keep=torch.tensor(False), backend=backend)
+    enqueue(queue, pointer, torch.full((5, 7), value), should_update=torch.tensor(False), backend=backend)
     assert torch.equal(queue, before)
     assert pointer.item() == 6
 
@@ -171,7 +171,7 @@ def test_not_kept_leaves_nan_in_the_queue_alone(backend):
     queue, pointer = torch.randn(9, 7), torch.tensor(6)
     queue[7] = math.nan
     before = queue.clone()
-    enqueue(queue, pointer, torch.randn(5, 7), keep=torch.tensor(False), backend=backend)
+    enqueue(queue, pointer, torch.randn(5, 7), should_update=torch.tensor(False), backend=backend)
     assert torch.equal(queue.nan_to_num(77.0), before.nan_to_num(77.0))
 
 
@@ -218,13 +218,13 @@ def test_a_wrong_pointer_is_named(pointer, named, backend):
 
 
 @pytest.mark.parametrize(
-    ("keep", "named"),
+    ("should_update", "named"),
     [(torch.tensor(1), "int64"), (torch.tensor([True]), "1")],
     ids=["int64", "one dimension"],
 )
-def test_a_wrong_gate_is_named(keep, named, backend):
+def test_a_wrong_gate_is_named(should_update, named, backend):
     with pytest.raises((TypeError, ValueError), match=named):
-        enqueue(torch.randn(9, 7), torch.tensor(0), torch.randn(5, 7), keep=keep, backend=backend)
+        enqueue(torch.randn(9, 7), torch.tensor(0), torch.randn(5, 7), should_update=should_update, backend=backend)
 
 
 @pytest.mark.parametrize("wrong", ["queue", "rows"])

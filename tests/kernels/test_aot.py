@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from mnclglf_kernels.operators import OPERATORS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 MATMULS = {
-    "neighbor_kernel",
-    "forward_kernel",
-    "coefficient_kernel",
-    "gradient_kernel",
-    "queue_forward_kernel",
-    "queue_coefficient_kernel",
-    "queue_sum_kernel",
+    "nearest_neighbor_search_kernel",
+    "contrastive_losses_forward_kernel",
+    "contrastive_losses_coefficient_kernel",
+    "contrastive_losses_gradient_kernel",
+    "queue_contrastive_loss_forward_kernel",
+    "queue_contrastive_loss_coefficient_kernel",
+    "queue_contrastive_loss_sum_kernel",
 }
 WIDTHS = [96, 123, 512, 2048]  # of each bucket of the table, and one that no vector fits
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # KiB of shared memory a block
@@ -30,41 +32,32 @@ LIMITS_AND_WIDTHS = [
 ]
 
 
-def inspect(*arguments: str) -> str:
-    """Output of python -m mnclglf_kernels.inspect, in a process of its own: this one interprets."""
+def aot(*arguments: str) -> str:
+    """Output of python -m mnclglf_kernels.aot, in a process of its own: this one interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "mnclglf_kernels.inspect", *arguments]
+    command = [sys.executable, "-m", "mnclglf_kernels.aot", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module", params=LIMITS_AND_WIDTHS)
 def variants(request):
     arch, width = request.param
-    return json.loads(inspect("--json", "--arch", arch, "--width", str(width)))["variants"]
+    return json.loads(aot("--json", "--arch", arch, "--width", str(width)))["variants"]
 
 
 def test_every_kernel_of_every_operator_is_there(variants):
     found = {(v["op"], v["kernel"]) for v in variants}
-    assert {op for op, _ in found} == {
-        "augment",
-        "divide",
-        "combine",
-        "contrastive_losses",
-        "nearest_neighbor",
-        "enqueue",
-        "nt_xent",
-        "queue_contrastive_loss",
-    }
+    assert {op for op, _ in found} == set(OPERATORS)
     assert {kernel for _, kernel in found} == MATMULS | {
         "augment_kernel",
         "divide_kernel",
         "combine_kernel",
-        "merge_kernel",
-        "neighbor_merge_kernel",
-        "enqueue_kernel",
-        "advance_kernel",
-        "queue_merge_kernel",
-        "queue_gradient_kernel",
+        "contrastive_losses_merge_kernel",
+        "nearest_neighbor_merge_kernel",
+        "enqueue_write_kernel",
+        "enqueue_advance_kernel",
+        "queue_contrastive_loss_merge_kernel",
+        "queue_contrastive_loss_gradient_kernel",
     }
     assert {v["dtype"] for v in variants} == {"bf16", "fp16", "fp32"}
 
@@ -92,8 +85,8 @@ def test_augment_multiplies_on_tensor_cores_whatever_it_writes(variants):
 
 
 def test_loads_are_wide_where_the_width_allows():
-    for v in json.loads(inspect("--json"))["variants"]:
-        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_kernel"):
+    for v in json.loads(aot("--json"))["variants"]:
+        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_write_kernel"):
             assert v["wide_loads"], v
         if v["kernel"] in MATMULS:
             assert v["async_copies"], v
@@ -101,21 +94,21 @@ def test_loads_are_wide_where_the_width_allows():
 
 def test_the_paper_s_sizes_keep_82_processors_busy():
     ops = ("nearest_neighbor", "contrastive_losses", "queue_contrastive_loss")  # those of nt_xent are 64
-    for v in json.loads(inspect("--json", "--op", *ops, "--dtype", "bf16"))["variants"]:
+    for v in json.loads(aot("--json", "--op", *ops, "--dtype", "bf16"))["variants"]:
         programs = v["grid"][0] * (v["grid"][1] if len(v["grid"]) > 1 else 1)
         if v["kernel"] in MATMULS:
             assert programs >= 82, v
 
 
 def test_the_table_for_a_reader():
-    title, *lines = inspect("--op", "combine", "--dtype", "bf16").splitlines()
+    title, *lines = aot("--op", "combine", "--dtype", "bf16").splitlines()
     assert title.startswith("sm_86, bounds of an RTX 3090; images 256 ")
     assert lines[0].split()[:4] == ["operator", "kernel", "dtype", "grid"]
     assert [line.split()[:3] for line in lines[1:]] == [["combine", "combine_kernel", "bf16"]] * 2
 
 
 def test_the_table_in_the_documents_is_what_the_command_prints():
-    assert inspect("--dtype", "bf16", "--markdown") in (ROOT / "docs" / "kernels.md").read_text()
+    assert aot("--dtype", "bf16", "--markdown") in (ROOT / "docs" / "explain" / "kernels.md").read_text()
 
 
 # A launch goes through triton.jit's own binding of arguments as far as it can without a GPU: to the compiled kernel.
@@ -129,11 +122,13 @@ class Driver:
     get_current_device = get_current_stream = lambda self, *_: 0
 
 driver.set_active(Driver())
-from mnclglf_kernels.inspect import OPERATORS, Sizes, compile_launch, launches
+from mnclglf_kernels.aot import compile_launch
+from mnclglf_kernels.operators import OPERATORS, Example
+from mnclglf_kernels.sizes import Sizes
 
 sizes = Sizes(images=64, side=32, features=64, k=2, width=256, queue=512)
-for op in OPERATORS:
-    for x in launches(op, torch.bfloat16, 86, sizes, torch.device("cpu")):
+for row in OPERATORS.values():
+    for x in row.launches(Example(sizes=sizes, device=torch.device("cpu"))):
         options = dict(num_warps=x.warps, num_stages=x.stages)
         compiled = x.kernel.run(grid=x.grid, warmup=True, **x.arguments, **options)
         assert compiled.asm["ptx"] == compile_launch(x, 86).asm["ptx"], x.kernel.__name__
@@ -152,7 +147,7 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
 AUGMENT = """
 import torch
 from mnclglf_kernels._triton.augment import augment_launches, empty_views
-from mnclglf_kernels.inspect import compile_launch, resources
+from mnclglf_kernels.aot import compile_launch, resources
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -51,9 +51,9 @@ def test_pairs_of_several_s(subsets, dtype, backend):
 def test_triton_s_tiles_need_not_be_square(logits, gradients, dtype, monkeypatch):
     shapes = {"contrastive": logits, "gradient": gradients}
     monkeypatch.setattr(
-        "mnclglf_kernels._triton.contrastive.tile", lambda name, *_: Tile(*shapes[name], warps=4, stages=1)
+        "mnclglf_kernels._triton.contrastive_losses.tile", lambda name, *_: Tile(*shapes[name], warps=4, stages=1)
     )
-    monkeypatch.setattr("mnclglf_kernels._triton.contrastive.MERGED", 16)
+    monkeypatch.setattr("mnclglf_kernels._triton.contrastive_losses.MERGED", 16)
     pairs = [pair(subsets, 37, 43, dtype) for subsets in (2, 1, 3)]
     losses = contrastive_losses(pairs, 0.3, backend="triton")
     upstream = UPSTREAM[:3]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from mnclglf_kernels import augment
-from mnclglf_kernels.augment import PARAMETERS, Recipe
+from mnclglf_kernels.ops.augment import PARAMETERS, Recipe
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 OFF = dict(flip=0, brightness=1, contrast=1, saturation=1, hue=0, gray=0, sigma=0, angle=0)

@@ -67,8 +67,8 @@ def test_across_tiles_and_chunks(backend):
 @pytest.mark.parametrize("tile", [(16, 32, 16), (32, 16, 32), (64, 16, 64)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_triton_s_tiles_need_not_be_square(tile, dtype, monkeypatch):
-    monkeypatch.setattr("mnclglf_kernels._triton.neighbor.tile", lambda *_: Tile(*tile, warps=4, stages=1))
-    monkeypatch.setattr("mnclglf_kernels._triton.neighbor.MERGED_TILES", 2)
+    monkeypatch.setattr("mnclglf_kernels._triton.nearest_neighbor.tile", lambda *_: Tile(*tile, warps=4, stages=1))
+    monkeypatch.setattr("mnclglf_kernels._triton.nearest_neighbor.MERGED_TILES", 2)
     check(torch.randn(37, 70).to(dtype), unit_rows(83, 70, dtype), "triton")
     queue = unit_rows(83, 70, dtype)
     assert nearest_neighbor(queue, queue, backend="triton").tolist() == list(range(83))
@@ -113,8 +113,8 @@ def test_any_ties(queries, rows, corners, nan_rows, dtype, seed, backend):
     asked = corner[torch.randint(8, (queries,))]
     expected = (asked.double() @ queue.double().t()).nan_to_num(-math.inf).max(dim=1).indices
     with pytest.MonkeyPatch.context() as patch:  # so that tiles and chunks are merged at these sizes
-        patch.setattr("mnclglf_kernels._triton.neighbor.MERGED_TILES", 2)
-        patch.setattr("mnclglf_kernels.neighbor.CHUNK", 64)
+        patch.setattr("mnclglf_kernels._triton.nearest_neighbor.MERGED_TILES", 2)
+        patch.setattr("mnclglf_kernels.ops.nearest_neighbor.CHUNK", 64)
         assert torch.equal(nearest_neighbor(asked, queue, backend=backend), expected)
 
 

@@ -1,93 +1,22 @@
 """nt_xent and queue_contrastive_loss, which contrast two views' embeddings [N, D], against loops in fp64."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
-import method_oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, lay_out
-from tolerance import ULPS_FP32, assert_as_accurate_as_plain, gradient_floor, loss_floor, working_epsilon
-from torch import Tensor
+from tolerance import ULPS_FP32, loss_floor, working_epsilon
 from torch.nn import functional as F
+from view_losses import DTYPES, K, check, loss_of, queue_of, sides_of, with_gradients
 
-from mnclglf_kernels import nt_xent, queue_contrastive_loss
-from mnclglf_kernels._triton import queue_contrastive
+from mnclglf_kernels._triton import queue_contrastive_loss as queue_kernels
 from mnclglf_kernels._triton.tiles import Tile
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 5), (5, 1), (3, 255), (9, 63), (33, 65), (17, 96), (2, 2048)]  # (N, D)
 NAMES = pytest.mark.parametrize("name", ["nt_xent", "queue"])
 SIDES = pytest.mark.parametrize("side", [0, 1], ids=["first", "second"])
-K = 37  # rows of the queue
-
-
-class Loss(NamedTuple):
-    """Of two sides and a temperature: ours, PyTorch in the dtype of its input, and the equation in loops."""
-
-    ours: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    equation: Callable[..., Tensor]
-
-
-def queue_of(width: int, dtype: torch.dtype, size: int = K) -> Tensor:
-    """The same rows of unit norm each time."""
-    rows = torch.randn(size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return F.normalize(rows).to(dtype)
-
-
-def loss_of(name: str, queue: Tensor) -> Loss:
-    if name == "nt_xent":
-        return Loss(nt_xent, method_oracles.nt_xent_as_published, method_oracles.nt_xent)
-    return Loss(
-        lambda q, k, temperature, **how: queue_contrastive_loss(q, k, queue, temperature, **how),
-        lambda q, k, temperature: method_oracles.queue_loss_as_published(q, k, queue.to(q.dtype), temperature),
-        lambda q, k, temperature: method_oracles.queue_contrastive_loss(q, k, queue.to(q.dtype), temperature),
-    )
-
-
-def with_gradients(
-    function: Callable[..., Tensor], sides: tuple[Tensor, Tensor], temperature: float, upstream=1.0, **how
-):
-    """(loss, gradient of the first side, of the second) of detached copies, with `upstream` as dL/dloss."""
-    leaves = [rows.detach().clone().requires_grad_() for rows in sides]
-    loss = function(*leaves, temperature, **how)
-    return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
-
-
-def check(
-    name: str, sides: tuple[Tensor, Tensor], temperature: float, backend: str, upstream: float = 1.0, size: int = K
-) -> None:
-    """Loss and both gradients against the loops in fp64 and against plain PyTorch in the dtype of the input."""
-    count, dtype = len(sides[0]), sides[0].dtype
-    ours, plain, equation = loss_of(name, queue_of(sides[0].shape[1], dtype, size))
-    if backend == "triton" and dtype == torch.float64:
-        with pytest.raises(TypeError, match="float64"):
-            ours(*sides, temperature, backend=backend)
-        return
-    loss, *gradients = with_gradients(ours, sides, temperature, upstream, backend=backend)
-    plain_loss, *plain_gradients = with_gradients(plain, sides, temperature, upstream)
-    doubled = (sides[0].double(), sides[1].double())
-    true_loss, *true_gradients = with_gradients(equation, doubled, temperature, upstream)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert loss.shape == ()
-    candidates = 2 * count if name == "nt_xent" else size + 1
-    floor = loss_floor(temperature, candidates, dtype)
-    assert_as_accurate_as_plain(loss, plain_loss, true_loss, floor, what="loss")
-    for rows, gradient, plain_gradient, truth in zip(sides, gradients, plain_gradients, true_gradients, strict=True):
-        assert gradient.dtype == dtype
-        # Of the mean over 2N rows, each is twice in a term: as itself and as a candidate. In the queue's over N, once.
-        floor = gradient_floor(rows, count, temperature, upstream, truth)
-        assert_as_accurate_as_plain(gradient, plain_gradient, truth, floor, what="gradient")
-
-
-def sides_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Random rows of norms that are far from 1 and differ."""
-    first, second = (torch.randn(shape) * torch.rand(shape[0], 1).add(0.1) * 5 for _ in range(2))
-    return first.to(dtype), second.to(dtype)
 
 
 @NAMES
@@ -131,12 +60,12 @@ def test_upstream_gradient_scales(name, upstream, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_several_tiles_and_slices(name, logits, gradients, dtype, monkeypatch):
     shapes = {"contrastive": logits, "nt_xent": logits, "gradient": gradients, "queue_sum": gradients}
-    for module in ("nt_xent", "queue_contrastive"):
+    for module in ("nt_xent", "queue_contrastive_loss"):
         monkeypatch.setattr(
             f"mnclglf_kernels._triton.{module}.tile", lambda name, *_: Tile(*shapes[name], warps=4, stages=1)
         )
-    monkeypatch.setattr("mnclglf_kernels._triton.contrastive.MERGED", 16)
-    monkeypatch.setattr(queue_contrastive, "COEFFICIENTS", 21 * 35)  # 32 rows of the queue of 75, 32 more, 11
+    monkeypatch.setattr("mnclglf_kernels._triton.contrastive_losses.MERGED", 16)
+    monkeypatch.setattr(queue_kernels, "COEFFICIENTS", 21 * 35)  # 32 rows of the queue of 75, 32 more, 11
     check(name, sides_of((21, 43), dtype), 0.2, "triton", size=75)
 
 
@@ -396,77 +325,3 @@ def test_wrong_dtype_is_named(name, side, backend):
     rows[side] = torch.ones(3, 4, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"(first|second|queries|keys).*int64"):
         loss_of(name, torch.randn(3, 4)).ours(*rows, 1.0, backend=backend)
-
-
-def test_a_row_is_no_candidate_of_itself(backend):
-    same = torch.ones(1, 7)
-    assert nt_xent(same, -same, 0.1, backend=backend).item() == 0  # its only candidate is the positive, far as it is
-    both = torch.eye(2, 7)
-    # Each row meets its positive, at 1, and two rows at right angles.
-    assert nt_xent(both, both, 1.0, backend=backend).item() == pytest.approx(math.log(math.e + 2) - 1, rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("queue_dtype", DTYPES[1:], ids=str)
-def test_a_queue_of_any_dtype(dtype, queue_dtype, backend):
-    sides, loss = sides_of((9, 21), dtype), loss_of("queue", queue_of(21, queue_dtype))
-    value, *gradients = with_gradients(loss.ours, sides, 0.2, backend=backend)
-    truth, *true_gradients = with_gradients(loss.equation, (sides[0].double(), sides[1].double()), 0.2)
-    assert value.item() == pytest.approx(truth.item(), abs=loss_floor(0.2, K + 1, dtype))
-    for rows, gradient, expected in zip(sides, gradients, true_gradients, strict=True):
-        error = (gradient.double() - expected).abs().amax(dim=1)
-        assert (error <= gradient_floor(rows, 9, 0.2, 1.0, expected)).all()
-
-
-def test_the_queue_gets_no_gradient(backend):
-    queue, (queries, keys) = queue_of(21, torch.float32).requires_grad_(), sides_of((9, 21))
-    queue_contrastive_loss(queries.requires_grad_(), keys, queue, 0.5, backend=backend).backward()
-    assert queue.grad is None
-    assert queries.grad is not None
-    assert not queue_contrastive_loss(queries.detach(), keys, queue, 0.5, backend=backend).requires_grad
-
-
-def test_chunks_of_the_queue_are_one_sum(monkeypatch):
-    queue, sides = queue_of(21, torch.float32), sides_of((9, 21))
-    ours = loss_of("queue", queue).ours
-    expected = with_gradients(ours, sides, 0.2, backend="torch")
-    monkeypatch.setattr("mnclglf_kernels.queue_contrastive.CHUNK", 10)
-    for result, reference in zip(with_gradients(ours, sides, 0.2, backend="torch"), expected, strict=True):
-        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-7)  # fp32 sums in another order
-
-
-def test_no_backend_keeps_the_logits_for_backward(backend):
-    """What is saved grows with N, with D and with the queue's rows, which are there anyway; not with N times K."""
-    queries, keys = (rows.requires_grad_() for rows in sides_of((9, 5)))
-    queue, kept = queue_of(5, torch.float32, 500), []
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        queue_contrastive_loss(queries, keys, queue, 0.5, backend=backend)
-    others = [x for x in kept if x.untyped_storage().data_ptr() != queue.untyped_storage().data_ptr()]
-    assert kept
-    assert max(x.numel() for x in others) <= 9 * 5
-
-
-def test_triton_names_a_queue_that_is_not_dense():
-    queue = lay_out(queue_of(4, torch.float32), "every second row")
-    with pytest.raises(ValueError, match=r"strides \(8, 1\).*contiguous"):
-        queue_contrastive_loss(*sides_of((3, 4)), queue, 0.5, backend="triton")
-
-
-@pytest.mark.parametrize(
-    ("queue", "error", "named"),
-    [
-        (torch.randn(0, 4), ValueError, "at least one row"),
-        (torch.randn(6, 5), ValueError, "5"),
-        (torch.randn(6), ValueError, r"\(6,\)"),
-        (torch.ones(6, 4, dtype=torch.int64), TypeError, "queue.*int64"),
-    ],
-    ids=["empty", "width", "one dimension", "dtype"],
-)
-def test_a_wrong_queue_is_named(queue, error, named, backend):
-    with pytest.raises(error, match=named):
-        queue_contrastive_loss(*sides_of((3, 4)), queue, 1.0, backend=backend)
