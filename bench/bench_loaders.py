@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,8 +62,8 @@ def jpeg_files(folder: Path, count: int = 256) -> ImageSet:
 
 
 def our_run(images: ImageSet, backend: str, side: int, batch: int) -> MakeViews:
-    settings = dict(views=3, side=side, batch_size=batch, seed=0, dtype=DTYPE, threads=2)
-    loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)
+    settings: dict[str, Any] = dict(views=3, side=side, batch_size=batch, seed=0, dtype=DTYPE, threads=2)
+    loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)  # pyright: ignore[reportArgumentType]
     if loader.name != backend:
         raise ImportError(f"{backend} cannot hold {side} x {side} or files")
 
@@ -214,12 +215,12 @@ def test_waiting(say: Callable[[str], None]) -> None:
     images = random_images(32)
     a = torch.randn(1024, 1024, device=DEVICE)
     for backend in ("auto", "resident"):
-        settings = dict(views=3, side=32, batch_size=256, seed=0, dtype=DTYPE, threads=2)
+        settings: dict[str, Any] = dict(views=3, side=32, batch_size=256, seed=0, dtype=DTYPE, threads=2)
         loader, waiting = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings), Waiting()
         for _ in waiting.timed(loader, 0, STEPS):
             until = time.perf_counter() + STEP_SECONDS
             while time.perf_counter() < until:
-                a @ a
+                _ = a @ a
         say(f"waiting: loader {loader.name}, steps of {STEP_SECONDS} s on all cores: {waiting.summary()}")
 
 
@@ -233,7 +234,7 @@ def resident_bytes() -> int:
 def test_memory_over_many_batches(say: Callable[[str], None]) -> None:
     images = random_images(32)
     for backend in ("dali", "resident"):
-        settings = dict(views=3, side=32, batch_size=SMALL, seed=0, dtype=DTYPE, threads=2)
+        settings: dict[str, Any] = dict(views=3, side=32, batch_size=SMALL, seed=0, dtype=DTYPE, threads=2)
         with suppress(ImportError):
             loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)
             sizes = list(memory_sizes(loader.batches(0, BATCHES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -173,7 +174,9 @@ def loaders() -> Figures:
 
     images, _ = load_dataset("mnist5k", None, download=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = dict(views=3, side=32, batch_size=SIZES.images, seed=0, dtype=torch.bfloat16, device=device, threads=2)
+    sizes: dict[str, Any] = dict(
+        views=3, side=32, batch_size=SIZES.images, seed=0, dtype=torch.bfloat16, device=device, threads=2
+    )
     steps: dict[LoaderName, int] = {"resident": 12, "dali": 12, "reference": 1}
     figures: Figures = {}
     for backend, count in steps.items():
@@ -230,14 +233,16 @@ def training(**engine: Any) -> Figures:
     shape = (SIZES.images, 3, SIZES.side, SIZES.side)
     noise = torch.randn(BATCHES, 3, *shape, device=DEVICE).to(dtype)
     views = [[view.contiguous(memory_format=torch.channels_last) for view in batch] for batch in noise]
-    indices, seconds = torch.arange(SIZES.images, device=DEVICE), []
+    indices = torch.arange(SIZES.images, device=DEVICE)
+    seconds: list[float] = []
+    loss = math.nan
     for step in range(STEPS):
         if step == STEPS // 5:
             torch.cuda.reset_peak_memory_stats()
         batch = Batch(tuple(views[step % BATCHES]), indices)
         since = time.perf_counter()
         losses, _ = train(step, batch, lr=0.1, momentum=0.99)
-        losses.total.item()  # waits for the device
+        loss = losses.total.item()  # waits for the device
         seconds.append(time.perf_counter() - since)
     train.guard.raise_if_failed()
     steady = statistics.median(seconds[STEPS // 5 :])
@@ -249,7 +254,7 @@ def training(**engine: Any) -> Figures:
         "images/s": round(SIZES.images / steady, 1),
         "roofline fraction": round(roofline_seconds / steady, 3),
         "peak memory, GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "loss at the end": round(losses.total.item(), 4),
+        "loss at the end": round(loss, 4),
     }
 
 
@@ -260,11 +265,14 @@ def roofline() -> Figures:
     from mnclglf_kernels._triton.launch import run
     from mnclglf_kernels.aot import GPUS, least_time
 
+    def milliseconds(call: Callable[[], object]) -> float:
+        return do_bench(call, return_mode="median")  # pyright: ignore[reportReturnType]  # one number
+
     arch = table_architecture()
     square = torch.randn(4096, 4096, device=DEVICE).bfloat16()
-    seconds = 1e-3 * float(do_bench(lambda: square @ square, return_mode="median"))
+    seconds = 1e-3 * milliseconds(lambda: square @ square)
     moved = torch.empty(2**29, dtype=torch.uint8, device=DEVICE) if DEVICE.type == "cuda" else square
-    copy_seconds = 1e-3 * float(do_bench(lambda: moved.clone(), return_mode="median"))
+    copy_seconds = 1e-3 * milliseconds(moved.clone)
     gpu, flops, copied = GPUS[arch], 2 * 4096**3 / seconds, 2 * moved.nbytes / copy_seconds
     figures: Figures = {
         "bounds are those of": gpu.name,
@@ -278,7 +286,7 @@ def roofline() -> Figures:
                 if isinstance(tensor, torch.Tensor):
                     fill(tensor)
             bound = 1e6 * least_time(x.traffic, "bf16", gpu)[0]
-            measured = 1e3 * float(do_bench(partial(run, [x], DEVICE), return_mode="median"))
+            measured = 1e3 * milliseconds(partial(run, [x], DEVICE))
             figures[f"{row.name} {i}, {x.kernel.__name__} {x.grid}"] = (
                 f"{measured:.1f} us, at least {bound:.1f} us: {bound / measured:.0%}"
             )

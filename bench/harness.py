@@ -142,7 +142,7 @@ def seconds_of(run: Callable[[], object]) -> float:
         return timed(run, DEVICE)
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
+    return do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3  # pyright: ignore  # one number
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -155,7 +155,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     # Allocations one by one: the profiler's tables add them up by operator, which hides the peak within one.
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
 

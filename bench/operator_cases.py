@@ -108,7 +108,7 @@ def augment_reference(
     """Renders the views that `augment_inputs` describes."""
     count, side = len(images), recipe.side
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    settings = dict(side=side, config=VIEW, mean=mean.cpu().numpy(), std=std.cpu().numpy())
+    settings: dict[str, Any] = dict(side=side, config=VIEW, mean=mean.cpu().numpy(), std=std.cpu().numpy())
     drawn = [draw_parameters(0, 0, np.arange(count), view, VIEW, side, side) for view in range(3)]
     views = [render_view(pixels[row], view, row, **settings) for view in drawn for row in range(count)]
     return [torch.stack(views).to(images.device, dtype, memory_format=torch.channels_last)]

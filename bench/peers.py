@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from mnclglf.config import MethodName
 from mnclglf.models.encoder import ResNet18
 
 LEARNING_RATE = 0.06
@@ -114,7 +115,7 @@ def byol(backbone: ResNet18) -> Peer:
     return Peer(loss, encoder, predictor, momentum, criterion, followers=[*zip(encoder, momentum, strict=True)])
 
 
-PEERS: dict[str, Callable[[ResNet18], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
+PEERS: dict[MethodName, Callable[[ResNet18], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
 
 
 def frozen_copy(encoder: nn.Sequential) -> nn.Sequential:
@@ -123,7 +124,7 @@ def frozen_copy(encoder: nn.Sequential) -> nn.Sequential:
 
 
 def peer_step(
-    name: str, views: Sequence[Tensor], *, dtype: torch.dtype | None, channels_last: bool, width: int = 64
+    name: MethodName, views: Sequence[Tensor], *, dtype: torch.dtype | None, channels_last: bool, width: int = 64
 ) -> Callable[[], Tensor]:
     """Makes a step that trains `name` on the same two views and returns the loss, still on the device.
 

@@ -11,7 +11,7 @@ import argparse
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -50,7 +50,7 @@ PARTS = {
 
 
 @contextmanager
-def labeled() -> Iterator[None]:
+def labeled() -> Generator[None]:
     """Names, for the profiler, the work of each operator and of the moving average.
 
     A hook on Python's calls opens a `record_function` where one of these functions is called, and closes it where the
@@ -91,7 +91,7 @@ def measured_parts(config: RunConfig, side: int, device: torch.device) -> dict[s
         step()
         if cuda:
             torch.cuda.synchronize()  # else the profiler stops before the device has finished the step
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    events = [event for event in profiler.events() or [] if event.device_type.name == "CPU"]
     of_sequence: dict[int, str] = {}
     for event in events:
         label = label_of(event)

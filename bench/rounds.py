@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class Contender:
 
 
 @contextmanager
-def contenders(names: Sequence[str], size: Size) -> Iterator[list[Contender]]:
+def contenders(names: Sequence[str], size: Size) -> Generator[list[Contender]]:
     """Starts and warms up the processes of these steps, one after another; stops them at the end."""
     with ExitStack() as stack:
         started: list[Contender] = []

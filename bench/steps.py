@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
     dtype = autocast_dtype(config.engine, device) if how.autocast else torch.float32
     if how.autocast and device.type == "cuda":
         use_fast_math(config.engine, dtype)
-    method = build_method(config, torch.float32)
+    method: Any = build_method(config, torch.float32)  # its networks are MNCLGLF's
     algorithm = (_SharedUnitNorm if how.unit_norm else _Shared) if how.shared else Algorithm1AsPrinted
     network = algorithm(
         method.encoder.to(device, memory_format=memory_format),
@@ -159,7 +159,7 @@ def our_variant(
     return our_step(config_of(size, method), size.side, device, compile=compile)
 
 
-def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> Step:
+def peer(size: Size, device: torch.device, *, name: MethodName, documented: bool) -> Step:
     """Makes a peer's step as documented, or like for like: with our precision, memory format and fast settings."""
     dtype = autocast_dtype(EngineConfig(), device)
     if not documented:
@@ -188,19 +188,14 @@ ABLATION: dict[str, Callable[[Size, torch.device], Step]] = {
 }
 """Each variant has all optimizations before it. From "+ kernels" on it is our own step."""
 
-PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {
-    "mnclglf, ours": partial(our_variant, keep_memory=True)
-} | {
-    f"{name}, {how}": make
-    for name in PEERS
-    for how, make in {
-        "ours": partial(our_variant, method=name, keep_memory=True),
-        "like for like": partial(peer, name=name, documented=False),
-        "as documented": partial(peer, name=name, documented=True),
-    }.items()
-}
-"""Our MNCLGLF, then for each method of the peers: ours, theirs like for like, theirs as documented."""
-
+# Our MNCLGLF, then for each method of the peers: ours, theirs like for like, theirs as documented.
+PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {"mnclglf, ours": partial(our_variant, keep_memory=True)}
+for _name in PEERS:
+    PEER_STEPS |= {
+        f"{_name}, ours": partial(our_variant, method=_name, keep_memory=True),
+        f"{_name}, like for like": partial(peer, name=_name, documented=False),
+        f"{_name}, as documented": partial(peer, name=_name, documented=True),
+    }
 MAKERS = ABLATION | PEER_STEPS
 KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if not name.endswith("documented"))}
 """The steps whose process keeps freed memory on a CPU."""
