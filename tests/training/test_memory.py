@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.side_by_side import peak_bytes
+from bench.harness import peak_bytes
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.data.loader import Batch
 from mnclglf.training.memory import RESERVED, largest_batch, step_memory
