@@ -22,7 +22,7 @@ from mnclglf.methods import MNCLGLF
 from mnclglf_kernels import augment
 from mnclglf_kernels._triton.launch import Launch
 from mnclglf_kernels.operators import OPERATORS, Example, OperatorName
-from mnclglf_kernels.ops.augment import ViewFormat
+from mnclglf_kernels.ops.augment import PARAMETERS, ViewFormat
 from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
@@ -80,7 +80,9 @@ def eager(op: OperatorName, dtype: torch.dtype) -> Eager:
     with Eager() as counted:
         if op == "augment":
             images, rows = (on_meta(n, 3, source, source, dtype=torch.uint8), on_meta(n, dtype=torch.int64))
-            numbers = (on_meta(*shape, dtype=torch.float32) for shape in ((VIEWS_PER_IMAGE * n, 13), (3,), (3,)))
+            numbers = (
+                on_meta(*shape, dtype=torch.float32) for shape in ((VIEWS_PER_IMAGE * n, len(PARAMETERS)), (3,), (3,))
+            )
             augment(images, rows, *numbers, ViewFormat(side), dtype=dtype, backend="torch")
         elif op == "divide":
             images = on_meta(n, 3, side, side, dtype=dtype, gradient=True)
