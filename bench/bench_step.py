@@ -15,8 +15,8 @@ from bench.harness import AUTOCAST, DEVICE, QUICK
 from bench.roofline import measured_parts, small_share, table
 from bench.rounds import Comparison
 from bench.steps import COMPILED, GRAPHS, Size, config_of, variants
-from mnclglf.training.start import compiler_problem
 from mnclglf.training.roofline import name_of, peaks_of, step_parts
+from mnclglf.training.start import compiler_problem
 
 SIZE = Size(images=32) if QUICK else Size()
 NAMES = [

@@ -213,11 +213,8 @@ def training(**engine: Any) -> Figures:
     from mnclglf.config import EngineConfig
     from mnclglf.data.loader import Batch
     from mnclglf.recipes import paper
-    from mnclglf.training.start import choose_backends, describe_backends
-    from mnclglf.training.start import choose_compile
-    from mnclglf.training.start import autocast_dtype
     from mnclglf.training.roofline import least_seconds, peaks_of
-    from mnclglf.training.start import build_method
+    from mnclglf.training.start import autocast_dtype, build_method, choose_backends, choose_compile, describe_backends
     from mnclglf.training.step import TrainStep, use_fast_math
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))

@@ -26,7 +26,7 @@ from mnclglf.data.loaders.resident import parameter_table
 from mnclglf.data.views import blur_window, draw_parameters
 from mnclglf.recipes import VIEWS
 from mnclglf_kernels.operators import OPERATORS, Example, Operator
-from mnclglf_kernels.ops.augment import Recipe
+from mnclglf_kernels.ops.augment import ViewFormat
 from mnclglf_kernels.sizes import PAPER, Sizes
 
 VIEW = VIEWS["paper"]
@@ -97,16 +97,16 @@ def augment_inputs(dtype: torch.dtype, device: torch.device, *, images: int = 25
         "parameters": parameter_table(drawn).to(device),
         "mean": torch.full((3,), 0.5, device=device),
         "std": torch.full((3,), 0.25, device=device),
-        "recipe": Recipe(side, blur_window=blur_window(VIEW, side)),
+        "view_format": ViewFormat(side, blur_window=blur_window(VIEW, side)),
         "dtype": dtype,
     }
 
 
 def augment_reference(
-    images: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, dtype: torch.dtype, **_: Any
+    images: Tensor, mean: Tensor, std: Tensor, view_format: ViewFormat, dtype: torch.dtype, **_: Any
 ) -> Outputs:
     """Renders the views that `augment_inputs` describes."""
-    count, side = len(images), recipe.side
+    count, side = len(images), view_format.side
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     settings: dict[str, Any] = dict(side=side, config=VIEW, mean=mean.cpu().numpy(), std=std.cpu().numpy())
     drawn = [draw_parameters(0, 0, np.arange(count), view, VIEW, side, side) for view in range(3)]

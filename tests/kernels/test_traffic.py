@@ -13,8 +13,10 @@ from mnclglf_kernels._triton import nearest_neighbor as neighbor
 from mnclglf_kernels._triton import queue_contrastive_loss as queue_contrastive
 from mnclglf_kernels._triton.tiles import Tile
 from mnclglf_kernels.operators import OPERATORS, Example
+from mnclglf_kernels.ops.augment import view_parameters
 from mnclglf_kernels.sizes import Sizes
 
+CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 TILES = [Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2)]
 ELEMENTWISE = {"divide_kernel", "combine_kernel", "enqueue_write_kernel"}
 
@@ -23,7 +25,7 @@ def augment_launches() -> list[launch.Launch]:
     found = []
     for (height, width, side), window in (((9, 20, 16), 5), ((16, 16, 33), 1)):
         images = torch.randint(256, (4, 3, height, width), dtype=torch.uint8)
-        numbers = torch.tensor([0.0, 1, 2, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1]).repeat(8, 1)
+        numbers = view_parameters(6, 7, **CHANGES, top=1, left=2).repeat(8, 1)
         given = images, torch.randperm(4), numbers, torch.zeros(3), torch.ones(3)
         settings = dict(cubic=True, blur_window=window, rotates=False)
         found += augment.augment_launches(*given, augment.empty_views(numbers, side, torch.float16), **settings)
