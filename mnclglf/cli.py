@@ -15,8 +15,6 @@ import tyro
 from rich.console import Console
 
 from mnclglf.config import (
-    DATASETS,
-    FOLDER,
     KnnConfig,
     LinearConfig,
     LogisticConfig,
@@ -29,6 +27,7 @@ from mnclglf.config import (
     to_dict,
     with_whole_paths,
 )
+from mnclglf.data.sources import SOURCES, is_dataset, source_of
 from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
 from mnclglf.runs.console import say
@@ -58,6 +57,12 @@ class Train:
     print_config: bool = False
     """Print the resolved configuration as JSON and stop."""
     config: RunConfig
+
+    def __post_init__(self) -> None:
+        source_of(self.config.dataset)  # raises for a name that is not in the table
+
+
+TRAIN_HELP = f"{Train.__doc__}\n\nData sets: {', '.join(SOURCES)}, or folder:PATH."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +173,9 @@ def parse(arguments: Sequence[str]) -> Command:
     """Returns the command that the arguments ask for."""
     if arguments[:1] == ["train"]:
         start = Train(config=chosen_recipe(arguments[1:]))
-        return tyro.cli(Train, default=start, args=[*arguments[1:]], prog="mnclglf train", config=MARKERS)
+        return tyro.cli(
+            Train, default=start, args=[*arguments[1:]], prog="mnclglf train", description=TRAIN_HELP, config=MARKERS
+        )
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=Train(config=RunConfig()))]
         | Annotated[Knn, tyro.conf.subcommand("knn")]
@@ -191,7 +198,7 @@ def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
     methods: dict[str, MethodName] = {name: name for name in get_args(MethodName)}
     recipes: dict[str, RecipeName] = {name: name for name in get_args(RecipeName)}
     recipe = RECIPES[recipes.get(chosen.recipe, known.recipe)]
-    dataset = chosen.dataset if chosen.dataset in DATASETS or chosen.dataset.startswith(FOLDER) else known.dataset
+    dataset = chosen.dataset if is_dataset(chosen.dataset) else known.dataset
     return recipe(methods.get(chosen.method, known.method), dataset)
 
 

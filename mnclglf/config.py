@@ -33,7 +33,6 @@ Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
 
-DATASETS = ("mnist5k", "digits", "fashion_mnist", "cifar10", "cifar100", "tinyimagenet")
 FOLDER = "folder:"
 """What the name of a data set starts with that is a folder of image files: folder:PATH."""
 
@@ -97,8 +96,9 @@ class ViewConfig:
         low, high = self.blur_sigma
         require(0 < low <= high, f"blur_sigma {self.blur_sigma} must be positive and rise, as in 0.1 2.0")
         require(0 <= self.rotation_degrees <= 180, f"rotation_degrees {self.rotation_degrees} must lie in 0..180")
-        for name in ("flip", "jitter", "gray", "blur", "solarize"):
-            _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
+        for setting in dataclasses.fields(self):
+            if setting.name.endswith("_probability"):
+                _require_probability(setting.name, getattr(self, setting.name))
         for name in ("brightness", "contrast", "saturation"):
             _require_probability(name, getattr(self, name))
         require(0 <= self.hue <= 0.5, f"hue {self.hue} must lie in 0..0.5 turns")
@@ -195,7 +195,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum and a cosine schedule (Table 2)."""
+    """The optimizer and its schedule: linear warm-up, then a cosine to 0 (Table 2)."""
+
+    optimizer: str = "sgd"
+    """sgd: SGD with momentum. lars: LARS, for large batches; biases and norms are neither adapted nor decayed."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -206,7 +209,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the cosine; the paper has none."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of the optimizer."""
     weight_decay: float = 1e-4
     """Weight decay of every parameter."""
     constant_predictor_lr: bool = False
@@ -242,28 +245,28 @@ class EngineConfig:
     channels_last: bool = True
     """Store weights and images with channels innermost, the layout that tensor cores read."""
     tf32: bool = True
-    """On a GPU, a run in fp32 multiplies in TF32, in cuDNN and cuBLAS."""
+    """On a GPU, multiply in TF32 in a run in fp32 (cuDNN and cuBLAS)."""
     cudnn_benchmark: bool = True
-    """On a GPU, cuDNN tries its algorithms on each convolution and takes the fastest."""
+    """On a GPU, let cuDNN time its algorithms for each convolution and take the fastest."""
     keep_memory: bool = True
-    """On a CPU, the process keeps the memory that a step frees for the next step (Linux)."""
+    """On a CPU, keep the memory that a step freed for the next step (Linux)."""
     activation_checkpointing: bool = False
-    """Store only the inputs of the encoder's residual blocks and recompute the rest in backward: a third more forward
-    work, and less memory."""
+    """Keep only the inputs of the encoder's residual blocks and recompute the rest in backward: a third more forward
+    work, for a larger batch."""
     kernels: KernelPolicy = "auto"
-    """Triton kernels. auto: those that pass the self-check. require: error if one fails. off: none."""
+    """auto: Triton kernels that pass the self-check. require: error if one fails. off: PyTorch only."""
     lookup: Lookup = "auto"
-    """Search of nearest neighbors. auto: our kernel. faiss: FAISS."""
+    """Nearest-neighbor lookup. auto: our operator. faiss: FAISS."""
     compile: Switch = "auto"
-    """Compile the forward as one graph of torch.compile, minutes before the first step. auto: on a GPU."""
+    """Compile the forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
     graphs: Switch = "auto"
-    """With compile, on a GPU: replay CUDA graphs. auto: once `make gpu-report` has passed on this machine."""
+    """Replay CUDA graphs of the compiled forward. auto: once `make gpu-report` has passed on this GPU."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between two records of metrics."""
     save_every: float = 1.0
     """Epochs between two checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints to keep, besides the milestones."""
+    """Newest checkpoints to keep besides the milestones."""
     keep_every: int | None = None
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 
@@ -293,7 +296,7 @@ class RunConfig:
     method: MethodName = "mnclglf"
     """Pre-training method: mnclglf is Algorithm 1 of the paper."""
     dataset: str = "cifar10"
-    """mnist5k, digits, fashion_mnist, cifar10, cifar100, tinyimagenet, or folder:PATH for image files of any size."""
+    """Name of a data set (see above), or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
     """Seed of weights, views and order of the images: the same seed gives the same run. (Two loaders differ by levels
@@ -307,7 +310,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.method in METHOD_NAMES, f"method {self.method!r} is none of {', '.join(METHOD_NAMES)}")
-        check_dataset(self.dataset)
         require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
         milestones = self.engine.keep_every
         require(
@@ -387,19 +389,22 @@ class LinearConfig(EvaluationConfig):
         require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
 
 
-def check_dataset(name: str) -> None:
-    """Raises ValueError unless this is the name of a data set, or folder:PATH."""
-    require(
-        name in DATASETS or (name.startswith(FOLDER) and name != FOLDER),
-        f"dataset {name!r} is none of {', '.join(DATASETS)}; for image files of your own give folder:PATH",
-    )
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "view": ViewConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "engine": EngineConfig,
+}
+"""Fields of RunConfig that hold further settings, and their types."""
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Returns the run with the whole paths of its images, so that it can be evaluated from anywhere."""
     if config.data.data_dir is not None:
-        data = dataclasses.replace(config.data, data_dir=config.data.data_dir.expanduser().resolve())
-        config = dataclasses.replace(config, data=data)
+        data_dir = config.data.data_dir.expanduser().resolve()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
     if not config.dataset.startswith(FOLDER):
         return config
     path = Path(config.dataset.removeprefix(FOLDER)).expanduser().resolve()
@@ -428,16 +433,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
     JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
     """
-    sections: dict[str, Any] = {
-        "data": DataConfig,
-        "view": ViewConfig,
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "optim": OptimConfig,
-        "engine": EngineConfig,
-    }
     made = dict(values)
-    for name, section in sections.items():
+    for name, section in SECTIONS.items():
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
         if settings.get("data_dir") is not None:
             settings["data_dir"] = Path(settings["data_dir"])

@@ -17,9 +17,7 @@ from mnclglf.config import (
     ViewConfig,
     require,
 )
-
-DIGITS = {"mnist5k", "digits"}  # a flipped digit is another sign
-
+from mnclglf.data.sources import SOURCES, source_of
 
 _CROPPED = ViewConfig(
     crop_scale=(0.08, 1.0),
@@ -54,17 +52,17 @@ VIEWS: dict[str, ViewConfig] = {
 
 
 def view_of(name: str, dataset: str) -> ViewConfig:
-    """The views of this name for a data set: digits are never flipped, and have no colors.
+    """The views of this name for a data set: its source says whether they are flipped.
 
     Raises:
         ValueError: there is no such name.
     """
     require(name in VIEWS, f"recipe {name!r} is none of {', '.join(VIEWS)}")
     view = VIEWS[name]
-    if dataset not in DIGITS:
-        return view
-    view = replace(view, flip_probability=0.0)
-    return replace(view, rotation_degrees=15.0, gray_probability=0.0, saturation=0.0) if name == "quick" else view
+    source = source_of(dataset)
+    if not source.flips:
+        view = replace(view, flip_probability=0.0)
+    return replace(view, **source.quick_view) if name == "quick" else view
 
 
 def paper(method: MethodName, dataset: str) -> RunConfig:
@@ -78,8 +76,6 @@ def paper(method: MethodName, dataset: str) -> RunConfig:
         return config
     return replace(config, data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet"))
 
-
-TUNED_DATASETS = ("cifar10", "cifar100", "tinyimagenet")
 
 # lightly's CIFAR-10 benchmark in batches of 512: lr 0.06 per 128 images.
 _LIGHTLY = OptimConfig(batch_size=512, lr=0.24, weight_decay=5e-4)
@@ -142,8 +138,8 @@ def tuned(method: MethodName, dataset: str) -> RunConfig:
     Raises:
         ValueError: there are no such settings for the data set or the method.
     """
-    names = ", ".join(TUNED_DATASETS)
-    require(dataset in TUNED_DATASETS, f"recipe tuned is for {names}, not {dataset!r}; take --recipe quick or paper")
+    names = ", ".join(name for name, source in SOURCES.items() if source.tuned)
+    require(source_of(dataset).tuned, f"recipe tuned is for {names}, not {dataset!r}; take --recipe quick or paper")
     require(method in TUNED, f"recipe tuned has no settings of {method!r}; take --recipe paper, or add a row to TUNED")
     return replace(TUNED[method], method=method, dataset=dataset, recipe="tuned")
 
@@ -154,20 +150,16 @@ def quick(method: MethodName, dataset: str) -> RunConfig:
     Temperature, learning rate and jitter were chosen on 800 held-out training images of mnist5k (docs/lab/results.md).
     """
     view = view_of("quick", dataset)
-    data, epochs = DataConfig(image_size=16, train_images=10_000), 16
-    if dataset in DIGITS:
-        data, epochs = DataConfig(image_size=16), 40
-    if dataset == "tinyimagenet" or dataset.startswith(FOLDER):
-        data = replace(data, image_size=32, train_images=10_000 if dataset == "tinyimagenet" else None)
+    source = source_of(dataset)
     return RunConfig(
         method=method,
         dataset=dataset,
         recipe="quick",
-        data=data,
+        data=source.quick_data,
         view=view,
         model=ModelConfig(width=16, projector_width=512, predictor_width=128),
         objective=ObjectiveConfig(temperature=0.2, ema_momentum=0.95, queue_size=1024),
-        optim=OptimConfig(epochs=epochs, lr=0.1, warmup_epochs=0.5),
+        optim=OptimConfig(epochs=source.quick_epochs, lr=0.1, warmup_epochs=0.5),
     )
 
 

@@ -1,6 +1,12 @@
-"""Imports go one way: cli -> {engine, evaluation, reports} -> methods -> models -> kernels; config is a leaf."""
+"""Imports go one way: cli -> reproduce -> evaluation -> training -> methods -> models -> kernels.
+
+data lies below training and evaluation, runs below them all, reports above runs; config and the kernels import nothing
+of ours.
+"""
 
 import ast
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,31 +14,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What each part of the program may import of ours, besides itself.
-LEAVES = {"config", "runs"}
 MODELS = {"config", "mnclglf_kernels"}
 METHODS = MODELS | {"models"}
-TRAINING = METHODS | LEAVES | {"methods", "data"}
+DATA = {"config", "runs", "mnclglf_kernels"}
+TRAINING = METHODS | DATA | {"methods", "data"}
+EVALUATION = TRAINING | {"training", "recipes"}
 MAY_IMPORT = {
     "mnclglf_kernels": set(),
     "config": set(),
-    "recipes": {"config"},
     "runs": {"config"},
-    "data": LEAVES | {"mnclglf_kernels"},
+    "data": DATA,
+    "recipes": {"config", "data"},  # data.sources says which data sets are digits
     "models": MODELS,
     "methods": METHODS,
     "training": TRAINING,
-    "evaluation": TRAINING | {"training", "recipes"},
-    "reports": LEAVES | {"data", "recipes"},
-    "reproduce": TRAINING | {"training", "evaluation", "reports", "recipes"},
-    "cli": TRAINING | {"training", "evaluation", "reports", "recipes", "reproduce"},
+    "evaluation": EVALUATION,
+    "reports": {"config", "runs", "data", "recipes"},  # data and recipes for reports/sources.py alone
+    "api": EVALUATION | {"evaluation", "reports"},
+    "reproduce": EVALUATION | {"evaluation", "reports"},
+    "cli": EVALUATION | {"evaluation", "reports", "reproduce", "api"},
     "__main__": {"cli"},
-    "__init__": {"config"},
+    "__init__": {"api", "config", "runs"},
 }
 OURS = {"mnclglf", "mnclglf_kernels", "tests", "oracles"}
 
 
 def part_of(module: str) -> str:
-    """mnclglf.data.views -> data; mnclglf_kernels.queue -> mnclglf_kernels; mnclglf -> __init__."""
+    """mnclglf.data.views -> data; mnclglf_kernels.ops.divide -> mnclglf_kernels; mnclglf -> __init__."""
     top, _, rest = module.partition(".")
     return (rest.partition(".")[0] or "__init__") if top == "mnclglf" else top
 
@@ -76,6 +84,52 @@ def test_imports_go_one_way(module):
     assert forbidden_imports(path.read_text(), module, is_package=path.name == "__init__.py") == []
 
 
+@pytest.mark.parametrize("part", ["data", "recipes"])
+def test_of_reports_only_the_looks_at_images_need_data(part):
+    files = {
+        module: path.read_text() for module, path in source_files().items() if module.startswith("mnclglf.reports")
+    }
+    importing = {
+        m for m, source in files.items() if f"mnclglf.{part}" in str(imported_modules(source, "mnclglf.reports"))
+    }
+    assert importing == {"mnclglf.reports.sources"}
+
+
+def test_no_module_has_the_name_of_a_standard_library_module():
+    """Python started in the module's folder would import ours in its place."""
+    assert [module for module in source_files() if module.rpartition(".")[2] in sys.stdlib_module_names] == []
+
+
+def import_graph(sources):
+    """Modules of ours that each of `sources` (text and whether a package, by name) imports when it is imported."""
+    graph = {}
+    for module, (source, is_package) in sources.items():
+        package = module if is_package else module.rpartition(".")[0]
+        tree = ast.parse(source)
+        # Imports within a function or under TYPE_CHECKING wait, or are never made.
+        tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If))]
+        named = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                named |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[module] = ((named | imported_modules(ast.unparse(tree), package)) & sources.keys()) - {module}
+    return graph
+
+
+def test_there_is_no_import_cycle():
+    sources = {module: (path.read_text(), path.name == "__init__.py") for module, path in source_files().items()}
+    graph = import_graph(sources)
+    assert sum(map(len, graph.values())) > 100
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_a_cycle_would_be_found():
+    cycle = {"mnclglf.a": ("from mnclglf import b", False), "mnclglf.b": ("import mnclglf.a", False)}
+    assert import_graph(cycle) == {"mnclglf.a": {"mnclglf.b"}, "mnclglf.b": {"mnclglf.a"}}
+    late = {"mnclglf.a": ("from mnclglf import b", False), "mnclglf.b": ("def f():\n    import mnclglf.a", False)}
+    assert import_graph(late) == {"mnclglf.a": {"mnclglf.b"}, "mnclglf.b": set()}
+
+
 @pytest.mark.parametrize(
     ("module", "source", "forbidden"),
     [
@@ -86,11 +140,14 @@ def test_imports_go_one_way(module):
         ("mnclglf.reports.page", "def f():\n    import mnclglf.evaluation.knn", ["mnclglf.evaluation.knn"]),
         ("mnclglf.training.step", "from mnclglf import cli, config", ["mnclglf.cli"]),
         ("mnclglf.training.loop", "from mnclglf.evaluation import knn", ["mnclglf.evaluation"]),
+        ("mnclglf.evaluation.run", "from mnclglf.reproduce import plan", ["mnclglf.reproduce"]),
+        ("mnclglf.data.loader", "from mnclglf.training import step", ["mnclglf.training"]),
+        ("mnclglf.runs.files", "from mnclglf.data import images", ["mnclglf.data"]),
         ("mnclglf.recipes", "from mnclglf.training import train", ["mnclglf.training"]),
         ("mnclglf.reproduce.run", "from mnclglf.cli import main", ["mnclglf.cli"]),
         ("mnclglf.reports.tables", "from mnclglf.reproduce import paper", ["mnclglf.reproduce"]),
-        ("mnclglf_kernels.queue", "import mnclglf.config", ["mnclglf.config"]),
-        ("mnclglf_kernels._triton.queue", "import oracles", ["oracles"]),
+        ("mnclglf_kernels.ops.enqueue", "import mnclglf.config", ["mnclglf.config"]),
+        ("mnclglf_kernels._triton.enqueue", "import oracles", ["oracles"]),
         ("mnclglf.methods.mnclglf", "from tests.oracles import loss", ["tests.oracles"]),
         ("mnclglf.methods.mnclglf", "from mnclglf_kernels import divide\nfrom mnclglf.models import heads\n", []),
         ("mnclglf.models.encoder", "from .heads import Head\nfrom . import heads\nimport torch, mnclglf_kernels", []),

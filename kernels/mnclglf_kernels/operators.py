@@ -236,18 +236,17 @@ def _augment(example: Example) -> Arguments:
         images = torch.randint(256, images.shape, generator=example.generator, dtype=torch.uint8)
         rows = torch.randperm(n, generator=example.generator)
     u = example.uniform(VIEWS_PER_IMAGE * n, len(PARAMETERS))
-    columns = dict(zip(PARAMETERS, u.unbind(1), strict=True))
-    columns["sigma"] = 2 * columns["sigma"].where(columns["angle"] > 0.3, 0.0)
-    columns["angle"] = 360 * columns["angle"] - 180
+    uniform = dict(zip(PARAMETERS, u.unbind(1), strict=True))
+    columns = {name: (column > 0.5).float() for name, column in uniform.items()}  # the switches; the rest follows
+    columns["angle"] = 360 * uniform["angle"] - 180
     for name in ("top", "left"):
-        columns[name] = (columns[name] * source / 2).floor()
+        columns[name] = (uniform[name] * source / 2).floor()
     for name in ("crop_height", "crop_width"):
-        columns[name] = (columns[name] * source / 2).floor() + 1
+        columns[name] = (uniform[name] * source / 2).floor() + 1
     for name in ("brightness", "contrast", "saturation"):
-        columns[name] = 0.5 + columns[name]
-    columns["hue"] = columns["hue"] - 0.5
-    for name in ("flip", "gray", "solarize"):
-        columns[name] = (columns[name] > 0.5).float()
+        columns[name] = 0.5 + uniform[name]
+    columns["hue"] = uniform["hue"] - 0.5
+    columns["sigma"] = 2 * uniform["sigma"].where(uniform["angle"] > 0.3, 0.0)
     return dict(
         images=images.to(example.device),
         rows=rows.to(example.device),

@@ -19,8 +19,10 @@ from mnclglf.data.images import Pixels
 from mnclglf.data.philox import philox, uniform
 
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, which then falls back to a central crop
-# Random words per view, a multiple of 4. What is added later takes further ones, so that these stay as they are.
-_WORDS = 36
+# Blocks of four random words per view. An augmentation that is added takes words of further blocks, block by block, so
+# that the words of the others stay as they are (tests/data/test_frozen_parameters.py).
+_FIRST_BLOCKS = 8  # 2 * CROP_ATTEMPTS words for the crop's size, 12 for the rest
+_FURTHER_BLOCKS = 1  # solarize has the first word, the other three are free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,10 @@ def draw_parameters(
         width: columns of an image in pixels, likewise.
     """
     rows, views = np.broadcast_arrays(np.asarray(indices, dtype=np.uint64), np.asarray(view, dtype=np.uint64))
-    blocks = np.arange(_WORDS // 4, dtype=np.uint64)[:, None]
-    u = uniform(philox((blocks, views, rows, epoch), seed).reshape(_WORDS, -1))  # each row used once, below
+    blocks = np.arange(_FIRST_BLOCKS + _FURTHER_BLOCKS, dtype=np.uint64)[:, None]
+    words = uniform(philox((blocks, views, rows, epoch), seed))  # [4, blocks, N]; each is used once, below
+    u = words[:, :_FIRST_BLOCKS].reshape(4 * _FIRST_BLOCKS, -1)
+    further = words[:, _FIRST_BLOCKS:].swapaxes(0, 1).reshape(4 * _FURTHER_BLOCKS, -1)
     top, left, crop_height, crop_width = _draw_crop(u[:22], config, np.asarray(height), np.asarray(width))
     jitter = u[22] < config.jitter_probability
 
@@ -104,7 +108,7 @@ def draw_parameters(
         hue=np.where(jitter, _between(u[28], -config.hue, config.hue), 0.0).astype(np.float32),
         gray=u[29] < config.gray_probability,
         sigma=np.where(u[30] < config.blur_probability, _between(u[31], *config.blur_sigma), 0.0).astype(np.float32),
-        solarize=u[32] < config.solarize_probability,
+        solarize=further[0] < config.solarize_probability,
     )
 
 

@@ -61,19 +61,24 @@ def read_run(folder: Path) -> RunFiles:
         records=records,
         unreadable_lines=unreadable,
         results=[asdict(result) for result in load_results(folder / "evaluation.json")],
-        views=_read_views(folder / "views.npz"),
+        views=read_views(folder / "views.npz"),
         nonfinite_step=step if isinstance(step, int) else None,
     )
 
 
 def finite(value: object) -> float | None:
-    """Returns `value` as a number, or None where it is none, or not finite, or beyond fp32, in which all figures are taken."""
+    """Returns `value` as a number, or None where it is none, not finite, or beyond fp32, in which figures are taken."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
         return None
     return float(value)
 
 
-def _read_views(path: Path) -> Views | None:
+def read_views(path: Path) -> Views | None:
+    """Reads views.npz; None where there is no file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not path.exists():
         return None
     try:

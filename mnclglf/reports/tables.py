@@ -113,7 +113,7 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
 
 
 def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns the means over the runs of the results that all have, with top-1's standard deviation (n - 1) over the runs.
+    """Returns the means over the runs of the results that all have, with top-1's standard deviation (n - 1).
 
     Args:
         runs: the results of each, two runs or more.

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from mnclglf.config import (
-    DATASETS,
     KnnConfig,
     LinearConfig,
     LogisticConfig,
@@ -22,6 +21,7 @@ from mnclglf.config import (
     RunConfig,
     require,
 )
+from mnclglf.data.sources import source_of
 from mnclglf.recipes import RECIPES
 from mnclglf.reproduce.paper import METHOD_TITLES, TABLE3, TABLE4, TABLE5, TABLE6, PaperResult
 from mnclglf.runs.results import Protocol
@@ -31,7 +31,6 @@ PaperDataset = Literal["cifar10", "cifar100", "tinyimagenet"]
 ScaleName = Literal["paper", "small"]
 
 PAPER_EPOCHS = 200
-CLASSES = dict.fromkeys(DATASETS, 10) | {"cifar100": 100, "tinyimagenet": 200}
 """Classes of each data set, which a run of supervised keeps in its settings."""
 SMALL_EPOCHS = 12  # a multiple of four, for the milestones of Table 5
 TITLES: dict[TableName, str] = {
@@ -156,7 +155,7 @@ class Table:
 
 
 def run_name(config: RunConfig) -> str:
-    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective between: mnclglf-cifar10-k1-seed0."""
+    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective: mnclglf-cifar10-k1-seed0."""
     objective, usual = config.objective, ObjectiveConfig()
     variant = {
         f"lambda{objective.lambda_:g}": objective.lambda_ != usual.lambda_,
@@ -172,7 +171,8 @@ def evaluation_of(
 ) -> KnnConfig | LinearConfig | LogisticConfig:
     """Returns the evaluation whose results have these settings."""
     if protocol == "knn":
-        return KnnConfig(neighbors=settings["k"], vote_temperature=settings["temperature"], checkpoint=checkpoint)
+        names = {"k": "neighbors", "temperature": "vote_temperature"}
+        return KnnConfig(checkpoint=checkpoint, **{names[name]: value for name, value in settings.items()})
     if protocol == "linear":
         return LinearConfig(**settings, checkpoint=checkpoint)
     return LogisticConfig(checkpoint=checkpoint)
@@ -243,7 +243,9 @@ def _row(entry: _Entry, dataset: str, scale: Scale, request: Reproduce) -> Row:
         objective=replace(config.objective, **entry.objective),
         data=replace(config.data, data_dir=request.data_folder, download=request.download),
         engine=replace(config.engine, keep_every=config.optim.epochs // 4),
-        model=replace(config.model, classes=CLASSES[config.dataset] if config.method == "supervised" else None),
+        model=replace(
+            config.model, classes=source_of(config.dataset).class_count if config.method == "supervised" else None
+        ),
     )
     return Row(
         label=entry.label,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mnclglf.config import RunConfig, from_dict
-from mnclglf.runs.files import differences, write_atomically
+from mnclglf.runs.files import differences, read_config, write_atomically
 
 FORMAT = 1
 
@@ -107,6 +107,25 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
             f"{path} is no file; --resume takes auto, never or a checkpoint, RUN/checkpoints/step-N.pt"
         )
     return path
+
+
+def load_state(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Returns a run's configuration and what its newest (or given) checkpoint holds.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+    """
+    config, own = read_config(run), f"give one of {run / 'checkpoints'}"
+    path = checkpoint or find_checkpoint(run, "auto")
+    if path is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; train it with mnclglf train --out {run}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; {own}")
+    state = load_checkpoint(path)
+    changed = changed_settings(path, state, config)
+    if changed:
+        raise CheckpointError(f"{path} is not of {run}, which has other settings ({'; '.join(changed)}); {own}")
+    return config, state
 
 
 def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:

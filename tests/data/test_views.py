@@ -82,10 +82,12 @@ def test_factors_are_distributed_as_torchvisions() -> None:
 
 def test_each_operation_is_as_frequent_as_configured() -> None:
     config = ViewConfig(flip_probability=0.3, jitter_probability=0.7, gray_probability=0.2, blur_probability=0.6)
+    config = dataclasses.replace(config, solarize_probability=0.1)
     p = draw(config)
     assert_rate(p.flip.mean(), 0.3)
     assert_rate(p.gray.mean(), 0.2)
     assert_rate((p.sigma > 0).mean(), 0.6)
+    assert_rate(p.solarize.mean(), 0.1)
     changed = p.brightness != 1
     assert_rate(changed.mean(), 0.7)
     for column in (p.contrast != 1, p.saturation != 1, p.hue != 0):  # all four together or none, as RandomApply
@@ -96,7 +98,7 @@ def test_what_is_switched_off_is_off_and_what_is_certain_is_on() -> None:
     p = draw(OFF)
     for name in ("brightness", "contrast", "saturation"):
         assert (getattr(p, name) == 1).all()
-    for name in ("angle", "hue", "sigma", "flip", "gray"):
+    for name in ("angle", "hue", "sigma", "flip", "gray", "solarize"):
         assert not getattr(p, name).any()
     p = draw(ViewConfig(flip_probability=1, gray_probability=1, blur_probability=1, jitter_probability=1))
     assert p.flip.all()
@@ -107,7 +109,7 @@ def test_what_is_switched_off_is_off_and_what_is_certain_is_on() -> None:
 
 def test_no_two_numbers_are_related() -> None:
     """A word of randomness that is used twice shows as a correlation."""
-    p = draw(ViewConfig(rotation_degrees=10, jitter_probability=1, blur_probability=1))
+    p = draw(ViewConfig(rotation_degrees=10, jitter_probability=1, blur_probability=1, solarize_probability=0.5))
     columns = {name: column.astype(np.float64) for name, column in p.arrays().items()}
     # where a crop lies depends on its size, and its height on its width: compare where in its room it lies
     columns["top"] = (columns["top"] + 0.5) / (33 - columns["crop_height"])
@@ -173,7 +175,7 @@ def test_columns_have_their_stated_types() -> None:
         assert getattr(p, name).dtype == np.int32
     for name in ("angle", "brightness", "contrast", "saturation", "hue", "sigma"):
         assert getattr(p, name).dtype == np.float32
-    assert p.flip.dtype == p.gray.dtype == np.bool_
+    assert p.flip.dtype == p.gray.dtype == p.solarize.dtype == np.bool_
     assert {len(column) for column in p.arrays().values()} == {DRAWS} == {len(p)}
 
 

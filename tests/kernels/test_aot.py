@@ -148,13 +148,14 @@ AUGMENT = """
 import torch
 from mnclglf_kernels._triton.augment import augment_launches, empty_views
 from mnclglf_kernels.aot import compile_launch, resources
+from mnclglf_kernels.ops.augment import PARAMETERS
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 sizes = ((64, 64, True, 7), (64, 64, False, 7), (28, 16, True, 5), (64, 32, True, 5), (8, 64, True, 7))
 for source, side, rotates, window in sizes:
-    numbers = empty(6, 13)
+    numbers = empty(6, len(PARAMETERS))
     given = empty(2, 3, source, source, dtype=torch.uint8), empty(2, dtype=torch.int64), numbers, empty(3), empty(3)
     views = empty_views(numbers, side, torch.bfloat16)
     (launch,) = augment_launches(*given, views, cubic=True, blur_window=window, rotates=rotates)

@@ -16,7 +16,7 @@ from mnclglf_kernels import (
     nt_xent,
     queue_contrastive_loss,
 )
-from mnclglf_kernels.ops.augment import ViewFormat
+from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 NAMES = (
     "divide",
@@ -32,6 +32,8 @@ FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums o
 BF16 = dict(
     rtol=2**-7, atol=2**-8
 )  # one unit in the last place of bf16, at 1.0 and at 0.5: a product may round elsewhere
+
+CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_augment(compiler, backend):
     torch._dynamo.reset()
-    numbers = torch.tensor([10.0, 1, 0, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1]).repeat(4, 1)
+    numbers = view_parameters(6, 7, **CHANGES, angle=10, top=1).repeat(4, 1)
     given = (
         torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8),
         torch.tensor([1, 0]),

@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 import mnclglf_kernels  # noqa: F401  # registers the operators
+from mnclglf_kernels.ops.augment import view_parameters
 
+CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 CHANNELS_LAST = torch.channels_last
 
 
@@ -39,7 +41,7 @@ def ring(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 def stored() -> tuple[Tensor, ...]:
     """Two images of 9 x 8 pixels, which of them, the numbers of two views each, mean and std."""
-    numbers = torch.tensor([10.0, 1, 0, 6, 7, 1, 1.2, 0.8, 1.1, 0.1, 0, 1, 1]).repeat(4, 1)
+    numbers = view_parameters(6, 7, **CHANGES, angle=10, top=1).repeat(4, 1)
     images = torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8)
     return images, torch.tensor([1, 0]), numbers, torch.full((3,), 0.5), torch.full((3,), 0.2)
 

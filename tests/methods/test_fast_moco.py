@@ -72,12 +72,16 @@ def test_there_is_no_queue() -> None:
 
 def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    for module in ("patches", "contrastive"):
+    for module in ("divide", "combine", "contrastive_losses"):
 
         def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
             asked.append((module, backend))
             return backend
 
-        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+        monkeypatch.setattr(f"mnclglf_kernels.ops.{module}.resolve", record)
     Stepper(make_method(FastMoCo, backend="torch"))(make_batch())
-    assert sorted(asked) == [("contrastive", "torch"), *[("patches", "torch")] * 4]
+    assert sorted(asked) == [
+        *[("combine", "torch")] * 2,
+        ("contrastive_losses", "torch"),
+        *[("divide", "torch")] * 2,
+    ]

@@ -273,24 +273,24 @@ def test_a_non_finite_second_momentum_embedding_is_found() -> None:
 
 def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    modules = ("patches", "contrastive", "neighbor", "queue")
+    modules = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
     for module in modules:
 
         def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
             asked.append((module, backend))
             return backend
 
-        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+        monkeypatch.setattr(f"mnclglf_kernels.ops.{module}.resolve", record)
     method = MNCLGLF(MODEL, ObjectiveConfig(queue_size=K), queue_dtype=torch.float64, backend="torch").double()
     Stepper(method)(make_batch())
     counts = {module: sum(name == module for name, _ in asked) for module in modules}
-    assert counts == {"patches": 4, "contrastive": 1, "neighbor": 1, "queue": 1}
+    assert counts == {"divide": 2, "combine": 2, "contrastive_losses": 1, "nearest_neighbor": 1, "enqueue": 1}
     assert {backend for _, backend in asked} == {"torch"}
 
 
 def test_faiss_looks_up_and_the_other_operators_choose_for_themselves() -> None:
     faiss, torch_only = (make_method(torch.float32, backend=backend) for backend in ("faiss", "torch"))
-    assert faiss.backends == Backends("auto", "auto", "auto", "faiss", "auto")
+    assert faiss.backends == Backends.all("auto")._replace(nearest_neighbor="faiss")
     faiss.load_state_dict(torch_only.state_dict())
     batch = make_batch(torch.float32)
     losses, expected = Stepper(faiss)(batch), Stepper(torch_only)(batch)

@@ -97,13 +97,13 @@ def test_keys_that_are_not_finite_are_found_though_the_losses_are() -> None:
 
 def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    for module in ("contrastive", "neighbor", "queue"):
+    for module in ("contrastive_losses", "nearest_neighbor", "enqueue"):
 
         def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
             asked.append((module, backend))
             return backend
 
-        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+        monkeypatch.setattr(f"mnclglf_kernels.ops.{module}.resolve", record)
     method = NNCLR(MODEL, ObjectiveConfig(queue_size=K), queue_dtype=torch.float64, backend="torch").double()
     Stepper(method)(make_batch())
-    assert sorted(asked) == [("contrastive", "torch"), ("neighbor", "torch"), ("queue", "torch")]
+    assert sorted(asked) == [("contrastive_losses", "torch"), ("enqueue", "torch"), ("nearest_neighbor", "torch")]

@@ -98,7 +98,8 @@ def augment_kernel(
     row = tl.arange(0, 4 * SP)[:, None]
     channel, y, x = row // SP, row % SP, tl.arange(0, SP)[None, :]
     inside = (channel < 3) & (y < S) & (x < S)
-    pixels = tl.where((solarize > 0) & (pixels >= SOLARIZE_THRESHOLD), WHITE - pixels, pixels)
+    if solarize > 0:
+        pixels = tl.where(pixels >= SOLARIZE_THRESHOLD, WHITE - pixels, pixels)
     middle = tl.where(channel == 0, tl.load(mean), tl.where(channel == 1, tl.load(mean + 1), tl.load(mean + 2)))
     deviation = tl.where(channel == 0, tl.load(std), tl.where(channel == 1, tl.load(std + 1), tl.load(std + 2)))
     pixels = pixels / (WHITE * deviation) - middle / deviation

@@ -38,6 +38,8 @@ class Cifar(Source):
         forms: the one that is fetched first.
     """
 
+    tuned = True
+
     title: str
     classes: tuple[str, ...]
     records: tuple[int, int]
@@ -128,6 +130,7 @@ class Cifar100(Cifar):
     """50,000 + 10,000 pictures of 100 classes, the "fine" labels."""
 
     name, title = "cifar100", "CIFAR-100"
+    class_count = 100
     classes = tuple(_FINE.split())
     records, label_bytes, labels_key = (50_000, 10_000), 2, b"fine_labels"
     forms = (

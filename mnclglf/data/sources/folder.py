@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mnclglf.config import FOLDER
+from mnclglf.config import FOLDER, DataConfig
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
@@ -38,6 +38,8 @@ class Folder(Source):
     Args:
         name: folder:PATH.
     """
+
+    quick_data = DataConfig(image_size=32)
 
     def __init__(self, name: str) -> None:
         self.name = name

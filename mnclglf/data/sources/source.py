@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from mnclglf.config import DataConfig
 from mnclglf.data.errors import DataError, damaged
 from mnclglf.data.images import ImageSet
 from mnclglf.runs.files import cache_folder
@@ -27,10 +29,25 @@ class Request:
 
 
 class Source(ABC):
-    """A data set: where its files are and how they are read."""
+    """A data set: where its files are, how they are read, and what the recipes take for it.
+
+    Attributes:
+        name: the name that --dataset takes.
+        class_count: number of classes.
+        flips: False where a flipped image means another thing: views are then never flipped.
+        tuned: True where the settings of --recipe tuned were made for such images.
+        quick_data: images of --recipe quick.
+        quick_epochs: epochs of --recipe quick.
+        quick_view: settings of the views of --recipe quick that differ from the named ones.
+    """
 
     name: str
-    """As --dataset has it."""
+    class_count: int = 10
+    flips: bool = True
+    tuned: bool = False
+    quick_data: DataConfig = DataConfig(image_size=16, train_images=10_000)
+    quick_epochs: int = 16
+    quick_view: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def load(self, request: Request) -> tuple[ImageSet, ImageSet | None]:

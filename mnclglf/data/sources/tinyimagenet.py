@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mnclglf.config import DataConfig
 from mnclglf.data.archives import extract
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError, damaged
@@ -40,6 +41,9 @@ class TinyImageNet(Source):
     """
 
     name = "tinyimagenet"
+    class_count = 200
+    tuned = True
+    quick_data = DataConfig(image_size=32, train_images=10_000)
 
     def load(self, request: Request) -> tuple[ImageArray, ImageArray]:
         folder = request.data_dir or cache_dir(self.name)

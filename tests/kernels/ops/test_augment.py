@@ -11,6 +11,7 @@ from mnclglf_kernels import augment
 from mnclglf_kernels.ops.augment import PARAMETERS, ViewFormat
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+COLUMNS = len(PARAMETERS)
 OFF = dict(flip=0, brightness=1, contrast=1, saturation=1, hue=0, gray=0, sigma=0, angle=0, solarize=0)
 # Levels: fp32's rounding of numbers up to 255 through twenty operations, where no sum is rounded to a whole level.
 EXACT = 0.01
@@ -31,7 +32,7 @@ def smooth(count: int, height: int, width: int) -> Tensor:
 
 
 def random_parameters(views: int, height: int, width: int, *, degrees: float = 0.0, **fixed: float) -> Tensor:
-    """[views, 13]: crops of all sizes, jitter, gray, flip, blur and solarize, each of them off in some views."""
+    """[views, COLUMNS]: crops of all sizes, jitter, gray, flip, blur and solarize, each of them off in some views."""
     u = dict(zip(PARAMETERS, torch.rand(len(PARAMETERS), views), strict=True))
     on = torch.rand(4, views) > 0.4
     size_y, size_x = (u["crop_height"] * height).ceil(), (u["crop_width"] * width).ceil()
@@ -48,6 +49,7 @@ def random_parameters(views: int, height: int, width: int, *, degrees: float = 0
         sigma=torch.where(on[2], 0.1 + 1.9 * u["sigma"], 0.0),
         solarize=(u["solarize"] > 0.7).float(),
     )
+    columns = {name: torch.full((views,), float(value)) for name, value in PARAMETERS.items()} | columns
     columns |= {name: torch.full((views,), float(value)) for name, value in fixed.items()}
     return torch.stack([columns[name] for name in PARAMETERS], 1)
 
@@ -273,9 +275,8 @@ def test_inputs_are_left_alone(backend):
 
 
 def test_no_images(backend):
-    views = ours(
-        smooth(3, 16, 16), torch.arange(0), torch.empty(0, 13), ViewFormat(16), dtype=torch.float16, backend=backend
-    )
+    given = smooth(3, 16, 16), torch.arange(0), torch.empty(0, COLUMNS), ViewFormat(16)
+    views = ours(*given, dtype=torch.float16, backend=backend)
     assert views.shape == (0, 3, 16, 16)
     assert views.dtype == torch.float16
 
@@ -294,10 +295,10 @@ def test_one_pixel_images_and_extreme_statistics(backend):
         (dict(images=torch.zeros(2, 3, 8, 8)), TypeError, "float32"),
         (dict(images=torch.zeros(2, 3, 0, 8, dtype=torch.uint8)), ValueError, r"\(2, 3, 0, 8\)"),
         (dict(rows=torch.zeros(2, dtype=torch.int32)), TypeError, "int32"),
-        (dict(rows=torch.zeros(3, dtype=torch.int64)), ValueError, r"\(3,\).*\(4, 13\)"),
+        (dict(rows=torch.zeros(3, dtype=torch.int64)), ValueError, rf"\(3,\).*\(4, {COLUMNS}\)"),
         (dict(rows=torch.zeros(0, dtype=torch.int64)), ValueError, "4 rows of parameters and no image"),
-        (dict(parameters=torch.zeros(4, 12)), ValueError, r"\(4, 12\)"),
-        (dict(parameters=torch.zeros(4, 13).half()), TypeError, "float16"),
+        (dict(parameters=torch.zeros(4, COLUMNS - 1)), ValueError, rf"\(4, {COLUMNS - 1}\)"),
+        (dict(parameters=torch.zeros(4, COLUMNS).half()), TypeError, "float16"),
         (dict(mean=torch.zeros(3).double()), TypeError, "float64"),
         (dict(std=torch.zeros(1)), ValueError, r"\[3\]"),
         (dict(view_format=ViewFormat(8, blur_window=4)), ValueError, "blur_window 4"),
