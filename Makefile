@@ -9,8 +9,8 @@ RUN ?= $(OUT)
 DATA_DIR ?=
 ARGS ?=
 QUICK ?=
-# bench_loader measures for minutes: a quick run leaves it out.
-BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loader.py))
+# bench_loaders measures for minutes: a quick run leaves it out.
+BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loaders.py))
 
 BIN = .venv/bin
 
@@ -47,10 +47,10 @@ bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pyte
 	$(BIN)/python -m pytest $(BENCH) --benchmark-json="$$saved" -W "ignore:Not saving anything" $(ARGS) && \
 	if [ -e "$$saved" ]; then $(BIN)/python -m bench.draw "$$saved"; fi
 
-bench-compare: setup ## which ratios fell against the results before; ARGS may name two files
+bench-compare: setup ## list ratios that fell since the last results; ARGS may name two files
 	$(BIN)/python -m bench.compare $(ARGS)
 
-gpu-report: setup ## all that only a GPU can tell, into bench/results/gpu-report.md
+gpu-report: setup ## everything that needs a GPU to be measured or checked, into bench/results/gpu-report.md
 	$(BIN)/python -m bench.gpu_report $(ARGS)
 
 check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
@@ -60,6 +60,7 @@ check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright --pythonpath $(BIN)/python -p pyright-basic.json
 
 docs: setup ## build the documentation into build/docs/; warnings are errors
 	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(ARGS)

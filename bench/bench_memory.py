@@ -1,6 +1,6 @@
-"""Memory of a step: what the estimate says beside what was alive, with and without activation checkpointing.
+"""Compares a step's estimated memory with its measured memory, with and without activation checkpointing.
 
-On a GPU what the allocator had given out at most; on a CPU the tensors that PyTorch's profiler saw alive at once.
+Measured is the allocator's peak on a GPU, and on a CPU the most tensor bytes that PyTorch's profiler saw alive at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.side_by_side import AUTOCAST, DEVICE, QUICK, peak_bytes
+from bench.harness import AUTOCAST, DEVICE, QUICK, peak_bytes
 from bench.steps import Size, config_of, our_step
 from mnclglf.training.memory import largest_batch, step_memory
 
@@ -29,5 +29,5 @@ def test_memory(checkpointing: bool, say: Callable[[str], None]) -> None:
     say(
         f"memory, {SIZE}{', activation checkpointing' if checkpointing else ''}: a step had {alive / 2**20:,.0f} MiB "
         f"alive beyond weights and queue, estimated {estimate.for_step / 2**20:,.0f}; "
-        f"about {fits:,} images a step fit in 24 GiB"
+        f"about {fits:,} images per step fit in 24 GiB"
     )

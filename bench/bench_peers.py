@@ -1,20 +1,22 @@
-"""Our step, and our NNCLR, MoCo v2, SimCLR and BYOL, beside lightly's, all in turns, each in a process of its own.
+"""Compares our steps with lightly's, in interleaved rounds, each in a process of its own.
 
-On the same backbone, batch, views and device: ours, lightly's as its documentation trains them (fp32, NCHW, eager), and
-like for like, with our precision, memory format and kept memory. Methods differ in what they compute (MNCLGLF has 13
-forwards' worth of it, SimCLR 6; our heads are the paper's, theirs their examples'), so the ratio compares operations a
-second: how many times as fast our MNCLGLF goes through its own.
+Measured are our MNCLGLF, NNCLR, MoCo v2, SimCLR and BYOL; lightly's as its documentation trains them (fp32, NCHW,
+eager); and lightly's like for like, with our precision, memory format and kept memory. Backbone, batch, views and
+device are the same. The methods compute different amounts (MNCLGLF about 13 forwards, SimCLR 6; our heads are the
+paper's, theirs their examples'), so the ratio compares operations per second: how many times as fast our MNCLGLF goes
+through its own operations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
 
-from bench.side_by_side import QUICK, left_out
+from bench.harness import QUICK, left_out
+from bench.rounds import Comparison
 from bench.steps import PEER_STEPS, Size
-from bench.turns import Comparison
 
 if find_spec("lightly") is None:
     left_out["lightly"] = "it is not installed; pip install lightly"
@@ -25,5 +27,5 @@ PEERS = Comparison(kind="peers", names=tuple(NAMES), size=SIZE, rounds=2 if QUIC
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_peers(name, in_turns) -> None:
-    in_turns(PEERS, name)
+def test_peers(name: str, interleaved: Callable[[Comparison, str], None]) -> None:
+    interleaved(PEERS, name)

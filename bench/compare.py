@@ -1,6 +1,7 @@
-"""`python -m bench.compare [OLD NEW]`: which ratios of saved benchmarks have fallen; by default of the last two.
+"""`python -m bench.compare [OLD NEW]`: lists the ratios that fell between two saved runs, by default the last two.
 
-Ratios, not times: both sides of a ratio were measured in turns on one machine. Ends with 1 where one fell.
+It compares ratios, not times: both sides of a ratio were measured in interleaved rounds on one machine. The exit code
+is 1 where one fell.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import NamedTuple
 
 from bench.draw import ROOT, Saved, read
 
-FALLEN = 0.10  # share of a ratio that it may lose; turns on a shared machine differ by some percent
+FALLEN = 0.10  # fraction of a ratio that may be lost: rounds on a shared machine differ by some percent
 
 
 class Change(NamedTuple):
-    """A ratio then and now, as large as it is fast."""
+    """A ratio in the old and in the new file; larger is faster."""
 
     name: str
     old: float
@@ -29,26 +30,26 @@ class Change(NamedTuple):
 
 
 def speeds(saved: Saved) -> dict[str, float]:
-    """The ratios of a file, by what they are of."""
-    found = {f"{row.case}, {row.implementation}": row.ratio for row in (*saved.rows, *saved.steps)}
+    """Returns the ratios of a file by case and implementation."""
+    found = {f"{row.case}, {row.implementation}": row.ratio for row in (*saved.operators, *saved.steps)}
     return {name: ratio.median for name, ratio in found.items() if ratio is not None}
 
 
 def changes(old: Saved, new: Saved) -> list[Change]:
-    """Of every ratio that both have."""
+    """Returns the change of every ratio that both files have."""
     before, after = speeds(old), speeds(new)
     return [Change(name, before[name], after[name]) for name in after if name in before]
 
 
 def newest(folder: Path) -> list[Path]:
-    """The last two results, the older first.
+    """Returns the last two result files, the older first.
 
     Raises:
-        SystemExit: there are not two.
+        SystemExit: the folder holds fewer than two.
     """
     found = sorted(path for path in folder.glob("*.json") if path.stem[:1].isdigit())
     if len(found) < 2:
-        raise SystemExit(f"{folder} holds {len(found)} results, and comparing needs two; run make bench")
+        raise SystemExit(f"{folder} holds {len(found)} results, and a comparison needs two; run make bench")
     return found[-2:]
 
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old, new = map(read, paths)
     print(f"old: {paths[0]}: {old.source}\nnew: {paths[1]}: {new.source}")
     if old.device != new.device:
-        raise SystemExit("measured on different machines, whose ratios differ; compare results of one")
+        raise SystemExit("measured on different machines, whose ratios differ; compare results of one machine")
     compared = changes(old, new)
     if not compared:
         raise SystemExit("the two files have no ratio in common")

@@ -1,25 +1,21 @@
-"""What every benchmark shares: the machine's name, measured rows, and lines that pytest prints at its end."""
+"""Shared by all benchmarks: the machine's name, the measurements, and the lines that pytest prints at the end."""
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.proof import require_proof
-from bench.row import STEP_HEADINGS, Row, StepRow
-from bench.side_by_side import (
+from bench.harness import (
     AUTOCAST,
     DTYPES,
-    Case,
+    BenchCase,
     Implementation,
     call,
     left_out,
@@ -28,26 +24,24 @@ from bench.side_by_side import (
     replay,
     replayed_seconds,
 )
-from bench.turns import MATMUL, Comparison
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers")
-)  # the reference path is the tests' oracle
+from bench.measurement import STEP_HEADINGS, OperatorMeasurement, StepMeasurement
+from bench.proof import require_proof
+from bench.rounds import MATMUL, Comparison
 
 LINES = pytest.StashKey[list[str]]()
-MEASURED = pytest.StashKey[dict[Case, dict[Implementation, Row]]]()
-TURNS = pytest.StashKey[dict[Comparison, dict[str, StepRow]]]()
+MEASURED = pytest.StashKey[dict[BenchCase, dict[Implementation, OperatorMeasurement]]]()
+MEASURED_STEPS = pytest.StashKey[dict[Comparison, dict[str, StepMeasurement]]]()
 
 
 def machine() -> str:
-    """The GPU's name, or the CPU's with its cores."""
+    """Returns the GPU's name, or the CPU's name and cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured, as far as it is installed."""
+    """Returns the versions of the measured packages that are installed."""
     found = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
     for name in ("torch", "triton", "faiss-cpu", "faiss-gpu", "lightly"):
         try:
@@ -59,31 +53,31 @@ def versions() -> dict[str, str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def proven(request: pytest.FixtureRequest) -> None:
-    """Nothing is measured before the tests have passed."""
+    """Measures nothing before the tests have passed."""
     if not request.config.option.benchmark_disable:
         require_proof(request.config)
 
 
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Adds a line to what is printed at the end of the run."""
+    """Returns a function that adds a line to what is printed at the end of the run."""
     return request.config.stash.setdefault(LINES, []).append
 
 
 @pytest.fixture
 def side_by_side(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, say: Callable[[str], None]
-) -> Callable[[Case, Implementation], None]:
-    """Measures a case when the first of its rows is asked for, and gives pytest-benchmark the row."""
+) -> Callable[[BenchCase, Implementation], None]:
+    """Returns a function that measures a whole case the first time, and gives pytest-benchmark one implementation."""
     measured = request.config.stash.setdefault(MEASURED, {})
 
-    def give(case: Case, implementation: Implementation) -> None:
+    def give(case: BenchCase, implementation: Implementation) -> None:
         if not benchmark.enabled:  # --benchmark-disable: one call, no figures
             benchmark.pedantic(call(case, implementation))
             return
         if case not in measured:
             if not measured:
-                say("x reference: times as fast as Algorithm 1 as printed; median of the rounds (least to greatest)")
+                say("x reference: times as fast as the plain form; median of the rounds (least to greatest)")
                 say(line(""))
             measured[case] = measure(case)
             rows = list(measured[case].values())
@@ -96,22 +90,25 @@ def side_by_side(
 
 
 @pytest.fixture
-def in_turns(
+def interleaved(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, say: Callable[[str], None]
 ) -> Callable[[Comparison, str], None]:
-    """Measures a comparison when the first of its steps is asked for, and gives pytest-benchmark the step's row."""
-    measured = request.config.stash.setdefault(TURNS, {})
+    """Returns a function that measures a whole comparison the first time, and gives pytest-benchmark one step."""
+    measured = request.config.stash.setdefault(MEASURED_STEPS, {})
 
     def give(comparison: Comparison, name: str) -> None:
-        replay(benchmark, measured_row(comparison, name, measured, say))
+        replay(benchmark, measured_step(comparison, name, measured, say))
 
     return give
 
 
-def measured_row(
-    comparison: Comparison, name: str, measured: dict[Comparison, dict[str, StepRow]], say: Callable[[str], None]
-) -> StepRow:
-    """A step's row of a comparison, which is measured for the first of them; also where that fails, only once."""
+def measured_step(
+    comparison: Comparison,
+    name: str,
+    measured: dict[Comparison, dict[str, StepMeasurement]],
+    say: Callable[[str], None],
+) -> StepMeasurement:
+    """Returns one step of a comparison, which is measured for the first of its steps; a failure is not repeated."""
     if comparison not in measured:
         measured[comparison] = {}
         measured[comparison], rates = comparison.measure()
@@ -121,23 +118,27 @@ def measured_row(
     return measured[comparison][name]
 
 
-def describe(comparison: Comparison, rows: dict[str, StepRow], matmul_rate: float, say: Callable[[str], None]) -> None:
-    """Prints the rows of a comparison."""
-    first = next(iter(rows.values()))
-    against = "times as fast as the first" if comparison.kind == "ladder" else "ours, operations a second, over it"
+def describe(
+    comparison: Comparison, steps: dict[str, StepMeasurement], matmul_rate: float, say: Callable[[str], None]
+) -> None:
+    """Prints the table of a comparison."""
+    first = next(iter(steps.values()))
+    against = (
+        "times as fast as the first" if comparison.kind == "ablation" else "ours over it, in operations per second"
+    )
     say(f"{first.case} ({len(first.seconds)} rounds); ratio: {against}; median of the rounds (least to greatest)")
     say(step_line("", STEP_HEADINGS))
-    for row in rows.values():
+    for row in steps.values():
         say(step_line(row.name, row.cells()))
     say(f"  a {MATMUL} x {MATMUL} product in {DTYPES[AUTOCAST]}: {matmul_rate / 1e12:.3f} TFLOP/s")
-    counted = next((row for row in reversed(rows.values()) if row.tflop and comparison.kind == "ladder"), None)
+    counted = next((row for row in reversed(steps.values()) if row.tflop and comparison.kind == "ablation"), None)
     if counted is not None and counted.tflop is not None:
         share = counted.tflop * 1e12 / statistics.median(counted.seconds) / matmul_rate
         say(f"  {counted.name}: {share:.0%} of that rate")
 
 
 def step_line(name: str, cells: Sequence[str]) -> str:
-    """Of a table in the terminal."""
+    """Formats one line of the terminal's table."""
     return f"  {name:26}" + "".join(f"{cell:>{24 if i == 3 else 11}}" for i, cell in enumerate(cells))
 
 
@@ -146,7 +147,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if {"side_by_side", "in_turns"} & set(getattr(item, "fixturenames", ())):
+    if {"side_by_side", "interleaved"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.benchmark(timer=replayed_seconds))
 
 

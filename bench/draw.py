@@ -1,6 +1,6 @@
-"""Draws saved benchmarks: pictures and a Markdown file beside the JSON of pytest-benchmark.
+"""`python -m bench.draw bench/results/NAME.json`: draws saved benchmarks.
 
-python -m bench.draw bench/results/NAME.json
+It writes pictures and a Markdown file beside the JSON of pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.row import HEADINGS, STEP_HEADINGS, Row, StepRow
+from bench.measurement import HEADINGS, STEP_HEADINGS, OperatorMeasurement, StepMeasurement
 from mnclglf.reports.figures import DOTS_PER_INCH, LIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
-# One hue a backend, of Okabe and Ito's palette; bf16 is the darker one.
+M = TypeVar("M", OperatorMeasurement, StepMeasurement)
+# One hue per backend, from Okabe and Ito's palette; bf16 is the darker one.
 COLORS = {
     "reference bf16": "#8c959f",
     "torch fp32": "#7cc0ea",
@@ -29,28 +30,33 @@ COLORS = {
     "triton bf16": "#d55e00",
     "faiss fp32": "#009e73",
 }
-# Inches.
-BAR, GAP, AROUND, HEAD = 0.15, 0.17, 0.75, 0.95  # height of a bar, between cases, around a panel, above the panels
-COLUMN, LABELS, MARGIN = 6.6, 2.35, 0.15  # width of a column, of its labels, beside them
+# Lengths in inches.
+BAR = 0.15  # height of a bar
+GAP = 0.17  # between cases
+AROUND = 0.75  # above and below a panel's bars
+HEAD = 0.95  # above the panels
+COLUMN = 6.6  # width of a column
+LABELS = 2.35  # width of its labels
+MARGIN = 0.15
 BARS = COLUMN - LABELS - 2 * MARGIN
 TWO_COLUMNS_ABOVE = 40  # bars
 STEP_TITLES = {
-    "ladder": "Images a second, one optimisation a rung (x first rung): ",
+    "ablation": "Images per second, one optimization more per variant (x first variant): ",
     "peers": "TFLOP/s of ours and lightly's (x: ours over theirs): ",
 }
 
 
 class Saved(NamedTuple):
-    """What a JSON file holds."""
+    """The contents of a JSON file."""
 
-    rows: list[Row]  # of operators
-    steps: list[StepRow]
-    source: str  # one line on how they were measured
+    operators: list[OperatorMeasurement]
+    steps: list[StepMeasurement]
+    source: str  # one line: machine, versions, commit, date
     device: str
 
 
 def read(path: Path) -> Saved:
-    """What was measured and saved.
+    """Reads what was measured and saved.
 
     Raises:
         SystemExit: the file is not one that make bench wrote.
@@ -58,14 +64,17 @@ def read(path: Path) -> Saved:
     try:
         saved = json.loads(path.read_text())
         found = saved["benchmarks"]
-        rows = [Row.from_json(benchmark) for benchmark in found if "operator" in benchmark["extra_info"]]
-        steps = [StepRow.from_json(benchmark) for benchmark in found if "kind" in benchmark["extra_info"]]
-        return Saved(rows, steps, provenance(saved), saved["machine_info"]["device"])
+        operators = [
+            OperatorMeasurement.from_json(benchmark) for benchmark in found if "operator" in benchmark["extra_info"]
+        ]
+        steps = [StepMeasurement.from_json(benchmark) for benchmark in found if "kind" in benchmark["extra_info"]]
+        return Saved(operators, steps, provenance(saved), saved["machine_info"]["device"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} holds no results of make bench ({type(error).__name__}: {error})") from error
 
 
 def provenance(saved: dict[str, Any]) -> str:
+    """Describes machine, versions, commit and date in one line."""
     machine, commit = saved["machine_info"], saved["commit_info"]
     measured = {"torch", "cuda"} | {benchmark["extra_info"].get("backend") for benchmark in saved["benchmarks"]}
     if any(benchmark["extra_info"].get("kind") == "peers" for benchmark in saved["benchmarks"]):
@@ -79,19 +88,19 @@ def provenance(saved: dict[str, Any]) -> str:
     )
 
 
-def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """The rows by an attribute, in the order of their first ones."""
-    groups: dict[str, list[Row]] = {}
+def grouped(rows: Sequence[M], key: str) -> dict[str, list[M]]:
+    """Groups measurements by an attribute, in the order of first appearance."""
+    groups: dict[str, list[M]] = {}
     for row in rows:
         groups.setdefault(getattr(row, key), []).append(row)
     return groups
 
 
-def markdown(rows: Sequence[Row], source: str) -> str:
-    """One table of all rows."""
+def markdown(rows: Sequence[OperatorMeasurement], source: str) -> str:
+    """Returns one table of all measurements of operators."""
     explained = (
-        "x reference: times as fast as Algorithm 1 as printed, in fp32 and, for bf16, under autocast to bf16; median "
-        "(least to greatest) of the rounds, in which the implementations take turns."
+        "x reference: times as fast as the plain form (Algorithm 1 as printed) in fp32 and, for bf16, under autocast "
+        "to bf16; median (least to greatest) of the interleaved rounds."
     )
     lines = [
         f"{source}.",
@@ -110,13 +119,13 @@ def markdown(rows: Sequence[Row], source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def step_markdown(rows: Sequence[StepRow], source: str) -> str:
-    """A table a comparison."""
+def step_markdown(rows: Sequence[StepMeasurement], source: str) -> str:
+    """Returns one table per comparison."""
     explained = {
-        "ladder": "Each rung has all before it. Ratio: times as fast as the first rung.",
+        "ablation": "Each variant has all optimizations before it. Ratio: times as fast as the first variant.",
         "peers": "Ratio: how many times as fast ours goes through its operations as the other through its own.",
     }
-    lines = [f"{source}.", "", "Medians of the rounds (ratios: least to greatest), in which the steps take turns."]
+    lines = [f"{source}.", "", "Medians of the interleaved rounds (ratios: least to greatest)."]
     for case, group in grouped(rows, "case").items():
         lines += ["", f"{case}. {explained[group[0].kind]}", "", f"| step | {' | '.join(STEP_HEADINGS)} |"]
         lines += ["|---" + len(STEP_HEADINGS) * "|--:" + "|"]
@@ -124,8 +133,8 @@ def step_markdown(rows: Sequence[StepRow], source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
-    """Horizontal bars, a panel a comparison: of images a second, or of operations where methods differ in them."""
+def step_picture(rows: Sequence[StepMeasurement], source: str) -> Figure:
+    """Draws horizontal bars, one panel per comparison: images per second, or TFLOP/s where methods differ in work."""
     groups = list(grouped(rows, "case").values())
     inches = [0.26 * len(group) + 0.75 for group in groups]
     width, height = 7.2, sum(inches) + 0.5
@@ -164,27 +173,27 @@ def step_picture(rows: Sequence[StepRow], source: str) -> Figure:
     return figure
 
 
-def bars(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have a ratio to the reference."""
+def bars(rows: Sequence[OperatorMeasurement]) -> list[OperatorMeasurement]:
+    """Returns the measurements that have a ratio to the reference."""
     return [row for row in rows if row.ratio is not None]
 
 
-def panel_inches(rows: Sequence[Row]) -> float:
+def panel_inches(rows: Sequence[OperatorMeasurement]) -> float:
     return BAR * len(bars(rows)) + GAP * len(grouped(bars(rows), "case")) + AROUND
 
 
-def columns(panels: Sequence[list[Row]]) -> list[list[list[Row]]]:
-    """The panels in one column, or in two: from the tallest on, each into the shorter one."""
+def columns(panels: Sequence[list[OperatorMeasurement]]) -> list[list[list[OperatorMeasurement]]]:
+    """Puts the panels in one column, or in two: from the tallest on, each into the shorter column."""
     if len(panels) == 1 or sum(len(bars(panel)) for panel in panels) <= TWO_COLUMNS_ABOVE:
         return [list(panels)]
-    split: list[list[list[Row]]] = [[], []]
+    split: list[list[list[OperatorMeasurement]]] = [[], []]
     for panel in sorted(panels, key=panel_inches, reverse=True):
         min(split, key=lambda column: sum(map(panel_inches, column))).append(panel)
     return [[panel for panel in panels if panel in column] for column in split]
 
 
-def picture(rows: Sequence[Row], source: str) -> Figure:
-    """Horizontal bars of the ratio to the reference in fp32, a panel an operator."""
+def picture(rows: Sequence[OperatorMeasurement], source: str) -> Figure:
+    """Draws horizontal bars of the ratio to the reference in fp32, one panel per operator."""
     split = columns([group for group in grouped(rows, "operator").values() if bars(group)])
     width = COLUMN * len(split)
     height = HEAD + max(sum(panel_inches(panel) for panel in column) for column in split)
@@ -200,7 +209,7 @@ def picture(rows: Sequence[Row], source: str) -> Figure:
     return figure
 
 
-def draw_panel(axis: Axes, rows: Sequence[Row], limits: tuple[float, float]) -> None:
+def draw_panel(axis: Axes, rows: Sequence[OperatorMeasurement], limits: tuple[float, float]) -> None:
     directions = len({row.direction for row in rows}) > 1
     y, places, names = 0.0, [], []
     for group in grouped(bars(rows), "case").values():
@@ -225,7 +234,7 @@ def draw_panel(axis: Axes, rows: Sequence[Row], limits: tuple[float, float]) -> 
         spine.set_visible(False)
 
 
-def draw_bar(axis: Axes, y: float, row: Row) -> None:
+def draw_bar(axis: Axes, y: float, row: OperatorMeasurement) -> None:
     assert row.ratio is not None
     faster = row.ratio.median >= 1
     axis.barh(y, row.ratio.median - 1, left=1, height=0.85 * BAR, color=COLORS[row.implementation], linewidth=0)
@@ -241,10 +250,10 @@ def draw_bar(axis: Axes, y: float, row: Row) -> None:
     )
 
 
-def write_head(figure: Figure, rows: Sequence[Row], source: str) -> None:
+def write_head(figure: Figure, rows: Sequence[OperatorMeasurement], source: str) -> None:
     width, height = figure.get_size_inches()
     left, at = MARGIN / width, lambda inches: 1 - inches / height
-    title = "Speed relative to Algorithm 1 as printed, in fp32: longer to the right is faster"
+    title = "Speed relative to the plain form in fp32: longer to the right is faster"
     figure.text(left, at(0.27), title, fontsize=11.5, color=LIGHT.text)
     figure.text(left, at(0.46), source, fontsize=6.5, color=LIGHT.muted)
     shown = [name for name in COLORS if any(row.implementation == name for row in bars(rows))]
@@ -266,11 +275,11 @@ def write_head(figure: Figure, rows: Sequence[Row], source: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.draw", description="Draws saved benchmarks.")
+    parser = argparse.ArgumentParser(prog="python -m bench.draw", description=__doc__)
     parser.add_argument("results", type=Path, help="JSON that make bench saved")
     path = parser.parse_args(arguments).results
     saved = read(path)
-    rows, steps, source = saved.rows, saved.steps, saved.source
+    rows, steps, source = saved.operators, saved.steps, saved.source
     if not rows and not steps:
         raise SystemExit(f"{path} holds no measured cases; run make bench with a file of an operator or of steps")
     table = path.with_suffix(".md")

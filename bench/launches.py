@@ -1,8 +1,8 @@
-"""`python -m bench.launches`: kernels that a step launches on CUDA in eager mode, the reference's against ours.
+"""`python -m bench.launches`: counts the kernels that a step launches on CUDA in eager mode, the reference's and ours.
 
-Counted on a CPU, at small sizes, which change none of them: each operation of PyTorch that makes no view and no empty
-memory is one launch, which is the least (a multi-tensor update or norm is a few); our Triton kernels are interpreted
-and their launches counted as they are made. What cuDNN copies for itself is not seen.
+It counts on a CPU at small sizes, on which the number does not depend. Each PyTorch operation that makes no view and no
+empty memory is one launch, which is the least (a multi-tensor update or norm is a few). Our Triton kernels are
+interpreted, and their launches counted as they are made. Copies inside cuDNN are not seen.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.steps import EAGER, LADDER, Size, config_of, our_step
+from bench.steps import ABLATION, EAGER, Size, config_of, our_step
 from mnclglf_kernels import Backends
-from mnclglf_kernels._triton.launch import Launch, run
+from mnclglf_kernels._triton import launch
 
 SMALL = Size(images=4, side=8, width=2)
 
 
 class Launches(TorchDispatchMode):
-    """Counts within it."""
+    """Counts the launches within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,26 +39,34 @@ class Launches(TorchDispatchMode):
             self.count += 1
         return result
 
-    def run(self, launches: Sequence[Launch], device: torch.device) -> None:
+    def __enter__(self) -> Launches:
+        launch.run, self.uncounted = self.run, launch.run
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        launch.run = self.uncounted
+        super().__exit__(*error)
+
+    def run(self, launches: Sequence[launch.Launch], device: torch.device) -> None:
         self.count += len(launches)
-        run(launches, device)
+        self.uncounted(launches, device)
 
 
 def launches(name: str) -> int:
-    """Of one step of a rung of the ladder."""
+    """Counts one step of a variant of the ablation."""
     cpu = torch.device("cpu")
     if name == EAGER:
         step = our_step(config_of(SMALL), SMALL.side, cpu, backends=Backends.all("triton"))
     else:
-        step = LADDER[name](SMALL, cpu)
+        step = ABLATION[name](SMALL, cpu)
     step()
-    with Launches() as counted, mock.patch("mnclglf_kernels._triton.launch.run", counted.run):
+    with Launches() as counted:
         step()
     return counted.count
 
 
 def main() -> None:
-    names = list(LADDER)[: list(LADDER).index(EAGER) + 1]
+    names = list(ABLATION)[: list(ABLATION).index(EAGER) + 1]
     print("| step, eager | launches at least |\n|---|--:|")
     for name in names:
         print(f"| {name} | {launches(name):,} |")

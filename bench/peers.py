@@ -1,4 +1,4 @@
-"""Training steps of other methods, as the documentation of lightly trains them, on our backbone.
+"""Training steps of other methods as the documentation of lightly trains them, on our backbone.
 
 The heads, losses, memory banks and settings are those of lightly's plain PyTorch examples
 (https://docs.lightly.ai/self-supervised-learning/examples/models.html); the backbone is ours rather than torchvision's,
@@ -13,25 +13,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from mnclglf.config import MethodName
 from mnclglf.models.encoder import ResNet18
 
 LEARNING_RATE = 0.06
-MOMENTUM = 0.996  # of the momentum networks in the first epoch; the examples raise it to 1, epoch by epoch
-BANK = (4096, 128)  # rows and width of a memory bank
+MOMENTUM = 0.996  # EMA momentum of the first epoch; the examples raise it to 1, epoch by epoch
+BANK = (4096, 128)  # a memory bank's rows and width
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Follower = tuple[nn.Module, nn.Module]  # a network, and the momentum network that follows it
+Follower = tuple[nn.Module, nn.Module]  # an online network and its momentum network
 
 
 class Peer(nn.Module):
-    """A method: two views to a loss, and the momentum updates before it.
-
-    N images.
+    """A method: its loss of two views, and the momentum updates before each step.
 
     Args:
-        loss: of two views, [N, 3, H, W] each.
-        networks: all that `loss` uses, so that they move and train with the peer.
-        followers: momentum networks among them.
+        loss: maps two views, [N, 3, H, W] each, to a scalar.
+        networks: all modules that `loss` uses, so that they move and train with the peer.
+        followers: the pairs of online and momentum network among them.
     """
 
     def __init__(self, loss: Loss, *networks: nn.Module, followers: Sequence[Follower] = ()) -> None:
@@ -39,14 +38,14 @@ class Peer(nn.Module):
         self.loss, self.networks, self.followers = loss, nn.ModuleList(networks), followers
 
     def before_step(self) -> None:
-        """Moves each momentum network towards its own; does nothing where the method has none."""
+        """Updates the momentum networks; does nothing where the method has none."""
         from lightly.models.utils import update_momentum
 
         for network, follower in self.followers:
             update_momentum(network, follower, m=MOMENTUM)
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """The loss of two views, [N, 3, H, W] each: a scalar."""
+        """Returns the loss of two views, [N, 3, H, W] each: a scalar."""
         return self.loss(x0, x1)
 
 
@@ -116,27 +115,27 @@ def byol(backbone: ResNet18) -> Peer:
     return Peer(loss, encoder, predictor, momentum, criterion, followers=[*zip(encoder, momentum, strict=True)])
 
 
-PEERS: dict[str, Callable[[ResNet18], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
+PEERS: dict[MethodName, Callable[[ResNet18], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
 
 
 def frozen_copy(encoder: nn.Sequential) -> nn.Sequential:
-    """A momentum network that starts as `encoder`; no gradient reaches it."""
+    """Returns a momentum network that starts as `encoder`; no gradient reaches it."""
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
 def peer_step(
-    name: str, views: Sequence[Tensor], *, dtype: torch.dtype | None, channels_last: bool, width: int = 64
+    name: MethodName, views: Sequence[Tensor], *, dtype: torch.dtype | None, channels_last: bool, width: int = 64
 ) -> Callable[[], Tensor]:
-    """What a call of trains `name` for one step on the same two views, and gives the loss, still on the device.
+    """Makes a step that trains `name` on the same two views and returns the loss, still on the device.
 
-    Left out of the examples' loop: loading, the copy to the device, and adding up the loss of an epoch.
+    It leaves out the loading, the copy to the device and the epoch's mean loss of the examples' loop.
 
     Args:
-        name: one of PEERS.
-        views: two, [N, 3, 32, 32] in fp32, on the device to train on.
-        dtype: autocast's, bfloat16; None for fp32 as documented.
+        name: a key of PEERS.
+        views: two, [N, 3, H, W] in fp32, on the device to train on.
+        dtype: bfloat16 for autocast; None for fp32 as documented.
         channels_last: weights and views in that memory format, rather than NCHW as documented.
-        width: of the backbone's first stage.
+        width: channels of the backbone's first stage.
     """
     device = views[0].device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -1,6 +1,6 @@
-"""No speed is reported of code that is wrong: the tests that hold what is measured against its oracles run first.
+"""Runs the tests of what is measured before anything is measured: no speed is reported for wrong code.
 
-A run that passed is remembered by what the sources hold, so that only a change runs them again.
+A run that passed is remembered by a digest of the sources, so that only a change runs the tests again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = "bench/proven"  # in pytest's cache
+KEPT = "bench/proven"  # the key in pytest's cache
 STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/training/test_step.py"]
 GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/training/test_compiling.py"]
-PROVEN = ("patches", "contrastive_losses", "neighbor", "queue", "view_losses")
-OPERATOR_TESTS = [f"tests/kernels/test_{name}.py" for name in PROVEN]
+OPERATOR_TESTS = ["tests/kernels/ops"]
 
 
 def digest(root: Path = ROOT) -> str:
-    """Of all sources that the tests run."""
+    """Returns a digest of all sources that the tests run."""
     sources = sorted(path for part in ("mnclglf", "kernels", "tests") for path in (root / part).rglob("*.py"))
+    sources += (root / "bench").glob("reference.py")
     found = hashlib.sha256()
     for path in sources:
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -33,7 +33,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def require_proof(config: pytest.Config, tests: Sequence[str] = (*STEP_TESTS, *OPERATOR_TESTS)) -> None:
-    """Runs the tests, unless these sources have passed them; ends the whole run where they fail."""
+    """Runs the tests unless these sources have passed them; ends the whole pytest run where they fail."""
     now = digest()
     cache = getattr(config, "cache", None)  # none with -p no:cacheprovider
     if now in (cache and cache.get(KEPT, None), os.environ.get("MNCLGLF_BENCH_PROVEN")):

@@ -1,20 +1,21 @@
-"""`python -m bench.roofline`: the least time of a training step, part by part, and what sets it.
+"""`python -m bench.roofline`: prints the roofline time of a training step, part by part, and what bounds each part.
 
-For any method, batch and size: by the nominal peaks of a GPU of aot.py (--gpu), or by this machine's own (--gpu
-this), where the step is also run, and what each part took stands beside its least. mnclglf.training.roofline has
-how it is counted.
+It takes any method, batch and size, and the nominal peaks of a known GPU (--gpu), or this machine's own peaks (--gpu
+this). On this machine it also runs the step and prints each part's measured time beside its roofline time.
+mnclglf.training.roofline says how the roofline is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -22,26 +23,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.steps import our_step
 from mnclglf.config import EngineConfig, RunConfig
 from mnclglf.methods import METHODS
-from mnclglf.models import momentum
+from mnclglf.models.momentum import update_momentum
 from mnclglf.recipes import paper
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.roofline import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf.training.step import keep_freed_memory
-from mnclglf_kernels import (
-    combine,
-    contrastive_losses,
-    divide,
-    enqueue,
-    nearest_neighbor,
-    nt_xent,
-    queue_contrastive_loss,
-)
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
+from mnclglf_kernels.operators import OPERATORS
 
 GPU_OPTIONS = {"3090": 86, "4090": 89, "a100": 80, "h100": 90}
 OTHER = "everything else"
-OPERATORS = (divide, combine, contrastive_losses, nearest_neighbor, enqueue, nt_xent, queue_contrastive_loss)
-# Which part an operation outside of our operators belongs to, by what its name holds; the first that fits.
+MOVING_AVERAGE = "moving average"
+# The part of an operation outside of our operators, by a piece of its name; the first that fits.
 PARTS = {
     "convolution_backward": "convolutions, backward",
     "convolution": "convolutions, forward",
@@ -57,42 +50,48 @@ PARTS = {
 
 
 @contextmanager
-def labelled() -> Iterator[None]:
-    """Within, the profiler sees under their names what our operators and the moving average do."""
+def labeled() -> Generator[None]:
+    """Names, for the profiler, the work of each operator and of the moving average.
 
-    def label(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with record_function(f"part: {name}"):
-                return call(*args, **kwargs)
+    A hook on Python's calls opens a `record_function` where one of these functions is called, and closes it where the
+    function returns. So neither the functions nor the modules that import them are touched.
+    """
+    calls = {row.function: name for name, row in OPERATORS.items()} | {update_momentum: MOVING_AVERAGE}
+    names = {inspect.unwrap(call).__code__: name for call, name in calls.items()}
+    opened: list[record_function] = []
 
-        return run
+    def on_call(frame: FrameType, event: str, _: Any) -> None:
+        name = names.get(frame.f_code)
+        if name is not None and event == "call":
+            opened.append(record_function(f"part: {name}"))
+            opened[-1].__enter__()
+        elif name is not None and event == "return":
+            opened.pop().__exit__(None, None, None)
 
-    calls = {call: call.__name__ for call in OPERATORS} | {momentum.update_momentum: "moving average"}
-    with ExitStack() as stack:
-        for module in [module for name, module in sys.modules.items() if name.startswith("mnclglf.")]:
-            for attribute, value in list(vars(module).items()):
-                if callable(value) and getattr(value, "__hash__", None) and value in calls:
-                    stack.enter_context(mock.patch.object(module, attribute, label(calls[value], value)))
+    sys.setprofile(on_call)
+    try:
         yield
+    finally:
+        sys.setprofile(None)
 
 
 def measured_parts(config: RunConfig, side: int, device: torch.device) -> dict[str, float]:
-    """Seconds that one step spent in each part, from the profiler; of the device where it is a GPU.
+    """Measures the seconds that one step spends in each part, with the profiler: device time on a GPU.
 
-    A backward operation belongs where the forward operation of the same sequence number does.
+    A backward operation belongs to the part of the forward operation of the same sequence number.
     """
     cuda = device.type == "cuda"
     if not cuda:
         keep_freed_memory()
-    with labelled():
-        step = our_step(config, side, device)
-        for _ in range(2):
-            step()
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    step = our_step(config, side, device)
+    for _ in range(2):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler, labeled():
+        step()
+        if cuda:
+            torch.cuda.synchronize()  # else the profiler stops before the device has finished the step
+    events = [event for event in profiler.events() or [] if event.device_type.name == "CPU"]
     of_sequence: dict[int, str] = {}
     for event in events:
         label = label_of(event)
@@ -106,7 +105,7 @@ def measured_parts(config: RunConfig, side: int, device: torch.device) -> dict[s
 
 
 def label_of(event: Any) -> str:
-    """The part that `labelled` named around an event."""
+    """Returns the part that `labeled` named around an event, or an empty string."""
     while event is not None:
         if event.name.startswith("part: "):
             return event.name.removeprefix("part: ")
@@ -115,7 +114,7 @@ def label_of(event: Any) -> str:
 
 
 def backward_sequence(event: Any) -> int:
-    """The sequence number of the autograd node that an event runs for; -1 outside of backward."""
+    """Returns the sequence number of the autograd node that an event runs for; -1 outside of backward."""
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):
             return event.sequence_nr
@@ -124,7 +123,7 @@ def backward_sequence(event: Any) -> int:
 
 
 def part_of(event: Any) -> str:
-    """The part of an event that nothing labels: of the operation that it is, or is for."""
+    """Returns the part of an unlabeled event, from its own name or the names around it."""
     while event is not None:
         for known, part in PARTS.items():
             if known in event.name:
@@ -134,9 +133,9 @@ def part_of(event: Any) -> str:
 
 
 def table(parts: Mapping[str, Part], peaks: Peaks, images: int, measured: Mapping[str, float] | None = None) -> str:
-    """The parts as Markdown, the longest first; with `measured` seconds beside their least."""
+    """Formats the parts as Markdown, the longest first, with `measured` seconds beside their roofline time."""
     rows = sorted(((*part.seconds(peaks), name, part) for name, part in parts.items()), key=lambda row: -row[0])
-    head = ["part", "TFLOP", "GB", "least ms", "set by"] + (["measured ms", "share"] if measured else [])
+    head = ["part", "TFLOP", "GB", "roofline ms", "bound by"] + (["measured ms", "fraction"] if measured else [])
     lines = [f"| {' | '.join(head)} |", "|---" + 3 * "|--:" + "|---" + ("|--:|--:" if measured else "") + "|"]
 
     def line(name: str, flops: int, moved: int, least: float, bound: str, taken: float | None) -> None:
@@ -158,13 +157,13 @@ def table(parts: Mapping[str, Part], peaks: Peaks, images: int, measured: Mappin
 
 
 def small_share(measured: Mapping[str, float]) -> float:
-    """Share of a step that everything but networks and optimizer takes: the operators and the moving average."""
-    names = {operator.__name__ for operator in OPERATORS} | {"moving average"}
+    """Returns the fraction of the measured time that the operators and the moving average take."""
+    names = {*OPERATORS, MOVING_AVERAGE}
     return sum(seconds for name, seconds in measured.items() if name in names) / sum(measured.values())
 
 
 def config_of(method: str, images: int) -> RunConfig:
-    """The paper recipe with another batch."""
+    """Returns the paper recipe with another batch size."""
     config = paper(next(name for name in METHODS if name == method), "cifar10")
     classes = replace(config.model, classes=10)  # for the method that needs them
     return replace(config, optim=replace(config.optim, batch_size=images), model=classes)
@@ -172,11 +171,15 @@ def config_of(method: str, images: int) -> RunConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
-    parser.add_argument("--gpu", choices=[*GPU_OPTIONS, "this"], default="3090", help="this: the machine it runs on")
+    parser.add_argument(
+        "--gpu", choices=[*GPU_OPTIONS, "this"], default="3090", help="this: the machine that it runs on"
+    )
     parser.add_argument("--method", choices=METHODS, default="mnclglf")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="on this machine its autocast's is taken")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="ignored with --gpu this, which takes the autocast dtype"
+    )
     options = parser.parse_args(arguments)
     config, dtype, measured = config_of(options.method, options.batch_size), options.dtype, None
     if options.gpu == "this":
@@ -194,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(table(parts, peaks, options.batch_size, measured))
     if measured:
-        print(f"\nOperators and moving average: {small_share(measured):.1%} of what was measured")
+        print(f"\nOperators and moving average: {small_share(measured):.1%} of the measured time")
 
 
 if __name__ == "__main__":

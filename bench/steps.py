@@ -1,49 +1,45 @@
-"""Training steps to compare: the ladder from Algorithm 1 as printed to ours, one optimisation a rung, and the peers'.
+"""Training steps to compare: the ablation from Algorithm 1 as printed to our step, and the steps of the peers.
 
-A maker takes a Size and a device and gives a step on noise, the same in every call.
+Each variant of the ablation has one optimization more than the one before it. A maker takes a Size and a device and
+returns a step on noise, which is the same in every call.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers")
-)  # the reference path is the tests' oracle
-from oracles import Algorithm1AsPrinted
-
 from bench.peers import PEERS, peer_step
+from bench.reference import Algorithm1AsPrinted
 from mnclglf.config import EngineConfig, MethodName, RunConfig
 from mnclglf.data.loader import Batch
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.recipes import paper
-from mnclglf.training.compiling import Compile
-from mnclglf.training.device import autocast_dtype
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import Compile, autocast_dtype, build_method
 from mnclglf.training.step import TrainStep, keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends
 
 Step = Callable[[], object]
 REFERENCE = "reference"
-EAGER, KEPT, COMPILED, GRAPHS = "+ kernels", "+ kept memory", "+ compile", "+ graphs"
+EAGER = "+ kernels"  # our own step
+KEPT = "+ kept memory"
+COMPILED = "+ compile"
+GRAPHS = "+ graphs"
 
 
 class Size(NamedTuple):
-    """What is trained on."""
+    """The size of a training step."""
 
-    images: int = 256  # a batch
-    side: int = 32  # of a view
-    width: int = 64  # of the encoder's first stage; 64 is ResNet-18
+    images: int = 256  # per batch
+    side: int = 32  # pixels per side of a view
+    width: int = 64  # channels of the encoder's first stage; 64 is ResNet-18
 
     def __str__(self) -> str:
         network = "ResNet-18" if self.width == 64 else f"ResNet-18 of width {self.width}"
@@ -52,13 +48,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Printed:
-    """Algorithm 1 as printed, with the optimisations that need no code of ours.
+    """Options of Algorithm 1 as printed: the optimizations that need no code of ours.
 
     Attributes:
         channels_last: weights and views in that memory format.
-        autocast: forwards in bf16 where the device multiplies it; on a GPU with cuDNN's fastest algorithms.
-        shared: the stop-gradient network is the online one under no_grad, rather than a copy.
-        unit_norm: the queue's rows are of unit norm when they are enqueued, rather than at each lookup.
+        autocast: forward in bf16 where the device multiplies it; on a GPU with cuDNN's fastest algorithms.
+        shared: the stop-gradient network is the online one under no_grad rather than a copy.
+        unit_norm: rows are normalized when they enter the queue rather than at each lookup.
     """
 
     channels_last: bool = False
@@ -68,7 +64,7 @@ class Printed:
 
 
 def config_of(size: Size, method: MethodName = "mnclglf") -> RunConfig:
-    """The paper recipe."""
+    """Returns the paper recipe at this size."""
     config = paper(method, "cifar10")
     return replace(
         config, optim=replace(config.optim, batch_size=size.images), model=replace(config.model, width=size.width)
@@ -76,6 +72,7 @@ def config_of(size: Size, method: MethodName = "mnclglf") -> RunConfig:
 
 
 def noise(size: Size, device: torch.device, count: int) -> list[Tensor]:
+    """Returns views of noise, the same in every process."""
     torch.manual_seed(0)
     return [torch.randn(size.images, 3, size.side, size.side, device=device) for _ in range(count)]
 
@@ -99,13 +96,13 @@ class _SharedUnitNorm(_Shared):
 
 
 def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
-    """Algorithm 1 as printed."""
+    """Makes a step of Algorithm 1 as printed."""
     config, views = config_of(size), noise(size, device, 3)
     memory_format = torch.channels_last if how.channels_last else torch.contiguous_format
     dtype = autocast_dtype(config.engine, device) if how.autocast else torch.float32
     if how.autocast and device.type == "cuda":
         use_fast_math(config.engine, dtype)
-    method = build_method(config, torch.float32)
+    method: Any = build_method(config, torch.float32)  # its networks are MNCLGLF's
     algorithm = (_SharedUnitNorm if how.unit_norm else _Shared) if how.shared else Algorithm1AsPrinted
     network = algorithm(
         method.encoder.to(device, memory_format=memory_format),
@@ -132,7 +129,7 @@ def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
 def our_step(
     config: RunConfig, side: int, device: torch.device, *, compile: Compile = "off", backends: Backends | None = None
 ) -> Step:
-    """The step that `mnclglf train` runs."""
+    """Makes the step that `mnclglf train` runs."""
     dtype = autocast_dtype(config.engine, device)
     method = build_method(config, dtype).to(device).train()
     method.backends = backends or method.backends
@@ -146,16 +143,22 @@ def our_step(
     return lambda: train(0, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
 
 
-def our_rung(
-    size: Size, device: torch.device, *, method: MethodName = "mnclglf", compile: Compile = "off", keep: bool = False
+def our_variant(
+    size: Size,
+    device: torch.device,
+    *,
+    method: MethodName = "mnclglf",
+    compile: Compile = "off",
+    keep_memory: bool = False,
 ) -> Step:
-    if keep and device.type == "cpu":
+    """Makes our step of the paper recipe; `keep_memory` applies to a CPU only."""
+    if keep_memory and device.type == "cpu":
         keep_freed_memory()
     return our_step(config_of(size, method), size.side, device, compile=compile)
 
 
-def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> Step:
-    """A peer's step as documented, or with our precision, memory format and kept memory or fast math."""
+def peer(size: Size, device: torch.device, *, name: MethodName, documented: bool) -> Step:
+    """Makes a peer's step as documented, or like for like: with our precision, memory format and fast settings."""
     dtype = autocast_dtype(EngineConfig(), device)
     if not documented:
         keep_freed_memory() if device.type == "cpu" else use_fast_math(EngineConfig(), dtype)
@@ -168,7 +171,7 @@ def peer(size: Size, device: torch.device, *, name: str, documented: bool) -> St
     )
 
 
-LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
+ABLATION: dict[str, Callable[[Size, torch.device], Step]] = {
     REFERENCE: partial(printed_step, how=Printed()),
     "+ channels_last": partial(printed_step, how=Printed(channels_last=True)),
     "+ autocast": partial(printed_step, how=Printed(channels_last=True, autocast=True)),
@@ -176,29 +179,26 @@ LADDER: dict[str, Callable[[Size, torch.device], Step]] = {
     "+ unit-norm queue": partial(
         printed_step, how=Printed(channels_last=True, autocast=True, shared=True, unit_norm=True)
     ),
-    EAGER: our_rung,
-    KEPT: partial(our_rung, keep=True),
-    COMPILED: partial(our_rung, keep=True, compile="on"),
-    GRAPHS: partial(our_rung, keep=True, compile="graphs"),
+    EAGER: our_variant,
+    KEPT: partial(our_variant, keep_memory=True),
+    COMPILED: partial(our_variant, keep_memory=True, compile="on"),
+    GRAPHS: partial(our_variant, keep_memory=True, compile="graphs"),
 }
-"""Rung by rung, each with all before it. What is named "+ kernels" is our own step, eager."""
+"""Each variant has all optimizations before it. From "+ kernels" on it is our own step."""
 
-PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {"mnclglf, ours": partial(our_rung, keep=True)} | {
-    f"{name}, {how}": make
-    for name in PEERS
-    for how, make in {
-        "ours": partial(our_rung, method=name, keep=True),
-        "like for like": partial(peer, name=name, documented=False),
-        "as documented": partial(peer, name=name, documented=True),
-    }.items()
-}
-"""Ours, and for each method of the peers ours, theirs with our settings, and theirs."""
-
-MAKERS = LADDER | PEER_STEPS
+# Our MNCLGLF, then for each method of the peers: ours, theirs like for like, theirs as documented.
+PEER_STEPS: dict[str, Callable[[Size, torch.device], Step]] = {"mnclglf, ours": partial(our_variant, keep_memory=True)}
+for _name in PEERS:
+    PEER_STEPS |= {
+        f"{_name}, ours": partial(our_variant, method=_name, keep_memory=True),
+        f"{_name}, like for like": partial(peer, name=_name, documented=False),
+        f"{_name}, as documented": partial(peer, name=_name, documented=True),
+    }
+MAKERS = ABLATION | PEER_STEPS
 KEEPING = {KEPT, COMPILED, GRAPHS, *(name for name in PEER_STEPS if not name.endswith("documented"))}
-"""The steps that keep memory on a CPU."""
+"""The steps whose process keeps freed memory on a CPU."""
 
 
-def rungs(device: torch.device) -> list[str]:
-    """Those of the ladder that this device has: memory is kept on a CPU, graphs are replayed on a GPU."""
-    return [name for name in LADDER if name != (GRAPHS if device.type == "cpu" else KEPT)]
+def variants(device: torch.device) -> list[str]:
+    """Returns the variants of this device: kept memory is for a CPU, CUDA graphs are for a GPU."""
+    return [name for name in ABLATION if name != (GRAPHS if device.type == "cpu" else KEPT)]

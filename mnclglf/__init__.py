@@ -46,8 +46,7 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {"train": "api", "evaluate": "api", "load_encoder": "api", "Run": "api"}
-_MODULES |= {"Result": "runs.results"}
+_MODULES = {"train": "api", "evaluate": "api", "load_encoder": "api", "Run": "api", "Result": "runs.results"}
 
 
 def __getattr__(name: str) -> Any:

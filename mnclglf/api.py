@@ -33,7 +33,7 @@ from mnclglf.runs.checkpoint import load_state
 from mnclglf.runs.files import read_object
 from mnclglf.runs.results import Result
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import build_method
 
 CHOSEN_FIRST = ("method", "dataset", "recipe")  # the recipe's settings depend on these
 EVALUATIONS = {"knn": KnnConfig, "linear": LinearConfig, "logistic": LogisticConfig}
@@ -124,10 +124,13 @@ def load_encoder(run: RunPath, checkpoint: RunPath | None = None) -> ResNet18:
         method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     encoder = method.encoder.eval()
+    for module in encoder.modules():  # training counts no batches here, and torchvision's state has the count
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.num_batches_tracked = torch.tensor(0)
     mean, std, side = normalization(folder, state)
     encoder.register_buffer("mean", mean[:, None, None], persistent=False)
     encoder.register_buffer("std", std[:, None, None], persistent=False)
-    encoder.side = side
+    setattr(encoder, "side", side)  # noqa: B010  # the type of a module's attributes is Tensor or Module
     return encoder
 
 

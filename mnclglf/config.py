@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, frozen, checked when it is made. Imports nothing of ours.
+"""Settings of runs and evaluations: typed, frozen, checked when they are made. Imports nothing of ours.
 
 A RunConfig comes from a recipe (recipes.py) and the options of the command line; `to_dict` and `from_dict` take it to
 config.json and back. A value that cannot work raises ValueError with the value and the remedy.
@@ -10,14 +10,19 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-MethodName = Literal[
-    "mnclglf", "mnclglf_official", "supervised", "simclr", "mocov2", "simsiam", "byol", "nnclr", "fast_moco"
-]
-"""The methods that the command line knows; each is a key of mnclglf.methods.METHODS."""
+NO_METHODS = {"__init__", "base"}  # files of methods/ that are no method
+# The file of a method has the method's name: the names are known without importing the methods, and so torch.
+METHOD_NAMES = tuple(
+    sorted(path.stem for path in (Path(__file__).parent / "methods").glob("*.py") if path.stem not in NO_METHODS)
+)
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[METHOD_NAMES]  # so that --help lists them, and another name is refused
 RecipeName = Literal["paper", "tuned", "quick"]
 LoaderName = Literal["auto", "dali", "resident", "reference"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -44,15 +49,16 @@ def _require_probability(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How one random view of an image is made, in this order: rotation, random resized crop, flip, jitter, gray,
-    blur, solarize.
+    """Settings of one random view of an image.
+
+    The operations, in this order: rotation, random resized crop, flip, jitter, gray, blur, solarize.
 
     A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py turns it
     into numbers for each image.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a crop keeps: least and most."""
+    """Fraction of the image's area that a crop keeps: least and most."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a crop: least and most."""
     interpolation: Interpolation = "bicubic"
@@ -102,7 +108,7 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at what size, by which loader."""
+    """Images, their size and their loader."""
 
     data_dir: Path | None = None
     """Folder of the data set's files; None looks in the data set's usual places."""
@@ -143,41 +149,41 @@ class ModelConfig:
     stem: Stem = "cifar"
     """cifar: 3 x 3, stride 1, no max-pool. imagenet: 7 x 7, stride 2, max-pool."""
     width: int = 64
-    """Channels of the first stage; the features have 8 times as many."""
+    """Channels of the first stage; the features are 8 times as wide (F)."""
     projector_width: int = 2048
-    """Width of the projector's three layers: the embedding's D."""
+    """Width of the projector's three layers: D of the embeddings."""
     predictor_width: int = 512
     """Width of the predictor's hidden layer."""
     classes: int | None = None
-    """Outputs of the supervised classifier; None takes the data set's."""
+    """Outputs of the supervised classifier; None takes the number of the data set's classes."""
 
     def __post_init__(self) -> None:
         for name in ("width", "projector_width", "predictor_width"):
             value = getattr(self, name)
             require(value >= 1, f"{name} {value} must be at least 1")
-        require(self.classes is None or self.classes >= 2, f"classes {self.classes} must be at least 2, to tell apart")
+        require(self.classes is None or self.classes >= 2, f"classes {self.classes} must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the loss is made of (paper, section 3 and Table 2)."""
+    """Settings of the losses, the momentum network and the queue (paper, section 3 and Table 2)."""
 
     temperature: float = 1.0
-    """tau of the contrastive loss."""
+    """tau, by which the contrastive loss divides cosine similarities."""
     ema_momentum: float = 0.99
-    """m of the momentum network: theta_m <- m theta_m + (1 - m) theta_o."""
+    """m of the momentum network's moving average: theta_m <- m theta_m + (1 - m) theta_o."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: m rises to 1 over the run as 1 - (1 - m) (cos(pi k / K) + 1) / 2, for step k of K (BYOL)."""
     queue_size: int = 16384
-    """K, rows of the feature queue."""
+    """K, the number of rows of the feature queue."""
     queue_dtype: Literal["autocast", "float32"] = "autocast"
     """Storage of the queue's unit-norm rows; float32 for exact comparisons."""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 6.0
-    """Weight of loss_m against loss_s (equation 7, Table 4)."""
+    """lambda, the weight of loss_m beside loss_s (equation 7, Table 4)."""
     k: int = 2
-    """Patches in each combination, 1 to 4 (Table 6)."""
+    """k, patches per combination, 1 to 4 (Table 6)."""
     one_embedding: bool = False
-    """Contrast one random combination a step instead of all C(4, k) (Table 5)."""
+    """Contrast one random combination per step instead of all C(4, k) (Table 5)."""
 
     def __post_init__(self) -> None:
         require(0 < self.temperature < math.inf, f"temperature {self.temperature} must be positive; the paper uses 1.0")
@@ -189,24 +195,27 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum and a cosine schedule (Table 2)."""
+    """The optimizer and its schedule: linear warm-up, then a cosine to 0 (Table 2)."""
+
+    optimizer: str = "sgd"
+    """sgd: SGD with momentum. lars: LARS, for large batches; biases and norms are neither adapted nor decayed."""
 
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 256
-    """N, images a step; an epoch's last incomplete batch is dropped."""
+    """N, images per step; an epoch's last incomplete batch is dropped."""
     lr: float = 0.1
     """Learning rate at the top of the schedule, which falls to 0 as a cosine."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the cosine; the paper has none."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of the optimizer."""
     weight_decay: float = 1e-4
     """Weight decay of every parameter."""
     constant_predictor_lr: bool = False
     """The predictor trains at --lr throughout, without warm-up and cosine (SimSiam)."""
     clip_norm: float | None = None
-    """Gradients together longer than this L2 norm are scaled down to it; None leaves them as they are."""
+    """Largest L2 norm of all gradients together, to which longer ones are scaled down; None does not clip."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
@@ -226,7 +235,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the run is executed: nothing here changes what is computed, up to rounding."""
+    """Execution of the run: no setting here changes what is computed, up to rounding."""
 
     device: Device = "auto"
     """auto is cuda where torch sees a GPU."""
@@ -234,30 +243,30 @@ class EngineConfig:
     """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32. fp16 scales its losses, for GPUs
     without bf16."""
     channels_last: bool = True
-    """Weights and images with their channels innermost, as tensor cores read them."""
+    """Store weights and images with channels innermost, the layout that tensor cores read."""
     tf32: bool = True
-    """On a GPU, a run in fp32 multiplies in TF32, in cuDNN and cuBLAS."""
+    """On a GPU, multiply in TF32 in a run in fp32 (cuDNN and cuBLAS)."""
     cudnn_benchmark: bool = True
-    """On a GPU, cuDNN tries its algorithms on each convolution and takes the fastest."""
+    """On a GPU, let cuDNN time its algorithms for each convolution and take the fastest."""
     keep_memory: bool = True
-    """On a CPU, memory that a step freed stays with the process for the next one (Linux)."""
+    """On a CPU, keep the memory that a step freed for the next step (Linux)."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the encoder's residual blocks, and compute the rest again in backward: a third more
-    forward work for a larger batch."""
+    """Keep only the inputs of the encoder's residual blocks and recompute the rest in backward: a third more forward
+    work, for a larger batch."""
     kernels: KernelPolicy = "auto"
-    """Triton kernels: auto uses those that prove right on this GPU, require stops where one does not, off uses none."""
+    """auto: Triton kernels that pass the self-check. require: error if one fails. off: PyTorch only."""
     lookup: Lookup = "auto"
-    """faiss finds the nearest neighbors with FAISS in place of our kernel."""
+    """Nearest-neighbor lookup. auto: our operator. faiss: FAISS."""
     compile: Switch = "auto"
-    """The forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
+    """Compile the forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
     graphs: Switch = "auto"
-    """With compile, on a GPU: CUDA graphs are replayed. auto: once `make gpu-report` has passed on this machine."""
+    """Replay CUDA graphs of the compiled forward. auto: once `make gpu-report` has passed on this GPU."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between two records of metrics."""
     save_every: float = 1.0
     """Epochs between two checkpoints."""
     keep_last: int = 2
-    """Checkpoints that stay besides the milestones."""
+    """Newest checkpoints to keep besides the milestones."""
     keep_every: int | None = None
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 
@@ -282,15 +291,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One pre-training run, whole."""
+    """All settings of one pre-training run."""
 
     method: MethodName = "mnclglf"
+    """Pre-training method: mnclglf is Algorithm 1 of the paper."""
     dataset: str = "cifar10"
     """Name of a data set (see above), or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
-    """Weights, views, order of the images: the same seed gives the same run. (Two loaders differ by levels of 255 in
-    some pixels, and on a GPU --loader auto takes the faster one.)"""
+    """Seed of weights, views and order of the images: the same seed gives the same run. (Two loaders differ by levels
+    of 255 in some pixels, and on a GPU --loader auto takes the faster one.)"""
     data: DataConfig = field(default_factory=DataConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -299,6 +309,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        require(self.method in METHOD_NAMES, f"method {self.method!r} is none of {', '.join(METHOD_NAMES)}")
         require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
         milestones = self.engine.keep_every
         require(

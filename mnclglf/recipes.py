@@ -1,4 +1,4 @@
-"""Named runs: a recipe is a function from method and data set to a RunConfig. Named views: how images become views."""
+"""Named runs: a recipe is a function from method and data set to a RunConfig. Named views: settings of a view."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VIEWS: dict[str, ViewConfig] = {
     "linear_train": _CROPPED,
     # The whole image; of one that is not square the middle.
     "eval": replace(_CROPPED, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0),
-    # A learnable task for small images and short runs (docs/results.md).
+    # A learnable task for small images and short runs (docs/lab/results.md).
     "quick": ViewConfig(crop_scale=(0.5, 1.0), interpolation="bilinear", hue=0.0, blur_probability=0.0),
 }
 
@@ -66,9 +66,9 @@ def view_of(name: str, dataset: str) -> ViewConfig:
 
 
 def paper(method: MethodName, dataset: str) -> RunConfig:
-    """Table 2 of the paper, which the defaults of config.py hold, at the data set's own size.
+    """Returns Table 2 of the paper, the defaults of config.py, at the data set's own image size.
 
-    A folder of images has none, and ImageNet's is taken: side 224, a 7 x 7 stem.
+    A folder of images has no size of its own: it takes ImageNet's, a side of 224 and the 7 x 7 stem.
     """
     view = view_of("paper", dataset)
     config = RunConfig(method=method, dataset=dataset, recipe="paper", view=view)
@@ -77,12 +77,13 @@ def paper(method: MethodName, dataset: str) -> RunConfig:
     return replace(config, data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet"))
 
 
-# lightly's CIFAR-10 benchmark in batches of 512: lr 0.06 for every 128 images.
+# lightly's CIFAR-10 benchmark in batches of 512: lr 0.06 per 128 images.
 _LIGHTLY = OptimConfig(batch_size=512, lr=0.24, weight_decay=5e-4)
 
-# What is not given here is Table 2. docs/method.md has the source of each value.
+# Differences from Table 2; docs/reference/algorithm.md names the source of each value. A method without published CIFAR
+# settings has no row.
 TUNED: dict[MethodName, RunConfig] = {
-    # kuangliu/pytorch-cifar, which crops padded images; the views are SupContrast's for cross-entropy.
+    # kuangliu/pytorch-cifar; its crops of padded images are replaced by SupContrast's views for cross-entropy.
     "supervised": RunConfig(
         view=VIEWS["supervised"],
         optim=OptimConfig(batch_size=128, lr=0.1, weight_decay=5e-4),
@@ -99,18 +100,18 @@ TUNED: dict[MethodName, RunConfig] = {
         objective=ObjectiveConfig(temperature=0.1, queue_size=4096),
         optim=OptimConfig(batch_size=512, lr=0.06, weight_decay=5e-4),
     ),
-    # Appendix D of the authors: lr 0.03 for every 256 images.
+    # Appendix D of the authors: lr 0.03 per 256 images.
     "simsiam": RunConfig(
         view=VIEWS["simsiam"],
         optim=OptimConfig(epochs=800, batch_size=512, lr=0.06, weight_decay=5e-4, constant_predictor_lr=True),
     ),
-    # lightly; m rises as the authors have it, from where solo-learn starts it for CIFAR.
+    # lightly; m rises by the authors' schedule from 0.99, where solo-learn starts it for CIFAR.
     "byol": RunConfig(
         view=VIEWS["simclr"],
         objective=ObjectiveConfig(ema_momentum=0.99, ema_schedule="cosine"),
         optim=_LIGHTLY,
     ),
-    # lightly, which takes 8192 rows for batches of 512.
+    # lightly, with its 8192 queue rows for batches of 512.
     "nnclr": RunConfig(
         view=VIEWS["simclr"],
         objective=ObjectiveConfig(temperature=0.5, queue_size=8192),
@@ -120,7 +121,7 @@ TUNED: dict[MethodName, RunConfig] = {
     "fast_moco": RunConfig(
         optim=OptimConfig(batch_size=512, warmup_epochs=1.0, constant_predictor_lr=True, clip_norm=1.0)
     ),
-    # Table 2 is the authors' own.
+    # Table 2 holds the authors' own settings.
     "mnclglf": RunConfig(),
     # The input of the released code.
     "mnclglf_official": RunConfig(
@@ -130,23 +131,23 @@ TUNED: dict[MethodName, RunConfig] = {
 
 
 def tuned(method: MethodName, dataset: str) -> RunConfig:
-    """The usual CIFAR-10 settings of a method's authors, or of a library that reproduces it, with the heads of Table 2.
+    """Returns the CIFAR-10 settings of a method's authors, or of a library that reproduces it, with Table 2's heads.
 
     CIFAR-100 and TinyImageNet take them too, as solo-learn does for CIFAR-100.
 
     Raises:
-        ValueError: there are none for the data set or the method.
+        ValueError: there are no such settings for the data set or the method.
     """
     names = ", ".join(name for name, source in SOURCES.items() if source.tuned)
     require(source_of(dataset).tuned, f"recipe tuned is for {names}, not {dataset!r}; take --recipe quick or paper")
-    require(method in TUNED, f"recipe tuned has no settings of {method!r}; take --recipe paper, or add them to TUNED")
+    require(method in TUNED, f"recipe tuned has no settings of {method!r}; take --recipe paper, or add a row to TUNED")
     return replace(TUNED[method], method=method, dataset=dataset, recipe="tuned")
 
 
 def quick(method: MethodName, dataset: str) -> RunConfig:
-    """Some minutes on two cores, to see the method learn. Not the paper's recipe: small in every way.
+    """Returns settings that show in minutes, on two cores, that a method learns; smaller than the paper's throughout.
 
-    Temperature, learning rate and jitter were chosen on 800 held-out training images of mnist5k (docs/results.md).
+    Temperature, learning rate and jitter were chosen on 800 held-out training images of mnist5k (docs/lab/results.md).
     """
     view = view_of("quick", dataset)
     source = source_of(dataset)

@@ -18,16 +18,16 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mnclglf import cli
-from mnclglf.cli import Knn, Linear, Train, main, parse
-from mnclglf.config import KnnConfig, LinearConfig, from_dict, to_dict
+from mnclglf.cli import Knn, Linear, Logistic, Train, main, parse
+from mnclglf.config import KnnConfig, LinearConfig, LogisticConfig, from_dict, to_dict, with_whole_paths
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import VIEWS, paper, quick, tuned
 from mnclglf.reports.page import Picture
-from mnclglf.training.run_directory import build_method, load_trained
+from mnclglf.training.start import build_method, load_trained
 
-RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "How views are made: " in text)
+RECIPE_HELP = next(text for text in Path(cli.__file__).read_text().splitlines() if "Recipe of the views: " in text)
 TINY = (
     "train --dataset digits --recipe quick --image-size 8 --train-images 320 --width 2 --projector-width 16 "
     "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64 "
@@ -86,12 +86,13 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
         ("train --lr fast", "fast"),
         ("knn", "no run directory is named; give one or more"),
-        ("linear runs/x --fast --epochs 9 --untrained", "untrained, epochs: the fast protocol has no such choice"),
-        ("knn runs/x --k 0", "k 0 must be at least 1"),
+        ("linear runs/x --fast", "Unrecognized options: --fast"),
+        ("logistic runs/x --epochs 9", "Unrecognized options: --epochs"),
+        ("knn runs/x --k 0", "neighbors 0 must be at least 1"),
         ("knn runs/x --vote-temperature 0", "vote_temperature 0.0 must be positive and finite, as in 0.07"),
         ("linear runs/x --label-share 0", "label_share 0.0 must lie in (0, 1], as in 0.1"),
         ("linear runs/x --milestones --checkpoint x.pt", "checkpoint x.pt names one; give either"),
-        ("dance", "Available subcommands: train, knn, linear, report"),
+        ("dance", "Available subcommands: train, knn, linear, logistic"),
     ],
 )
 def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,9 +128,11 @@ def test_an_error_is_one_line_without_a_traceback(
 
 def test_commands_know_their_settings() -> None:
     knn = parse(shlex.split("knn runs/x --k 5 --vote-temperature 0.1 --split validation"))
-    settings = KnnConfig(k=5, vote_temperature=0.1, split="validation")
+    settings = KnnConfig(neighbors=5, vote_temperature=0.1, split="validation")
     assert knn == Knn(runs=(Path("runs/x"),), config=settings)
-    assert parse(shlex.split("linear runs/x --fast")).config == LinearConfig(fast=True)
+    assert parse(shlex.split("knn runs/x --neighbors 5 --vote-temperature 0.1 --split validation")) == knn
+    logistic = parse(shlex.split("logistic runs/x --label-share 0.1"))
+    assert logistic == Logistic(runs=(Path("runs/x"),), config=LogisticConfig(label_share=0.1))
     both = parse(shlex.split("linear a b --label-share 0.1 --epochs 9 --lr 0.4 --batch-size 32 --untrained"))
     settings = LinearConfig(label_share=0.1, epochs=9, lr=0.4, batch_size=32, untrained=True)
     assert both == Linear(runs=(Path("a"), Path("b")), config=settings)
@@ -138,7 +141,7 @@ def test_commands_know_their_settings() -> None:
 def test_the_papers_linear_evaluation_is_the_default() -> None:
     config = parse(["linear", "runs/x"]).config
     assert (config.epochs, config.batch_size, config.lr) == (90, 256, 0.8)  # section 4.1
-    assert (config.fast, config.label_share, config.split, config.milestones) == (False, 1.0, "test", False)
+    assert (config.label_share, config.split, config.milestones) == (1.0, "test", False)
 
 
 def text_of(run: Path) -> str:
@@ -162,17 +165,17 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "run"
     assert main([*shlex.split(TINY), "--out", str(out)]) == 0
     assert f"report: {out}/report.html" in capsys.readouterr().out
-    for command in ("knn {} --split validation", "linear {} --fast", "knn {}"):
+    for command in ("knn {} --split validation", "logistic {}", "knn {}"):
         assert main(shlex.split(command.format(out))) == 0
-    results = json.loads(text_of(out))
+    results = json.loads(text_of(out))["results"]
     keys = {(result["protocol"], result["representation"], result["split"]) for result in results}
     assert keys == {
         (protocol, representation, split)
         for protocol, split in [
             ("knn", "validation"),
             ("knn", "test"),
-            ("linear", "test"),
-            ("linear_10_labels", "test"),
+            ("logistic", "test"),
+            ("logistic_10_labels", "test"),
         ]
         for representation in ("pretrained", "untrained", "raw pixels")
     }
@@ -181,7 +184,7 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     trained = {name: nearest_one(encoder) for name, encoder in (("pretrained", method.encoder), ("untrained", None))}
     assert trained["pretrained"] != trained["untrained"]  # or the next line could not tell them apart
     assert main(shlex.split(f"knn {out} --k 1")) == 0
-    found = {(r["representation"], r["split"], r["protocol"]): r["top1"] for r in json.loads(text_of(out))}
+    found = {(r["representation"], r["split"], r["protocol"]): r["top1"] for r in json.loads(text_of(out))["results"]}
     for name, expected in trained.items():
         assert found[name, "test", "knn"] == pytest.approx(expected)
     page = (out / "report.html").read_text()
@@ -214,11 +217,9 @@ def test_several_runs_are_compared_and_averaged(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["linear", *map(str, runs), "--epochs", "3", "--lr", "20", "--batch-size", "64"]) == 0
     printed = capsys.readouterr().out
-    top1, other = (result["top1"] for run in runs for result in json.loads(text_of(run)))
+    top1, other = (result["top1"] for run in runs for result in json.loads(text_of(run))["results"])
     assert top1 != other  # or the next lines could not tell them apart
-    rows = [
-        line for line in printed.splitlines() if line.startswith("| Linear classifier as in the paper, all labels (")
-    ]
+    rows = [line for line in printed.splitlines() if line.startswith("| Linear evaluation, all labels (")]
     assert len(rows) == 3
     assert f"| **{100 * top1:.1f}** / " in rows[0]
     assert f"| **{100 * other:.1f}** / " in rows[1]
@@ -323,7 +324,7 @@ def test_data_inspect_says_what_a_source_holds(photos: Path, capsys: pytest.Capt
 
 
 def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(shlex.split("data views digits --recipe simclr --images 3 --side 10")) == 0
+    assert main(shlex.split("data views digits --view simclr --images 3 --side 10")) == 0
     printed = capsys.readouterr().out
     for pair in ("resident and", "reference and") if find_spec("nvidia.dali") else ("reference and resident",):
         (line,) = [line for line in printed.splitlines() if line.startswith(pair)]
@@ -337,7 +338,7 @@ def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("data views digits --recipe fancy", "recipe 'fancy' is none of paper, simclr"),
+        ("data views digits --view fancy", "'fancy' is none of paper, simclr"),
         ("data views digits --images 0", "0 images cannot be shown"),
         ("data views digits --side 9", "side 9 must be even"),
         ("data inspect mnist", "dataset 'mnist' is none of"),
@@ -379,9 +380,9 @@ def test_a_run_keeps_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/of/somebody")
     for given, whole in (("a/b", tmp_path / "a/b"), ("~/b", Path("/home/of/somebody/b"))):
-        config = cli.resolved(parse(shlex.split(f"train --dataset folder:{given} --data-dir {given}")).config)
+        config = with_whole_paths(parse(shlex.split(f"train --dataset folder:{given} --data-dir {given}")).config)
         assert (config.dataset, config.data.data_dir) == (f"folder:{whole}", whole)
-    assert cli.resolved(parse(["train"]).config) == parse(["train"]).config
+    assert with_whole_paths(parse(["train"]).config) == parse(["train"]).config
 
 
 def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (EngineConfig, {"activation_checkpointing": True, "compile": "on"}, "exclude each other; leave --compile on"),
         (RunConfig, {"seed": -1}, "seed -1"),
         (RunConfig, {"engine": EngineConfig(keep_every=201)}, "keep_every 201 is more than the run's 200 epochs"),
-        (KnnConfig, {"k": 0}, "k 0 must be at least 1"),
+        (KnnConfig, {"neighbors": 0}, "neighbors 0 must be at least 1"),
         (KnnConfig, {"vote_temperature": 0.0}, "vote_temperature 0.0 must be positive and finite"),
         (KnnConfig, {"vote_temperature": float("inf")}, "vote_temperature inf"),
         (KnnConfig, {"vote_temperature": float("nan")}, "vote_temperature nan"),

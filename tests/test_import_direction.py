@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "training": TRAINING,
     "evaluation": TRAINING | {"training", "recipes"},
     "reports": LEAVES | {"data", "recipes"},
+    "api": TRAINING | {"training", "evaluation", "reports", "recipes"},
     "reproduce": TRAINING | {"training", "evaluation", "reports", "recipes"},
     "cli": TRAINING | {"training", "evaluation", "reports", "recipes", "reproduce"},
     "__main__": {"cli"},
-    "__init__": {"config"},
+    "__init__": {"api", "config", "runs"},
 }
 OURS = {"mnclglf", "mnclglf_kernels", "tests", "oracles"}
 

@@ -24,6 +24,7 @@ OBJECTS = {
             "str": "library/stdtypes.html",
             "object": "library/functions.html",
             "type": "library/functions.html",
+            "os.PathLike": "library/os.html",
             "pathlib.Path": "library/pathlib.html",
             "collections.abc.Callable": "library/collections.abc.html",
             "collections.abc.Iterable": "library/collections.abc.html",

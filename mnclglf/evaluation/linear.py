@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mnclglf.config import LinearConfig
 from mnclglf.data.loader import Loader
 from mnclglf.evaluation.features import autocast, eval_mode
-from mnclglf.evaluation.lars import LARS
 from mnclglf.models.encoder import ResNet18
+from mnclglf.training.lars import LARS
 
 OPTIMIZER = {"momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.001}
 PROGRESS_LINES = 10  # of a whole training

@@ -15,11 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, LogisticConfig, RunConfig, require
-from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.images import ImageSet
 from mnclglf.data.loader import Loader
-from mnclglf.data.loaders import make_loader
-from mnclglf.data.splits import split_train, with_labels
+from mnclglf.data.splits import with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
 from mnclglf.evaluation.linear import OPTIMIZER, train_linear
@@ -31,10 +29,17 @@ from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
 from mnclglf.runs.console import say
 from mnclglf.runs.files import differences, read_config
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
-from mnclglf.training.backends import choose_backends
-from mnclglf.training.device import autocast_dtype, choose_device
-from mnclglf.training.run_directory import build_method, load_trained
-from mnclglf.training.step import keep_freed_memory, use_fast_math
+from mnclglf.training.start import (
+    Machine,
+    build_method,
+    choose_backends,
+    elsewhere,
+    load_run_data,
+    load_trained,
+    longest_side,
+    make_views,
+    start_machine,
+)
 
 LINEAR_VIEW = "linear_train"
 Evaluation = KnnConfig | LinearConfig | LogisticConfig
@@ -149,9 +154,16 @@ class EvalContext:
     """Mean [3] and deviation [3] that the run normalizes views with."""
     side: int
     """Side of a view in pixels."""
-    device: torch.device
-    dtype: torch.dtype
-    """Autocast's dtype."""
+    machine: Machine
+
+    @property
+    def device(self) -> torch.device:
+        return self.machine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns autocast's dtype."""
+        return self.machine.dtype
 
     @property
     def classes(self) -> int:
@@ -189,26 +201,14 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
     Raises:
         ValueError: they have no labels, or there are none to classify.
     """
-    # What the training was asked to do on its machine need not be possible on this one.
-    kernels = "off" if config.engine.kernels == "off" else "auto"
-    engine = replace(config.engine, device=evaluation.device, graphs="auto", lookup="auto", kernels=kernels)
-    device = choose_device(engine)
-    dtype = autocast_dtype(engine, device)
-    if device.type == "cuda":
-        use_fast_math(engine, dtype)
-    elif engine.keep_memory:
-        keep_freed_memory()
-    train, test = load_dataset(
-        config.dataset,
-        evaluation.data_dir or config.data.data_dir,
-        download=config.data.download,
-        skip_corrupt=config.data.skip_corrupt,
-    )
+    engine = elsewhere(config.engine, evaluation.device)
+    machine = start_machine(engine)
+    data = load_run_data(config, evaluation.data_dir)
+    train, test = data.train, data.test
     require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
-    train, held_out = split_train(train, config.data)
     if evaluation.split == "validation":
-        require(len(held_out) > 0, f"{run} held no images out; train with --validation-images N to have some")
-        test = held_out
+        require(len(data.validation) > 0, f"{run} held no images out; train with --validation-images N to have some")
+        test = data.validation
     if test is None:
         raise ValueError(
             f"{train.name} has no test images; give the folder subfolders train and val, or train with "
@@ -221,9 +221,8 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         labeled=with_labels(train, evaluation.label_share, seed=config.seed),
         test=test,
         statistics=train.statistics(),
-        side=view_side(train, config.data.image_size),
-        device=device,
-        dtype=dtype,
+        side=data.side,
+        machine=machine,
     )
 
 
@@ -366,22 +365,18 @@ def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
 
 def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunConfig) -> Loader:
     labeled = context.labeled
-    source = int(max(sides.max() for sides in labeled.sizes(np.arange(len(labeled)))))
     backends = choose_backends(
-        config, source, context.side, context.dtype, context.device, context.console, operators=["augment"]
+        config, longest_side(labeled), context.side, context.machine, context.console, operators=["augment"]
     )
-    return make_loader(
+    return make_views(
+        config,
         labeled,
         view_of(LINEAR_VIEW, config.dataset),
+        context.machine,
         views=1,
         side=context.side,
         batch_size=batch_size(context, evaluation),
-        seed=config.seed,
-        dtype=context.dtype,
-        device=context.device,
-        backend=config.data.loader,
         augment_backend=backends.augment,
-        threads=config.data.loader_threads,
         statistics=context.statistics,
     )
 

@@ -1,4 +1,4 @@
-"""The pre-training methods: one file each, one line each in METHODS."""
+"""The pre-training methods: one file each, named as the method is, and one row each in METHODS."""
 
 from mnclglf.config import MethodName
 from mnclglf.methods.base import Losses, Method
@@ -24,17 +24,4 @@ METHODS: dict[MethodName, type[Method]] = {
     "fast_moco": FastMoCo,
 }
 
-__all__ = [
-    "BYOL",
-    "METHODS",
-    "MNCLGLF",
-    "NNCLR",
-    "FastMoCo",
-    "Losses",
-    "MNCLGLFOfficial",
-    "Method",
-    "MoCoV2",
-    "SimCLR",
-    "SimSiam",
-    "Supervised",
-]
+__all__ = ["METHODS", "Losses", "Method"]

@@ -1,4 +1,4 @@
-"""What a pre-training method is to the engine."""
+"""The contract between a pre-training method and the training loop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.encoder import ResNet18
+from mnclglf.models.feature_queue import FeatureQueue
+from mnclglf.models.momentum import update_momentum
 from mnclglf_kernels import Backend, Backends
 from mnclglf_kernels.operators import OperatorName
 
 
 class Losses(NamedTuple):
-    """What a forward gives: the loss, its named terms, and what `after_step` and the health figures need.
+    """Result of a forward: the loss, its named terms, and the tensors that `after_step` and the health figures need.
 
     N images, F feature width, D embedding width.
     """
@@ -29,19 +31,25 @@ class Losses(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """A pre-training method: networks, a forward to losses, and what follows the optimizer step.
+    """A pre-training method: networks, a forward to losses, and an update after the optimizer step.
 
     Attributes:
-        views: how many views of an image `forward` takes.
+        views: number of views per image that `forward` takes.
         labelled: whether `forward` needs the images' labels.
-        operators: of mnclglf_kernels, that its step calls.
-        encoder: f_o, what is kept after pre-training.
-        backends: implementation of each operator; may be set before the first step.
+        operators: names of the operators of mnclglf_kernels that a step calls.
+        encoder: f_o, the online encoder, which is evaluated and exported after pre-training.
+        projector: g_o, where `build` makes one.
+        momentum: f_m and g_m, the momentum network (BYOL's target network), where `build` makes one.
+        queue: Q, the feature queue, where `build` makes one.
+        backends: backend of each operator; may be set before the first step.
     """
 
     views: int
     labelled: bool = False
     operators: tuple[OperatorName, ...] = ()
+    projector: nn.Module
+    momentum: nn.Module
+    queue: FeatureQueue
 
     def __init__(
         self,
@@ -51,13 +59,13 @@ class Method(nn.Module, ABC):
         queue_dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
     ) -> None:
-        """Makes the encoder, and what the method's `build` adds.
+        """Makes the encoder, then the networks of the method's `build`.
 
         Args:
             model: encoder and heads.
             objective: settings of the loss.
-            queue_dtype: storage of the queue's rows, where there is one.
-            backend: implementation of the operators, see mnclglf_kernels.resolve.
+            queue_dtype: storage of the queue's rows, where there is a queue.
+            backend: backend of all operators, see mnclglf_kernels.resolve.
         """
         super().__init__()
         self.objective = objective
@@ -71,27 +79,36 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        """Losses of one batch.
+        """Returns the losses of one batch.
 
         Args:
             views: [N, 3, H, W] each, row n of all of the same image.
             labels: [N] int64, of a labelled method.
         """
 
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, should_update: Tensor) -> None:
         """Updates momentum network and queue, where there are any, after the optimizer step.
 
+        The momentum network follows encoder and projector; the queue takes in the first N of `losses.keys`. A method
+        with other networks overrides this.
+
         Args:
-            losses: what `forward` gave.
+            losses: result of `forward`.
             indices: [N] rows of the run's training images.
             momentum: m at this step.
-            keep: bool, 0-D; where false nothing may change.
+            should_update: bool, 0-D; where false nothing may change.
         """
+        # hasattr, as `build` assigns modules: a class attribute of None would hide them from nn.Module.
+        if hasattr(self, "momentum"):
+            update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, should_update)
+        if hasattr(self, "queue"):
+            assert losses.keys is not None, "a method with a queue gives the keys that it takes in"
+            self.queue.push(losses.keys[: len(indices)], indices, should_update, self.backends.enqueue)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates."""
+        """Returns the parameters that the optimizer updates."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def queue_fill(self) -> float | None:
-        """Share of the queue's rows that hold an embedding; None without a queue. Waits for the device."""
-        return None
+        """Returns the fraction of the queue's rows that hold an embedding; None without a queue. Syncs the host."""
+        return self.queue.fill().item() if hasattr(self, "queue") else None

@@ -1,7 +1,7 @@
 """BYOL: bootstrap your own latent (Grill et al. 2020).
 
     p1, p2 = q(g_o(f_o(x1))), q(g_o(f_o(x2)))        online network: encoder, projector, predictor
-    z1, z2 = g_m(f_m(x1)), g_m(f_m(x2))              momentum (their target) network: encoder, projector; no gradient
+    z1, z2 = g_m(f_m(x1)), g_m(f_m(x2))              momentum (target) network: encoder, projector; no gradient
     D(p, z) = mean over images of -cos(p, z)         their equation 2 is |p / |p| - z / |z||^2 = 2 + 2 D
     loss = (D(p1, z2) + D(p2, z1)) / 2
     theta_m <- m theta_m + (1 - m) theta_o           equation 1, after the optimizer step
@@ -22,7 +22,7 @@ from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.losses import negative_cosine
-from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf.models.momentum import momentum_copy
 
 
 class BYOL(Method):
@@ -47,6 +47,3 @@ class BYOL(Method):
             terms={"loss_p1_z2": p1_z2, "loss_p2_z1": p2_z1},
             features=f1.detach(),
         )
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)

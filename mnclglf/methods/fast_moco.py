@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import predictor, projector
-from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf.models.momentum import momentum_copy
 from mnclglf_kernels import combine, contrastive_losses, divide
 
 
@@ -55,6 +55,3 @@ class FastMoCo(Method):
             terms={"loss_c1_z2": c1_z2, "loss_c2_z1": c2_z1},
             features=f1.detach().unflatten(0, (4, -1)).mean(dim=0),  # of an image's patches
         )
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)

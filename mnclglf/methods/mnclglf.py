@@ -8,9 +8,11 @@
     loss_s = (L(c1, p3) + L(c3, p1)) / 2
     loss_m = (L(n1, p2) + L(n2, p1)) / 2
     loss = loss_s + lambda loss_m                     equation 7
+    theta_m <- m theta_m + (1 - m) theta_o            after the optimizer step
+    z1 is enqueued                                    as it was before the lookup
 
 Letters: N images, F feature width, D embedding width, S = C(4, k) subsets.
-docs/method.md has what the paper leaves open.
+docs/reference/algorithm.md says how the points that the paper leaves open are decided.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf.models.momentum import momentum_copy
 from mnclglf_kernels import combine, contrastive_losses, divide
 
 
@@ -43,13 +45,13 @@ class MNCLGLF(Method):
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2, x3 = views
-        # The online forwards come first: autocast keeps the weight casts of the first use, which must carry gradients.
+        # The online forwards come first: autocast caches a weight's cast at its first use, which must carry gradients.
         f1, f2, f3 = self.encoder(x1), self.encoder(x2), self.encoder(x3)  # [N, F]; batch statistics are per view
         p1, p2, p3 = (self.predictor(self.projector(f)) for f in (f1, f2, f3))  # [N, D]
 
         with torch.no_grad():
             z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
-            keys = torch.cat([z1, z2])
+            keys = torch.cat([z1, z2])  # one lookup for both; z1 comes first, as the queue takes in the first N
             neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
@@ -65,28 +67,19 @@ class MNCLGLF(Method):
             neighbors=sources[: len(z1)],
         )
 
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
-        assert losses.keys is not None
-        z1 = losses.keys[: len(indices)]  # as it was before the lookup
-        self.queue.push(z1, indices, keep, self.backends.enqueue)
-
     def stop_gradient_network(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
-        """c1, c3: the online weights (equations 5, 6) on combined patches, leaving the online running statistics."""
+        """Returns c1, c3: online weights (equations 5, 6) on combined patches; no online running statistic changes."""
         with batch_statistics_only(self.encoder, self.projector):
             y1, y3 = (divide(x, backend=self.backends.divide) for x in (x1, x3))  # [4N, C, H/2, W/2]
             f1, f3 = self.encoder(y1), self.encoder(y3)  # [4N, F]
             v1, v3 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f3))  # [S * N, F]
             c1, c3 = self.projector(v1), self.projector(v3)
-        if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once a step
+        if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once per step
             subsets = len(c1) // len(x1)
             drawn = torch.randint(subsets, (1,), device=c1.device)
             c1, c3 = (c.unflatten(0, (subsets, -1)).index_select(0, drawn).flatten(0, 1) for c in (c1, c3))
         return c1, c3
 
-    def queue_fill(self) -> float | None:
-        return self.queue.fill().item()
-
     def contrast(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow."""
+        """Returns L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow."""
         return contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)

@@ -35,7 +35,6 @@ from mnclglf.models.batch_norm import batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf.models.momentum import update_momentum
 from mnclglf_kernels import combine, contrastive_losses, divide, nt_xent
 
 
@@ -61,7 +60,7 @@ class MNCLGLFOfficial(Method):
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         x1, x2, x3 = views
-        # Running statistics depend on this order. Autocast keeps the weight casts of the first use, which must carry
+        # Running statistics depend on this order. Autocast caches a weight's cast at its first use, which must carry
         # gradients.
         f1 = self.encoder(x1)  # [N, F]; batch statistics are per view
         p1 = self.predictor(self.projector(f1))  # [N, D]
@@ -72,7 +71,7 @@ class MNCLGLFOfficial(Method):
         with torch.no_grad():
             loss_s = self.local_loss(x1, x2, p1.detach(), p2)
             z1, z3 = self.momentum(x1), self.momentum(x3)  # [N, D]
-            keys = torch.cat([z3, z1])
+            keys = torch.cat([z3, z1])  # the queue takes in the first N: z3
             neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n3, n1 = neighbors.chunk(2)
 
@@ -88,7 +87,7 @@ class MNCLGLFOfficial(Method):
         )
 
     def local_loss(self, x1: Tensor, x2: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
-        """loss_s: each view's predictions against every combination of the other view's patches."""
+        """Returns loss_s: each view's predictions against every combination of the other view's patches."""
         y1, y2 = (divide(x, backend=self.backends.divide) for x in (x1, x2))  # [4N, 3, H/2, W/2]
         f1, f2 = self.encoder(y1), self.encoder(y2)  # [4N, F]
         v1, v2 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2))  # [S * N, F]
@@ -96,12 +95,3 @@ class MNCLGLFOfficial(Method):
         pairs = [(p, candidates) for p, c in ((p2, c1), (p1, c2)) for candidates in c.split(len(p))]
         losses = contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)
         return torch.stack(losses).mean()
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
-        assert losses.keys is not None
-        z3 = losses.keys[: len(indices)]
-        self.queue.push(z3, indices, keep, self.backends.enqueue)
-
-    def queue_fill(self) -> float | None:
-        return self.queue.fill().item()

@@ -10,7 +10,7 @@
 Letters: N images, F feature width, D embedding width, K queue rows.
 MoCo moves the momentum network before a forward, we after the optimizer step: the same weights meet each batch, since
 both networks start alike. The projector is the paper's, as in every method here. MoCo's shuffled batch norm swaps
-images among GPUs, and has nothing to swap on one: q and k are normalised by the statistics of their own view.
+images among GPUs, and has nothing to swap on one: q and k are normalized by the statistics of their own view.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import projector
-from mnclglf.models.momentum import momentum_copy, update_momentum
+from mnclglf.models.momentum import momentum_copy
 from mnclglf_kernels import queue_contrastive_loss
 
 
@@ -49,11 +49,3 @@ class MoCoV2(Method):
             q, k, self.queue.rows, self.objective.temperature, backend=self.backends.queue_contrastive_loss
         )
         return Losses(total=loss, terms={"info_nce": loss}, features=f1.detach(), keys=k)
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, keep)
-        assert losses.keys is not None
-        self.queue.push(losses.keys, indices, keep, self.backends.enqueue)
-
-    def queue_fill(self) -> float | None:
-        return self.queue.fill().item()

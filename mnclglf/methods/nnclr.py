@@ -41,7 +41,7 @@ class NNCLR(Method):
         f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view
         z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
         p1, p2 = self.predictor(z1), self.predictor(z2)  # [N, D]
-        keys = torch.cat([z1, z2]).detach()
+        keys = torch.cat([z1, z2]).detach()  # the queue takes in the first N: z1
         neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
         n1, n2 = neighbors.chunk(2)
         n1_p2, n2_p1 = contrastive_losses(
@@ -54,11 +54,3 @@ class NNCLR(Method):
             keys=keys,
             neighbors=sources[: len(z1)],
         )
-
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, keep: Tensor) -> None:
-        assert losses.keys is not None
-        z1 = losses.keys[: len(indices)]
-        self.queue.push(z1, indices, keep, self.backends.enqueue)
-
-    def queue_fill(self) -> float | None:
-        return self.queue.fill().item()

@@ -1,4 +1,4 @@
-"""Supervised training, which the others are compared with (the paper's Table 3).
+"""Supervised training, the baseline of the paper's Table 3.
 
     logits = W f(x) + b                               encoder, linear classifier; one view
     loss = mean over images i of -log exp(logits_i,y) / sum over c of exp(logits_i,c), y the label of image i

@@ -1,4 +1,4 @@
-"""Batch normalisation as self-supervised training needs it."""
+"""Batch normalization as self-supervised training needs it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Every batch normalisation in `module`."""
+    """Returns every batch normalization in `module`."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
 
 
 def without_batch_counters(module: nn.Module) -> None:
-    """Drops num_batches_tracked, which only a momentum of None reads: 20 kernels a ResNet-18 forward otherwise."""
+    """Drops num_batches_tracked, which only a momentum of None reads: it costs 20 kernels per ResNet-18 forward."""
     for layer in batch_norms(module):
         layer.num_batches_tracked = None
 
 
 @contextmanager
 def batch_statistics_only(*modules: nn.Module) -> Generator[None]:
-    """Within, forwards in train mode normalise by their batch and leave the running statistics as they are."""
+    """Context in which forwards in train mode normalize by their batch and leave the running statistics alone."""
     layers = [layer for module in modules for layer in batch_norms(module)]
     for layer in layers:
         layer.track_running_stats = False
@@ -35,7 +35,9 @@ def batch_statistics_only(*modules: nn.Module) -> Generator[None]:
 
 @contextmanager
 def running_statistics_kept(module: nn.Module) -> Generator[None]:
-    """Within, forwards in train mode do all that they do, but the running statistics take nothing from their batch."""
+    """Context in which forwards in train mode write running statistics that take nothing from their batch.
+
+    By a momentum of 0, so that the kernels of a forward stay those of training."""
     layers = batch_norms(module)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al. 2016) of torchvision's blocks, with a stem and a width to choose."""
+"""ResNet-18 (He et al. 2016) of torchvision's blocks, with a choice of stem and width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnclglf.models.batch_norm import without_batch_counters
 
 
 class ResNet18(nn.Module):
-    """[N, 3, H, W] images to [N, 8 * width] features. Parameters are named as torchvision names them.
+    """Encoder from [N, 3, H, W] images to [N, 8 * width] features; parameters have torchvision's names.
 
     Args:
         stem: "cifar" is a 3 x 3 convolution of stride 1 without max-pool; "imagenet" the 7 x 7 of stride 2 with it.
@@ -51,7 +51,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         convolution = conv1x1(inputs, outputs, stride) if inputs >= 8 else NarrowShortcut(inputs, outputs, stride)
         shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
     first = BasicBlock(inputs, outputs, stride, shortcut)
-    if stride != 1:  # without drawing numbers: a seed's weights stay what they are
+    if stride != 1:  # skip_init draws no random numbers, so that a seed gives the same weights as plain BasicBlocks
         place = first.conv1.weight.device
         convolution = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
         first.conv1 = cast(StridedConv2d, convolution)
@@ -59,7 +59,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class NarrowShortcut(nn.Conv2d):
-    """A strided 1 x 1 convolution of fewer than 8 channels, as a dense one of the pixels that the stride leaves.
+    """Strided 1 x 1 convolution of fewer than 8 channels, computed as a dense one of the pixels that the stride leaves.
 
     PyTorch 2.14's own backward of it corrupts the heap on a CPU with AVX2 and no AVX-512 (fp32, channels_last, one
     thread; found with glibc's MALLOC_CHECK_=3). From 8 channels on it is sound.
@@ -74,9 +74,9 @@ class NarrowShortcut(nn.Conv2d):
 
 
 class StridedConv2d(nn.Conv2d):
-    """A 3 x 3 convolution that takes an image of one pixel by its middle tap, as the others only meet padding.
+    """3 x 3 convolution that uses only its middle tap on an image of one pixel, as the other taps meet padding.
 
-    On a CPU in bf16, PyTorch 2.14 leaves those taps' gradients, which are 0, as it found the memory.
+    On a CPU in bf16, PyTorch 2.14 leaves the gradients of those taps, which are 0, as uninitialized memory.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from mnclglf.models.batch_norm import without_batch_counters
 
 
 def projector(features: int, width: int) -> nn.Sequential:
-    """g: [N, features] to [N, width], three layers with batch norm after each, ReLU after the first two.
+    """Returns g: [N, features] to [N, width], three layers with batch norm after each, ReLU after the first two.
 
     The linear layers have no bias: the batch norm after them would subtract it.
     """
@@ -27,7 +27,7 @@ def projector(features: int, width: int) -> nn.Sequential:
 
 
 def predictor(width: int, hidden: int) -> nn.Sequential:
-    """q: [N, width] to [N, width] through `hidden`, with batch norm and ReLU between the two layers."""
+    """Returns q: [N, width] to [N, width] through `hidden`, with batch norm and ReLU between the two layers."""
     head = nn.Sequential(
         nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width)
     )

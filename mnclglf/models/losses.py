@@ -1,4 +1,4 @@
-"""Losses that are no operators of their own, in PyTorch."""
+"""Losses in plain PyTorch, which need no operator of their own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative cosine similarity of [N, D] predictions and [N, D] targets, row by row: from -1 to 1.
+    """Returns the mean negative cosine similarity of [N, D] predictions and [N, D] targets, row by
+    row: from -1 to 1.
 
-    Rows are L2-normalised with F.normalize's semantics. Computed in fp32 (fp64 for fp64) also under autocast; the
+    Rows are L2-normalized with F.normalize's semantics. Computed in fp32 (fp64 for fp64) also under autocast; the
     gradient reaches every side that asks for one. BYOL's squared distance of unit vectors (Grill et al. 2020, equation
     2) is 2 more than twice this.
     """
@@ -21,11 +22,11 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """[M, D] rows over max(norm, 1e-12), in fp32 (fp64 for fp64)."""
+    """Returns [M, D] rows over max(norm, 1e-12), in fp32 (fp64 for fp64)."""
     return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)))
 
 
 def full_precision(rows: Tensor) -> AbstractContextManager[object]:
-    """Within, products are not autocast. The meta device, on which a step is counted, has no autocast to switch off."""
+    """Context without autocast. The meta device, on which a step is counted, has no autocast to switch off."""
     device = rows.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,4 +1,4 @@
-"""The momentum network: a copy whose weights follow the online network's as a moving average."""
+"""The momentum (target) network: a copy whose weights are a moving average of the online network's."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor, nn
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` with the same weights and its own batch-norm statistics, that no gradient reaches."""
+    """Returns a copy of `module` without gradients, with the same weights and batch-norm statistics of its own."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
-def update_momentum(follower: nn.Module, online: nn.Module, momentum: float, keep: Tensor) -> None:
-    """theta_m <- m theta_m + (1 - m) theta_o over all parameters (Algorithm 1); buffers stay each network's own.
+def update_momentum(target: nn.Module, online: nn.Module, momentum: float, should_update: Tensor) -> None:
+    """Sets theta_m to m theta_m + (1 - m) theta_o over all parameters (Algorithm 1); buffers stay each network's own.
 
-    In one multi-tensor kernel, which reads `keep` on the device: PyTorch's fused SGD on |theta_m - theta_o|^2 / 2 with
-    learning rate 1 - m. The gradient is theta_m, as its weight decay of 1, less theta_o, as a gradient to climb.
+    EMA as one fused SGD step: parameter theta_m, gradient theta_o, maximize, weight_decay 1, lr 1 - m; found_inf skips
+    it. That is one multi-tensor kernel for all parameters, which reads `should_update` on the device: no host sync.
 
     Args:
-        follower: the momentum network.
-        online: the network it follows, of the same shape.
+        target: the momentum network.
+        online: the online network, of the same shape.
         momentum: m.
-        keep: bool, 0-D on the device; where false nothing changes.
+        should_update: bool, 0-D on the device; where false nothing changes.
     """
     torch._fused_sgd_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        [*follower.parameters()],
-        [*online.parameters()],
+        [*target.parameters()],  # theta_m
+        [*online.parameters()],  # theta_o in the gradient's place
         [],
         weight_decay=1.0,
         momentum=0.0,
@@ -37,5 +37,5 @@ def update_momentum(follower: nn.Module, online: nn.Module, momentum: float, kee
         nesterov=False,
         maximize=True,
         is_first_step=False,
-        found_inf=(~keep).float(),
+        found_inf=(~should_update).float(),
     )

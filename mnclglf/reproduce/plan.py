@@ -171,7 +171,8 @@ def evaluation_of(
 ) -> KnnConfig | LinearConfig | LogisticConfig:
     """Returns the evaluation whose results have these settings."""
     if protocol == "knn":
-        return KnnConfig(neighbors=settings["k"], vote_temperature=settings["temperature"], checkpoint=checkpoint)
+        names = {"k": "neighbors", "temperature": "vote_temperature"}
+        return KnnConfig(checkpoint=checkpoint, **{names[name]: value for name, value in settings.items()})
     if protocol == "linear":
         return LinearConfig(**settings, checkpoint=checkpoint)
     return LogisticConfig(checkpoint=checkpoint)

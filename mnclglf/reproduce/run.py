@@ -45,10 +45,11 @@ from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
 from mnclglf.runs.console import say
 from mnclglf.runs.files import read_config
-from mnclglf.training.device import autocast_dtype, choose_device
-from mnclglf.training.loop import StopRequest, Trainer, TrainingError
+from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
 from mnclglf.training.schedule import Schedule
+from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.stop import StopRequest
 from mnclglf_kernels.backend import HAS_TRITON
 
 PROGRAM = (sys.executable, "-m", "mnclglf")

@@ -104,7 +104,8 @@ def _result(entry: dict[str, Any], former: bool) -> Result:
         raise TypeError(f"protocol {protocol!r} and settings {settings!r} are not a name and an object")
     if former:
         protocol = FORMER_PROTOCOLS.get(protocol, protocol)
-    return Result(**{**entry, "protocol": cast(Protocol, protocol), "settings": settings})
+    values: dict[str, Any] = {**entry, "protocol": protocol, "settings": settings}
+    return Result(**values)
 
 
 def _is_finite(value: object) -> bool:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import RunConfig, to_dict
-from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import Pixels, view_side
-from mnclglf.data.loader import Batch, Loader, batch_indices
-from mnclglf.data.loaders import make_loader
-from mnclglf.data.splits import split_train
-from mnclglf.data.views import whole_views
+from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import Losses
 from mnclglf.runs.checkpoint import (
     CheckpointError,
@@ -33,17 +24,17 @@ from mnclglf.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mnclglf.runs.environment import describe_environment
-from mnclglf.runs.files import write_atomically, write_json
-from mnclglf.training.backends import choose_backends, describe_backends
-from mnclglf.training.compiling import choose_compile, or_eager
-from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.runs.console import say
+from mnclglf.runs.files import write_json
+from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.training.progress import RunLog, duration
-from mnclglf.training.run_directory import build_method, check_queue, with_classes
 from mnclglf.training.schedule import Schedule
-from mnclglf.training.step import TrainStep, keep_freed_memory, share_casts, use_fast_math
+from mnclglf.training.speedups import or_eager, share_casts
+from mnclglf.training.start import start_training
+from mnclglf.training.step import TrainStep
+from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
     WARM_UP_STEPS,
     Speed,
@@ -53,38 +44,10 @@ from mnclglf.training.timing import (
     peak_memory_bytes,
     speed_of,
 )
-from mnclglf_kernels.backend import HAS_TRITON
-
-PICTURED_IMAGES = 6  # in the report
-GPU_GIB = 24  # of an RTX 3090, for runs on a CPU
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what can be done."""
-
-
-class StopRequest:
-    """Catches SIGINT and SIGTERM while it is entered; a second signal ends the process as it always would."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self.earlier: dict[int, Any] = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._put_back()
 
 
 class Trainer:
@@ -93,78 +56,87 @@ class Trainer:
     Args:
         config: the run.
         out: run directory; made where it is missing.
-        resume: "auto" goes on from the newest checkpoint of `out`, "never" refuses one, a path names another.
+        resume: "auto" resumes from the newest checkpoint of `out`, "never" refuses one, a path names another.
         console: where progress goes.
     """
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
-        check_queue(config)
-        self.out, self.console = out, console or Console()
+        self.out = out
+        self.console = console or Console()
         self.checkpoints = out / "checkpoints"
-        self.device = choose_device(config.engine)
+        # Read before anything is made: a damaged checkpoint must not cost a minute first.
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
-        self.dtype = autocast_dtype(config.engine, self.device)
-        if self.device.type == "cuda":
-            use_fast_math(config.engine, self.dtype)
-        elif config.engine.keep_memory:
-            keep_freed_memory()
-        train_images, _ = load_dataset(
-            config.dataset, config.data.data_dir, download=config.data.download, skip_corrupt=config.data.skip_corrupt
-        )
-        self.images, _ = split_train(train_images, config.data)
-        self.config = config = with_classes(config, self.images)
+
+        self.started = start_training(config, self.console, loader=None if saved is None else saved.get("loader"))
+        self.config = self.started.config
+        self.device = self.started.machine.device
+        self.dtype = self.started.machine.dtype
+        self.images = self.started.data.train
+        self.side = self.started.data.side
+        self.method = self.started.method
+        self.loader = self.started.loader
+        self.compile = self.started.compile
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.fingerprint = self.images.fingerprint()
-        self.side = view_side(self.images, config.data.image_size)
-        self.method = build_method(config, self.dtype).to(self.device).train()
-        source = int(max(sides.max() for sides in self.images.sizes(np.arange(len(self.images)))))
-        self.method.backends = choose_backends(config, source, self.side, self.dtype, self.device, self.console)
-        self.loader = self._make_loader(saved)
-        self.schedule = Schedule.of(config, self.loader.steps_per_epoch)
-        self.compile = choose_compile(config.engine, self.device, self._say)
+        self.schedule = Schedule.of(self.config, self.loader.steps_per_epoch)
         self.step = TrainStep(
-            self.method, config.optim, config.engine, self.dtype, compile=self.compile, labels=self.labels
+            self.method, self.config.optim, self.config.engine, self.dtype, compile=self.compile, labels=self.labels
         )
-        if self.compile != "off":
+        if self.compile != "off":  # a compiler that fails costs speed, not the run
             self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
-        self.least_seconds: float | None = None
+        self.least_seconds: float | None = None  # the roofline step time, once it is known
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:
-        """Trains to the end, or to SIGINT or SIGTERM, whose number it gives; a checkpoint holds the state either way.
+        """Trains to the end, or to SIGINT or SIGTERM; a checkpoint holds the state either way.
+
+        Returns:
+            The signal's number; None at the end.
 
         Raises:
             TrainingError: a loss, gradient or embedding was not finite.
             CheckpointError: a checkpoint could not be written.
         """
-        self._describe()
-        total, began = self.schedule.total_steps, time.perf_counter()
+        self._open()
+        total = self.schedule.total_steps
+        began = time.perf_counter()
         waiting, clock = Waiting(), StepClock(self.device)
         stopped: int | None = None
         with StopRequest() as stop, RunLog(self.out, start=self.start, total=total, console=self.console) as log:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
+                # Rates are closed forms of the step, so that a resumed run needs no schedule state.
                 lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum(step)
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
-                clock.stop(wait)
+                clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
+
+                # The first step compiles: wait for it once, so that a failure shows now and its time is not a step's.
                 if done == self.start + 1 and self.compile != "off":
                     self._check()
                     self._say(f"compiled in {time.perf_counter() - began:.0f} s")
+
+                # After the warm-up a step takes as long as all the others will.
                 if done == self.start + WARM_UP_STEPS + 1:
-                    self._check()  # waits for the device, as every figure below does
+                    self._check()
                     self._say(f"estimated time: {duration(clock.times()[-1] * (total - self.start))}")
                     forget_peak_memory(self.device)
                     clock.restart()
+
+                # Log: every figure is read from the device, so a step that logs waits for it. Others do not.
                 if done % self.config.engine.log_every == 0 or done == total:
                     self._check()
                     log.write(self._record(done, losses, gradient_norm, batch) | self._speed(clock))
                     clock.restart()
+
+                # Checkpoint: only of a state that was found finite, hence the check before it.
                 stopped = stop.signal  # read once: a signal may come at any moment
                 if self._save_due(done) or stopped:
                     self._check()
                     self._save(done)
                     clock.restart()
+
+                # Stop: after the checkpoint, so that the same command resumes from here.
                 if stopped:
                     break
         if waiting.first:
@@ -176,27 +148,23 @@ class Trainer:
             self._save(total)
         return None
 
-    def _make_loader(self, saved: dict[str, Any] | None) -> Loader:
-        """The loader; a run that goes on with "auto" takes the one that it had, whose views are the same to the bit."""
-        backend = self.config.data.loader
-        if backend == "auto" and saved is not None:
-            backend = saved.get("loader", backend)
-        return make_loader(
-            self.images,
-            self.config.view,
-            views=self.method.views,
-            side=self.side,
-            batch_size=self.config.optim.batch_size,
-            seed=self.config.seed,
-            dtype=self.dtype,
-            device=self.device,
-            backend=backend,
-            augment_backend=self.method.backends.augment,
-            threads=self.config.data.loader_threads,
-        )
+    def _open(self) -> None:
+        """Writes the run's files and prints what was decided, before the first step."""
+        for left_over in self.checkpoints.glob(".step-*.tmp"):  # from a process that was killed while it saved
+            left_over.unlink()
+        write_run_files(self.started, self.out)
+        self._say(self.started.describe())
+        total = self.schedule.total_steps
+        if self.start:
+            self._say(f"resuming after step {self.start} of {total}")
+        if self.start < total:
+            with torch.random.fork_rng():  # the run's random numbers do not depend on what is estimated here
+                self.least_seconds = describe_limits(self.config, self.side, self.started.machine, self._say)
+            if self.compile != "off":
+                self._say("compiling the forward, which takes minutes ...")
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> int:
-        """Takes what a checkpoint holds; gives the steps it has behind it."""
+        """Restores the state of a checkpoint; returns the number of steps behind it."""
         later = [path for step, path in list_checkpoints(self.checkpoints) if step > state["step"]]
         if later:
             raise CheckpointError(
@@ -222,12 +190,17 @@ class Trainer:
         return state["step"]
 
     def _save_due(self, done: int) -> bool:
-        config, epoch = self.config.engine, self.schedule.steps_per_epoch
+        """Returns whether a checkpoint or a milestone is due after `done` steps."""
+        config = self.config.engine
+        epoch = self.schedule.steps_per_epoch
         milestone = config.keep_every is not None and done % (config.keep_every * epoch) == 0
         return milestone or done % max(1, round(config.save_every * epoch)) == 0 or done == self.schedule.total_steps
 
     def _save(self, done: int) -> None:
-        cuda, method = self.device.type == "cuda", self.method.state_dict()
+        """Writes the checkpoint after `done` steps, then deletes those that need not be kept."""
+        cuda = self.device.type == "cuda"
+        method = self.method.state_dict()
+        # The guard keeps a step that is not finite out of the state; this look catches what the guard cannot see.
         broken = [name for name, value in method.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise TrainingError(
@@ -255,7 +228,7 @@ class Trainer:
         )
 
     def _check(self) -> None:
-        """Raises TrainingError if a step since the last check was not finite."""
+        """Waits for the device. Raises TrainingError if a step since the last check was not finite."""
         try:
             self.step.guard.raise_if_failed()
         except NonFiniteError as error:
@@ -270,7 +243,7 @@ class Trainer:
             ) from error
 
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
-        """The figures of the step just done, as plain numbers."""
+        """Returns the figures of the step just done, as plain numbers. Each of them waits for the device."""
         agreement = None
         if losses.neighbors is not None and self.images.labeled:
             agreement = neighbor_agreement(losses.neighbors, batch.indices, self.labels)
@@ -289,7 +262,7 @@ class Trainer:
         }
 
     def _speed(self, clock: StepClock) -> dict[str, Any]:
-        """Speed of the steps since the last record, which are none while the run warms up; memory; waiting."""
+        """Returns speed since the last record (none while the run warms up), memory and the wait for data."""
         waited, seconds = clock.take()
         speed = speed_of(seconds, self.config.optim.batch_size)
         figures = (
@@ -299,20 +272,22 @@ class Trainer:
         return {
             **figures,
             "data_wait_seconds": round(waited, 4),
-            "limit_share": None if speed is None or least is None else round(least / speed.step_seconds, 4),
+            "roofline_fraction": None if speed is None or least is None else round(least / speed.step_seconds, 4),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
     def _say_speed(self, clock: StepClock) -> None:
+        """Prints throughput and the percentage of the roofline, over all steps after the warm-up."""
         speed = speed_of(clock.all, self.config.optim.batch_size)
         if speed is None:
             return
         text = (
-            f"{speed.images_per_second:,.0f} images/s (slowest tenth of the steps {speed.images_per_second_p10:,.0f}, "
-            f"fastest {speed.images_per_second_p90:,.0f}), {speed.step_seconds:.3f} s a step, without the warm-up"
+            f"throughput: {speed.images_per_second:,.0f} images/s (slowest tenth of the steps "
+            f"{speed.images_per_second_p10:,.0f}, fastest {speed.images_per_second_p90:,.0f}), "
+            f"{speed.step_seconds:.3f} s per step, without the warm-up"
         )
         if self.least_seconds is not None:
-            text += f": {self.least_seconds / speed.step_seconds:.0%} of this machine's limit"
+            text += f"; {self.least_seconds / speed.step_seconds:.0%} of the roofline"
         self._say(f"{text}; peak memory {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
     def _stay_eager(self, why: str) -> None:
@@ -320,73 +295,4 @@ class Trainer:
         self._say(why)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def _describe(self) -> None:
-        """Writes config.json, environment.json and the report's views; prints what was chosen and how long it takes."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed while it saved
-            left_over.unlink()
-        loader, dtype = self.loader.name, str(self.dtype).removeprefix("torch.")
-        kernels = describe_backends(self.method.backends)
-        chosen = {
-            "precision": dtype,
-            "loader": loader,
-            "kernels": kernels,
-            "image_side": self.side,
-            "mean": self.loader.mean.tolist(),
-            "std": self.loader.std.tolist(),
-        }
-        write_json(self.out / "config.json", to_dict(self.config))
-        write_json(self.out / "environment.json", describe_environment(self.device, chosen))
-        pictured = np.linspace(0, len(self.images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: sets come sorted
-        views = np.stack([view.cpu().numpy() for view in self.loader.render(pictured, epoch=0)])
-        mean, std = self.loader.mean, self.loader.std
-        images = originals(self.images.read(pictured), self.side)
-        write_atomically(
-            self.out / "views.npz", lambda file: np.savez(file, images=images, views=views, mean=mean, std=std)
-        )
-
-        say, total = self._say, self.schedule.total_steps
-        say(
-            f"{self.config.method} on {self.config.dataset}: {len(self.images):,} images of side {self.side}, "
-            f"{self.config.optim.epochs} epochs of {self.schedule.steps_per_epoch} steps, device {self.device}, "
-            f"{dtype}, loader {loader}, kernels {kernels}"
-        )
-        if self.start:
-            say(f"going on after step {self.start} of {total}")
-        if self.start < total:
-            with torch.random.fork_rng():  # the run's numbers do not depend on what is found out here
-                self._describe_limits()
-            if self.compile != "off":
-                say("compiling the forward, which takes minutes ...")
-
-    def _describe_limits(self) -> None:
-        """Prints how fast the step could be at most, and what fits in memory."""
-        if not HAS_TRITON:  # the counts are those of its kernels
-            return
-        from mnclglf.training.memory import largest_batch, step_memory
-        from mnclglf.training.roofline import least_seconds, peaks_of
-
-        config, cuda = self.config, self.device.type == "cuda"
-        peaks = peaks_of(self.device, self.dtype, tf32=config.engine.tf32)
-        self.least_seconds = least_seconds(config, self.side, self.dtype, peaks)
-        self._say(
-            f"a step takes at least {self.least_seconds:.3g} s: {peaks.name}, {peaks.flops / 1e12:.3g} TFLOP/s, "
-            f"{peaks.memory_bytes / 1e9:.3g} GB/s"
-        )
-        needed = step_memory(config, config.optim.batch_size, self.side, self.dtype)
-        available = torch.cuda.get_device_properties(self.device).total_memory if cuda else GPU_GIB * 2**30
-        fits = largest_batch(config, self.side, self.dtype, available)
-        self._say(
-            f"a step needs about {needed.total / 2**30:.2g} GiB, {needed.activations / 2**30:.2g} of it activations; "
-            f"the largest batch for {available / 2**30:.0f} GiB is about {fits:,}"
-        )
-
-
-def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
-    """Images for the report, [n, H, W, 3]: as they are where they have one size, else their middles, side x side."""
-    if isinstance(images, np.ndarray):
-        return images
-    pixels = whole_views(images, side, np.zeros(3, np.float32), np.ones(3, np.float32), torch.float32)
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        say(self.console, text)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mnclglf.config import RunConfig
 from mnclglf.methods import METHODS, Method
-from mnclglf.training.backends import sizes_of
+from mnclglf.training.start import sizes_of
 from mnclglf_kernels import Backends
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.operators import OPERATORS, Example

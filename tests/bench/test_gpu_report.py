@@ -8,20 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import gpu_report
-from bench.gpu_report import MARK, STAGES, Stage, main, markdown, report
-from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
-from mnclglf_kernels._triton import launch
-from mnclglf_kernels.sizes import Sizes
+from bench.gpu_report import MARK, main, markdown, report
+from bench.gpu_stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = RunConfig(
-    model=ModelConfig(width=4, projector_width=24, predictor_width=12),
-    objective=ObjectiveConfig(queue_size=20),
-    optim=OptimConfig(batch_size=6),
-)
 # What each injected stage does in its process.
 SCRIPTS = {
     "good": f"print('noise'); print({MARK!r} + '{{\"speed\": 3}}')",
@@ -125,40 +117,6 @@ def test_a_stage_runs_by_itself():
     assert {"python", "torch", "triton", "gpu", "compiler"} <= set(figures)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stages that are a GPU's, on the CPU with interpreted kernels and small sizes."""
-    monkeypatch.setattr(gpu_report, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_report, "SIZES", Sizes(images=6, side=16, features=12, k=2, width=20, queue=40))
-    monkeypatch.setattr(gpu_report, "STEPS", 5)
-    monkeypatch.setattr(gpu_report, "REPEATS", 3)
-    monkeypatch.setattr("mnclglf.recipes.paper", lambda *_: CONFIG)
-    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode: (call(), 0.25)[1])
-
-
-def test_the_stages_of_a_gpu_run_through(tiny):
-    assert gpu_report.kernels()[gpu_report.WRONG] == []
-    training = gpu_report.training(kernels="require", precision="fp32", compile="off")
-    assert training["kernels"] == "triton"
-    assert training["images/s"] > 0
-    assert training["share of the limit"] > 0
-    shares = gpu_report.roofline()
-    assert len(shares) == 3 + 24  # the GPU, its matmul and copy, and a line a kernel
-    assert all("250.0 us, at least " in share for name, share in shares.items() if "kernel" in name)
-
-
-def test_a_wrong_kernel_fails_its_stage(tiny, monkeypatch):
-    run = launch.run
-    right = lambda launches: [x for x in launches if not x.kernel.__name__.startswith("enqueue")]  # noqa: E731
-    monkeypatch.setattr(launch, "run", lambda launches, device: run(right(launches), device))
-    wrong = gpu_report.kernels()["wrong"]
-    assert [problem.split(": ")[0] for problem in wrong] == [
-        f"{dtype}, enqueue" for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ]
-    assert "the pointer is" in wrong[0]
-
-
 def test_an_interrupted_report_ends_its_stage(program, tmp_path):
     started, ended = tmp_path / "started", tmp_path / "ended"
     Path(program[-1]).write_text(
@@ -182,13 +140,3 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
         run.wait(timeout=30)
     time.sleep(10.5)
     assert not ended.exists()
-
-
-def test_a_pytest_stage_fails_where_nothing_passed():
-    passed = gpu_report.pytest("tests/training/test_roofline.py", "-k", "by_hand", "-p", "no:cacheprovider")()
-    assert passed[gpu_report.WRONG] == []
-    assert passed["result"].startswith("1 passed")
-    skipped = gpu_report.pytest(
-        "tests/training/test_roofline.py", "-k", "nothing_of_this_name", "-p", "no:cacheprovider"
-    )()
-    assert len(skipped[gpu_report.WRONG]) == 1

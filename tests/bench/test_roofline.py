@@ -25,7 +25,7 @@ def test_what_was_measured_stands_beside_its_least():
     peaks = Peaks("made up", flops=1e12, memory_bytes=1e12, pads=True)
     lines = table(parts, peaks, 4, {"heads": 0.004, "everything else": 0.001}).splitlines()
     assert lines == [
-        "| part | TFLOP | GB | least ms | set by | measured ms | share |",
+        "| part | TFLOP | GB | roofline ms | bound by | measured ms | fraction |",
         "|---|--:|--:|--:|---|--:|--:|",
         "| heads | 0.001 | 0.001 | 1.00 | compute | 4.00 | 25% |",
         "| optimizer | 0.000 | 1.000 | 1.00 | memory | - | - |",

@@ -38,8 +38,8 @@ PROGRAMS = {
     "pip",
 }  # only in a block that needs something
 TINY = shlex.split(
-    "--image-size 8 --train-images 320 --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
-    "--epochs 2 --batch-size 64 --device cpu --precision fp32"
+    "--image-size 8 --train-images 256 --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
+    "--epochs 1 --batch-size 64 --device cpu --precision fp32"
 )
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 
@@ -213,13 +213,12 @@ def test_a_reader_follows_the_page(page: Path, tmp_path: Path, monkeypatch: pyte
     # Runs the page from its top in an empty folder; only sizes are made tiny, and the images those that are here.
     monkeypatch.chdir(tmp_path)
     make_tiny(monkeypatch)
-    start = ["train", "--dataset", "digits", "--recipe", "quick", "--out", "runs/digits", *TINY]
-    assert main(start) == 0
+    shown = [block for block in blocks_of(page) if not block.needs and not block.tested_by]
+    if any("runs/digits" in block.text for block in shown):  # the run that the page starts from
+        assert main(["train", "--dataset", "digits", "--recipe", "quick", "--out", "runs/digits", *TINY]) == 0
     names: dict[str, object] = {}
     ran = 0
-    for block in blocks_of(page):
-        if block.needs or block.tested_by:
-            continue
+    for block in shown:
         if block.language == "python":
             exec(compile(block.text, block.name, "exec"), names)
             ran += 1
@@ -249,7 +248,7 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         config = whole(method, dataset)
         return replace(
             config,
-            data=replace(config.data, image_size=8, train_images=320),
+            data=replace(config.data, image_size=8, train_images=256),
             model=replace(config.model, width=2, projector_width=16, predictor_width=8),
             objective=replace(config.objective, queue_size=80),
             optim=replace(config.optim, batch_size=64, epochs=2, warmup_epochs=0.0),

@@ -17,7 +17,7 @@ from mnclglf.methods import METHODS, Method
 from mnclglf.runs.checkpoint import list_checkpoints, load_checkpoint
 from mnclglf.runs.metrics import read_records
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import build_method
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "add-a-method.md"
 METHOD_FILE, RECIPE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

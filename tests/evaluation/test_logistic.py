@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
+from mnclglf.data.splits import per_class_draws
 from mnclglf.evaluation.logistic import (
     C_GRID,
     DEFAULT_C,
     FEW_LABELS_C,
-    balanced_subsets,
     choose_c,
     few_labels,
-    fit_linear,
-    standardise,
+    fit_logistic,
+    standardize,
 )
 
 
@@ -63,7 +63,7 @@ def test_agrees_with_torchs_solver(classes: int):
     # Two classes: scikit-learn fits one weight vector w where softmax has w / 2 and -w / 2, half the penalty.
     c = DEFAULT_C if classes > 2 else 2 * DEFAULT_C
     logits = solved_by_torch((train - mean) / deviation, labels, (test - mean) / deviation, classes, c)
-    accuracy = fit_linear(train, labels, test, test_labels, classes=classes)
+    accuracy = fit_logistic(train, labels, test, test_labels, classes=classes)
     # fp32 and a tolerance of 1e-4 on the gradient may turn a test row that lies on the border: two of 999
     assert (accuracy.top1, accuracy.top5) == pytest.approx(shares_of_hits(logits, test_labels), abs=2.1 / 999)
     assert 1 / classes < accuracy.top1 < 1
@@ -74,8 +74,8 @@ def test_scale_and_offset_of_a_column_do_not_matter():
     train, labels = mixture(300, 10, 5, seed=1)
     test, test_labels = mixture(300, 10, 5, seed=2)
     factors = torch.logspace(1, -1, 10)
-    plain = fit_linear(train, labels, test, test_labels, classes=5)
-    scaled = fit_linear(train * factors - 4, labels, test * factors - 4, test_labels, classes=5)
+    plain = fit_logistic(train, labels, test, test_labels, classes=5)
+    scaled = fit_logistic(train * factors - 4, labels, test * factors - 4, test_labels, classes=5)
     assert scaled.top1 == pytest.approx(plain.top1, abs=2.1 / 300)
 
 
@@ -84,14 +84,16 @@ def test_scale_and_offset_of_a_column_do_not_matter():
 def test_names_of_classes_do_not_matter(permutation: list[int]):
     train, labels = mixture(200, 6, 4, seed=3)
     renamed = torch.tensor(permutation)
-    plain = fit_linear(train, labels, train, labels, classes=4)
-    other = fit_linear(train, renamed[labels], train, renamed[labels], classes=4)
+    plain = fit_logistic(train, labels, train, labels, classes=4)
+    other = fit_logistic(train, renamed[labels], train, renamed[labels], classes=4)
     assert other.top1 == pytest.approx(plain.top1, abs=2.1 / 200)
 
 
 def test_the_same_every_time():
     train, labels = mixture(200, 6, 4, seed=3)
-    assert fit_linear(train, labels, train, labels, classes=4) == fit_linear(train, labels, train, labels, classes=4)
+    assert fit_logistic(train, labels, train, labels, classes=4) == fit_logistic(
+        train, labels, train, labels, classes=4
+    )
     assert few_labels(train, labels, train, labels, classes=4) == few_labels(train, labels, train, labels, classes=4)
 
 
@@ -100,7 +102,7 @@ def test_a_class_that_was_never_seen_is_never_right():
     seen = labels < 3
     for test_label, low, high in ((3, 0.0, 0.0), (1, 0.5, 1.0)):
         rows = labels == test_label
-        accuracy = fit_linear(train[seen], labels[seen], train[rows], labels[rows], classes=4)
+        accuracy = fit_logistic(train[seen], labels[seen], train[rows], labels[rows], classes=4)
         assert low <= accuracy.top1 <= high
         assert accuracy.top5 == float(test_label < 3)
 
@@ -108,61 +110,37 @@ def test_a_class_that_was_never_seen_is_never_right():
 def test_an_unfinished_fit_says_so(caplog: pytest.LogCaptureFixture):
     train, labels = mixture(200, 6, 4, seed=3)
     with caplog.at_level(logging.WARNING):
-        accuracy = fit_linear(train, labels, train, labels, classes=4, max_iterations=2)
+        accuracy = fit_logistic(train, labels, train, labels, classes=4, max_iterations=2)
     assert accuracy.note == "not converged after 2 iterations"
     assert "not converged after 2 iterations" in caplog.text
 
 
 def test_columns_without_variation_are_harmless():
     train, labels = mixture(200, 6, 4, seed=3)
-    plain = fit_linear(train, labels, train, labels, classes=4)
+    plain = fit_logistic(train, labels, train, labels, classes=4)
     dead = torch.cat([train, torch.full((200, 2), 5.0)], dim=1)
-    assert fit_linear(dead, labels, dead, labels, classes=4).top1 == pytest.approx(plain.top1, abs=1.1 / 200)
+    assert fit_logistic(dead, labels, dead, labels, classes=4).top1 == pytest.approx(plain.top1, abs=1.1 / 200)
     same = torch.ones(200, 3)
-    assert fit_linear(same, labels, same, labels, classes=4).top1 == pytest.approx(1 / 4)
+    assert fit_logistic(same, labels, same, labels, classes=4).top1 == pytest.approx(1 / 4)
 
 
-def test_standardise_uses_the_train_set_alone_and_bounds_rare_specks():
+def test_standardize_uses_the_train_set_alone_and_bounds_rare_specks():
     train = torch.stack([torch.arange(1000.0), torch.zeros(1000)], dim=1)
     train[0, 1] = 1e-6
     test = torch.tensor([[499.5, 1.0]])
-    first, second = standardise(train, test)
+    first, second = standardize(train, test)
     assert first[:, 0].mean() == pytest.approx(0, abs=1e-5)
     assert first[:, 0].std() == pytest.approx(1, rel=1e-5)
     assert second[0, 0] == pytest.approx(0, abs=1e-5)
     assert second[0, 1] == pytest.approx(1 / (1e-3 * train[:, 0].std(correction=0).item()), rel=1e-3)
 
 
-@given(
-    classes=st.integers(1, 6),
-    per_class=st.integers(1, 5),
-    draws=st.integers(1, 4),
-    seed=st.integers(0, 9),
-    extra=st.integers(0, 9),
-)
-def test_subsets_are_balanced_and_without_repetition(classes: int, per_class: int, draws: int, seed: int, extra: int):
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), per_class + extra))
-    subsets = balanced_subsets(labels, classes=classes, per_class=per_class, draws=draws, seed=seed)
-    assert len(subsets) == draws
-    for rows in subsets:
-        assert len(set(rows.tolist())) == classes * per_class
-        assert np.bincount(labels[rows], minlength=classes).tolist() == [per_class] * classes
-
-
-def test_draws_and_seeds_differ_and_every_image_can_be_drawn():
-    labels = np.repeat(np.arange(3), 20)
-    first = balanced_subsets(labels, classes=3, per_class=5, draws=40, seed=0)
-    second = balanced_subsets(labels, classes=3, per_class=5, draws=40, seed=1)
-    assert len({tuple(sorted(rows)) for rows in [*first, *second]}) == 80
-    assert set(np.concatenate(first).tolist()) == set(range(60))
-
-
 def test_few_labels_are_fits_on_those_subsets():
     train, labels = mixture(400, 12, 5, seed=1)
     test, test_labels = mixture(300, 12, 5, seed=2)
     accuracies = few_labels(train, labels, test, test_labels, classes=5, per_class=4, draws=3, seed=9)
-    columns, test_columns = (torch.from_numpy(part) for part in standardise(train, test))
-    subsets = balanced_subsets(labels.numpy(), classes=5, per_class=4, draws=3, seed=9)
+    columns, test_columns = (torch.from_numpy(part) for part in standardize(train, test))
+    subsets = per_class_draws(labels.numpy(), classes=5, per_class=4, draws=3, seed=9)
     for rows, accuracy in zip(subsets, accuracies, strict=True):
         logits = solved_by_torch(columns[rows], labels[rows], test_columns, 5, FEW_LABELS_C)
         assert (accuracy.top1, accuracy.top5) == pytest.approx(shares_of_hits(logits, test_labels), abs=2.1 / 300)
@@ -176,11 +154,11 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="per_class 0 and draws 5 must both be at least 1"):
         few_labels(train, labels, train, labels, classes=4, per_class=0)
     with pytest.raises(ValueError, match="all 40 train labels are 0"):
-        fit_linear(train, torch.zeros_like(labels), train, labels, classes=4)
+        fit_logistic(train, torch.zeros_like(labels), train, labels, classes=4)
     with pytest.raises(ValueError, match="6 wide and test features 5"):
-        fit_linear(train, labels, train[:, :5], labels, classes=4)
+        fit_logistic(train, labels, train[:, :5], labels, classes=4)
     with pytest.raises(ValueError, match="test features hold NaN or infinity"):
-        fit_linear(train, labels, train * math.inf, labels, classes=4)
+        fit_logistic(train, labels, train * math.inf, labels, classes=4)
 
 
 def test_c_is_the_one_that_does_best_on_rows_the_fit_does_not_see():
@@ -190,7 +168,7 @@ def test_c_is_the_one_that_does_best_on_rows_the_fit_does_not_see():
     order = torch.from_numpy(np.random.default_rng(0).permutation(300))
     held_out, fit = order[:60], order[60:]
     scores = {
-        c: fit_linear(wide[fit], labels[fit], wide[held_out], labels[held_out], classes=3, c=c).top1 for c in C_GRID
+        c: fit_logistic(wide[fit], labels[fit], wide[held_out], labels[held_out], classes=3, c=c).top1 for c in C_GRID
     }
     assert len(set(scores.values())) > 1  # or any choice would do
     assert scores[choose_c(wide, labels, classes=3)] == max(scores.values())

@@ -15,6 +15,7 @@ from mnclglf.config import (
     EngineConfig,
     KnnConfig,
     LinearConfig,
+    LogisticConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -25,11 +26,11 @@ from mnclglf.data.loader import Loader
 from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation import run as module
-from mnclglf.evaluation.results import Result, load_results
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.recipes import view_of
+from mnclglf.runs.results import Result, load_results
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import build_method, load_trained
+from mnclglf.training.start import build_method, load_trained
 
 CONFIG = RunConfig(
     method="simclr",
@@ -81,7 +82,7 @@ def test_the_test_images_are_classified_whole_by_the_classifier(run: Path, monke
 def test_the_papers_protocol_is_of_the_pretrained_encoder(run: Path, capsys: pytest.CaptureFixture[str]):
     found = evaluate_run(run, TINY)
     assert [(r.protocol, r.representation, r.split, r.label_share, r.epoch) for r in found] == [
-        ("linear_lars", "pretrained", "test", 1.0, None)
+        ("linear", "pretrained", "test", 1.0, None)
     ]
     assert load_results(run / "evaluation.json") == found
     expected = {"optimizer": "LARS", "epochs": 2, "batch_size": 64, "lr": 0.8, "momentum": 0.9, "weight_decay": 0.0,
@@ -140,26 +141,26 @@ def test_digits_are_not_flipped(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert (view.flip_probability, view.crop_scale, view.jitter_probability) == (0.0, (0.08, 1.0), 0.0)
 
 
-def test_the_fast_protocol_takes_few_labels_too(run: Path):
-    found = evaluate_run(run, tiny(fast=True, label_share=0.1, epochs=90, batch_size=256))
+def test_logistic_regression_takes_few_labels_too(run: Path):
+    found = evaluate_run(run, LogisticConfig(label_share=0.1, device="cpu"))
     assert [(r.protocol, r.representation) for r in found] == [
-        ("linear", name) for name in ("pretrained", "untrained", "raw pixels")
+        ("logistic", name) for name in ("pretrained", "untrained", "raw pixels")
     ]
     assert {r.label_share for r in found} == {0.1}
     assert all(r.settings["train_images"] < 64 for r in found)
 
 
-@pytest.mark.parametrize(("least", "protocols"), [(9, ["linear"]), (10, ["linear", "linear_10_labels"])])
+@pytest.mark.parametrize(("least", "protocols"), [(9, ["logistic"]), (10, ["logistic", "logistic_10_labels"])])
 def test_ten_labels_a_class_are_left_out_where_a_class_has_fewer(
     run: Path, least: int, protocols: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(
         module, "with_labels", lambda train, *_, **__: train.subset(first_of_class(train.labels, 7, least))
     )
-    found = evaluate_run(run, LinearConfig(fast=True, device="cpu", milestones=True))
+    found = evaluate_run(run, LogisticConfig(device="cpu", milestones=True))
     assert [r.protocol for r in found] == 2 * protocols
     assert {r.settings["train_images"] for r in found} == {320 - (32 - least)}
-    told = "linear_10_labels is left out: class 7 has 9 training images, fewer than 10"
+    told = "logistic_10_labels is left out: class 7 has 9 training images, fewer than 10"
     assert capsys.readouterr().out.count(told) == (least < 10)
     assert load_results(run / "evaluation.json") == found
 
@@ -211,12 +212,10 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="batch_size 321 is more than the 320 training images; lower --batch-size"):
         evaluate_run(run, tiny(batch_size=321))
     monkeypatch.setattr(module, "load_trained", train_linear)
-    with pytest.raises(
-        ValueError, match=r"k 99 is more than the \d\d training images whose labels are used; lower --k"
-    ):
-        evaluate_run(run, KnnConfig(k=99, label_share=0.1, device="cpu"))
+    with pytest.raises(ValueError, match=r"neighbors 99 .* \d\d training images.*lower --neighbors"):
+        evaluate_run(run, KnnConfig(neighbors=99, label_share=0.1, device="cpu"))
     (run / "evaluation.json").write_text("[{")
-    with pytest.raises(ValueError, match="does not hold evaluation results"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
         evaluate_run(run, TINY)
     config = json.loads((run / "config.json").read_text())
     config["engine"]["keep_every"] = None
@@ -255,5 +254,5 @@ def test_a_run_trained_by_dali_is_evaluated_without_it(
     (found,) = evaluate_run(run, TINY)
     assert asked == (["dali"] if installed else ["dali", "auto"])
     assert found.settings["loader"] == ("reference" if installed else "resident")
-    told = "the run's loader cannot be made here, and auto chooses one: loader dali needs DALI ("
+    told = "the run's loader cannot be made here; falling back to --loader auto: loader dali needs DALI ("
     assert (told in capsys.readouterr().out) != installed

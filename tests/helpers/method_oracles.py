@@ -13,7 +13,9 @@ import oracles
 import torch
 from oracles import normalize_row
 from torch import Tensor, nn
-from torch.nn import functional
+
+from bench.reference import nt_xent_as_published as nt_xent_as_published
+from bench.reference import queue_loss_as_published as queue_loss_as_published
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -48,23 +50,6 @@ def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, tau: fl
             denominator = denominator + torch.exp(torch.dot(normalize_row(query), row) / tau)
         total = total - torch.log(positive / denominator)
     return total / len(queries)
-
-
-def nt_xent_as_published(first: Tensor, second: Tensor, tau: float) -> Tensor:
-    """SimCLR's loss in the matrix products of its authors' code: within views, rows' own masked, and across them."""
-    a, b = functional.normalize(first), functional.normalize(second)
-    own = torch.eye(len(a), dtype=a.dtype, device=a.device) * 1e9
-    labels = torch.arange(len(a), device=a.device)
-    of_a = torch.cat([a @ b.t() / tau, a @ a.t() / tau - own], dim=1)
-    of_b = torch.cat([b @ a.t() / tau, b @ b.t() / tau - own], dim=1)
-    return (functional.cross_entropy(of_a, labels) + functional.cross_entropy(of_b, labels)) / 2
-
-
-def queue_loss_as_published(queries: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
-    """MoCo, Algorithm 1: positive and negative logits beside each other, the label 0."""
-    q, k = functional.normalize(queries), functional.normalize(keys)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.t()], dim=1)
-    return functional.cross_entropy(logits / tau, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
 def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:

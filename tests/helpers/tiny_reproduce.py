@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mnclglf.config import DataConfig, EngineConfig, ModelConfig, RunConfig, to_dict
-from mnclglf.evaluation.results import Result, save_results
 from mnclglf.recipes import quick
 from mnclglf.reproduce import run as execute
 from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table, run_name
 from mnclglf.reproduce.results import results_path
+from mnclglf.runs.results import Result, save_results
 
 IMAGES, BATCH, EPOCHS = 96, 32, 4
 PER_EPOCH = IMAGES // BATCH
@@ -54,7 +54,7 @@ class HandMade:
         (folder / "environment.json").write_text(json.dumps(environment))
         steps = config.optim.epochs * PER_EPOCH
         records = [
-            {"step": step, "epoch": step / PER_EPOCH, "elapsed_seconds": 2.0 * step, "limit_share": share}
+            {"step": step, "epoch": step / PER_EPOCH, "elapsed_seconds": 2.0 * step, "roofline_fraction": share}
             for step in range(1, steps + 1)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -65,7 +65,7 @@ class HandMade:
         """Writes top1 for the linear protocol and half of it for k-NN; top5 is halfway from top1 to 1."""
         epoch = epoch or config.optim.epochs
         results = []
-        for protocol, value in (("linear", top1), ("knn", top1 / 2)):
+        for protocol, value in (("logistic", top1), ("knn", top1 / 2)):
             settings = {"step": PER_EPOCH * epoch, **SCALES["small"].protocols[protocol]}
             usual = {"representation": "pretrained", "split": "test", "settings": settings}
             results.append(Result(protocol=protocol, top1=value, top5=(1 + value) / 2, **(usual | changes)))

@@ -119,10 +119,9 @@ def test_every_family_of_the_table_is_tuned():
     assert sorted(tuned) == sorted({family for family, _ in TABLE})
 
 
-@pytest.mark.parametrize(
-    "case", [x for row in OPERATORS.values() for x in row.tunings(SMALL)], ids=lambda case: case.family
-)
-def test_tune_takes_the_fastest_candidate_that_computes_the_same(case, monkeypatch):
+@pytest.mark.parametrize("family", sorted({family for family, _ in TABLE}))
+def test_tune_takes_the_fastest_candidate_that_computes_the_same(family):
+    (case,) = (x for row in OPERATORS.values() for x in row.tunings(SMALL) if x.family == family)
     table, fast, slow, wrong = (Tile(64, 64, 32, 4, stages) for stages in (1, 2, 3, 4))
     seconds = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5}
     last: list[Tile] = []

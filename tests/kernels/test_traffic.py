@@ -1,13 +1,11 @@
-"""Bytes and launches: the closed forms against what the interpreter counts, and ours against eager PyTorch."""
+"""Bytes and operations: the closed forms against what the interpreter counts."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from interpreter import counting
 
-from bench.traffic import OTHERS, STEP, Eager, main, rows
 from mnclglf_kernels._triton import augment, combine, divide, launch, nt_xent
 from mnclglf_kernels._triton import contrastive_losses as contrastive
 from mnclglf_kernels._triton import enqueue as queue
@@ -164,28 +162,3 @@ def test_augment_reads_an_image_once_a_view():
         (x,) = OPERATORS["augment"].launches(Example(dtype=dtype))
         assert x.arguments["WINDOW"] > 1
         assert x.traffic.issued_bytes <= 1.5 * x.traffic.unique_bytes
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_s_operators_launch_and_move_a_fraction_of_eager_pytorch(dtype):
-    *operators, together = rows(dtype, STEP)
-    assert together.eager_launches >= 4 * together.launches
-    assert together.eager_bytes >= 3 * together.unique_bytes
-    for row in (*operators, *rows(dtype, OTHERS)[:-1]):
-        assert row.launches < row.eager_launches
-        assert row.unique_bytes < row.eager_bytes
-
-
-def test_the_tables_in_the_documents_are_what_the_command_prints(capsys):
-    main()
-    text = (Path(__file__).resolve().parents[2] / "docs" / "explain" / "kernels.md").read_text()
-    for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in text
-
-
-def test_eager_pytorch_is_counted_as_by_hand():
-    a, b = (torch.empty(8, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    with Eager() as counted:
-        product = (a[:2] + 1) @ b.t()  # an addition of 2 x 4 and a product of 2 x 4 and 4 x 8 to 2 x 8
-    assert product.shape == (2, 8)
-    assert (counted.launches, counted.unique_bytes) == (2, 2 * (8 + 8) + 2 * (8 + 32 + 16))

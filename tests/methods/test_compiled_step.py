@@ -43,7 +43,7 @@ def two_steps(method: MNCLGLF, compiler: str | None) -> list[Tensor]:
                 results.append(parameter.grad)
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-        method.after_step(losses, batch.indices, momentum=0.5, keep=torch.tensor(True))
+        method.after_step(losses, batch.indices, momentum=0.5, should_update=torch.tensor(True))
     return results + [value.clone() for value in method.state_dict().values()]
 
 

@@ -95,7 +95,7 @@ def two_steps(method: Method, *, compiled: bool) -> list[Tensor]:
             for parameter in method.trained_parameters():
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-        method.after_step(losses, batch.indices, momentum=0.5, keep=torch.tensor(True))
+        method.after_step(losses, batch.indices, momentum=0.5, should_update=torch.tensor(True))
     return results + [value.clone() for value in method.state_dict().values()]
 
 
@@ -133,7 +133,7 @@ def test_a_step_calls_the_operators_that_its_method_names(name: MethodName, fuse
         with Called() as called:
             views = [torch.empty(4, 3, 16, 16) for _ in range(method.views)]
             losses = method(views, torch.zeros(4, dtype=torch.int64) if method.labelled else None)
-            method.after_step(losses, torch.arange(4), momentum=0.5, keep=torch.tensor(True))
+            method.after_step(losses, torch.arange(4), momentum=0.5, should_update=torch.tensor(True))
     assert called.names == set(method.operators)
 
 

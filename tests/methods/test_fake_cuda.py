@@ -40,7 +40,7 @@ def step(method: Method) -> dict[str, Tensor]:
     losses = method(views, torch.zeros(N, dtype=torch.int64, device=CUDA) if method.labelled else None)
     keys = {} if losses.keys is None else {"keys": losses.keys}
     keep = Guard(CUDA).check(0, {**losses.terms, **keys})
-    method.after_step(losses, torch.arange(N, device=CUDA), momentum=0.9, keep=keep)
+    method.after_step(losses, torch.arange(N, device=CUDA), momentum=0.9, should_update=keep)
     made = {"total": losses.total, "features": losses.features, "keep": keep, **losses.terms, **keys}
     return made | dict(method.state_dict())
 

@@ -23,7 +23,7 @@ from mnclglf.methods import Supervised
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import quick
 from mnclglf.training.loop import Trainer
-from mnclglf.training.run_directory import load_trained
+from mnclglf.training.start import load_trained
 from mnclglf.training.step import TrainStep
 
 IMAGES, CLASSES, SIDE = 6, 10, 8

@@ -101,7 +101,7 @@ def test_without_results_it_says_what_makes_them(make_run):
     (run / "evaluation.json").write_text("[]")
     page = report(run)
     assert f"mnclglf knn {run}" in page.words
-    assert f"mnclglf linear {run} --fast" in page.words
+    assert f"mnclglf logistic {run}" in page.words
 
 
 def test_an_empty_directory(tmp_path):
@@ -127,19 +127,19 @@ def test_an_interrupted_run(make_run):
 
 def test_results_of_an_earlier_checkpoint_are_marked(make_run):
     run = make_run()
-    results = json.loads((run / "evaluation.json").read_text())
+    results = json.loads((run / "evaluation.json").read_text())["results"]
     results[0]["settings"]["step"] = 400
-    (run / "evaluation.json").write_text(json.dumps(results))
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": results}))
     assert "of the checkpoint after step 400; the run has reached step 468 since" in report(run).words
 
 
 def test_milestones_are_rows_and_no_cause_for_a_warning(make_run):
     run = make_run()
-    results = json.loads((run / "evaluation.json").read_text())
-    milestone = {**results[0], "protocol": "linear_lars", "epoch": 3.0, "settings": {"step": 117, "classes": 10}}
-    (run / "evaluation.json").write_text(json.dumps([*results, milestone]))
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    milestone = {**results[0], "protocol": "linear", "epoch": 3.0, "settings": {"step": 117, "classes": 10}}
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [*results, milestone]}))
     page = report(run)
-    assert "Linear classifier as in the paper, all labels, after epoch 3 checkpoint after step 117" in page.words
+    assert "Linear evaluation, all labels, after epoch 3 checkpoint after step 117" in page.words
     assert "has reached step" not in page.words
 
 
@@ -243,17 +243,45 @@ def test_progress_counts_the_steps_of_all_epochs(make_run):
 
 def test_speed_is_the_median_and_waiting_a_share():
     records = [
-        {"step": 10, "images_per_second": 1.0, "data_wait_seconds": 99.0, "elapsed_seconds": 5, "limit_share": None},
-        {"step": 20, "images_per_second": 100.0, "data_wait_seconds": 0.5, "elapsed_seconds": 6, "limit_share": 0.5},
+        {
+            "step": 10,
+            "images_per_second": 1.0,
+            "data_wait_seconds": 99.0,
+            "elapsed_seconds": 5,
+            "roofline_fraction": None,
+        },
+        {
+            "step": 20,
+            "images_per_second": 100.0,
+            "data_wait_seconds": 0.5,
+            "elapsed_seconds": 6,
+            "roofline_fraction": 0.5,
+        },
         {"step": 30, "images_per_second": 200.0, "data_wait_seconds": 0.25, "elapsed_seconds": 3725},
-        {"step": 31, "limit_share": 0.75, "peak_memory_bytes": 3 * 2**29},
+        {"step": 31, "roofline_fraction": 0.75, "peak_memory_bytes": 3 * 2**29},
     ]
     run = RunFiles(folder=Path("."), records=records, config={"optim": {"batch_size": 10}})
     assert speed_lines(run) == [
         ("Throughput, median", "100 images / s"),
-        ("Share of the machine's limit, median", "62.5 %"),
+        ("Share of the roofline, median", "62.5 %"),
         ("Peak memory", "1.5 GiB"),
         ("Waiting for data", "50.0 % of the time"),
         ("Time until the last record", "1 h 02 min"),
     ]
     assert speed_lines(RunFiles(folder=Path("."))) == []
+
+
+@pytest.mark.parametrize("key", ["limit_share", "roofline_fraction"])
+def test_the_roofline_fraction_is_read_by_its_former_name_too(tmp_path, key):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, key: 0.25}) + "\n")
+    assert ("Share of the roofline, median", "25.0 %") in speed_lines(read_run(tmp_path))
+
+
+def test_a_former_evaluation_is_shown_under_todays_names(make_run):
+    run = make_run()
+    former = {"representation": "pretrained", "top1": 0.5, "top5": 0.6}
+    entries = [{**former, "protocol": name} for name in ("linear", "linear_lars")]
+    (run / "evaluation.json").write_text(json.dumps(entries))
+    words = report(run).words
+    assert "Logistic regression, all labels" in words
+    assert "Linear evaluation, all labels" in words

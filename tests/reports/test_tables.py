@@ -13,7 +13,7 @@ def test_every_protocol_is_a_row_and_every_representation_a_column(evaluation):
     table = result_table(evaluation())
     assert table.representations == REPRESENTATIONS
     assert [row.title for row in table.rows] == [
-        "k nearest neighbors", "Linear classifier, all labels", "Linear classifier, 10 labels a class"
+        "k nearest neighbors", "Logistic regression, all labels", "Logistic regression, 10 labels per class"
     ]  # fmt: skip
     assert [cell.top1 for cell in table.rows[0].cells] == pytest.approx([0.923, 0.72, 0.83])
     assert [cell.best for cell in table.rows[1].cells] == [True, False, False]
@@ -25,7 +25,7 @@ def test_order_of_the_results_does_not_matter(evaluation):
 
 
 def test_what_was_not_run_is_none_and_others_follow():
-    table = result_table([result(), result("linear", "PCA"), result("new_protocol", "untrained")])
+    table = result_table([result(), result("logistic", "PCA"), result("new_protocol", "untrained")])
     assert table.representations == (*REPRESENTATIONS, "PCA")
     assert [[cell is not None for cell in row.cells] for row in table.rows] == [
         [True, False, False, False],
@@ -48,27 +48,27 @@ def test_splits_are_rows_of_their_own():
 
 def test_shares_of_labels_and_milestones_are_rows_of_their_own():
     results = [
-        result("linear_lars", top1=0.4),
-        result("linear_lars", top1=0.3, epoch=150.0),
-        result("linear_lars", top1=0.2, epoch=50.0),
-        result("linear_lars", top1=0.1, label_share=0.07),
+        result("linear", top1=0.4),
+        result("linear", top1=0.3, epoch=150.0),
+        result("linear", top1=0.2, epoch=50.0),
+        result("linear", top1=0.1, label_share=0.07),
         result("knn", top1=0.5, label_share=0.01),
     ]
-    table = result_table([*results, result("linear", top1=0.9, label_share=1.0, epoch=None)])
-    paper = "Linear classifier as in the paper"
+    table = result_table([*results, result("logistic", top1=0.9, label_share=1.0, epoch=None)])
+    paper = "Linear evaluation"
     assert [(row.title, row.cells[0].top1) for row in table.rows] == [
         ("k nearest neighbors, 1% of the labels", 0.5),
-        ("Linear classifier, all labels", 0.9),
         (f"{paper}, all labels, after epoch 50", 0.2),
         (f"{paper}, all labels, after epoch 150", 0.3),
         (f"{paper}, all labels", 0.4),
         (f"{paper}, 7% of the labels", 0.1),
+        ("Logistic regression, all labels", 0.9),
     ]
 
 
 def test_the_papers_protocol_says_its_settings():
     settings = {"optimizer": "LARS", "epochs": 90, "batch_size": 256, "lr": 0.8, "momentum": 0.9, "seed": 3}
-    (row,) = result_table([result("linear_lars", settings=settings)]).rows
+    (row,) = result_table([result("linear", settings=settings)]).rows
     assert row.details == "LARS, 90 epochs, batches of 256, lr 0.8"
 
 
@@ -76,7 +76,7 @@ def test_means_are_over_the_runs_that_all_have_a_result():
     first = [
         result(top1=0.5, top5=0.7, settings={"k": 20, "step": 8, "note": "odd"}),
         result(top1=0.1, epoch=2.0),
-        result("linear"),
+        result("logistic"),
     ]
     second = [result(top1=0.6, top5=0.8, settings={"k": 20, "step": 9}), result(top1=0.2, epoch=2.0)]
     third = [result(top1=0.3, epoch=2.0), result(top1=0.7, top5=0.9, settings={"k": 20, "step": 8})]
@@ -116,17 +116,25 @@ def test_equal_results_are_both_best():
 
 def test_markdown():
     results = [
-        result("linear_10_labels", top1=0.6123, top5=0.98765, deviation=0.0149, settings={"draws": 5}),
-        result("linear_10_labels", "untrained", 0.5, 0.9, settings={"draws": 5, "note": "a | b"}),
+        result("logistic_10_labels", top1=0.6123, top5=0.98765, deviation=0.0149, settings={"draws": 5}),
+        result("logistic_10_labels", "untrained", 0.5, 0.9, settings={"draws": 5, "note": "a | b"}),
     ]
     assert to_markdown(result_table(results)) == (
         "| Top-1 / top-5, % | pretrained | untrained | raw pixels |\n"
         "|---|--:|--:|--:|\n"
-        "| Linear classifier, 10 labels a class (5 draws of labels) | **61.2 ± 1.5** / 98.8 | 50.0 / 90.0 (a \\| b) "
-        "| not run |\n"
+        "| Logistic regression, 10 labels per class (5 draws of labels) | **61.2 ± 1.5** / 98.8 "
+        "| 50.0 / 90.0 (a \\| b) | not run |\n"
     )
 
 
 @pytest.mark.parametrize(("fraction", "text"), [(0, "0.0"), (1, "100.0"), (0.98765, "98.8"), (0.1, "10.0")])
 def test_percent(fraction, text):
     assert percent(fraction) == text
+
+
+def test_a_mean_never_mixes_subsets_drawn_in_different_ways():
+    old = result("logistic_10_labels", settings={"draws": 5})
+    new = result("logistic_10_labels", settings={"draws": 5, "subset": "philox"})
+    with pytest.raises(ValueError, match=r"logistic_10_labels of pretrained.*evaluate every run again"):
+        mean_over_runs([[old], [new]])
+    assert len(mean_over_runs([[old], [old]])) == len(mean_over_runs([[new], [new]])) == 1

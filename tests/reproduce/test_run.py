@@ -22,14 +22,13 @@ from tiny_reproduce import EPOCHS, TINY, HandMade, tiny_table
 from mnclglf.cli import main
 from mnclglf.config import RunConfig
 from mnclglf.data.datasets import load_dataset
-from mnclglf.evaluation.results import load_results
-from mnclglf.reproduce import command, estimate
 from mnclglf.reproduce import run as execute
 from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table
 from mnclglf.reproduce.results import missing_evaluations
 from mnclglf.reproduce.run import TAKEN, held, lock_of, make_run, make_runs
 from mnclglf.reproduce.table import DATASET_TITLES
 from mnclglf.runs.checkpoint import list_checkpoints
+from mnclglf.runs.results import load_results
 from mnclglf.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,12 +71,12 @@ def test_a_run_is_trained_and_evaluated_once(runs: Path, monkeypatch: pytest.Mon
         raise AssertionError("made again")
 
     monkeypatch.setattr(execute, "Trainer", fail)
-    monkeypatch.setattr(execute, "evaluate_checkpoint", fail)
+    monkeypatch.setattr(execute, "evaluate_run", fail)
     assert make_run(run, runs, table.scale, silent()) == 0
 
 
 def test_a_run_is_evaluated_with_the_settings_of_its_scale(runs: Path) -> None:
-    protocols = {"linear_lars": {"epochs": 2, "batch_size": 32, "lr": 0.8}, "knn": {"k": 3, "temperature": 0.2}}
+    protocols = {"linear": {"epochs": 2, "batch_size": 32, "lr": 0.8}, "knn": {"k": 3, "temperature": 0.2}}
     scale = replace(tiny_table("table6").scale, protocols=protocols)
     run = tiny_table("table6").runs()[0]
     run.asked = {EPOCHS: ["pretrained"]}
@@ -89,7 +88,7 @@ def test_a_run_is_evaluated_with_the_settings_of_its_scale(runs: Path) -> None:
     ]
     for result, settings in zip(results, protocols.values(), strict=True):
         assert {name: result.settings[name] for name in settings} == settings
-    longer = replace(scale, protocols={"linear_lars": {**protocols["linear_lars"], "epochs": 90}})
+    longer = replace(scale, protocols={"linear": {**protocols["linear"], "epochs": 90}})
     assert missing_evaluations(run, runs, longer) == run.asked
 
 
@@ -285,8 +284,8 @@ def test_the_files_hold_the_whole_table_whatever_part_is_asked_for(
         return replace(TINY.configure(method, dataset), dataset=dataset)
 
     monkeypatch.setitem(SCALES, "paper", replace(TINY, of_paper=True, configure=of_paper))
-    monkeypatch.setattr(command, "load_images", lambda _: {})
-    monkeypatch.setattr(command, "describe_work", lambda *_: None)
+    monkeypatch.setattr(execute, "load_images", lambda _: {})
+    monkeypatch.setattr(execute, "describe_work", lambda *_: None)
     out, done = hand_made.runs.parent, Reproduce(table="table3", dataset=("cifar10", "tinyimagenet"), seeds=3)
     configs = {(row.dataset, config.seed): config for row in make_table(done).rows for config in row.configs}
     for dataset, seed, top1 in (("cifar10", 0, 0.8), ("cifar10", 2, 0.9), ("tinyimagenet", 11, 0.5)):
@@ -303,7 +302,7 @@ def test_the_files_hold_the_whole_table_whatever_part_is_asked_for(
             hand_made.evaluate(config, 0.6)
         return execute.Made()
 
-    monkeypatch.setattr(command, "make_runs", make)
+    monkeypatch.setattr(execute, "make_runs", make)
     assert main(["reproduce", "table3", "--dataset", "cifar100", "--out", str(out)]) == 0
     lines = list(csv.DictReader(io.StringIO((out / "table3.csv").read_text())))
     assert len(lines) == 3 * 8
@@ -331,20 +330,20 @@ def test_a_damaged_file_of_another_run_of_the_table_shows_before_any_work(
 def test_exit_codes_and_what_is_said_at_the_end(tmp_path: Path, monkeypatch, capsys) -> None:
     # The path is one that rich would take for markup.
     arguments = ["reproduce", "table6", "--scale", "small", "--out", str(tmp_path / "[" / "x]")]
-    monkeypatch.setattr(command, "describe_work", lambda *_: None)
+    monkeypatch.setattr(execute, "describe_work", lambda *_: None)
     for made, code, text in [
         (execute.Made(), 0, "written: "),
         (execute.Made(failed=["a"], taken=["b"]), 1, "failed: a; the same command tries them again"),
         (execute.Made(taken=["b"]), TAKEN, "being made by other processes: b;"),
         (execute.Made(stopped=signal.SIGTERM), 143, "an evaluation begins again"),
     ]:
-        monkeypatch.setattr(command, "make_runs", lambda *_, made=made: made)
+        monkeypatch.setattr(execute, "make_runs", lambda *_, made=made: made)
         assert main(arguments) == code
         assert text in capsys.readouterr().out
 
 
 def test_the_images_are_given_free_before_the_runs_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, loaded = command.load_images, []
+    load, loaded = execute.load_images, []
 
     def noted(runs: object) -> object:
         images = load(runs)
@@ -355,9 +354,9 @@ def test_the_images_are_given_free_before_the_runs_begin(tmp_path: Path, monkeyp
         assert [reference() for reference in loaded] == [None]
         return execute.Made()
 
-    monkeypatch.setattr(command, "load_images", noted)
-    monkeypatch.setattr(command, "make_runs", make)
-    monkeypatch.setattr(estimate, "HAS_TRITON", False)
+    monkeypatch.setattr(execute, "load_images", noted)
+    monkeypatch.setattr(execute, "make_runs", make)
+    monkeypatch.setattr(execute, "HAS_TRITON", False)
     assert main(["reproduce", "table6", "--scale", "small", "--out", str(tmp_path)]) == 0
 
 
@@ -407,28 +406,28 @@ def test_hours_are_steps_times_the_least_time_over_the_share(
 ) -> None:
     table = tiny_table("table6")
     first, second, *_ = table.runs()
-    images = command.load_images([first])
-    monkeypatch.setattr(estimate, "_least_seconds", lambda config, side: 30.0 * (side == 8))
-    monkeypatch.setattr(estimate, "HAS_TRITON", True)
+    images = execute.load_images([first])
+    monkeypatch.setattr(execute, "_least_seconds", lambda config, side: 30.0 * (side == 8))
+    monkeypatch.setattr(execute, "HAS_TRITON", True)
     hand_made.runs.mkdir(parents=True)
-    share, source = estimate.expected_share(hand_made.runs)
+    share, source = execute.expected_share(hand_made.runs)
     assert (share, "assumption" in source) == (0.6, True)
     # 12 steps of 30 s over 0.6 are 600 s.
-    assert estimate.training_hours(first, hand_made.runs, images, share) == pytest.approx(600 / 3600)
+    assert execute.training_hours(first, hand_made.runs, images, share) == pytest.approx(600 / 3600)
     hand_made.train(first.config, share=0.25)
-    assert estimate.expected_share(hand_made.runs)[0] == 0.6  # not finished: it is not evaluated
+    assert execute.expected_share(hand_made.runs)[0] == 0.6  # not finished: it is not evaluated
     hand_made.evaluate(first.config, 0.5)
-    share, source = estimate.expected_share(hand_made.runs)
+    share, source = execute.expected_share(hand_made.runs)
     assert (share, "1 finished" in source) == (0.25, True)
     checkpoints = hand_made.runs / second.name / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step-00000009.pt").touch()
-    assert estimate.training_hours(second, hand_made.runs, images, share) == pytest.approx(3 * 30 / 0.25 / 3600)
+    assert execute.training_hours(second, hand_made.runs, images, share) == pytest.approx(3 * 30 / 0.25 / 3600)
 
 
 def test_without_triton_the_time_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "HAS_TRITON", False)
+    monkeypatch.setattr(execute, "HAS_TRITON", False)
     run, console = tiny_table("table6").runs()[0], silent()
-    command.describe_work([run], 4, tmp_path, command.load_images([run]), console)
+    execute.describe_work([run], 4, tmp_path, execute.load_images([run]), console)
     assert f"{run.name}: unknown" in printed(console)
     assert "4 runs, 3 done, 1 to make: how long they take is not known" in printed(console)

@@ -18,16 +18,16 @@ from training.test_step import (
 )
 
 from mnclglf.config import EngineConfig, OptimConfig
-from mnclglf.training import compiling
-from mnclglf.training.compiling import (
+from mnclglf.training import start as compiling
+from mnclglf.training.speedups import compiled, or_eager
+from mnclglf.training.start import (
     choose_compile,
     compiler_problem,
     graphs_proven,
-    or_eager,
     proof_path,
     remember_proof,
 )
-from mnclglf.training.step import TrainStep, compiled
+from mnclglf.training.step import TrainStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

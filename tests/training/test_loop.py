@@ -28,11 +28,11 @@ from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.metrics import read_records
 from mnclglf.training.loop import Trainer, TrainingError
-from mnclglf.training.run_directory import load_trained
+from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
 
 STEPS, PER_EPOCH = 12, 4
-SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "limit_share")
+SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "roofline_fraction")
 TIMES = (*SPEEDS, "data_wait_seconds", "elapsed_seconds", "peak_memory_bytes")  # the only figures that may differ
 ARGUMENTS = shlex.split(
     "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "

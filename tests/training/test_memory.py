@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.side_by_side import peak_bytes
+from bench.harness import peak_bytes
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.data.loader import Batch
 from mnclglf.training.memory import RESERVED, largest_batch, step_memory
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import build_method
 from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backends
 

@@ -13,7 +13,7 @@ from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
 from mnclglf.recipes import paper
 from mnclglf.training import roofline as limit
 from mnclglf.training.roofline import Counter, Part, Peaks, measured_peaks, nominal_peaks, peaks_of, step_parts
-from mnclglf.training.run_directory import build_method
+from mnclglf.training.start import build_method
 
 SMALL = dataclasses.replace(
     paper("mnclglf", "cifar10"),

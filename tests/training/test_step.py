@@ -20,7 +20,9 @@ from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConf
 from mnclglf.data.loader import Batch
 from mnclglf.methods import MNCLGLF, SimCLR, Supervised
 from mnclglf.training.guard import NonFiniteError
-from mnclglf.training.step import TrainStep, cast, keep_freed_memory, rate_tensor, share_casts, use_fast_math
+from mnclglf.training.optim import rate_tensor
+from mnclglf.training.speedups import cast, keep_freed_memory, share_casts, use_fast_math
+from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backends
 
 CPU = torch.device("cpu")
@@ -276,7 +278,7 @@ def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -
         losses.total.backward()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        method.after_step(losses, batch.indices, momentum=0.9, keep=torch.tensor(True))
+        method.after_step(losses, batch.indices, momentum=0.9, should_update=torch.tensor(True))
     return dict(method.named_parameters())
 
 
@@ -414,7 +416,7 @@ def test_freed_memory_stays_with_the_process() -> None:
     """In a process of its own, as the setting holds for all of it: page faults of ten large tensors in turn."""
     script = """
 import resource, sys, torch
-from mnclglf.training.step import keep_freed_memory
+from mnclglf.training.speedups import keep_freed_memory
 if sys.argv[1] == "keep": assert keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(15): torch.ones(2**26, dtype=torch.uint8)  # the heap finds its size

@@ -39,6 +39,7 @@ def combine_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < N * F
     read = index // F * ROW_STRIDE + index % F * COLUMN_STRIDE
+    # A program holds the same BLOCK places of all patches, so that each is loaded once for all its subsets.
     if BACKWARD:
         gradients = ()
         for s in tl.static_range(len(SUBSETS)):

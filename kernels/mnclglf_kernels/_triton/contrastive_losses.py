@@ -64,6 +64,7 @@ def tile_products(
     count = last_row - first_row
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # Rows past the end repeat the last one: the inner loop needs no mask, and stores leave them out.
     products, row_squares, column_squares = row_products(
         h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, NORMS, WIDEN
     )
@@ -99,6 +100,8 @@ def contrastive_losses_forward_kernel(
     candidate = (column < N)[None, :]
     if SHIFT:
         candidate = candidate & (column[None, :] != row[:, None])
+    # Columns past the end weigh exp(-inf) = 0. No top is -inf: each tile has a real column, and with SHIFT two, as 2N
+    # and the tiles' sides are even.
     logits = tl.where(candidate, logits, float("-inf"))
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)

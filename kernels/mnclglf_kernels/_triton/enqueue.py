@@ -38,7 +38,7 @@ def enqueue_write_kernel(
     n = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK).to(tl.int64)
     inside = column < D
-    if GATED:
+    if GATED:  # a closed gate masks loads and stores, so that nothing waits for the host
         inside &= tl.load(should_update) != 0
     values = tl.load(rows + n * ROW_STRIDE + column * ROW_COLUMN, mask=inside, other=0.0).to(SUM)
     norm = tl.sqrt(tl.sum(values * values, 0))

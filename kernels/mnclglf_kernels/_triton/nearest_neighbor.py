@@ -45,6 +45,7 @@ def nearest_neighbor_search_kernel(
     # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     key = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Rows past the end repeat the last one: the inner loop needs no mask, and what they give is left out below.
     products, _, _ = row_products(
         queries,
         queue,

@@ -49,6 +49,7 @@ def negative_products(
     # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Rows past the end repeat the last one: the inner loop needs no mask, and stores leave them out.
     rows, columns = tl.minimum(row, N - 1), tl.minimum(column, K - 1)
     products, squares, _ = row_products(queries, queue, rows, columns, D, D, 1, D, 1, DEPTH, NORMS, False, WIDEN)
     return row, column, products, squares

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportCallIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
 """Views made by DALI: one pipeline for the CPU and the GPU, images in memory and in files, without randomness or state
 of its own.
 

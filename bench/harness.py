@@ -1,8 +1,8 @@
-"""The implementations of one case, measured in turn: every round calls each of them, so that all meet the same noise.
+"""Measures the implementations of one case in interleaved rounds: each round calls every one of them once.
 
-pytest-benchmark measures a row to its end before the next one, and on a machine that others use too such rows do not
-compare. So the rounds are run here, once a case, and each row of pytest-benchmark replays its seconds on a clock that
-moves by nothing but them: its table, its JSON and the printed lines have one source.
+pytest-benchmark finishes one test before it starts the next, and on a shared machine such timings do not compare. So
+the rounds run here, once per case. Each test of pytest-benchmark then replays its seconds on a clock that shows nothing
+else, so that its table, its JSON and the printed lines have one source.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.row import HEADINGS, REFERENCE, Row, StepRow, ratio
+from bench.measurement import HEADINGS, REFERENCE, OperatorMeasurement, StepMeasurement, ratio
 from mnclglf.config import EngineConfig
-from mnclglf.training.device import autocast_dtype, choose_device
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf_kernels import resolve
 from mnclglf_kernels.backend import INTERPRETED, Kind
 
@@ -33,17 +33,17 @@ BOTH = DIRECTIONS[-1]
 DEVICE = choose_device(EngineConfig())
 AUTOCAST = autocast_dtype(EngineConfig(), DEVICE)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-CASE_SECONDS = 1.5  # of rounds, unless LEAST_ROUNDS take longer
+CASE_SECONDS = 1.5  # spent on the rounds of a case, unless LEAST_ROUNDS take longer
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100
 
 QUICK = os.environ.get("MNCLGLF_BENCH_QUICK", "") not in ("", "0")  # a subset of the cases, at smaller sizes
 
-left_out: dict[str, str] = {}  # what cannot run here, and why; filled while pytest collects
+left_out: dict[str, str] = {}  # implementation -> why it cannot run here; filled while pytest collects
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A backend of mnclglf_kernels, or REFERENCE; in fp32, or under autocast to bf16."""
+    """A backend of mnclglf_kernels, or REFERENCE, in one dtype; bf16 means under autocast."""
 
     backend: Any
     dtype: torch.dtype
@@ -54,15 +54,15 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured: a forward call, and the leaves that its gradient reaches."""
+    """A forward call to measure, and the leaves that its gradient reaches."""
 
     forward: Callable[[], Sequence[Tensor]]
     leaves: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
-class Case:
-    """One operator at one shape in one direction; `make` gives the work of an implementation, inputs in its dtype."""
+class BenchCase:
+    """One operator at one shape in one direction; `make` builds the inputs and the call of an implementation."""
 
     operator: str
     shape: str
@@ -71,16 +71,15 @@ class Case:
     make: Callable[[Implementation], Work]
 
 
-def by_implementation(cases: Sequence[Case]) -> pytest.MarkDecorator:
-    """Parametrises a test by case and implementation, over what runs here."""
-    chosen = cases[:1] if QUICK else cases
-    pairs = [(case, implementation) for case in chosen for implementation in implementations(case.kind)]
-    ids = [f"{case.shape}, {case.direction}, {implementation}" for case, implementation in pairs]
+def by_implementation(cases: Sequence[BenchCase]) -> pytest.MarkDecorator:
+    """Parametrizes a test by case and implementation, over what runs here."""
+    pairs = [(case, implementation) for case in cases for implementation in implementations(case.kind)]
+    ids = [f"{case.operator}: {case.shape}, {case.direction}, {implementation}" for case, implementation in pairs]
     return pytest.mark.parametrize(("case", "implementation"), pairs, ids=ids)
 
 
 def implementations(kind: Kind) -> list[Implementation]:
-    """Those that run here, the reference first; the others go to `left_out`."""
+    """The implementations that run here, the reference first; the others go to `left_out`."""
     dtypes = list(dict.fromkeys((torch.float32, AUTOCAST)))
     if len(dtypes) == 1:
         left_out["bf16"] = f"{DEVICE} does not multiply it in hardware, so training does not use it here"
@@ -98,7 +97,7 @@ def implementations(kind: Kind) -> list[Implementation]:
 
 
 def problem(implementation: Implementation, kind: Kind) -> str | None:
-    """Why it cannot run here, or None."""
+    """Returns why an implementation cannot run here, or None."""
     if implementation.backend == REFERENCE:
         return None
     if implementation.backend == "triton" and DEVICE.type != "cuda" and INTERPRETED:
@@ -110,8 +109,8 @@ def problem(implementation: Implementation, kind: Kind) -> str | None:
     return None
 
 
-def call(case: Case, implementation: Implementation) -> Callable[[], object]:
-    """What a round calls. As in the step, a forward in bf16 is under autocast and a backward is not."""
+def call(case: BenchCase, implementation: Implementation) -> Callable[[], object]:
+    """Returns the call of one round. As in the step, a bf16 forward runs under autocast and a backward does not."""
     work = case.make(implementation)
 
     def forward() -> Sequence[Tensor]:
@@ -129,7 +128,7 @@ def call(case: Case, implementation: Implementation) -> Callable[[], object]:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call by the wall clock, the device's work included."""
+    """Returns the seconds of one call by the wall clock, including the device's work."""
     since = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -138,16 +137,16 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Of one call: wall clock on the CPU; on CUDA by events and with a cold L2, the median of some 20 ms of calls."""
+    """Returns the seconds of one call: wall clock on a CPU; on CUDA events with a cold L2, median over about 20 ms."""
     if DEVICE.type != "cuda":
         return timed(run, DEVICE)
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
+    return do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3  # pyright: ignore  # one number
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors that one call has alive at once, beyond those there before it."""
+    """Returns the most bytes of tensors that one call has alive at once, beyond those there before it."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -156,13 +155,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     # Allocations one by one: the profiler's tables add them up by operator, which hides the peak within one.
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
-def measure(case: Case) -> dict[Implementation, Row]:
-    """Every implementation of a case that runs here, in turn."""
+def measure(case: BenchCase) -> dict[Implementation, OperatorMeasurement]:
+    """Measures every implementation of a case that runs here, in interleaved rounds."""
     torch.manual_seed(0)
     runs = {implementation: call(case, implementation) for implementation in implementations(case.kind)}
     for run in runs.values():
@@ -180,16 +181,16 @@ def measure(case: Case) -> dict[Implementation, Row]:
 
 
 def results(
-    case: Case, seconds: Mapping[Implementation, list[float]], peaks: Mapping[Implementation, int | None]
-) -> dict[Implementation, Row]:
-    """The rows of a case, with the ratios to its references."""
+    case: BenchCase, seconds: Mapping[Implementation, list[float]], peaks: Mapping[Implementation, int | None]
+) -> dict[Implementation, OperatorMeasurement]:
+    """Returns the measurements of a case, with the ratios to its references."""
 
     def against(dtype: torch.dtype, key: Implementation) -> Any:
         reference = Implementation(REFERENCE, dtype)
         return None if key == reference else ratio(seconds[reference], seconds[key])
 
     return {
-        key: Row(
+        key: OperatorMeasurement(
             operator=case.operator,
             shape=case.shape,
             direction=case.direction,
@@ -205,28 +206,29 @@ def results(
 
 
 def line(name: str, cells: Sequence[str] = HEADINGS) -> str:
-    """Of a table in the terminal."""
+    """Formats one line of the terminal's table."""
     median, fp32, bf16, peak = cells
     return f"  {name:18}{median:>12}{fp32:>26}{bf16:>26}{peak:>12}"
 
 
 class Clock:
-    """Shows what it was set to."""
+    """A clock that shows what it was set to."""
 
     now = 0.0
 
 
 def replayed_seconds() -> float:
-    """The timer of pytest-benchmark."""
+    """The timer that pytest-benchmark uses."""
     return Clock.now
 
 
-def replay(benchmark: BenchmarkFixture, row: Row | StepRow) -> None:
-    """Gives pytest-benchmark a row and its rounds."""
-    benchmark.group, benchmark.name = row.case, row.implementation
-    benchmark.params = None  # of this test, which are not for JSON
-    benchmark.extra_info.update(row.extra_info())
-    pending = iter(row.seconds)
+def replay(benchmark: BenchmarkFixture, measured: OperatorMeasurement | StepMeasurement) -> None:
+    """Gives pytest-benchmark a measurement and its rounds."""
+    benchmark.group = measured.case
+    benchmark.name = measured.implementation
+    benchmark.params = None  # the test's parameters are objects, which JSON cannot hold
+    benchmark.extra_info.update(measured.extra_info())
+    pending = iter(measured.seconds)
 
     def start() -> None:
         Clock.now = 0.0
@@ -234,4 +236,4 @@ def replay(benchmark: BenchmarkFixture, row: Row | StepRow) -> None:
     def stop() -> None:
         Clock.now = next(pending)
 
-    benchmark.pedantic(stop, setup=start, rounds=len(row.seconds))
+    benchmark.pedantic(stop, setup=start, rounds=len(measured.seconds))

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS
-from mnclglf.training.backends import choose_backends, describe_backends
+from mnclglf.training.start import Machine, choose_backends, describe_backends
 from mnclglf_kernels import Backends
-from mnclglf_kernels._triton import launch, neighbor
+from mnclglf_kernels._triton import launch
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(
@@ -25,18 +25,21 @@ def choose(**engine: object) -> tuple[Backends, str]:
     """(backends, what was printed) with the kernels interpreted on the CPU."""
     config = dataclasses.replace(CONFIG, engine=EngineConfig(**engine))
     console = Console(file=io.StringIO())
-    return choose_backends(config, 16, 16, torch.float32, CPU, console), console.file.getvalue()
+    return choose_backends(config, 16, 16, Machine(CPU, torch.float32), console), console.file.getvalue()
 
 
 @pytest.fixture
 def wrong_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lookup kernel that finds the row after the nearest one."""
 
-    def run(launches: list[launch.Launch], device: torch.device) -> None:
-        launch.run(launches, device)
-        launches[-1].arguments["nearest"].add_(1).remainder_(20)
+    right = launch.run
 
-    monkeypatch.setattr(neighbor, "run", run)
+    def run(launches: list[launch.Launch], device: torch.device) -> None:
+        right(launches, device)
+        if "nearest" in launches[-1].arguments:
+            launches[-1].arguments["nearest"].add_(1).remainder_(20)
+
+    monkeypatch.setattr(launch, "run", run)
 
 
 def test_the_cpu_runs_pytorch():
@@ -52,10 +55,10 @@ def test_required_kernels_run_where_they_prove_right():
 def test_the_kernels_of_a_method_prove_themselves_and_no_others(method, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "mnclglf_kernels.canary.failures", lambda *args, operators, **settings: asked.extend(operators) or {}
+        "mnclglf_kernels.self_check.failures", lambda *args, operators, **settings: asked.extend(operators) or {}
     )
     config = dataclasses.replace(CONFIG, method=method, engine=EngineConfig(kernels="require"))
-    choose_backends(config, 16, 16, torch.float32, CPU, Console(file=io.StringIO()))
+    choose_backends(config, 16, 16, Machine(CPU, torch.float32), Console(file=io.StringIO()))
     assert asked == [*METHODS[method].operators, "augment"]
 
 
@@ -72,10 +75,13 @@ def test_a_required_kernel_that_is_wrong_stops_the_run(wrong_lookup):
 
 def test_a_wrong_kernel_is_reported_and_pytorch_does_its_work(wrong_lookup, monkeypatch):
     # As on a GPU, where auto is triton.
-    monkeypatch.setattr("mnclglf.training.backends.resolve", lambda backend, *tensors, kind: "triton")
+    monkeypatch.setattr("mnclglf.training.start.resolve", lambda backend, *tensors, kind: "triton")
     backends, said = choose(kernels="auto")
     assert backends == Backends.all("triton")._replace(nearest_neighbor="torch")
-    assert "WARNING: the Triton kernel of nearest_neighbor is wrong on this machine (the score is off by" in said
+    assert (
+        "WARNING: the Triton kernel of nearest_neighbor fails its self-check on this machine (the score is off by"
+        in said
+    )
     assert describe_backends(backends) == "triton, nearest_neighbor torch"
 
 

@@ -1,10 +1,10 @@
-"""The loaders, and those of others: images a second per core, the time that a step waits, memory over many batches.
+"""Compares our loaders with others: images per second and core, the time a step waits, memory over many batches.
 
-All make three views of every image as the recipe `paper` has them: DALI, resident and reference are our loaders;
+All make three views of every image as the recipe `paper` defines them. DALI, resident and reference are our loaders;
 torchvision, lightly and kornia do the same operations with random numbers of their own, as their documentation shows
-them. A core's rate is images over seconds of CPU time, of all threads: what a loader takes away from a training step
-on the CPU, and what a GPU machine's cores can deliver. Every round starts each of them anew and runs it to its end, the
-building of DALI's pipeline included.
+them. The rate per core is images over seconds of CPU time of all threads: what a loader takes from a training step on
+the CPU, and what a GPU machine's cores can deliver. Every round starts each loader anew and runs it to its end,
+including the building of DALI's pipeline.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,22 +28,26 @@ from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.views import blur_window
 from mnclglf.recipes import VIEWS
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.loop import Waiting
+from mnclglf.training.start import autocast_dtype, choose_device
 
 DEVICE = choose_device(EngineConfig())
 DTYPE = autocast_dtype(EngineConfig(), DEVICE)
 VIEW: ViewConfig = VIEWS["paper"]
-ROUNDS, SECONDS = 5, 1.5  # of a loader in a round
-STEP_SECONDS, STEPS = 1.0, 12  # of the stand-in for a training step
-BATCHES, SETTLED, SMALL = 2000, 200, 64  # batches, those before the memory counts, images in each
+ROUNDS = 5
+SECONDS = 1.5  # per loader and round
+STEP_SECONDS = 1.0  # the stand-in for a training step takes so long
+STEPS = 12
+BATCHES = 2000  # in the memory test
+SETTLED = 200  # batches before the memory is compared
+SMALL = 64  # images per batch of the memory test
 
-Run = Callable[[int], object]
-"""Makes the three views of this many images."""
+MakeViews = Callable[[int], object]
+"""Makes the three views of so many images."""
 
 
 def random_images(side: int, count: int = 2048) -> ImageArray:
-    """Smooth noise: what resampling costs does not depend on it, and JPEG needs something to compress."""
+    """Returns smooth noise: resampling costs the same on any image, and JPEG needs something to compress."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     pixels = torch.nn.functional.interpolate(torch.from_numpy(coarse).permute(0, 3, 1, 2).float(), size=side)
     images = pixels.permute(0, 2, 3, 1).to(torch.uint8).contiguous().numpy()
@@ -50,15 +55,15 @@ def random_images(side: int, count: int = 2048) -> ImageArray:
 
 
 def jpeg_files(folder: Path, count: int = 256) -> ImageSet:
-    """Photographs' worth of JPEG: 500 x 375, as most of ImageNet's."""
+    """Writes JPEG files of 500 x 375, the size of most of ImageNet's, and returns them as an image set."""
     for number, pixels in enumerate(random_images(500, count).images):
         Image.fromarray(pixels[:375]).save(folder / f"{number}.jpg", quality=90)
     return load_dataset(f"folder:{folder}")[0]
 
 
-def our_run(images: ImageSet, backend: str, side: int, batch: int) -> Run:
-    settings = dict(views=3, side=side, batch_size=batch, seed=0, dtype=DTYPE, threads=2)
-    loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)
+def our_run(images: ImageSet, backend: str, side: int, batch: int) -> MakeViews:
+    settings: dict[str, Any] = dict(views=3, side=side, batch_size=batch, seed=0, dtype=DTYPE, threads=2)
+    loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)  # pyright: ignore[reportArgumentType]
     if loader.name != backend:
         raise ImportError(f"{backend} cannot hold {side} x {side} or files")
 
@@ -69,8 +74,8 @@ def our_run(images: ImageSet, backend: str, side: int, batch: int) -> Run:
     return run
 
 
-def one_by_one(view: Callable[[int], object]) -> Run:
-    """A transform of one image at a time; on one thread, as a worker process runs it."""
+def one_by_one(view: Callable[[int], object]) -> MakeViews:
+    """Applies a transform to one image at a time, on one thread, as a worker process does."""
 
     def run(count: int) -> None:
         threads = torch.get_num_threads()
@@ -83,7 +88,7 @@ def one_by_one(view: Callable[[int], object]) -> Run:
     return run
 
 
-def torchvision_run(images: ImageSet, side: int) -> Run:
+def torchvision_run(images: ImageSet, side: int) -> MakeViews:
     from torchvision.transforms import v2
 
     window, jitter = blur_window(VIEW, side), (VIEW.brightness, VIEW.contrast, VIEW.saturation, VIEW.hue)
@@ -104,7 +109,7 @@ def torchvision_run(images: ImageSet, side: int) -> Run:
     return one_by_one(lambda number: transform(images.pixels(number % len(images))))
 
 
-def lightly_run(images: ImageSet, side: int) -> Run:
+def lightly_run(images: ImageSet, side: int) -> MakeViews:
     from lightly.transforms.simclr_transform import SimCLRViewTransform
 
     mean, std = (values.tolist() for values in images.statistics())
@@ -125,7 +130,7 @@ def lightly_run(images: ImageSet, side: int) -> Run:
     return one_by_one(lambda number: transform(Image.fromarray(images.pixels(number % len(images)))))
 
 
-def kornia_run(images: ImageSet, side: int, batch: int) -> Run:
+def kornia_run(images: ImageSet, side: int, batch: int) -> MakeViews:
     import kornia.augmentation as K
 
     mean, std = (torch.from_numpy(values) for values in images.statistics())
@@ -149,9 +154,9 @@ def kornia_run(images: ImageSet, side: int, batch: int) -> Run:
     return run
 
 
-def runs(images: ImageSet, side: int, batch: int) -> tuple[dict[str, Run], dict[str, str]]:
-    """Everything that can run here by its name, and why the rest cannot."""
-    makers: dict[str, Callable[[], Run]] = {
+def runs(images: ImageSet, side: int, batch: int) -> tuple[dict[str, MakeViews], dict[str, str]]:
+    """Returns what can run here by name, and why the rest cannot."""
+    makers: dict[str, Callable[[], MakeViews]] = {
         **{name: (lambda name=name: our_run(images, name, side, batch)) for name in ("dali", "resident", "reference")},
         "torchvision v2": lambda: torchvision_run(images, side),
         "lightly": lambda: lightly_run(images, side),
@@ -168,7 +173,7 @@ def runs(images: ImageSet, side: int, batch: int) -> tuple[dict[str, Run], dict[
 
 
 @pytest.mark.parametrize("side", [32, 64, 224])
-def test_images_a_second(side: int, say: Callable[[str], None]) -> None:
+def test_images_per_second(side: int, say: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = jpeg_files(Path(folder)) if side == 224 else random_images(side)
         batch = 64 if side == 224 else 256
@@ -189,16 +194,16 @@ def test_images_a_second(side: int, say: Callable[[str], None]) -> None:
         core, wall = ([rate[which] for rate in measured] for which in (0, 1))
         against = [own[0] / theirs[0] for own, theirs in zip(measured, rates["torchvision v2"], strict=True)]
         say(
-            f"  {name:15}{statistics.median(core):8,.0f} a core ({min(core):,.0f} to {max(core):,.0f})"
-            f"{statistics.median(wall):8,.0f} together, x torchvision v2 a core {statistics.median(against):.1f} "
+            f"  {name:15}{statistics.median(core):8,.0f} per core ({min(core):,.0f} to {max(core):,.0f})"
+            f"{statistics.median(wall):8,.0f} together, x torchvision v2 per core {statistics.median(against):.1f} "
             f"({min(against):.1f} to {max(against):.1f})"
         )
     for name, reason in missing.items():
         say(f"  left out: {name}: {reason}")
 
 
-def calibrated(run: Run, batch: int) -> int:
-    """How many images fill a round, in whole batches."""
+def calibrated(run: MakeViews, batch: int) -> int:
+    """Returns how many images fill a round, in whole batches."""
     run(batch)
     since = time.perf_counter()
     run(2 * batch)
@@ -206,21 +211,21 @@ def calibrated(run: Run, batch: int) -> int:
 
 
 def test_waiting(say: Callable[[str], None]) -> None:
-    """What a step that keeps all cores busy waits for its batch of 256, with the default loader."""
+    """Measures how long a step that keeps all cores busy waits for its batch of 256 with the default loader."""
     images = random_images(32)
     a = torch.randn(1024, 1024, device=DEVICE)
     for backend in ("auto", "resident"):
-        settings = dict(views=3, side=32, batch_size=256, seed=0, dtype=DTYPE, threads=2)
+        settings: dict[str, Any] = dict(views=3, side=32, batch_size=256, seed=0, dtype=DTYPE, threads=2)
         loader, waiting = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings), Waiting()
         for _ in waiting.timed(loader, 0, STEPS):
             until = time.perf_counter() + STEP_SECONDS
             while time.perf_counter() < until:
-                a @ a
+                _ = a @ a
         say(f"waiting: loader {loader.name}, steps of {STEP_SECONDS} s on all cores: {waiting.summary()}")
 
 
 def resident_bytes() -> int:
-    """Of this process, in memory."""
+    """Returns this process's resident memory."""
     with open("/proc/self/statm") as statistics_file:
         return int(statistics_file.read().split()[1]) * 4096
 
@@ -229,7 +234,7 @@ def resident_bytes() -> int:
 def test_memory_over_many_batches(say: Callable[[str], None]) -> None:
     images = random_images(32)
     for backend in ("dali", "resident"):
-        settings = dict(views=3, side=32, batch_size=SMALL, seed=0, dtype=DTYPE, threads=2)
+        settings: dict[str, Any] = dict(views=3, side=32, batch_size=SMALL, seed=0, dtype=DTYPE, threads=2)
         with suppress(ImportError):
             loader = make_loader(images, VIEW, backend=backend, device=DEVICE, **settings)
             sizes = list(memory_sizes(loader.batches(0, BATCHES)))

@@ -1,15 +1,15 @@
-"""One row of the results: an implementation of a case, as it was measured. draw.py reads rows without loading torch."""
+"""What is saved of a measured operator or training step. It needs no torch, so that draw.py starts quickly."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 REFERENCE = "reference"
 HEADINGS = ("median ms", "x reference fp32", "x reference bf16", "peak MiB")
-STEP_HEADINGS = ("s a step", "images/s", "TFLOP/s", "ratio", "peak GiB")
+STEP_HEADINGS = ("s per step", "images/s", "TFLOP/s", "ratio", "peak GiB")
 
 
 class Ratio(NamedTuple):
@@ -24,24 +24,44 @@ class Ratio(NamedTuple):
 
 
 def ratio(reference: Sequence[float], seconds: Sequence[float]) -> Ratio:
-    """Of the rounds' seconds; each round is compared with itself."""
+    """Compares the seconds of each round with the reference's seconds of the same round."""
     rounds = [theirs / own for theirs, own in zip(reference, seconds, strict=True)]
     return Ratio(statistics.median(rounds), min(rounds), max(rounds))
 
 
+class JsonEntry:
+    """Conversion to and from the JSON of pytest-benchmark, shared by the measurements."""
+
+    RATIOS: ClassVar[tuple[str, ...]] = ("ratio",)
+
+    def extra_info(self) -> dict[str, Any]:
+        """All fields but the seconds, which pytest-benchmark saves itself."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}  # pyright: ignore
+
+    @classmethod
+    def from_json(cls, benchmark: dict[str, Any]) -> Self:
+        """Reads one entry of the JSON."""
+        known = dict(benchmark["extra_info"], seconds=benchmark["stats"]["data"])
+        for name in cls.RATIOS:
+            known[name] = None if known[name] is None else Ratio(*known[name])
+        return cls(**known)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What was measured of one implementation of a case.
+class OperatorMeasurement(JsonEntry):
+    """One implementation of an operator in one case.
 
     Attributes:
         operator, shape, direction: the case.
-        backend: of mnclglf_kernels, or REFERENCE: Algorithm 1 as printed.
+        backend: a backend of mnclglf_kernels, or REFERENCE.
         dtype: "fp32", or "bf16" under autocast.
-        seconds: of a call, in each round.
-        ratio: to the reference in fp32; None for itself.
-        like_with_like: where dtype is not fp32, to the reference in the same; None for itself.
-        peak_bytes: of tensors during a call, beyond those there before; None where it cannot be seen.
+        seconds: time per call in each round.
+        ratio: compared with the reference in fp32; None for that reference itself.
+        like_with_like: for a dtype other than fp32, compared with the reference in that dtype; None for the reference.
+        peak_bytes: most tensor memory during a call beyond what was there before; None where it cannot be seen.
     """
+
+    RATIOS: ClassVar[tuple[str, ...]] = ("ratio", "like_with_like")
 
     operator: str
     shape: str
@@ -62,37 +82,25 @@ class Row:
         return f"{self.backend} {self.dtype}"
 
     def cells(self) -> tuple[str, str, str, str]:
-        """Under HEADINGS; a dash where there is nothing to compare with or nothing was measured."""
+        """The table cells under HEADINGS; a dash for no figure."""
         peak = "-" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.1f}"
         median = 1e3 * statistics.median(self.seconds)
         return f"{median:.3f}", str(self.ratio or "-"), str(self.like_with_like or "-"), peak
 
-    def extra_info(self) -> dict[str, Any]:
-        """All but the seconds, which pytest-benchmark has."""
-        return {name: value for name, value in asdict(self).items() if name != "seconds"}
-
-    @classmethod
-    def from_json(cls, benchmark: dict[str, Any]) -> Row:
-        """From an entry of the JSON that pytest-benchmark writes."""
-        known = dict(benchmark["extra_info"], seconds=benchmark["stats"]["data"])
-        for name in ("ratio", "like_with_like"):
-            known[name] = None if known[name] is None else Ratio(*known[name])
-        return cls(**known)
-
 
 @dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """What was measured of one training step.
+class StepMeasurement(JsonEntry):
+    """One training step of a comparison.
 
     Attributes:
-        kind: "ladder", where each rung has one optimisation more, or "peers".
-        name: of the rung or peer.
+        kind: "ablation", where each variant has one optimization more, or "peers".
+        name: the variant or peer.
         size: what was trained on, in words.
-        images: of a batch.
-        seconds: of a step, in each round.
-        tflop: floating-point operations of a step (10^12) by PyTorch's counter; None where compiling hides them.
-        ratio: in the ladder times as fast as its first rung; of a peer, how many times as fast ours is, each by its own
-            operations; None for what the others are compared with.
+        images: per batch.
+        seconds: time per step in each round.
+        tflop: floating-point operations per step (10^12) by PyTorch's counter; None where compiling hides them.
+        ratio: in the ablation, times as fast as the first variant. For a peer, how many times as fast ours is, each by
+            its own operations. None for the step that the others are compared with.
         peak_bytes: most memory alive: tensors on a GPU, the whole process on a CPU.
     """
 
@@ -104,6 +112,12 @@ class StepRow:
     tflop: float | None
     ratio: Ratio | None
     peak_bytes: int
+
+    @classmethod
+    def from_json(cls, benchmark: dict[str, Any]) -> Self:
+        found = benchmark["extra_info"]
+        kind = "ablation" if found["kind"] == "ladder" else found["kind"]  # its name in older files
+        return super().from_json({**benchmark, "extra_info": {**found, "kind": kind}})
 
     @property
     def case(self) -> str:
@@ -123,7 +137,7 @@ class StepRow:
         return (self.tflop or 0.0) / statistics.median(self.seconds)
 
     def cells(self) -> tuple[str, str, str, str, str]:
-        """Under STEP_HEADINGS; a dash where there is no figure."""
+        """The table cells under STEP_HEADINGS; a dash for no figure."""
         median = statistics.median(self.seconds)
         rate = "-" if self.tflop is None else f"{self.tflop_per_second:.3f}"
         return (
@@ -133,14 +147,3 @@ class StepRow:
             str(self.ratio or "-"),
             f"{self.peak_bytes / 2**30:.2f}",
         )
-
-    def extra_info(self) -> dict[str, Any]:
-        """All but the seconds, which pytest-benchmark has."""
-        return {name: value for name, value in asdict(self).items() if name != "seconds"}
-
-    @classmethod
-    def from_json(cls, benchmark: dict[str, Any]) -> StepRow:
-        """From an entry of the JSON that pytest-benchmark writes."""
-        known = dict(benchmark["extra_info"], seconds=benchmark["stats"]["data"])
-        known["ratio"] = None if known["ratio"] is None else Ratio(*known["ratio"])
-        return cls(**known)

@@ -1,6 +1,7 @@
-"""Training steps that take turns, each in a process of its own: what one sets for its process touches no other.
+"""Measures training steps in interleaved rounds, each step in a process of its own.
 
-`python -m bench.turns NAME IMAGES SIDE WIDTH` is such a process: it makes a step, warms it up, and answers each line
+A process of its own, because fast math, kept memory and the allocator's state belong to the whole process.
+`python -m bench.rounds NAME IMAGES SIDE WIDTH` is such a process: it makes a step, warms it up, and answers each line
 that it reads with the seconds of one step.
 """
 
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +23,23 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.row import Ratio, StepRow, ratio
+from bench.measurement import Ratio, StepMeasurement, ratio
 from bench.steps import COMPILED, GRAPHS, KEEPING, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
-from mnclglf.training.device import autocast_dtype, choose_device
 from mnclglf.training.roofline import best_seconds
+from mnclglf.training.start import autocast_dtype, choose_device
 from mnclglf.training.timing import forget_peak_memory, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_A_GPU = 20  # steps of a turn
-MATMUL = 4096  # rows, columns and depth of the product that the machine's rate is measured with
+STEPS_ON_A_GPU = 20  # per round: one step alone would be mostly launch latency
+MATMUL = 4096  # side of the square matrices whose product measures the machine's rate
 
 
 class Contender:
-    """A step in its own process, ready to be called.
+    """A training step in its own process, ready to be called.
 
     Attributes:
-        tflop: of a step, by PyTorch's counter; None where it is compiled, which hides it.
+        tflop: operations per step (10^12) by PyTorch's counter; None where compiling hides them.
         warm_up_seconds: from the start of the first step to the end of the second.
 
     Raises:
@@ -48,7 +49,7 @@ class Contender:
     def __init__(self, name: str, size: Size) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.turns", name, *map(str, size)],
+            [sys.executable, "-m", "bench.rounds", name, *map(str, size)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
             stdin=subprocess.PIPE,
@@ -64,11 +65,11 @@ class Contender:
         self.warm_up_seconds: float = ready["warm_up_seconds"]
 
     def seconds(self) -> float:
-        """Of one step, now."""
+        """Runs the step once and returns its seconds."""
         return self._ask("step")["seconds"]
 
     def peak_bytes(self) -> int:
-        """Most memory that the steps so far have had alive: tensors on a GPU, the process on a CPU."""
+        """Returns the most memory alive so far: tensors on a GPU, the whole process on a CPU."""
         return self._ask("memory")["peak_bytes"]
 
     def stop(self) -> None:
@@ -92,8 +93,8 @@ class Contender:
 
 
 @contextmanager
-def contenders(names: Sequence[str], size: Size) -> Iterator[list[Contender]]:
-    """The processes of these steps, started and warmed up one after another, and stopped at the end."""
+def contenders(names: Sequence[str], size: Size) -> Generator[list[Contender]]:
+    """Starts and warms up the processes of these steps, one after another; stops them at the end."""
     with ExitStack() as stack:
         started: list[Contender] = []
         for name in names:
@@ -104,13 +105,13 @@ def contenders(names: Sequence[str], size: Size) -> Iterator[list[Contender]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Steps to measure in turns.
+    """Training steps to measure in interleaved rounds.
 
     Attributes:
-        kind: "ladder" or "peers", see StepRow.
-        names: of MAKERS; all are compared with the first of them.
+        kind: "ablation" or "peers", see StepMeasurement.
+        names: keys of MAKERS; all are compared with the first.
         size: what they train on.
-        rounds: every round calls each step once, on a GPU for ON_A_GPU steps.
+        rounds: every round calls each step once, on a GPU for STEPS_ON_A_GPU steps.
     """
 
     kind: str
@@ -118,10 +119,10 @@ class Comparison:
     size: Size
     rounds: int
 
-    def measure(self) -> tuple[dict[str, StepRow], list[float]]:
-        """A row for each step, and the matrix-product rate of this process, FLOP/s, once a round."""
+    def measure(self) -> tuple[dict[str, StepMeasurement], list[float]]:
+        """Returns each step's measurement, and this process's matrix-product rate (FLOP/s) of each round."""
         rates: list[float] = []
-        give_back(choose_device(EngineConfig()))  # of what was measured before, in this process
+        give_back(choose_device(EngineConfig()))  # this process may still hold memory of what it measured before
         with contenders(self.names, self.size) as started:
             seconds: dict[str, list[float]] = {contender.name: [] for contender in started}
             for _ in range(self.rounds):
@@ -130,23 +131,23 @@ class Comparison:
                 rates.append(matmul_rate())
             peaks = {contender.name: contender.peak_bytes() for contender in started}
             tflop = {contender.name: contender.tflop for contender in started}
-        return self.rows(seconds, tflop, peaks), rates
+        return self.results(seconds, tflop, peaks), rates
 
-    def rows(
+    def results(
         self, seconds: Mapping[str, list[float]], tflop: Mapping[str, float | None], peaks: Mapping[str, int]
-    ) -> dict[str, StepRow]:
+    ) -> dict[str, StepMeasurement]:
         first = self.names[0]
 
         def against(name: str) -> Ratio | None:
             if name == first:
                 return None
-            if self.kind == "ladder":
+            if self.kind == "ablation":
                 return ratio(seconds[first], seconds[name])
             own, theirs = tflop[first] or 1.0, tflop[name] or 1.0
             return ratio([s / theirs for s in seconds[name]], [s / own for s in seconds[first]])
 
         return {
-            name: StepRow(
+            name: StepMeasurement(
                 kind=self.kind,
                 name=name,
                 size=str(self.size),
@@ -161,16 +162,16 @@ class Comparison:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of a large matrix product in the autocast dtype, now."""
+    """Measures the FLOP/s of a large matrix product in the autocast dtype."""
     device = choose_device(EngineConfig())
     square = torch.randn(MATMUL, MATMUL, device=device).to(autocast_dtype(EngineConfig(), device))
     return 2 * MATMUL**3 / best_seconds(lambda: square @ square, device, rounds=2)
 
 
 def timed(step: Step, device: torch.device, *, keeps: bool) -> float:
-    """Seconds of a step: on a CPU of one, on a GPU the mean of some that follow each other.
+    """Returns the seconds of one step: on a GPU the mean of STEPS_ON_A_GPU steps in a row.
 
-    After a step to warm up, where the process had given back what it `keeps`.
+    A step to warm up comes first where the process `keeps` memory, which it gave back after the last round.
     """
     if keeps or device.type == "cuda":
         step()
@@ -180,15 +181,15 @@ def timed(step: Step, device: torch.device, *, keeps: bool) -> float:
         return time.perf_counter() - since
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(ON_A_GPU):
+    for _ in range(STEPS_ON_A_GPU):
         step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / ON_A_GPU
+    return start.elapsed_time(end) / 1e3 / STEPS_ON_A_GPU
 
 
 def give_back(device: torch.device) -> None:
-    """Returns memory that the process keeps, so that the others have room."""
+    """Gives the memory that this process keeps back to the system, so that the other processes have room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif hasattr(ctypes.CDLL(None), "malloc_trim"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnclglf.evaluation.lars import LARS
+from mnclglf.training.lars import LARS
 
 TRUST = 0.001
 

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench/`, and the commands `python -m bench.<name>`."""

@@ -1,0 +1,81 @@
+"""The files and lines that a run opens with: its settings, its machine, some views, the least a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mnclglf.config import RunConfig, to_dict
+from mnclglf.data.images import Pixels
+from mnclglf.data.views import whole_views
+from mnclglf.runs.environment import describe_environment
+from mnclglf.runs.files import write_atomically, write_json
+from mnclglf.training.start import Machine, Start, describe_backends, name_of
+from mnclglf_kernels.backend import HAS_TRITON
+
+PICTURED_IMAGES = 6  # in the report
+GPU_GIB = 24  # memory of an RTX 3090, the GPU that a run on a CPU is sized for
+
+
+def write_run_files(start: Start, out: Path) -> None:
+    """Writes config.json, environment.json and the report's views into the run directory, which is made if missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    loader = start.loader
+    chosen = {
+        "precision": name_of(start.machine.dtype),
+        "loader": loader.name,
+        "kernels": describe_backends(start.method.backends),
+        "image_side": start.data.side,
+        "mean": loader.mean.tolist(),
+        "std": loader.std.tolist(),
+    }
+    write_json(out / "config.json", to_dict(start.config))
+    write_json(out / "environment.json", describe_environment(start.machine.device, chosen))
+    images = start.data.train
+    pictured = np.linspace(0, len(images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: data sets come sorted
+    views = np.stack([view.cpu().numpy() for view in loader.render(pictured, epoch=0)])
+    pixels = originals(images.read(pictured), start.data.side)
+    write_atomically(
+        out / "views.npz",
+        lambda file: np.savez(file, images=pixels, views=views, mean=loader.mean, std=loader.std),
+    )
+
+
+def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callable[[str], object]) -> float | None:
+    """Prints the roofline step time, the estimated memory and the largest batch; returns the first, in seconds.
+
+    Returns:
+        None without triton, as the counts are those of its kernels.
+    """
+    if not HAS_TRITON:
+        return None
+    from mnclglf.training.memory import largest_batch, step_memory
+    from mnclglf.training.roofline import least_seconds, peaks_of
+
+    peaks = peaks_of(machine.device, machine.dtype, tf32=config.engine.tf32)
+    least = least_seconds(config, side, machine.dtype, peaks)
+    say(
+        f"roofline: {least:.3g} s per step ({peaks.name}, {peaks.flops / 1e12:.3g} TFLOP/s, "
+        f"{peaks.memory_bytes / 1e9:.3g} GB/s)"
+    )
+    needed = step_memory(config, config.optim.batch_size, side, machine.dtype)
+    cuda = machine.device.type == "cuda"
+    available = torch.cuda.get_device_properties(machine.device).total_memory if cuda else GPU_GIB * 2**30
+    fits = largest_batch(config, side, machine.dtype, available)
+    say(
+        f"estimated memory per step: {needed.total / 2**30:.2g} GiB ({needed.activations / 2**30:.2g} GiB of "
+        f"activations); largest batch for {available / 2**30:.0f} GiB: about {fits:,}"
+    )
+    return least
+
+
+def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
+    """Returns images for the report, [n, H, W, 3]: as they are where all have one size, else their middles."""
+    if isinstance(images, np.ndarray):
+        return images
+    pixels = whole_views(images, side, np.zeros(3, np.float32), np.ones(3, np.float32), torch.float32)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,94 @@
+"""The optimizers of pre-training: one function each, one row each in OPTIMIZERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mnclglf.config import OptimConfig, require
+from mnclglf.methods.base import Method
+from mnclglf.training.lars import LARS
+
+Groups = Sequence[list[nn.Parameter]]
+"""The parameters that follow the schedule; then, where that is asked for, the predictor's, whose rate is constant."""
+
+
+def sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
+    """Makes SGD with momentum, in one kernel over all weights.
+
+    The momentum starts at 0, which is what SGD's first step amounts to.
+    """
+    optimizer = torch.optim.SGD(
+        [{"params": parameters} for parameters in groups],
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if config.sgd_momentum:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def lars(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
+    """Makes LARS as BYOL's and SimCLR's authors pre-train with.
+
+    Biases and the parameters of norms, all that have one dimension, are neither adapted nor decayed.
+    """
+    made: list[dict[str, object]] = []
+    for parameters in groups:
+        made.append({"params": [p for p in parameters if p.dim() > 1]})
+        made.append({"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "adapts": False})
+    return LARS(made, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars}
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ValueError unless there is an optimizer of this name."""
+    require(name in OPTIMIZERS, f"optimizer {name!r} is none of {', '.join(OPTIMIZERS)}")
+
+
+def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
+    """Makes the optimizer of a method.
+
+    Its learning rates are tensors on the device, so that a CUDA graph sees a new one. Where `found_inf` is set to 1 on
+    the device, a step changes nothing: that is how a step that is not finite is kept out.
+    """
+    check_optimizer(config.optimizer)
+    groups = parameter_groups(method, constant_predictor_lr=config.constant_predictor_lr)
+    optimizer = OPTIMIZERS[config.optimizer](groups, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate_tensor(config.lr, group["params"][0])
+    return optimizer
+
+
+def scheduled_groups(optimizer: torch.optim.Optimizer, config: OptimConfig) -> list[dict[str, object]]:
+    """Returns the optimizer's groups that follow the schedule: all but those of a predictor of constant rate."""
+    groups = optimizer.param_groups
+    return groups[: len(groups) // 2] if config.constant_predictor_lr else groups
+
+
+def rate_tensor(rate: float | Tensor, parameter: nn.Parameter) -> Tensor:
+    """A learning rate beside a parameter and in its dtype; in fp32 on a GPU, whose fused kernel reads no other."""
+    return torch.as_tensor(rate).to(parameter.device, torch.float32 if parameter.is_cuda else parameter.dtype)
+
+
+def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[list[nn.Parameter]]:
+    """What trains at the schedule's learning rate; then, where that one's is to be constant, the predictor.
+
+    Raises:
+        ValueError: the method has no predictor whose rate could be constant.
+    """
+    trained = method.trained_parameters()
+    if not constant_predictor_lr:
+        return [trained]
+    predictor = {parameter for name, parameter in method.named_parameters() if name.startswith("predictor.")}
+    if not predictor:
+        raise ValueError(f"{type(method).__name__} has no predictor; leave --constant-predictor-lr out")
+    return [[p for p in trained if p not in predictor], [p for p in trained if p in predictor]]

@@ -1,0 +1,162 @@
+"""The optimizations that a training step runs under, one function each.
+
+Each is applied to a method that knows nothing of it, and EngineConfig switches each alone. Without all of them a step
+computes the same numbers, up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, ParamSpec, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock
+
+from mnclglf.config import EngineConfig
+from mnclglf.methods.base import Losses, Method
+from mnclglf.models.batch_norm import running_statistics_kept
+
+P = ParamSpec("P")
+
+
+class Forward(Protocol):
+    """A method, or a faster form of its forward with the same losses."""
+
+    def __call__(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses: ...
+
+
+def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
+    """Switches TF32 (for a run in fp32) and cuDNN's fastest algorithms on, for the whole process, on a GPU.
+
+    Losses and the lookup's scores stay in full fp32 under autocast, for their precision.
+    """
+    precision = "tf32" if config.tf32 and dtype == torch.float32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory, for the whole process; returns False where there is no glibc.
+
+    Otherwise a step on a CPU gets its large tensors from the system anew, page by page: 0.9 million page faults and a
+    sixth of the time were measured (docs/lab/).
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
+
+
+class _Cast(torch.autograd.Function):
+    """Casts tensors to another dtype, and their gradients back, by one multi-tensor copy each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *cast(gradients, torch.float32)
+
+
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Returns the tensors in another dtype, each in its own memory format."""
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)  # pyright: ignore
+    return results
+
+
+def share_casts(method: Method, dtype: torch.dtype) -> Forward:
+    """Returns the method's forward with each weight cast once per step, for all the forwards of its networks.
+
+    Autocast by itself casts a momentum network's weights in each of its forwards: it keeps only casts that carry
+    gradients.
+    """
+    if dtype == torch.float32:
+        return method
+    weights = {
+        f"{path}.{name}": parameter
+        for path, module in method.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
+
+    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
+        if followed:
+            casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
+        return functional_call(method, casts, (views, labels))
+
+    return forward
+
+
+def compiled(method: Method, *, graphs: bool) -> Forward:
+    """Returns the method's forward as one graph of torch.compile; with `graphs` replayed as CUDA graphs.
+
+    One graph rather than the encoder's compiled once for all of its forwards: it is as fast, CUDA graphs want it, and
+    equal casts of a weight become one; it takes 1.6 times as long to compile (docs/lab/).
+    """
+    from torch._functorch import config  # a second, which an eager run need not wait for
+
+    one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
+
+    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
+        # The backward runs outside of autocast, as it does in eager mode: traced under it, the fp32 products of a loss
+        # would be in bf16. It is compiled with the forward, so that what cannot be compiled shows in the first call.
+        with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
+            return one_graph(views, labels)
+
+    return forward
+
+
+def or_eager(
+    forward: Callable[P, Losses], eager: Callable[P, Losses], say: Callable[[str], object]
+) -> Callable[P, Losses]:
+    """Returns a forward that falls back to the eager one, with a message, where the compiled one cannot be compiled."""
+    chosen = forward
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> Losses:
+        nonlocal chosen
+        from torch._dynamo.exc import TorchDynamoException  # a second, which an eager run need not wait for
+
+        try:
+            return chosen(*args, **kwargs)
+        except TorchDynamoException as error:
+            if chosen is eager:
+                raise
+            say(f"torch.compile failed, the step stays eager: {' '.join(str(error).split()[:40])}")
+            chosen = eager
+            return chosen(*args, **kwargs)
+
+    return run
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Makes the encoder's residual blocks keep their inputs only, and recompute the rest in backward.
+
+    The recomputation leaves the running statistics alone: they have seen the batch already.
+    """
+    for block in method.encoder.modules():
+        if isinstance(block, BasicBlock):
+            plain = block.forward
+            contexts = partial(_first_and_again, block)
+            block.forward = partial(
+                checkpoint, plain, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+            )
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), running_statistics_kept(block)

@@ -1,0 +1,401 @@
+"""Decides what runs on this machine, for training, evaluation, reproduce and bench alike.
+
+In this order: device and precision, fast math or kept memory, the images, the method, the backend of each operator
+(after its self-check), the loader, and whether the forward is compiled. Each is decided once and printed once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from mnclglf.config import EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.loader import Loader
+from mnclglf.data.loaders import make_loader
+from mnclglf.data.splits import split_train
+from mnclglf.methods import METHODS, Method
+from mnclglf.runs.checkpoint import load_state
+from mnclglf.runs.console import say
+from mnclglf.runs.files import cache_folder, write_atomically
+from mnclglf.training.optim import check_optimizer
+from mnclglf.training.speedups import keep_freed_memory, use_fast_math
+from mnclglf_kernels import Backends, resolve, self_check
+from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, HAS_TRITON, triton_problem
+from mnclglf_kernels.operators import OperatorName
+from mnclglf_kernels.sizes import Sizes
+
+Compile = Literal["off", "on", "graphs"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device of a run and the dtype of its autocast (float32 for none)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The images of a run."""
+
+    train: ImageSet
+    """Images to pre-train on."""
+    validation: ImageSet
+    """Images held out of them by --validation-images; may be empty."""
+    test: ImageSet | None
+    """The data set's test images, where it has any."""
+    side: int
+    """Side of a view in pixels."""
+
+
+@dataclass(kw_only=True)
+class Start:
+    """Everything that a training is made of, decided and ready."""
+
+    config: RunConfig
+    """The run, with the number of classes filled in for a method that needs it."""
+    machine: Machine
+    data: RunData
+    method: Method
+    """On the device, in train mode, with its operators' backends."""
+    loader: Loader
+    compile: Compile
+
+    def describe(self) -> str:
+        """Returns the one line that says what was decided."""
+        config, data = self.config, self.data
+        return (
+            f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
+            f"{config.optim.epochs} epochs of {self.loader.steps_per_epoch} steps, device {self.machine.device}, "
+            f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
+            f"kernels {describe_backends(self.method.backends)}"
+            + ("" if self.compile == "off" else f", compiled{' with CUDA graphs' * (self.compile == 'graphs')}")
+        )
+
+
+def start_training(config: RunConfig, console: Console, *, loader: str | None = None) -> Start:
+    """Decides everything about a training, before any work is done.
+
+    Args:
+        config: the run.
+        console: where fallbacks are reported.
+        loader: the loader that a resumed run had; "auto" takes it again, as its views are the same to the bit.
+
+    Raises:
+        ValueError: settings that do not fit the images, the machine or each other.
+        RuntimeError: kernels are required and cannot run, or one fails its self-check.
+    """
+    check_queue(config)
+    check_optimizer(config.optim.optimizer)
+    machine = start_machine(config.engine)
+    data = load_run_data(config)
+    config = with_classes(config, data.train)
+    method = build_method(config, machine.dtype).to(machine.device).train()
+    method.backends = choose_backends(config, longest_side(data.train), data.side, machine, console)
+    if loader is not None and config.data.loader == "auto":
+        data_config = replace(config.data, loader=cast(Any, loader))
+    else:
+        data_config = config.data
+    views = make_views(
+        replace(config, data=data_config),
+        data.train,
+        config.view,
+        machine,
+        views=method.views,
+        side=data.side,
+        batch_size=config.optim.batch_size,
+        augment_backend=method.backends.augment,
+    )
+    compiling = choose_compile(config.engine, machine.device, lambda text: say(console, text))
+    return Start(config=config, machine=machine, data=data, method=method, loader=views, compile=compiling)
+
+
+def start_machine(engine: EngineConfig) -> Machine:
+    """Chooses device and precision, and sets fast math (on a GPU) or kept memory (on a CPU) for this process."""
+    device = choose_device(engine)
+    machine = Machine(device, autocast_dtype(engine, device))
+    if device.type == "cuda":
+        use_fast_math(engine, machine.dtype)
+    elif engine.keep_memory:
+        keep_freed_memory()
+    return machine
+
+
+def elsewhere(engine: EngineConfig, device: str) -> EngineConfig:
+    """Returns a training's settings for an evaluation, whose machine may lack what the training's had."""
+    kernels = "off" if engine.kernels == "off" else "auto"
+    return replace(engine, device=cast(Any, device), graphs="auto", lookup="auto", kernels=kernels)
+
+
+def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
+    """Loads the images of a run, from `data_dir` where it is given."""
+    train, test = load_dataset(
+        config.dataset,
+        data_dir or config.data.data_dir,
+        download=config.data.download,
+        skip_corrupt=config.data.skip_corrupt,
+    )
+    train, validation = split_train(train, config.data)
+    return RunData(train=train, validation=validation, test=test, side=view_side(train, config.data.image_size))
+
+
+def longest_side(images: ImageSet) -> int:
+    """Returns the longest side of all the images, in pixels."""
+    return int(max(sides.max() for sides in images.sizes(np.arange(len(images)))))
+
+
+def make_views(config: RunConfig, images: ImageSet, view: ViewConfig, machine: Machine, **settings: Any) -> Loader:
+    """Makes a loader of views of the images, by the run's seed, loader and threads; `settings` as of make_loader."""
+    return make_loader(
+        images,
+        view,
+        seed=config.seed,
+        dtype=machine.dtype,
+        device=machine.device,
+        backend=config.data.loader,
+        threads=config.data.loader_threads,
+        **settings,
+    )
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """Returns the device of the run; raises ValueError where cuda is asked for and torch sees no GPU."""
+    available = torch.cuda.is_available()
+    require(
+        config.device != "cuda" or available,
+        "device cuda was asked for, but torch sees no GPU; check nvidia-smi and the driver, or take --device cpu",
+    )
+    require(
+        config.graphs != "on" or (available and config.device != "cpu"),
+        "graphs on asks for CUDA graphs, and this run is on the CPU; take --graphs auto",
+    )
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """Returns bfloat16, float16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
+    if config.precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if CPU_MULTIPLIES_BF16 else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns "bfloat16", "float16" or "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
+    """Makes the method of a run, with fresh weights of its seed, on the CPU, in the memory format of `engine`."""
+    torch.manual_seed(config.seed)
+    queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
+    method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
+    memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+    return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
+
+
+def check_queue(config: RunConfig) -> None:
+    """Raises ValueError where a batch does not fit into the queue of a method that has one."""
+    batch, size = config.optim.batch_size, config.objective.queue_size
+    require(
+        batch <= size or "enqueue" not in METHODS[config.method].operators,
+        f"batch_size {batch} is more than queue_size {size}: a step would overwrite its own rows; raise --queue-size "
+        "or lower --batch-size",
+    )
+
+
+def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
+    """The run with the number of classes that a labeled method tells apart, the data set's where none is given.
+
+    Raises:
+        ValueError: the images have no labels, or more classes than are given.
+    """
+    if not METHODS[config.method].labelled:
+        return config
+    require(
+        images.labeled,
+        f"{config.method} trains on labels, and {images.name} has none; give each class a subfolder of its own, or "
+        "take another --method",
+    )
+    count, given = len(images.classes), config.model.classes
+    require(given is None or given >= count, f"classes {given} are fewer than the {count} of {images.name}")
+    return replace(config, model=replace(config.model, classes=given or count))
+
+
+def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, Method, int]:
+    """Returns configuration, method and step of a run's newest (or given) checkpoint.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+    """
+    config, state = load_state(run, checkpoint)
+    method = build_method(config, torch.float32)
+    method.load_state_dict(state["method"])
+    return config, method, state["step"]
+
+
+def choose_backends(
+    config: RunConfig,
+    source: int,
+    side: int,
+    machine: Machine,
+    console: Console,
+    *,
+    operators: Sequence[OperatorName] | None = None,
+) -> Backends:
+    """Chooses each operator's backend: Triton where it runs and passes its self-check at the run's sizes, else PyTorch.
+
+    Args:
+        config: the run; `engine.kernels` and `engine.lookup` are what is asked for.
+        source: longer side of the images that views are made of.
+        side: of a view.
+        machine: device and autocast dtype of the run.
+        console: where a kernel that fails its self-check is reported.
+        operators: the operators needed; None for those of the method and of the loader.
+
+    Raises:
+        RuntimeError: kernels are required and cannot run, or one fails; or FAISS cannot run here.
+    """
+    device, dtype = machine.device, machine.dtype
+    policy = config.engine.kernels
+    probe = torch.empty(0, dtype=dtype, device=device)
+    problem = triton_problem((probe,), "matmul")
+    if policy == "require" and problem is not None:
+        raise RuntimeError(f"kernels are required, but {problem}; take --kernels auto to go on without them")
+    if policy == "auto" and problem is not None and device.type == "cuda":
+        console.print(f"falling back to PyTorch operators: {problem}", highlight=False, markup=False, soft_wrap=True)
+    backends = Backends.all("torch")
+    if policy == "require" or (policy == "auto" and resolve("auto", probe, kind="matmul") == "triton"):
+        backends = Backends.all("triton")
+        sizes = sizes_of(config, side, source)
+        queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
+        one = config.objective.one_embedding
+        needed: Sequence[OperatorName] = (
+            (*METHODS[config.method].operators, "augment") if operators is None else operators
+        )
+        used: list[OperatorName] = [
+            op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")
+        ]
+        problems = self_check.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
+        if problems and policy == "require":
+            found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")
+        for name, problem in problems.items():
+            console.print(
+                f"WARNING: the Triton kernel of {name} fails its self-check on this machine ({problem}); "
+                "falling back to PyTorch. "
+                "`make gpu-report` writes a file to attach to an issue.",
+                style="bold red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            backends = backends._replace(**{name: "torch"})
+    if config.engine.lookup == "faiss":
+        resolve("faiss", probe, kind="lookup")
+        backends = backends._replace(nearest_neighbor="faiss")
+    return backends
+
+
+def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
+    """Returns the sizes that the operators of a run see: views of `side`, made of images of side `source`."""
+    return Sizes(
+        images=config.optim.batch_size,
+        side=side,
+        features=8 * config.model.width,
+        k=config.objective.k,
+        width=config.model.projector_width,
+        queue=config.objective.queue_size,
+        source=source,
+    )
+
+
+def describe_backends(backends: Backends) -> str:
+    """Returns the most used backend and the exceptions: "triton, nearest_neighbor faiss"."""
+    (most, _), *_ = Counter(backends).most_common(1)
+    return ", ".join([most, *(f"{name} {used}" for name, used in backends._asdict().items() if used != most)])
+
+
+def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object]) -> Compile:
+    """Decides whether a run's forward is eager, compiled, or compiled and replayed as CUDA graphs.
+
+    Args:
+        engine: the settings `compile` and `graphs`.
+        device: device of the run.
+        say: receives the reason where nothing is compiled although it was asked for.
+    """
+    if engine.compile == "off" or (engine.compile == "auto" and not compiles_by_itself(engine, device)):
+        return "off"
+    problem = compiler_problem(device)
+    if problem is not None:
+        say(f"not compiling, the step stays eager: {problem}")
+        return "off"
+    if engine.graphs == "on":
+        return "graphs"
+    replays = engine.graphs == "auto" and engine.lookup == "auto" and device.type == "cuda" and graphs_proven(device)
+    return "graphs" if replays else "on"
+
+
+def compiles_by_itself(engine: EngineConfig, device: torch.device) -> bool:
+    """Returns whether "auto" compiles: on a GPU. On a CPU minutes buy nothing, as convolutions are 87% of a step."""
+    return device.type == "cuda" and not engine.activation_checkpointing
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Returns what torch.compile lacks here, or None: a C compiler for Triton on a GPU, a C++ compiler on a CPU."""
+    if device.type == "cuda" and not HAS_TRITON:
+        return "the package triton is not installed"
+    names = (os.environ.get("CC"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"),)
+    if not any(shutil.which(name) for name in names if name):
+        wanted = "a C compiler (apt install gcc)" if device.type == "cuda" else "a C++ compiler (apt install g++)"
+        return f"torch.compile needs {wanted}, and there is none on the PATH"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "torch.compile needs Python's headers (apt install python3-dev), and there is no Python.h"
+    return None
+
+
+def graphs_proven(device: torch.device) -> bool:
+    """Returns whether `make gpu-report` has passed on this GPU with these versions."""
+    return proven_on(device) in _proven()
+
+
+def remember_proof(device: torch.device) -> None:
+    """Remembers that `make gpu-report` has passed on this machine."""
+    path = proof_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(sorted({*_proven(), proven_on(device)}), indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def proof_path() -> Path:
+    """Returns the file that remembers on which machines `make gpu-report` has passed."""
+    return cache_folder() / "gpu-report.json"
+
+
+def proven_on(device: torch.device) -> str:
+    """Names what a proof holds for: this GPU with these versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def _proven() -> set[str]:
+    try:
+        found = json.loads(proof_path().read_text())
+    except (OSError, ValueError):  # not there, or not whole: nothing is proven, and the next report writes it anew
+        return set()
+    return set(cast("list[str]", found)) if isinstance(found, list) else set()
