@@ -27,13 +27,13 @@ class ImageSet(ABC):
     """n images with their labels."""
 
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     split: str
     """train, validation or test."""
     labels: NDArray[np.int64]
-    """[n], 0 to len(classes) - 1; -1 where nobody labeled them."""
+    """[n], 0 to len(classes) - 1; -1 for images without labels."""
     classes: tuple[str, ...]
-    """What each label is called; empty where nobody labeled them."""
+    """Name of each class; empty for images without labels."""
     origin: NDArray[np.int64] | None = None
     """[n], the row of each image in the set that this one was picked from; None where it is whole."""
 
@@ -42,19 +42,20 @@ class ImageSet(ABC):
 
     @property
     def labeled(self) -> bool:
+        """True where the images have labels."""
         return bool(self.classes)
 
     def subset(self, rows: ArrayLike) -> Self:
-        """The images at these row numbers, in this order."""
+        """Returns the images at these row numbers, in this order."""
         picked = np.asarray(rows, dtype=np.int64)
         return replace(self._picked(picked), labels=self.labels[picked], origin=self.published_rows(picked))
 
     def published_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the images at these row numbers stand in the data set as it was read, before any choice of images."""
+        """Returns the rows of these images in the data set as it was read, before any choice of images."""
         return rows if self.origin is None else self.origin[rows]
 
     def names(self, rows: NDArray[np.int64]) -> list[str] | list[int]:
-        """What a user finds these images by: their numbers in the data set, or their paths."""
+        """Returns what a user can find these images by: their numbers in the data set, or their paths."""
         return self.published_rows(rows).tolist()
 
     @abstractmethod
@@ -63,11 +64,11 @@ class ImageSet(ABC):
 
     @abstractmethod
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Heights and widths of these images in pixels, [m] each."""
+        """Returns heights and widths of these images in pixels, [m] each."""
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> Pixels:
-        """These images, each uint8 [H, W, 3]; one array [m, H, W, 3] where they are in memory.
+        """Returns these images, each uint8 [H, W, 3]; one array [m, H, W, 3] where they are in memory.
 
         Raises:
             DataError: one of them cannot be read.
@@ -75,7 +76,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """The image at this row, uint8 [H, W, 3].
+        """Returns the image at this row, uint8 [H, W, 3].
 
         Raises:
             DataError: it cannot be read.
@@ -87,7 +88,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes with the images: a run resumes on those that it started with."""
+        """Returns a hash of the images, by which a run resumes only on those that it started with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
-"""What a loader is: batches of views, in an order that depends on the seed and the step alone, so that any step can be
-the first."""
+"""The base of the loaders: batches of views, in an order that depends on the seed and the step alone.
+
+So any step can be the first one, and resuming needs no state.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
 
 class Batch(NamedTuple):
-    """What a step trains on."""
+    """The input of a training step."""
 
     views: tuple[Tensor, ...]
-    """Each [N, 3, S, S], normalised, channels_last, in the autocast dtype, on the device."""
+    """Each [N, 3, S, S], normalized, channels_last, in the autocast dtype, on the device."""
     indices: Tensor
     """Rows of the image set, int64 [N], on the device."""
 
@@ -45,18 +47,18 @@ class Loader(ABC):
     """Makes the views of an image set; the same step gives the same batch, wherever a run starts.
 
     Args:
-        images: what to train on.
+        images: images to train on.
         config: how a view is made.
         views: views of each image in a batch.
-        side: of a view in pixels.
+        side: side of a view in pixels.
         batch_size: images in a batch of all ranks together.
-        seed: of the order and of the views.
-        dtype: of the views in a batch.
+        seed: seed of the order and of the views.
+        dtype: dtype of the views in a batch.
         device: where batches go.
         threads: CPU threads; no result depends on them.
-        rank: which part of every batch this process makes.
+        rank: number of the part of every batch that this process makes.
         ranks: parts of a batch.
-        statistics: mean [3] and deviation [3] that views are normalised with; None takes the images' own.
+        statistics: mean [3] and deviation [3] that views are normalized with; None takes the images' own.
 
     Raises:
         ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
@@ -90,7 +92,7 @@ class Loader(ABC):
         self.steps_per_epoch = len(images) // batch_size
         """Whole batches in an epoch; an incomplete last one is dropped."""
         self.mean, self.std = statistics or images.statistics()
-        """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
+        """[3] each, of the images scaled to [0, 1]: what views are normalized with."""
         self.side = side
         self._images = images
         self._config = config
@@ -104,7 +106,7 @@ class Loader(ABC):
 
     @property
     def name(self) -> str:
-        """As --loader has it."""
+        """Returns the name that --loader takes."""
         return type(self).__name__.removesuffix("Loader").lower()
 
     @abstractmethod
@@ -116,21 +118,21 @@ class Loader(ABC):
         """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
 
     def _rows(self, step: int) -> NDArray[np.int64]:
-        """Of the images of a step, this rank's part."""
+        """Returns this rank's part of the rows of a step's images."""
         return batch_indices(self._seed, step, len(self._images), self._batch_size)[self._share]
 
     def _draw(self, rows: NDArray[np.int64], epoch: int) -> list[ViewParameters]:
-        """The parameters of these images, view by view."""
+        """Draws the parameters of these images, view by view."""
         sizes = self._images.sizes(rows)
         return [draw_parameters(self._seed, epoch, rows, view, self._config, *sizes) for view in range(self._views)]
 
     def _batch(self, views: Sequence[Tensor], rows: NDArray[np.int64]) -> Batch:
-        """A batch of views [N, S, S, 3] in any dtype, anywhere."""
+        """Makes a batch of views [N, S, S, 3] of any dtype, on any device."""
         indices = torch.from_numpy(rows.copy())
         if self._device.type == "cuda":
             indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
         return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
 
     def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """[N, S, S, 3] as [N, 3, S, S] in the same order of memory: channels_last."""
+        """Moves [N, S, S, 3] to the device, as [N, 3, S, S] in the same order of memory: channels_last."""
         return tuple(view.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2) for view in views)

@@ -1,6 +1,6 @@
 """Random numbers from a counter: the same (seed, counter) gives the same numbers, whatever was drawn before.
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), vectorised
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), vectorized
 over counters. numpy's own Generator is not used: its streams depend on how much was drawn and may change between
 versions.
 """

@@ -1,4 +1,4 @@
-"""What a view of an image is: the numbers that make it random, and the views without randomness for evaluation.
+"""The random parameters of views, and the views without randomness for evaluation.
 
 Every loader takes its numbers from `draw_parameters`, so that an image's view depends on the seed, the epoch, the image
 and the view alone: not on the loader, the batch, the number of threads or where a run was resumed.
@@ -27,7 +27,7 @@ _FURTHER_BLOCKS = 1  # solarize has the first word, the other three are free
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """One row a view, in the order of the operations."""
+    """One row per view; the fields in the order of the operations, flip apart."""
 
     angle: NDArray[np.float32]
     """Rotation in degrees, counter-clockwise; 0 is off."""
@@ -73,7 +73,7 @@ def draw_parameters(
     height: ArrayLike,
     width: ArrayLike,
 ) -> ViewParameters:
-    """The random numbers of N views.
+    """Draws the random parameters of N views.
 
     Args:
         seed: the run's seed, below 2**64.
@@ -146,7 +146,7 @@ def _central_crop(
 
 
 def blur_window(config: ViewConfig, side: int) -> int:
-    """Width of the blur's window in pixels: the config's, else the odd number nearest side / 10, at least 5.
+    """Returns the blur's window in pixels: the config's, else the odd number nearest side / 10, at least 5.
 
     Raises:
         ValueError: half of it is not less than the side, so that it would be mirrored twice.

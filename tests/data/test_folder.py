@@ -1,4 +1,4 @@
-"""folder:PATH: what counts as an image, how it is labelled, what is found out about it, and what is wrong with it."""
+"""folder:PATH: what counts as an image, how it is labeled, what is found out about it, and what is wrong with it."""
 
 from __future__ import annotations
 

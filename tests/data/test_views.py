@@ -187,7 +187,7 @@ def test_blur_kernel_is_the_odd_number_nearest_a_tenth(side: int, kernel: int) -
     assert blur_window(ViewConfig(blur_kernel=3), side) == 3
 
 
-def test_whole_views_normalise_and_keep_the_image() -> None:
+def test_whole_views_normalize_and_keep_the_image() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
     images.flags.writeable = False  # as read from a file
     mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 0.25, 0.125])

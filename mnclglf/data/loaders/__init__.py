@@ -1,4 +1,4 @@
-"""Which loader a run takes."""
+"""Chooses the loader of a run."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def make_loader(
     augment_backend: Backend = "auto",
     **settings: Any,
 ) -> Loader:
-    """The loader of a run.
+    """Returns the loader of a run.
 
     Args:
         images: what to train on.
         view: how a view is made.
         backend: auto is on a CPU resident up to 32 x 32, where it is faster (measured: docs/performance.md), and dali
-            above; on a GPU the faster of the two, tried for a moment; without DALI resident, or reference. What is too
-            large for resident goes to dali, and is said to.
+            above; on a GPU the faster of the two, tried for a moment; without DALI resident, or reference. Images
+            that are too large for resident fall back to dali, with a warning.
         device: where batches go.
         side: of a view in pixels.
         augment_backend: of resident's operator.
@@ -93,7 +93,7 @@ def _dali_problem() -> ImportError | None:
 
 
 def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
-    """The loader that makes batches fastest for a moment; the rates, and which of them cannot run here, are logged.
+    """Tries each loader for a moment and returns the fastest one; logs the rates, and each loader that cannot run here.
 
     Raises:
         RuntimeError: none can.
@@ -108,12 +108,12 @@ def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
         raise RuntimeError(f"none of the loaders {', '.join(loaders)} can run on {device}; the reasons are above")
     chosen = max(rates, key=lambda name: rates[name])
     shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    logger.warning("loader %s: batches a second: %s", chosen, shown)
+    logger.warning("loader %s: batches per second: %s", chosen, shown)
     return loaders[chosen]
 
 
 def batches_per_second(loader: Loader, device: torch.device) -> float:
-    """Of batches that follow each other, the first few left out."""
+    """Returns the rate of batches that follow each other, without the first few."""
     since = 0.0
     for number, _ in enumerate(loader.batches(0, _WARM_UP_BATCHES + _TIMED_BATCHES)):
         if number + 1 == _WARM_UP_BATCHES:

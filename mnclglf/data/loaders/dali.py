@@ -53,7 +53,7 @@ class DaliLoader(Loader):
         return self._to_device(views, torch.float32)
 
     def _made(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[list[Tensor]]:
-        """A tensor a view, float32 [N, S, S, 3] in DALI's memory, for each (rows, epoch) of the plan; N <= `most`."""
+        """Yields one tensor [N, S, S, 3] per view, float32 in DALI's memory, for each (rows, epoch); N <= `most`."""
         cuda = self._device.type == "cuda"
         device_id = torch.empty(0, device=self._device).device.index if cuda else None  # plain "cuda" has no index
         ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not given back
@@ -90,7 +90,7 @@ class DaliLoader(Loader):
             yield [torch.from_dlpack(view.as_tensor()) for view in views]
 
     def _read(self, rows: NDArray[np.int64]) -> Any:
-        """What the pipeline is given of these images: their pixels, or where they lie."""
+        """Returns the pipeline's input for these images: their pixels, or the paths of their files."""
         if isinstance(self._images, ImageFiles):
             root, paths = self._images.root, self._images.paths
             return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
@@ -119,14 +119,14 @@ def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What matters of DALI's many lines."""
+    """Returns the line that matters of DALI's many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
     return (after or ["no text"])[0][:200]
 
 
 def input_names(config: ViewConfig) -> list[str]:
-    """The inputs of a view: only what the config switches on, or DALI would copy the rest in vain."""
+    """Returns a view's inputs: only those that the config switches on, or DALI would copy the rest in vain."""
     names = ["start", "shape"]
     if config.rotation_degrees > 0:
         names += ["angle"]
@@ -145,7 +145,7 @@ def input_names(config: ViewConfig) -> list[str]:
 
 
 def view_inputs(p: ViewParameters, config: ViewConfig) -> list[NDArray[np.generic]]:
-    """The inputs of one view of a batch, in the order of `input_names`."""
+    """Returns the inputs of one view of a batch, in the order of `input_names`."""
     inputs = p.arrays() | {
         "start": np.stack([p.top, p.left], axis=1),
         "shape": np.stack([p.crop_height, p.crop_width], axis=1),

@@ -76,7 +76,7 @@ class ReferenceLoader(Loader):
         return self._to_device(self._made(indices, epoch), torch.float32)
 
     def _made(self, rows: NDArray[np.int64], epoch: int) -> list[Tensor]:
-        """A tensor a view, float32 [N, S, S, 3]."""
+        """Makes one tensor per view, float32 [N, S, S, 3]."""
         parameters = self._draw(rows, epoch)
         made: list[list[Tensor]] = [[] for _ in parameters]
         with _one_thread():

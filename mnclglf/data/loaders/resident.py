@@ -21,7 +21,7 @@ _COPIED_IMAGES = 4096  # at once
 
 
 def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None:
-    """Why images cannot be resident, or why sides of `most` pixels would be exceeded; or None."""
+    """Returns why images cannot be resident, or have sides above `most` pixels; None where they can."""
     if not isinstance(images, ImageArray):
         return "image files are decoded when they are needed"
     largest = max(side, *images.images.shape[1:3])
@@ -29,7 +29,7 @@ def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None
 
 
 class ResidentLoader(Loader):
-    """The whole set as one tensor of bytes on the device; no worker, and nothing but numbers goes there in a step.
+    """The whole set as one tensor of bytes on the device; no worker; a step copies only the views' parameters.
 
     Args:
         images: in memory, up to 64 x 64 as views are: see `problem`.
@@ -64,7 +64,7 @@ class ResidentLoader(Loader):
         return self._made(rows, parameters, torch.float32)
 
     def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """V tensors [N, 3, S, S]."""
+        """Returns V tensors [N, 3, S, S]."""
         given = self._stored, rows, parameters, self._mean, self._std
         views = augment(*given, self._format, dtype=dtype, backend=self._backend)
         return views.chunk(self._views)

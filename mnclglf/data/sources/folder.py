@@ -1,4 +1,4 @@
-"""folder:PATH: a user's own image files, of any size, labelled by subfolder or not."""
+"""folder:PATH: a user's own image files, of any size, labeled by subfolder or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of images is, and what sources share: where files are looked for, downloads, checksums."""
+"""The base of the data sets, and what they share: where files are looked for, downloads, checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mnclglf.runs.files import cache_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user says of the files."""
+    """The user's settings of the files."""
 
     data_dir: Path | None = None
     """Folder of the files; None looks in the source's usual places."""
@@ -59,7 +59,7 @@ class Source(ABC):
 
 
 def cache_dir(name: str) -> Path:
-    """Where downloads go without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
+    """Returns the folder of downloads without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
     return cache_folder() / name
 
 

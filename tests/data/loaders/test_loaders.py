@@ -103,7 +103,7 @@ def test_a_step_has_the_same_batch_wherever_the_run_starts(images: ImageArray, b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_normalised_by_the_statistics_that_are_given(images: ImageArray, backend: str) -> None:
+def test_views_are_normalized_by_the_statistics_that_are_given(images: ImageArray, backend: str) -> None:
     own = loader_of(images, backend)
     mean, std = np.array([0.1, 0.2, 0.3], np.float32), np.array([0.5, 0.4, 0.3], np.float32)
     given = loader_of(images, backend, statistics=(mean, std))
@@ -160,7 +160,7 @@ def test_a_batch_is_what_the_model_eats(images: ImageArray, backend: str, dtype:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_normalised_with_the_images_statistics(images: ImageArray, backend: str) -> None:
+def test_views_are_normalized_with_the_images_statistics(images: ImageArray, backend: str) -> None:
     plain = ViewConfig(
         crop_scale=(1, 1),
         crop_ratio=(1, 1),
@@ -465,7 +465,7 @@ def test_the_fastest_loader_is_taken_and_the_rates_are_said(
     monkeypatch.setattr(loader_module, "batches_per_second", lambda loader, _: rates[id(loader)])
     with caplog.at_level(logging.WARNING):
         assert loader_module.fastest(loaders, torch.device("cpu")) is loaders["resident"]
-    assert "loader resident: batches a second: dali 90, resident 2,500" in caplog.text
+    assert "loader resident: batches per second: dali 90, resident 2,500" in caplog.text
     monkeypatch.undo()
     assert 0 < loader_module.batches_per_second(loaders["dali"], torch.device("cpu")) < 1e6
 

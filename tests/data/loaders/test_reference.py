@@ -105,7 +105,7 @@ def test_blur_is_a_gaussian_of_sigma_pixels_in_a_window_of_five() -> None:
     np.testing.assert_allclose(render(image, sigma=1.3), expected, atol=1e-6)
 
 
-def test_the_last_step_normalises(image: np.ndarray) -> None:
+def test_the_last_step_normalizes(image: np.ndarray) -> None:
     mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 0.25, 0.125])
     view = render_view(image, parameters(), 0, side=SIDE, config=CUBIC, mean=mean, std=std)
     np.testing.assert_allclose(view.permute(1, 2, 0), (image / 255 - mean) / std, atol=1e-5)

@@ -33,7 +33,9 @@ def smooth(count: int, height: int, width: int) -> Tensor:
 
 def random_parameters(views: int, height: int, width: int, *, degrees: float = 0.0, **fixed: float) -> Tensor:
     """[views, COLUMNS]: crops of all sizes, jitter, gray, flip, blur and solarize, each of them off in some views."""
-    u = dict(zip(PARAMETERS, torch.rand(len(PARAMETERS), views), strict=True))
+    u = dict(
+        zip(PARAMETERS, torch.rand(12, views), strict=False)
+    )  # of the first twelve; later columns draw behind them
     on = torch.rand(4, views) > 0.4
     size_y, size_x = (u["crop_height"] * height).ceil(), (u["crop_width"] * width).ceil()
     columns = dict(
@@ -47,7 +49,7 @@ def random_parameters(views: int, height: int, width: int, *, degrees: float = 0
         hue=torch.where(on[1], u["hue"] - 0.5, 0.0),
         gray=(u["gray"] > 0.7).float(),
         sigma=torch.where(on[2], 0.1 + 1.9 * u["sigma"], 0.0),
-        solarize=(u["solarize"] > 0.7).float(),
+        solarize=(torch.rand(views) > 0.7).float(),
     )
     columns = {name: torch.full((views,), float(value)) for name, value in PARAMETERS.items()} | columns
     columns |= {name: torch.full((views,), float(value)) for name, value in fixed.items()}
