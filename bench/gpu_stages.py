@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bench.operator_cases import outputs_of
 from mnclglf_kernels.operators import OPERATORS, Example
 from mnclglf_kernels.sizes import PAPER
 
@@ -111,6 +110,8 @@ def kernels() -> Figures:
 
 def results(function: Callable[..., Any], inputs: dict[str, Any]) -> list[torch.Tensor]:
     """Returns an operator's outputs on its Triton kernels, and the gradients of the inputs that need one."""
+    from bench.operator_cases import outputs_of  # late: it imports the loaders, and every stage starts a process
+
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
     # Copies, because an operator may write into its inputs, and the next call is to see the same ones.
     given = tree_map_only(torch.Tensor, lambda x: x if x.requires_grad else x.clone(), inputs)

@@ -1,4 +1,4 @@
-"""What is saved of a measured operator or training step. It needs no torch, so that draw.py starts quickly."""
+"""Measurements of operators and training steps, as they are saved. No torch here: draw.py is to start quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP_HEADINGS = ("s per step", "images/s", "TFLOP/s", "ratio", "peak GiB")
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as a reference: median, least and greatest of the rounds."""
+    """The speed-up over a reference: median, least and greatest of the rounds."""
 
     median: float
     least: float

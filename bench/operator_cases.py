@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class OperatorBench(NamedTuple):
-    """What to measure of an operator.
+    """The measurements to make of an operator.
 
     Attributes:
         label: the operator's name in saved results.

@@ -124,7 +124,7 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
         f"pathlib.Path({str(ended)!r}).touch()"
     )
     code = (
-        "import pathlib, sys; from bench.gpu_report import Stage, report; "
+        "import pathlib, sys; from bench.gpu_report import report; from bench.gpu_stages import Stage; "
         f"report({{'x': Stage('X', dict, 60, False)}}, pathlib.Path({str(tmp_path / 'report')!r}), {program!r})"
     )
     with subprocess.Popen(
@@ -135,6 +135,7 @@ def test_an_interrupted_report_ends_its_stage(program, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as run:
         while not started.exists():
+            assert run.poll() is None, "the report ended before its stage began"
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         run.wait(timeout=30)
