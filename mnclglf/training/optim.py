@@ -46,7 +46,10 @@ def lars(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     return LARS(made, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars}
+OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "lars": lars,
+}
 
 
 def check_optimizer(name: str) -> None:
@@ -64,7 +67,7 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer
     groups = parameter_groups(method, constant_predictor_lr=config.constant_predictor_lr)
     optimizer = OPTIMIZERS[config.optimizer](groups, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate_tensor(config.lr, group["params"][0])
+        group["lr"] = rate_tensor(config.lr, groups[0][0])  # a tensor of its own for each group
     return optimizer
 
 
@@ -75,12 +78,12 @@ def scheduled_groups(optimizer: torch.optim.Optimizer, config: OptimConfig) -> l
 
 
 def rate_tensor(rate: float | Tensor, parameter: nn.Parameter) -> Tensor:
-    """A learning rate beside a parameter and in its dtype; in fp32 on a GPU, whose fused kernel reads no other."""
+    """Returns a learning rate beside a parameter and in its dtype; in fp32 on a GPU, as fused kernels want it."""
     return torch.as_tensor(rate).to(parameter.device, torch.float32 if parameter.is_cuda else parameter.dtype)
 
 
 def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[list[nn.Parameter]]:
-    """What trains at the schedule's learning rate; then, where that one's is to be constant, the predictor.
+    """Returns what trains at the schedule's learning rate; then, where its rate is to be constant, the predictor.
 
     Raises:
         ValueError: the method has no predictor whose rate could be constant.

@@ -116,11 +116,13 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; a state without a loss scale leaves the scale as it is."""
         self.optimizer.load_state_dict(state["optimizer"])
+        # The fused kernels go through a state as its parameter lies in memory, whose format may have changed.
         for parameter, kept in self.optimizer.state.items():
-            if "momentum_buffer" in kept:  # in the parameter's memory format, which the fused kernel takes for granted
-                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
+            for name, value in kept.items():
+                if value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(parameter).copy_(value)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_tensor(group["lr"], group["params"][0])  # that of an older state is a number
+            group["lr"] = rate_tensor(group["lr"], next(self.parameters()))  # that of an older state is a number
         self.rates = self._rates()
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
