@@ -1,4 +1,4 @@
-"""augment against torchvision, one view and one operation after the other, and its two forms against each other."""
+"""Tests of augment against torchvision, per view and per operation, and of its two forms against each other."""
 
 import pytest
 import torch
@@ -13,15 +13,15 @@ from mnclglf_kernels.ops.augment import PARAMETERS, ViewFormat
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 COLUMNS = len(PARAMETERS)
 OFF = dict(flip=0, brightness=1, contrast=1, saturation=1, hue=0, gray=0, sigma=0, angle=0, solarize=0)
-# Levels: fp32's rounding of numbers up to 255 through twenty operations, where no sum is rounded to a whole level.
+# Unit: levels. fp32 rounds numbers up to 255 in twenty operations, when no sum is rounded to a whole level.
 EXACT = 0.01
-# A resize ends in whole levels, and a sum within rounding of a half becomes another one. torchvision's weights have
-# 16 bits, so that many sums of few pixels end as near as that.
+# A resize ends in whole levels, and a sum within rounding of a half becomes another level. torchvision's weights have
+# 16 bits, so many sums of few pixels are that close to a half.
 WHOLE = 1.01
 
 
 def smooth(count: int, height: int, width: int) -> Tensor:
-    """Images with all levels, edges and gradients, uint8 [count, 3, height, width]."""
+    """Returns uint8 images [count, 3, height, width] with all levels, edges and gradients."""
     waves = torch.rand(count, 3, 1, 1, 4) * 0.6 + 0.1
     y, x = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
     values = (
@@ -32,7 +32,7 @@ def smooth(count: int, height: int, width: int) -> Tensor:
 
 
 def random_parameters(views: int, height: int, width: int, *, degrees: float = 0.0, **fixed: float) -> Tensor:
-    """[views, COLUMNS]: crops of all sizes, jitter, gray, flip, blur and solarize, each of them off in some views."""
+    """Returns [views, COLUMNS] parameters: crops of all sizes; other changes are off in some views."""
     u = dict(zip(PARAMETERS, torch.rand(len(PARAMETERS), views), strict=True))
     on = torch.rand(4, views) > 0.4
     size_y, size_x = (u["crop_height"] * height).ceil(), (u["crop_width"] * width).ceil()
@@ -61,7 +61,7 @@ def whole_image(views: int, height: int, width: int, **fixed: float) -> Tensor:
 
 
 def torchvision_view(image: Tensor, numbers: list[float], view_format: ViewFormat) -> Tensor:
-    """[3, S, S] in levels, not normalised."""
+    """Returns the view that torchvision makes, [3, S, S] in levels, not normalized."""
     p = dict(zip(PARAMETERS, numbers, strict=True))
     mode = F.InterpolationMode.BICUBIC if view_format.cubic else F.InterpolationMode.BILINEAR
     pixels = F.rotate(image, p["angle"], F.InterpolationMode.BILINEAR) if view_format.rotates else image
@@ -129,7 +129,7 @@ def test_what_follows_the_resize_is_torchvision_s(name, side, backend):
     views = in_levels(ours(images, rows, parameters, view_format, backend=backend))
     truth = torchvision_views(images, rows, parameters, view_format)
     assert (views - truth).abs().max() < EXACT
-    assert name == "nothing" or (truth - images).abs().max() > 1  # or nothing was tested
+    assert name == "nothing" or (truth - images).abs().max() > 1  # otherwise nothing was tested
 
 
 def test_hue_of_pure_tied_and_gray_colors(backend):
@@ -152,7 +152,7 @@ def test_crops_are_torchvision_s_to_a_level(height, width, side, cubic, backend)
     difference = in_levels(ours(images, rows, parameters, view_format, backend=backend)) - torchvision_views(
         images, rows, parameters, view_format
     )
-    assert difference.abs().max() < 2 * WHOLE  # a level of the first pass can tip the second one
+    assert difference.abs().max() < 2 * WHOLE  # a level of the first pass can change the second
     assert (difference.abs() > WHOLE).double().mean() < 0.001
     assert (difference.abs() > EXACT).double().mean() < 0.03
 
@@ -186,8 +186,8 @@ def test_the_whole_chain_is_torchvision_s(height, side, view_format, backend):
     difference = in_levels(ours(images, rows, parameters, view_format, backend=backend)) - torchvision_views(
         images, rows, parameters, view_format
     )
-    # A level of the resize grows by brightness, contrast and saturation, 1.4 each, and where two channels nearly tie
-    # by hue; and the view's mean, which contrast needs, moves by its share of the levels.
+    # Brightness, contrast and saturation scale a level of the resize by up to 1.4 each. Hue scales it too where two
+    # channels nearly tie, and the view's mean, which contrast needs, moves by its share of the levels.
     assert difference.abs().mean() < 0.05
     assert (difference.abs() > 3).double().mean() < 0.002
     assert (difference.abs() > 0.1).double().mean() < 0.05
@@ -212,7 +212,7 @@ def test_any_shape(height, width, side, count, views, cubic, rotates, window, ba
     doubles = (x.double() for x in (parameters, MEAN, STD))
     truth = in_levels(augment(images, rows, *doubles, view_format, dtype=torch.float64, backend="torch"))
     assert made.shape == (views * count, 3, side, side)
-    # Sums that end at a half are frequent where sizes are small or whole multiples: two levels, then the jitter.
+    # Sums that end at a half are frequent if sizes are small or whole multiples: two levels, scaled by the jitter.
     assert (made - truth).abs().max() < 8
     assert (made - truth).abs().median() < 0.5
     assert (made - truth).abs().mean() < 0.75
@@ -230,7 +230,7 @@ def test_what_a_network_eats(dtype, backend):
 
 
 def test_views_are_those_of_their_rows(backend):
-    """View-major: row v * N + n is view v of image rows[n], whatever else is in the batch."""
+    """Views are in view-major order: row v * N + n is view v of image rows[n], whatever else is in the batch."""
     images, rows, parameters = smooth(7, 16, 16), torch.tensor([6, 2]), random_parameters(6, 16, 16)
     views = ours(images, rows, parameters, ViewFormat(16), backend=backend)
     for v in range(3):
