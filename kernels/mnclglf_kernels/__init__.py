@@ -1,4 +1,4 @@
-"""The operators of the hot path, usable alone: `from mnclglf_kernels import contrastive_loss`.
+"""Operators of the training step, usable on their own: `from mnclglf_kernels import contrastive_loss`.
 
 Letters in shapes: N images, C channels, H and W sides, F feature width, S = C(4, k) subsets, D embedding width,
 K queue rows, M queries.

@@ -1,6 +1,6 @@
-"""`python -m mnclglf_kernels.aot`: compiles the kernels for a GPU that is not here, and prints what they take.
+"""`python -m mnclglf_kernels.aot`: compiles the kernels for a GPU that is not here, and prints their resources.
 
-It compiles the launches that the operators make (`Launch`), with tensors on the meta device in place of data.
+It compiles the same `Launch` objects that the operators run, with tensors on the meta device in place of data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POINTERS = {
 
 
 class Gpu(NamedTuple):
-    """Limits and peaks of the GPU that stands for an architecture."""
+    """Limits and peak rates of the GPU that represents an architecture."""
 
     name: str
     processors: int  # SMs
@@ -58,8 +58,9 @@ class Gpu(NamedTuple):
 
 
 # Limits: CUDA C++ Programming Guide, technical specifications per compute capability. Peaks at boost clock: NVIDIA's
-# white papers of GA102, GA100 (5,120 bytes per clock from L2), AD102 and GH100. Where the paper has no rate for L2 it
-# is the 64 bytes per clock that an SM can take (Jia et al. 2018, arXiv:1804.06826): too high, so bounds stay bounds.
+# white papers of GA102, GA100 (5,120 bytes per clock from L2), AD102 and GH100. If the paper has no rate for L2, it is
+# the 64 bytes per clock that an SM can take (Jia et al. 2018, arXiv:1804.06826). That rate is too high, so the bounds
+# remain lower bounds.
 GPUS = {
     80: Gpu("A100 SXM 80 GB", 108, 163 << 10, 164 << 10, 64, 32, 312e12, 19.5e12, 2039e9, 5120 * 1.41e9),
     86: Gpu("RTX 3090", 82, 99 << 10, 100 << 10, 48, 16, 71e12, 35.6e12, 936e9, 64 * 82 * 1.695e9),
@@ -73,7 +74,7 @@ Bound = Literal["compute", "L2", "DRAM"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A compiled kernel: its share of an SM, and its instructions."""
+    """A compiled kernel: the resources of an SM that it takes, and its instructions."""
 
     op: str
     kernel: str
@@ -82,25 +83,25 @@ class Variant:
     grid: tuple[int, ...]
     warps: int
     registers: int
-    stack_bytes: int  # above 0: registers are spilled
+    stack_bytes: int  # above 0: the kernel spills registers
     shared_bytes: int
     shared_limit_bytes: int
     blocks_per_sm: int
     warps_per_sm: int
     mma: int  # tensor-core instructions
-    mma_fp32: bool  # all of them with fp32 sums
-    async_copies: int  # of 16 bytes
+    mma_fp32: bool  # true if all of them sum in fp32
+    async_copies: int  # copies of 16 bytes from global to shared memory
     wide_loads: int  # global loads of 16 bytes per thread
-    flops: int  # of the matrix products
-    unique_bytes: int  # read or written once each
-    issued_bytes: int  # asked for by the programs, which L2 serves
+    flops: int  # operations of the matrix products only
+    unique_bytes: int  # each element counted once
+    issued_bytes: int  # requested by the programs; L2 serves the repeats
     intensity: float  # flops per unique byte
     bound: Bound
-    bound_microseconds: float  # least time of the launch on this GPU
+    bound_microseconds: float  # lower bound of the launch's time on this GPU
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """Returns the kernel as a launch with pointers aligned to 16 bytes compiles it, for sm_`arch`."""
+    """Compiles a launch for sm_`arch`, with pointers aligned to 16 bytes, and returns the kernel."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so Triton compiles nothing in this process; unset it")
     signature: dict[str, Any] = {}
@@ -119,6 +120,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
         else:
             signature[name] = "constexpr"
             constants[i,] = value
+    # Without these Triton makes no 128-bit loads and no pipeline: it would not be the kernel that a launch compiles.
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
@@ -144,7 +146,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def least_time(moved: Traffic, dtype: str, gpu: Gpu) -> tuple[float, Bound]:
-    """Returns (seconds, what sets them): the longest of computing at the peak, L2's share and DRAM's."""
+    """Returns (seconds, bound): the longest of the times for compute, L2 and DRAM at their peak rates."""
     rate = gpu.fp32_flops if dtype == "fp32" else gpu.half_flops
     times: dict[Bound, float] = {
         "compute": moved.flops / rate,
@@ -156,7 +158,7 @@ def least_time(moved: Traffic, dtype: str, gpu: Gpu) -> tuple[float, Bound]:
 
 
 def variant(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
-    """Compiles a launch and reads what it takes of an SM, and its instructions."""
+    """Compiles a launch; returns its resources and instructions."""
     moved = launch.traffic
     seconds, bound = least_time(moved, dtype, GPUS[arch])
     compiled, gpu = compile_launch(launch, arch), GPUS[arch]
@@ -164,7 +166,7 @@ def variant(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
     mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\S*", ptx)
     blocks = min(
-        gpu.registers // (32 * launch.warps * (-(-registers // 8) * 8)),  # allocated by eights
+        gpu.registers // (32 * launch.warps * (-(-registers // 8) * 8)),  # allocated in units of 8 per thread
         gpu.shared_processor // (shared + 1024),
         gpu.warps // launch.warps,
         gpu.blocks,
@@ -268,7 +270,7 @@ def table(found: Sequence[Variant]) -> str:
 
 
 def markdown(found: Sequence[Variant]) -> str:
-    """Returns the variants as a Markdown table of what matters most, equal launches in one line."""
+    """Returns the main columns of the variants as a Markdown table, with equal launches on one line."""
     lines = [
         "| operator | kernel | programs | registers | shared | blocks (warps) per SM | mma | cp.async "
         "| GFLOP | unique MB | issued MB | bound | least us |",

@@ -1,4 +1,4 @@
-"""The choice of the implementation that an operator runs: made in one place, the same way for all."""
+"""Choice of the backend that an operator runs: one function makes it for all operators."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> Resolved:
     """Returns the backend that an operator called with `backend` on `tensors` runs.
 
-    "auto" is "triton" on CUDA and "torch" elsewhere, and "torch" where Triton cannot run. With TRITON_INTERPRET=1 set
-    before the import, "triton" interprets its kernels, slowly, on the CPU too. On the meta device it gives shapes.
+    "auto" is "triton" on CUDA if Triton can run there, and "torch" otherwise. If TRITON_INTERPRET=1 is set before the
+    import, "triton" also runs on the CPU, where it interprets its kernels slowly. On the meta device it returns shapes.
 
     Args:
-        backend: what the caller asked for.
-        tensors: all that the operator is given.
-        kind: of operator. Only the lookup has FAISS; the Triton kernels that multiply matrices have no fp64.
+        backend: backend that the caller asked for.
+        tensors: all tensor arguments of the operator.
+        kind: kind of operator. Only the lookup has FAISS. Triton kernels that multiply matrices have no fp64.
 
     Raises:
-        ValueError: `backend` is not a name this package knows or not one of this operator's, or the tensors are on
-            several devices.
-        RuntimeError: the backend was asked for by name and cannot run; only "auto" falls back.
-        TypeError: the same, because of a dtype.
+        ValueError: `backend` is unknown or not available for this operator, or the tensors are on several devices.
+        RuntimeError: the backend was named and cannot run here; only "auto" falls back.
+        TypeError: the backend was named and does not take a dtype.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(Backend))}")
@@ -60,7 +59,7 @@ def triton_problem(tensors: tuple[Tensor, ...], kind: Kind) -> Exception | None:
     device = tensors[0].device
     if not HAS_TRITON:
         return RuntimeError("backend 'triton' needs the package triton, which is not installed; use 'torch'")
-    if device.type not in ("cuda", "meta") and not INTERPRETED:  # on meta there are only shapes to tell
+    if device.type not in ("cuda", "meta") and not INTERPRETED:  # meta tensors need only shapes
         return RuntimeError(
             f"backend 'triton' needs CUDA tensors, got one on {device}; use 'auto' or 'torch' (or set "
             "TRITON_INTERPRET=1 before the import, to interpret the kernels)"
@@ -87,7 +86,7 @@ def faiss_problem(device: torch.device) -> Exception | None:
             "backend 'faiss' needs the package faiss, which is not installed; pip install 'mnclglf[faiss-gpu]' on a "
             "machine with an NVIDIA GPU, 'mnclglf[faiss-cpu]' elsewhere, or use 'auto'"
         )
-    if device.type == "cuda" and faiss_gpus() == 0:  # its GPU search would end the process
+    if device.type == "cuda" and faiss_gpus() == 0:  # knn_gpu would abort the process
         return RuntimeError(
             f"backend 'faiss' was given tensors on {device}, but this build of faiss sees no GPU; pip install "
             "'mnclglf[faiss-gpu]' in place of faiss-cpu, or use 'auto'"

@@ -1,4 +1,4 @@
-"""Checks of arguments that the operators share; each error names the value and what is needed."""
+"""Argument checks that the operators share. Each error names the value and the requirement."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from torch import Tensor
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless the tensor is floating point."""
+    """Raises TypeError unless the tensor is floating point."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be floating point")
 
 
 def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
-    """ValueError unless the tensor has two dimensions, TypeError unless it is floating point."""
+    """Raises ValueError unless the tensor has two dimensions, TypeError unless it is floating point."""
     if tensor.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {tensor.dim()} dimensions; it must be {shape}")
     check_floating(name, tensor)
 
 
 def check_widths(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """ValueError unless both matrices have rows of the same width."""
+    """Raises ValueError unless both matrices have rows of the same width."""
     if tensor.shape[1] != other.shape[1]:
         raise ValueError(
             f"{name} has rows of width {tensor.shape[1]}, {other_name} of {other.shape[1]}; they must agree"
@@ -27,20 +27,20 @@ def check_widths(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """ValueError unless both matrices have as many rows, and one at least."""
+    """Raises ValueError unless both matrices have the same number of rows, at least one."""
     count, other_count = tensor.shape[0], other.shape[0]
     if count != other_count or count == 0:
         raise ValueError(f"{name} has {count} rows, {other_name} {other_count}; they need as many, and one at least")
 
 
 def check_temperature(temperature: float) -> None:
-    """ValueError unless it is positive."""
+    """Raises ValueError unless the temperature is positive."""
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be positive")
 
 
 def check_queue(name: str, tensor: Tensor, queue: Tensor) -> None:
-    """ValueError or TypeError unless the queue is a matrix of floating-point rows, one or more, as wide as `tensor`."""
+    """Raises ValueError or TypeError unless the queue is floating point, as wide as `tensor`, with a row or more."""
     check_matrix("queue", queue, "[K, D]")
     check_widths(name, tensor, "queue", queue)
     if queue.shape[0] == 0:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def memory_format(images: Tensor) -> torch.memory_format:
-    """channels_last where [N, C, H, W] images are dense in it and not contiguous; else contiguous."""
+    """Returns channels_last if [N, C, H, W] images are dense in it and not contiguous, else contiguous_format."""
     if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
 
 
 def empty_images(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Uninitialised images of the dtype, the device and the memory format of `like`."""
+    """Returns uninitialized images with the dtype, device and memory format of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))

@@ -1,9 +1,9 @@
-"""The one table of operators: whatever is done for every operator iterates over it.
+"""The table of operators: everything that is done for each operator iterates over it.
 
-An operator is four files: `ops/<name>.py` (contract, PyTorch form, choice of a backend), `_triton/<name>.py` (kernels,
-launches, their traffic and tiles), its test and its row here. Exports, `Backends`, the self-check before a run, the
-ahead-of-time compiler, tuning, the counts of traffic and the tests' parametrization follow from the row. The how-to is
-docs/howto/add-an-operator.md.
+An operator has four files: `ops/<name>.py` (contract, PyTorch form, choice of a backend), `_triton/<name>.py` (kernels,
+launches, their traffic and tiles), its test, and its row here. The row is all that exports, `Backends`, the self-check
+before a run, the ahead-of-time compiler, tuning, the traffic counts and the tests' parametrization need. The how-to
+guide is docs/howto/add-an-operator.md.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
     from mnclglf_kernels._triton.tiles import Tuning
 
 OperatorName = str  # a key of OPERATORS
-Arguments = dict[str, Any]  # of an operator by name, all but the backend
+Arguments = dict[str, Any]  # arguments of an operator by name, without the backend
 TEMPERATURE = 0.1
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """The circumstances of a call: a row makes its operator's arguments from them.
+    """Sizes, dtypes and device of an example call, from which a row makes its operator's arguments.
 
     Attributes:
-        sizes: of the training step.
-        dtype: of images, features and embeddings.
-        queue_dtype: of the queue's rows; None for `dtype`.
-        device: where the arguments are; on the meta device they have shapes alone.
-        generator: of the random numbers, on the CPU; None for PyTorch's own.
-        one_embedding: whether one of the S combinations is contrasted, not all.
-        splits: S of each pair that contrastive_losses gets; None for those of MNCLGLF.
+        sizes: sizes of the training step.
+        dtype: dtype of images, features and embeddings.
+        queue_dtype: dtype of the queue's rows; None for `dtype`.
+        device: device of the arguments; on the meta device they have shapes but no values.
+        generator: CPU generator of the random numbers; None for PyTorch's default.
+        one_embedding: true to contrast one of the S combinations instead of all.
+        splits: S of each pair for contrastive_losses; None for those of MNCLGLF.
     """
 
     sizes: Sizes = PAPER
@@ -64,20 +64,20 @@ class Example:
     splits: Sequence[int] | None = None
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns normally distributed numbers; none are drawn on the meta device."""
+        """Returns normally distributed numbers; on the meta device none are drawn."""
         dtype = dtype or self.dtype
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.randn(shape, generator=self.generator).to(self.device, dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Returns fp32 numbers from 0 to 1; none are drawn on the meta device."""
+        """Returns uniform fp32 numbers from 0 to 1; on the meta device none are drawn."""
         if self.device.type == "meta":
             return torch.empty(shape, device=self.device)
         return torch.rand(shape, generator=self.generator).to(self.device)
 
     def queue(self, common: Tensor | float = 0.0) -> Tensor:
-        """Returns [K, D] unit rows that resemble each other where there is something common to them."""
+        """Returns [K, D] unit rows. With a tensor `common`, all of them resemble it and each other."""
         rows = self.random(self.sizes.queue, self.sizes.width, dtype=torch.float32)
         rows = common + (rows / 2 if isinstance(common, Tensor) else rows)
         return F.normalize(rows).to(self.queue_dtype or self.dtype)
@@ -85,39 +85,39 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Limit of an error against fp64, relative to the greatest true value: max(roundings * eps of the dtype, floor)."""
+    """Limit of the error against fp64: max(roundings * eps of the dtype, floor) times the greatest true value."""
 
     roundings: float
     floor: float
 
     def excess(self, name: str, actual: Tensor, truth: Tensor) -> str | None:
-        """Returns a description of the error where it is above the limit, else None."""
+        """Returns a description of the error if it exceeds the limit, else None."""
         kind = torch.finfo(actual.dtype)
         relative = max(self.roundings * kind.eps, self.floor)
         limit = relative * truth.abs().max().item() + kind.smallest_normal * kind.eps
         error = (actual.double() - truth).abs().max().item()
-        if error <= limit:  # false for a NaN
+        if error <= limit:  # False for NaN
             return None
         return f"{name} is off by {error:.3g}, more than {limit:.3g}"
 
 
 EXACT = Tolerance(roundings=0, floor=0)
-# 4 roundings: of the operands' product, the sum, the norm and the result. 1e-4: fp32 sums of up to 16,384 terms stay
-# below it at the paper's sizes (tests/kernels/test_self_check.py), and a wrong sign, mask or factor is above it.
+# 4 roundings: one each for the product of operands, the sum, the norm and the result. 1e-4: at the paper's sizes fp32
+# sums of up to 16,384 terms stay below it (tests/kernels/test_self_check.py); a wrong sign, mask or factor exceeds it.
 SUMS = Tolerance(roundings=4, floor=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A row of the table.
+    """One row of the table.
 
     Attributes:
-        function: the public operator, with the keyword `backend`.
-        kind: which backends it can have, see `resolve`.
-        inputs: makes the arguments of a call; those that require a gradient are differentiated in the self-check.
-        tolerance: of the self-check.
-        check: a self-check of its own, where results cannot be compared number by number: None if all is well.
-        exports: further public functions of its file.
+        function: public operator, with the keyword `backend`.
+        kind: kind of operator, which decides the possible backends; see `resolve`.
+        inputs: makes the arguments of a call. The self-check differentiates those that require a gradient.
+        tolerance: tolerance of the self-check.
+        check: custom self-check, for results that cannot be compared element by element. It returns None for a pass.
+        exports: further public functions of the same file.
     """
 
     function: Callable[..., Any]
@@ -132,16 +132,16 @@ class Operator:
         return self.function.__name__
 
     def launches(self, example: Example, arch: int = 86) -> list[Launch]:
-        """Returns the launches of a call and of its backward pass for sm_`arch`; on the meta device without values."""
+        """Returns the launches of a call and of its backward pass for sm_`arch`; on the meta device they cannot run."""
         return self._triton().launches(**_detached(self.inputs(example)), arch=arch)
 
     def tunings(self, example: Example) -> Iterator[Tuning]:
-        """Yields the kernel families of this operator whose tiles can be measured, ready to run on a GPU."""
+        """Yields the kernel families of this operator with a tile to measure, ready to run on a GPU."""
         if hasattr(self._triton(), "tunings"):
             yield from self._triton().tunings(**_detached(self.inputs(example)))
 
     def _triton(self) -> Any:
-        return import_module(f"mnclglf_kernels._triton.{self.name}")  # late: it needs triton
+        return import_module(f"mnclglf_kernels._triton.{self.name}")  # imported late: it needs triton
 
 
 def _detached(arguments: Arguments) -> Arguments:
@@ -160,7 +160,10 @@ def _combine(example: Example) -> Arguments:
 
 
 def _contrastive_losses(example: Example) -> Arguments:
-    """Makes rows that resemble each other, and their positives most, so that all of softmax and gradient matters."""
+    """Makes rows that resemble each other, and their positives even more, so that every part of the gradient shows.
+
+    On random rows a backward without its radial part is off by 3%, on these by half.
+    """
     n, width, queue_dtype = example.sizes.images, example.sizes.width, example.queue_dtype or example.dtype
     subsets = 1 if example.one_embedding else comb(4, example.sizes.k)
     combined, looked_up = (subsets, example.dtype), (1, queue_dtype)
@@ -181,7 +184,7 @@ def _nearest_neighbor(example: Example) -> Arguments:
 
 
 def _check_nearest_neighbor(example: Example, arguments: Arguments) -> str | None:
-    """Compares scores at the indices: two rows may be equally near, to within rounding."""
+    """Compares the scores at the indices, since two rows may be equally near to within rounding."""
     queries, queue = arguments["queries"], arguments["queue"]
     nearest = nearest_neighbor(queries, queue, backend="triton")
     if not ((nearest >= 0) & (nearest < len(queue))).all():
@@ -195,7 +198,7 @@ def _enqueue(example: Example) -> Arguments:
     n, size = example.sizes.images, example.sizes.queue
     return dict(
         queue=torch.zeros(size, example.sizes.width, dtype=example.queue_dtype or example.dtype, device=example.device),
-        pointer=torch.tensor(size - n // 2 - 1, device=example.device),  # half of the rows go over the ring's end
+        pointer=torch.tensor(size - n // 2 - 1, device=example.device),  # half of the rows wrap past the ring's end
         rows=example.random(n, example.sizes.width),
         should_update=torch.tensor(True, device=example.device),
     )
@@ -237,7 +240,7 @@ def _augment(example: Example) -> Arguments:
         rows = torch.randperm(n, generator=example.generator)
     u = example.uniform(VIEWS_PER_IMAGE * n, len(PARAMETERS))
     uniform = dict(zip(PARAMETERS, u.unbind(1), strict=True))
-    columns = {name: (column > 0.5).float() for name, column in uniform.items()}  # the switches; the rest follows
+    columns = {name: (column > 0.5).float() for name, column in uniform.items()}  # on-off columns; the others follow
     columns["angle"] = 360 * uniform["angle"] - 180
     for name in ("top", "left"):
         columns[name] = (uniform[name] * source / 2).floor()
@@ -259,9 +262,9 @@ def _augment(example: Example) -> Arguments:
 
 
 def _check_augment(example: Example, arguments: Arguments) -> str | None:
-    """Compares levels: seldom a sum within rounding of a half becomes another whole level, after the jitter up to 8."""
+    """Compares levels. A sum within rounding of a half may become another whole level, up to 8 after the jitter."""
     if max(example.sizes.side, example.sizes.source) > LARGEST_SIDE:
-        return None  # such runs do without it
+        return None  # the kernel is not used above LARGEST_SIDE
     std = arguments["std"].double()
     doubles: Arguments = {name: arguments[name].double() for name in ("parameters", "mean", "std")}
     doubles["dtype"] = torch.float64
@@ -290,17 +293,17 @@ _ROWS = (
 OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}
 
 
-# Made of the table's names, which type checkers cannot see: to them `backends.divide` is Any.
+# The fields are the names of the table. Type checkers cannot see them: for them `backends.divide` is Any.
 class Backends(
     namedtuple("Backends", tuple(OPERATORS), defaults=["auto"] * len(OPERATORS))  # pyright: ignore[reportUntypedNamedTuple]
 ):
-    """The backend of each operator by its name: they can fall back one by one."""
+    """Backend of each operator by name, so that operators can fall back one by one."""
 
     __slots__ = ()
 
     @classmethod
     def all(cls, backend: Backend) -> Backends:
-        """Returns the same backend for every operator; those that FAISS lacks choose for themselves beside it."""
+        """Returns the same backend for every operator. With "faiss", all but the lookup are "auto"."""
         everywhere = dict.fromkeys(OPERATORS, "auto" if backend == "faiss" else backend)
         return cls(**everywhere | {"nearest_neighbor": backend})
 

@@ -1,7 +1,7 @@
-"""The self-check before a run: every Triton kernel once against PyTorch in fp64, at the sizes of the run.
+"""Self-check before a run: each Triton kernel runs once and is compared with PyTorch in fp64, at the run's sizes.
 
-A kernel that was never seen on this GPU, driver or compiler is checked before it trains anything. What the check
-compiles is what the run needs anyway.
+So a kernel is checked on this GPU, driver and compiler before it trains anything. The compilations are not wasted: the
+run needs the same ones.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mnclglf_kernels.backend import first_line
 from mnclglf_kernels.operators import OPERATORS, Example, Operator, OperatorName
 from mnclglf_kernels.sizes import Sizes
 
-UPSTREAM = 2.0**12  # gradient of a loss: keeps the fp16 gradients of its rows out of the subnormal numbers
-WEIGHTS = (1.0, -2.0, 3.0, 0.5)  # of several losses: a gradient that goes to another pair is seen
+UPSTREAM = 2.0**12  # gradient of a loss; keeps the fp16 gradients of the rows above the subnormal range
+WEIGHTS = (1.0, -2.0, 3.0, 0.5)  # one per loss, all different: a gradient that goes to the wrong pair shows
 
 
 def failures(
@@ -30,19 +30,19 @@ def failures(
     one_embedding: bool = False,
     operators: Sequence[OperatorName] | None = None,
 ) -> dict[OperatorName, str]:
-    """Returns what is wrong with the Triton kernels of each operator; operators that pass are omitted.
+    """Returns the problem of each operator whose Triton kernels fail; operators that pass are omitted.
 
     Args:
-        sizes: of the run.
-        dtype: of images, features and embeddings.
-        queue_dtype: of the queue's rows.
-        device: where to run.
-        one_embedding: whether one of the S combinations is contrasted, not all.
-        operators: those that the run uses; None for all.
+        sizes: sizes of the run.
+        dtype: dtype of images, features and embeddings.
+        queue_dtype: dtype of the queue's rows.
+        device: device to run on.
+        one_embedding: true if the run contrasts one of the S combinations instead of all.
+        operators: operators that the run uses; None for all.
 
     Raises:
-        torch.OutOfMemoryError: the run does not fit this device, which says nothing of the kernels.
-        RuntimeError: a kernel took the device's context down; nothing can run on it in this process.
+        torch.OutOfMemoryError: the run does not fit this device. This is no fault of a kernel.
+        RuntimeError: a kernel broke the CUDA context. Nothing more can run on the device in this process.
     """
     found: dict[OperatorName, str] = {}
     for name in OPERATORS if operators is None else operators:
@@ -58,18 +58,18 @@ def failures(
             problem = check(OPERATORS[name], example)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler or a driver may raise
+        except Exception as error:  # a compiler or a driver may raise anything
             problem = first_line(error)
         if problem is not None:
             found[name] = problem
             check_context(name, problem, device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the fp64 copies, up to some GiB
+        torch.cuda.empty_cache()  # the fp64 copies take up to some GiB
     return found
 
 
 def check(row: Operator, example: Example) -> str | None:
-    """Compares results and gradients in Triton with those of PyTorch in fp64; returns a problem, or None."""
+    """Compares results and gradients of Triton with PyTorch in fp64; returns the problem, or None."""
     arguments = row.inputs(example)
     if row.check is not None:
         return row.check(example, arguments)
@@ -86,26 +86,26 @@ def check(row: Operator, example: Example) -> str | None:
 
 
 def in_fp64(x: Tensor) -> Tensor:
-    """Returns a copy of floating-point numbers in fp64, dense in the order of its dimensions, and of others as is."""
+    """Returns a copy: a contiguous one in fp64 for floating-point tensors, an unchanged one for others."""
     if not x.is_floating_point():
         return x.clone()
     return x.detach().to(torch.float64, memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
 
 def learning(arguments: dict[str, Any]) -> list[Tensor]:
-    """Returns the tensors among an operator's arguments that ask for a gradient."""
+    """Returns the tensors among an operator's arguments that require a gradient."""
     return [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.requires_grad]
 
 
 def upstream_of(example: Example, place: int, result: Tensor) -> Tensor:
-    """Returns the gradient that reaches one of an operator's results: random, or of a loss a number of its own."""
+    """Returns the upstream gradient of one result: random numbers, or for a scalar loss a distinct number."""
     if result.dim():
         return example.random(*result.shape, dtype=result.dtype)
     return torch.full_like(result, UPSTREAM * WEIGHTS[place % len(WEIGHTS)])
 
 
 def check_context(name: OperatorName, problem: str, device: torch.device) -> None:
-    """Raises RuntimeError where the device answers no more: after an illegal access every later call fails too."""
+    """Raises RuntimeError if the device no longer responds: after an illegal access every later call fails too."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

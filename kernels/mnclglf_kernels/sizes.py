@@ -1,16 +1,23 @@
-"""The sizes of a training step, as its operators see them."""
+"""Sizes of a training step that its operators need."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-VIEWS_PER_IMAGE = 3  # in a step
+VIEWS_PER_IMAGE = 3  # per training step
 
 
 class Sizes(NamedTuple):
-    """N images, the side of their views, F of their features, k of the combinations, D of the embeddings, K queue rows.
+    """Sizes of a step.
 
-    `source` is the side of the images that views are made of.
+    Attributes:
+        images: N.
+        side: side of the views in pixels.
+        features: F, feature width.
+        k: patches per combination.
+        width: D, embedding width.
+        queue: K, rows of the queue.
+        source: side of the stored images in pixels.
     """
 
     images: int

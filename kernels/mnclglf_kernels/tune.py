@@ -1,6 +1,6 @@
-"""`python -m mnclglf_kernels.tune`: measures launch configurations on this GPU; its file overrules the table.
+"""`python -m mnclglf_kernels.tune`: measures launch configurations on this GPU; its file overrides the table.
 
-A candidate's time counts only if its results are those of the table's configuration.
+A candidate counts only if its results agree with those of the table's configuration.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mnclglf_kernels.sizes import PAPER
 
 
 def candidates(dtype: torch.dtype, shared_bytes: int) -> list[Tile]:
-    """Returns the configurations worth a try: all of a small grid but those that cannot fit a block's shared memory."""
+    """Returns the configurations to try: a small grid, without those that exceed a block's shared memory."""
     sides, depths = ((32, 64), (16, 32)) if dtype == torch.float32 else ((64, 128, 256), (32, 64))
     grid = [Tile(*values) for values in product(sides, sides, depths, (4, 8), (2, 3, 4))]
     return [t for t in grid if (t.stages - 1) * (t.rows + t.columns) * t.depth * dtype.itemsize <= shared_bytes]
 
 
 def same(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Returns whether two configurations agree: another order of sums may turn a tie of neighbors, and a last digit."""
+    """Returns True if two configurations agree, up to ties of neighbors and last digits: their sums differ in order."""
     for result, reference in zip(results, expected, strict=True):
         if reference.dtype == torch.int64:
             if (result != reference).float().mean() > 0.01:
@@ -49,17 +49,17 @@ def best(
     device: torch.device,
     milliseconds: Callable[[Callable[[], None]], float],
 ) -> tuple[Tile, float, float]:
-    """Returns (fastest configuration, its milliseconds, the table's milliseconds); `milliseconds` times a call."""
+    """Returns (fastest configuration, its milliseconds, the table's milliseconds). `milliseconds` times a call."""
     launch.run(tuning.launches(table), device)
     expected = [result.clone() for result in tuning.results]
     fastest, least = table, milliseconds(lambda: launch.run(tuning.launches(table), device))
     table_time = least
     for t in tried:
-        for result in tuning.results:  # what a candidate leaves out must not look right
+        for result in tuning.results:  # so that elements a candidate does not write are wrong
             result.fill_(-1 if result.dtype == torch.int64 else torch.nan)
         try:
             launch.run(tuning.launches(t), device)
-        except Exception as error:  # too much shared memory or too many registers, in whatever way Triton says so
+        except Exception as error:  # too much shared memory or too many registers: Triton raises various types
             print(f"    {t}: {first_line(error)}")
             continue
         if not same(tuning.results, expected):
@@ -68,7 +68,7 @@ def best(
         time = milliseconds(lambda t=t: launch.run(tuning.launches(t), device))
         if time < least:
             fastest, least = t, time
-    if fastest != table:  # the least of many noisy times is too small: once more, in interleaved rounds
+    if fastest != table:  # the minimum of many noisy times is biased low: time both again, interleaved
         times = [
             [milliseconds(lambda t=t: launch.run(tuning.launches(t), device)) for t in (table, fastest)]
             for _ in range(3)
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(device)
     arch, path = architecture(torch.empty(0, device=device)), tiles.tuning_path()
     found = dict(tiles.read_tuning(path))
-    tiles.write_tuning(path, found)  # a folder that cannot be written is found now, not after the measurements
+    tiles.write_tuning(path, found)  # fails now, not after the measurements, if the folder is read-only
     print(f"tuning for {properties.name}, D {options.width}, N {options.images}, K {options.queue}, {options.dtype}")
     sizes = PAPER._replace(width=options.width, images=options.images, queue=options.queue)
     example = Example(sizes=sizes, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Checks of every interpreted kernel: it writes all of its result, once, and touches nothing else."""
+"""Fixtures that check each interpreted kernel: it writes its whole result, once, and touches nothing else."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mnclglf_kernels.backend import HAS_TRITON, INTERPRETED
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
 
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_filled() -> Iterator[None]:
-    """torch.empty and its kin give NaN, or the greatest integer (torch.utils.deterministic says so)."""
+    """Fills the memory of torch.empty with NaN, or the greatest integer (see torch.utils.deterministic)."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -22,7 +22,7 @@ def uninitialised_memory_is_filled() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel loads and stores elements of its arguments alone, and stores each once."""
+    """Checks that a kernel loads and stores only elements of its arguments, and stores each once."""
     if not (HAS_TRITON and INTERPRETED):
         return
     from interpreter import confined

@@ -1,4 +1,4 @@
-"""What the kernels compile to for GPUs that are not here: within the limits, on tensor cores, without spills."""
+"""Tests of the kernels compiled for GPUs that are not here: resource limits, tensor cores, no spills."""
 
 import json
 import os
@@ -21,10 +21,10 @@ MATMULS = {
     "queue_contrastive_loss_coefficient_kernel",
     "queue_contrastive_loss_sum_kernel",
 }
-WIDTHS = [96, 123, 512, 2048]  # of each bucket of the table, and one that no vector fits
-LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # KiB of shared memory a block
+WIDTHS = [96, 123, 512, 2048]  # one per bucket of the table, and 123, which no vector load fits
+LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # KiB of shared memory per block
 
-# The target's architecture in every run, the others in `make check-aot`.
+# Every test run compiles for sm_86; `make check-aot` compiles for the others.
 LIMITS_AND_WIDTHS = [
     pytest.param((arch, width), id=f"{arch}-{width}", marks=[] if arch == "sm_86" else [pytest.mark.aot])
     for arch in LIMITS
@@ -33,7 +33,7 @@ LIMITS_AND_WIDTHS = [
 
 
 def aot(*arguments: str) -> str:
-    """Output of python -m mnclglf_kernels.aot, in a process of its own: this one interprets."""
+    """Returns the output of python -m mnclglf_kernels.aot, in a separate process because this one interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "mnclglf_kernels.aot", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -93,7 +93,7 @@ def test_loads_are_wide_where_the_width_allows():
 
 
 def test_the_paper_s_sizes_keep_82_processors_busy():
-    ops = ("nearest_neighbor", "contrastive_losses", "queue_contrastive_loss")  # those of nt_xent are 64
+    ops = ("nearest_neighbor", "contrastive_losses", "queue_contrastive_loss")  # nt_xent has only 64 programs
     for v in json.loads(aot("--json", "--op", *ops, "--dtype", "bf16"))["variants"]:
         programs = v["grid"][0] * (v["grid"][1] if len(v["grid"]) > 1 else 1)
         if v["kernel"] in MATMULS:
@@ -111,7 +111,7 @@ def test_the_table_in_the_documents_is_what_the_command_prints():
     assert aot("--dtype", "bf16", "--markdown") in (ROOT / "docs" / "explain" / "kernels.md").read_text()
 
 
-# A launch goes through triton.jit's own binding of arguments as far as it can without a GPU: to the compiled kernel.
+# A launch goes through triton.jit's own argument binding up to the compiled kernel, as far as it can without a GPU.
 JIT = """
 import torch
 from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""Every operator under torch.compile(fullgraph=True), forward and backward, against the same operator run eagerly."""
+"""Tests of each operator under torch.compile(fullgraph=True), forward and backward, against eager mode."""
 
 import pytest
 import torch
@@ -29,20 +29,19 @@ NAMES = (
 )
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
-BF16 = dict(
-    rtol=2**-7, atol=2**-8
-)  # one unit in the last place of bf16, at 1.0 and at 0.5: a product may round elsewhere
+# One unit in the last place of bf16 at 1.0 and at 0.5: a product may round differently.
+BF16 = dict(rtol=2**-7, atol=2**-8)
 
 CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_filled() -> None:
-    """Not here: deterministic algorithms would change what Inductor generates."""
+    """Overrides the fixture of conftest.py: deterministic algorithms would change the code that Inductor generates."""
 
 
 def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> dict[str, Tensor]:
-    """A scalar of each operator, by its name: one function, because each graph costs Inductor seconds."""
+    """Returns a scalar of each operator by name. It is one function because each graph costs Inductor seconds."""
     rows = images.flatten(1) @ weight
     index = nearest_neighbor(rows, queue, backend=backend)
     pairs = [(rows.repeat(2, 1) + 1, rows), (queue[index], rows), (rows[:2] + 1, rows[2:4])]
@@ -59,7 +58,7 @@ def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> di
 
 
 def with_gradients(function, name: str, backend: str, autocast: bool) -> tuple[Tensor, ...]:
-    """(result, gradient of the images, gradient of the weight) of one operator, on the same numbers each time."""
+    """Returns (result, gradient of images, gradient of weight) of one operator, on the same numbers each time."""
     torch.manual_seed(5)
     images, weight, queue = torch.randn(5, 2, 4, 4), torch.randn(32, 7), F.normalize(torch.randn(17, 7))
     leaves = images.requires_grad_(), weight.requires_grad_()
@@ -113,7 +112,7 @@ def test_lookup_of_every_backend(lookup, compiler, monkeypatch):
     compiled = torch.compile(nearest_neighbor, fullgraph=True, backend=compiler)
     expected = nearest_neighbor(queries, queue, backend="torch")
     assert torch.equal(compiled(queries, queue, backend=lookup), expected)
-    if lookup == "torch":  # the loop of a CPU that does not multiply bf16
+    if lookup == "torch":  # the path of a CPU without bf16 products
         torch._dynamo.reset()
         monkeypatch.setattr("mnclglf_kernels.ops.nearest_neighbor.CPU_MULTIPLIES_BF16", False)
         monkeypatch.setattr("mnclglf_kernels.ops.nearest_neighbor.CHUNK", 16)
@@ -136,5 +135,5 @@ def test_augment(compiler, backend):
         return augment(*tensors, ViewFormat(6, rotates=True), backend=backend).amax((2, 3))
 
     compiled = torch.compile(brightest, fullgraph=True, backend=compiler)
-    # A sum at a half may end at another whole level, after the jitter up to 3 of 255 away.
+    # A sum at a half may become another whole level, up to 3 of 255 away after the jitter.
     torch.testing.assert_close(compiled(*given), brightest(*given), rtol=0, atol=3 / 255)

@@ -1,4 +1,4 @@
-"""Rows that know their positive: what is left of softmax - 1 must not be the rounding of the logits."""
+"""Tests of confident rows: the small number softmax - 1 must not be dominated by the rounding of the logits."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mnclglf_kernels import contrastive_loss, nt_xent, queue_contrastive_loss
 
 NEGATIVES = F.normalize(torch.randn(64, 128, generator=torch.Generator().manual_seed(2)))
-# Ours and the equation, as functions of two sides and a temperature.
+# (our operator, oracle) as functions of two sides and a temperature.
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "contrastive_loss": (contrastive_loss, oracles.contrastive_loss),
     "nt_xent": (nt_xent, method_oracles.nt_xent),
@@ -29,7 +29,7 @@ def confident(images: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor
 
 
 def left_of_softmax(name: str, targets: Tensor, predictions: Tensor, temperature: float) -> float:
-    """The most that a positive's softmax is short of 1."""
+    """Returns the greatest 1 - softmax of a positive."""
     h, p = F.normalize(targets.double()), F.normalize(predictions.double())
     positives = (h * p).sum(dim=1, keepdim=True)
     others = torch.ones(len(h), len(h)).fill_diagonal_(0).bool()
@@ -42,7 +42,7 @@ def left_of_softmax(name: str, targets: Tensor, predictions: Tensor, temperature
 
 
 def errors(name, targets, predictions, temperature, upstream, backend) -> tuple[float, float]:
-    """Relative errors of the loss and of the predictions' gradient, against fp64."""
+    """Returns the relative errors of the loss and of the predictions' gradient, against fp64."""
     losses, gradients = [], []
     ours, equation = LOSSES[name]
     for function, rows in (
@@ -62,9 +62,9 @@ def errors(name, targets, predictions, temperature, upstream, backend) -> tuple[
 def test_triton_is_as_accurate_as_pytorch(name, temperature, dtype):
     targets, predictions = confident(64 if name == "contrastive_loss" else 32, 128, dtype)
     ours, plain = (errors(name, targets, predictions, temperature, 2.0**14, how) for how in ("triton", "torch"))
-    doubt = left_of_softmax(name, targets, predictions, temperature)  # what is left of a coefficient
-    # Twice what PyTorch makes in fp32, and a rounding (half of one, of the many in a gradient) at 1.0 of the softmax
-    # that 1 is taken from; fp16 rounds once more at the store.
+    doubt = left_of_softmax(name, targets, predictions, temperature)  # size of a positive's coefficient
+    # Tolerance: twice PyTorch's error in fp32, plus one rounding of the softmax at 1.0 before 1 is subtracted (half of
+    # one in a gradient, where many add up). fp16 rounds once more at the store.
     rounding = torch.finfo(torch.float32).eps / doubt
     assert ours[0] <= 2 * plain[0] + rounding
     assert ours[1] <= 2 * plain[1] + rounding / 2 + (torch.finfo(dtype).eps if dtype == torch.float16 else 0.0)

@@ -1,4 +1,4 @@
-"""The choice of a backend, tensors on two devices, and what importing the operators brings along."""
+"""Tests of the choice of a backend, of tensors on two devices, and of the modules that an import loads."""
 
 import subprocess
 import sys

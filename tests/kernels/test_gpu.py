@@ -1,4 +1,4 @@
-"""The operators on a GPU: against PyTorch in fp64 on the CPU and plain PyTorch on the same GPU, repeated, compiled."""
+"""Tests of the operators on a GPU: against PyTorch in fp64 on the CPU and in the same dtype, repeated and compiled."""
 
 from collections.abc import Callable, Sequence
 
@@ -40,7 +40,7 @@ PLAIN = oracles.Algorithm1AsPrinted
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """Result and gradients of every input, on the CPU."""
+    """Returns the result and the gradients of every input, on the CPU."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     result = function(*leaves)
     gradients = torch.autograd.grad(result, leaves, upstream.to(result))
@@ -76,9 +76,9 @@ def test_augment(dtype, rotates, cubic, source, side):
         for backend in ("triton", "torch")
     )
     ours, plain = (255 * std.view(3, 1, 1) * (x - torch.finfo(dtype).eps * truth.abs()) for x in (ours, plain))
-    assert ours.max() < 8  # levels: two sums that end at another side of a half, then the jitter
-    # Such sums are frequent where sizes have small common measures, and fp32 puts half of them on the other side.
-    # Tensor cores, which cut sums off as it seems, put more there: on an H200 twice as many, or 0.7% where few are.
+    assert ours.max() < 8  # levels: two sums that end on the other side of a half, scaled by the jitter
+    # Such sums are frequent if the two sizes have a simple ratio, and fp32 puts half of them on the other side.
+    # Tensor cores, which seem to truncate sums, put more there: on an H200 twice as many, or 0.7% if they are few.
     off, expected = ((x > 0.1).double().mean() for x in (ours, plain))
     assert off < 3 * expected + 0.01
 
@@ -91,7 +91,7 @@ def test_divide(dtype, memory_format):
     actual = with_gradients(lambda x: divide(x, backend="triton"), on_gpu([images]), upstream)
     expected = with_gradients(lambda x: divide(x, backend="torch"), in_fp64([images]), upstream)
     for result, truth in zip(actual, expected, strict=True):
-        assert torch.equal(result.double(), truth)  # copies: exact
+        assert torch.equal(result.double(), truth)  # divide copies, so results are exact
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -142,7 +142,7 @@ def test_contrastive_losses(dtype, size):
 
 
 def check_view_loss(ours: Callable[..., Tensor], published: Callable[..., Tensor], sides: Sequence[Tensor]) -> None:
-    """A loss of two views' rows at temperature 0.1, and both gradients."""
+    """Returns a loss of two views' rows at temperature 0.1, and both gradients."""
     upstream = torch.tensor(-3.0)
     actual = with_gradients(lambda *rows: ours(*rows, 0.1, backend="triton"), on_gpu(sides), upstream)
     plain = with_gradients(lambda *rows: published(*rows, 0.1), on_gpu(sides), upstream)
@@ -208,7 +208,7 @@ def test_faiss(dtype):
         pytest.skip("needs a build of faiss that sees a GPU")
     queries, queue = torch.randn(65, 256).to(dtype), F.normalize(torch.randn(4096, 256)).to(dtype)
     index = nearest_neighbor(*on_gpu([queries, queue]), backend="faiss").cpu()
-    assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # it may round its scores to the queue's dtype
+    assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # FAISS may round scores to the queue's dtype
 
 
 @pytest.mark.parametrize("row_dtype", DTYPES, ids=str)
@@ -226,7 +226,7 @@ def test_enqueue(dtype, row_dtype):
     plain = results[1].clone()
     written = (900 + torch.arange(256)) % 1000
     plain[written] = F.normalize(rows.to(DEVICE).float()).to(dtype).double().cpu()
-    # One rounding at the store, and that of a norm of 2048 terms in fp32.
+    # Tolerance: one rounding at the store, and that of a norm of 2048 terms in fp32.
     floor = torch.finfo(dtype).eps / 2 + ULPS_FP32 * working_epsilon(row_dtype)
     assert_as_accurate_as_plain(results[0], plain, results[1], floor, what="queue")
     kept = torch.ones(1000, dtype=torch.bool)
@@ -244,7 +244,7 @@ def test_a_queue_of_more_than_2_to_the_31_elements():
 
 
 def every_operator(images: Tensor, features: Tensor, rows: Tensor, views: Tensor, queue: Tensor) -> tuple[Tensor, ...]:
-    """(four losses, patches, combined, neighbors); nothing around the operators that a compiler could fuse."""
+    """Returns (four losses, patches, combined, neighbors), with nothing between them that a compiler could fuse."""
     combined = combine(features, 2, backend="triton")
     index = nearest_neighbor(rows.detach(), queue, backend="triton")
     first, second = contrastive_losses([(combined, rows), (queue[index], rows)], 0.2, backend="triton")
@@ -255,7 +255,7 @@ def every_operator(images: Tensor, features: Tensor, rows: Tensor, views: Tensor
 
 
 def inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Images, features, rows, rows of two views, and queue; the same numbers each time."""
+    """Returns images, features, rows, rows of two views, and queue, with the same numbers each time."""
     torch.manual_seed(7)
     values = (
         torch.randn(65, 3, 16, 16),
@@ -268,7 +268,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 
 
 def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> list[Tensor]:
-    """What every_operator gives, the gradients, and the queue and the pointer after an enqueue."""
+    """Returns the results of every_operator, the gradients, and queue and pointer after an enqueue."""
     *values, queue = (x.detach().clone() for x in values)
     leaves = [x.requires_grad_() for x in values]
     *losses, patches, combined, index = function(*leaves, queue)

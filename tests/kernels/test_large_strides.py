@@ -1,4 +1,4 @@
-"""Strides whose products with a row number do not fit into int32, over memory of which a few pages are touched."""
+"""Tests of strides whose product with a row number exceeds int32, over memory with only a few touched pages."""
 
 import mmap
 
@@ -14,14 +14,14 @@ from mnclglf_kernels import augment, combine, divide, enqueue, nearest_neighbor
 from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 LIMIT = 2**31
-MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13
+MAP_NORESERVE = 0x4000  # Linux's value; Python has the name since 3.13
 
 
 @pytest.fixture(scope="module")
 def far() -> Tensor:
-    """2 * LIMIT fp16 elements and some more, which take memory where they are touched.
+    """Returns more than 2 * LIMIT fp16 elements, which take memory only where they are touched.
 
-    Tests start at element LIMIT: an offset that wrapped around to a negative one reads zeros, and does not crash.
+    Tests start at element LIMIT, so that an offset that wraps to a negative number reads zeros and does not crash.
     """
     size = 2 * (2 * LIMIT + 2**20)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -29,7 +29,7 @@ def far() -> Tensor:
 
 
 def place(x: Tensor, far: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy of x with these strides, from the middle of `far` on."""
+    """Returns a copy of x with these strides, which starts in the middle of `far`."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
     assert last >= LIMIT
     return torch.as_strided(far, x.shape, strides, LIMIT).copy_(x)

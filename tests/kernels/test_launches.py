@@ -1,4 +1,4 @@
-"""What the operators launch: how often, into memory that holds nothing before, and that conftest.py's checks see it."""
+"""Tests of launches: their number, blank memory before them, and the checks of conftest.py on them."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 @pytest.fixture
 def launched(monkeypatch) -> list[Launch]:
-    """Every launch, as they come."""
+    """Returns a list that records every launch in order."""
     launches: list[Launch] = []
 
     def record(some: list[Launch], device: torch.device) -> None:
@@ -43,7 +43,7 @@ def pairs_of(subsets: tuple[int, ...], images: int, width: int, targets_learn: b
 
 
 def stored() -> tuple[Tensor, ...]:
-    """An image, the numbers of three views, mean and std."""
+    """Returns an image, parameters of three views, mean and std."""
     numbers = view_parameters(8, 8, sigma=1).repeat(3, 1)
     image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     return image, torch.tensor([0]), numbers, torch.zeros(3), torch.ones(3)
@@ -120,12 +120,12 @@ def test_number_of_launches(call, count, launched):
 
 
 def is_blank(memory: Tensor) -> bool:
-    """What conftest.py's fixture fills uninitialised memory with."""
+    """Returns True if memory holds only the values with which conftest.py's fixture fills uninitialized memory."""
     return bool(memory.isnan().all() if memory.is_floating_point() else (memory == torch.iinfo(memory.dtype).max).all())
 
 
 def test_what_a_kernel_writes_is_blank_before(monkeypatch):
-    """Else a NaN in a result would not say that an element was left out."""
+    """Checks that outputs start blank, so that a NaN in a result means an element was not written."""
     inputs: list[Tensor] = []
     written: set[str] = set()
 

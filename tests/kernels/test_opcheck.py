@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every operator of torch.ops.mnclglf: schema, fake tensors, autograd, AOT dispatch."""
+"""Tests each operator of torch.ops.mnclglf with opcheck: schema, fake tensors, autograd, AOT dispatch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def learner(x: Tensor) -> Tensor:
 
 
 def pairs(learn: tuple[bool, ...] = (False,) * 4, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
-    """Targets of S = 2 and S = 1 with their predictions; `learn` says of targets, then predictions, what learns."""
+    """Returns targets of S = 2 and S = 1 and their predictions; `learn` is the requires_grad of all four, in order."""
     rows = [
         torch.randn(count, 4).to(dtype).requires_grad_(asks) for count, asks in zip((10, 5, 5, 5), learn, strict=True)
     ]
@@ -40,7 +40,7 @@ def ring(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored() -> tuple[Tensor, ...]:
-    """Two images of 9 x 8 pixels, which of them, the numbers of two views each, mean and std."""
+    """Returns two images of 9 x 8 pixels, row numbers, parameters of two views per row, mean and std."""
     numbers = view_parameters(6, 7, **CHANGES, angle=10, top=1).repeat(4, 1)
     images = torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8)
     return images, torch.tensor([1, 0]), numbers, torch.full((3,), 0.5), torch.full((3,), 0.2)
@@ -114,7 +114,8 @@ INPUTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+# opcheck itself causes this warning.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("name", "make"), [(name, make) for name, makers in INPUTS.items() for make in makers])
 def test_opcheck(name, make):
     opcheck(getattr(torch.ops.mnclglf, name), make())

@@ -1,4 +1,4 @@
-"""The table of operators: a row is all that its consumers need, and every row has its files."""
+"""Tests of the table of operators: a row is all that its consumers need, and every row has its files."""
 
 import shutil
 import subprocess
@@ -91,7 +91,7 @@ except SystemExit:
 
 
 def with_double(tree: Path, factor: str) -> None:
-    """Copies the package and adds the operator `double`: three files here, the fourth is its test."""
+    """Copies the package and adds the operator `double`: three files; the fourth would be its test."""
     shutil.copytree(PACKAGE, tree / "mnclglf_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     package = tree / "mnclglf_kernels"
     (package / "ops" / "double.py").write_text(FORM)
@@ -150,7 +150,7 @@ def test_every_file_has_its_row():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_profiler_s_trace_names_the_operator(name):
-    """But for nt_xent, whose kernels are those of contrastive_losses with the views on both sides."""
+    """Checks the kernels' names, except that nt_xent launches those of contrastive_losses."""
     carried = "contrastive_losses" if name == "nt_xent" else name
     for x in OPERATORS[name].launches(Example()):
         assert x.kernel.__name__.startswith(f"{carried}_")

@@ -1,4 +1,4 @@
-"""The oracle itself, against numbers worked out by hand and against vectorised PyTorch that shares no code with it."""
+"""Tests of the oracle itself, against numbers by hand and against vectorized PyTorch that shares no code with it."""
 
 import itertools
 import math
@@ -70,7 +70,7 @@ def test_nearest_neighbor_by_hand():
 
 
 def test_the_printed_enqueue_takes_rows_of_another_dtype():
-    """On a GPU autocast normalises in fp32."""
+    """Covers fp32 rows with a bf16 queue: on a GPU autocast normalizes in fp32."""
     queue, _ = oracles.Algorithm1AsPrinted.enqueue(torch.zeros(3, 2, dtype=torch.bfloat16), 0, torch.ones(1, 2))
     assert queue[0].tolist() == pytest.approx([0.5**0.5] * 2, rel=2**-8)
 
@@ -102,7 +102,7 @@ def test_reference_networks_have_the_paper_s_sizes():
 
 
 def small_networks() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """An encoder to 8 features, a projector to 6 and a predictor, in fp64, with BN in each."""
+    """Builds an encoder to 8 features, a projector to 6 and a predictor, in fp64, each with batch norm."""
     encoder = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
@@ -111,14 +111,14 @@ def small_networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def small_run(**changes) -> tuple[oracles.Algorithm1, list[Tensor]]:
-    """Algorithm 1 on small networks with a queue of 11 rows, and three views of 5 images."""
+    """Returns Algorithm 1 on small networks with a queue of 11 rows, and three views of 5 images."""
     queue = F.normalize(torch.randn(11, 6, dtype=torch.float64), dim=1)
     run = oracles.Algorithm1(*small_networks(), queue, **(SETTINGS | changes))
     return run, [torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
 
 
 def vectorised_losses(run: oracles.Algorithm1, views: list[Tensor], subset: int | None = None):
-    """(a copy of f_o that the losses reach, loss_s, loss_m) by Algorithm 1 in vectorised PyTorch, as the run stands."""
+    """Returns (copy of f_o with gradients, loss_s, loss_m) by Algorithm 1 in vectorized PyTorch, from the run."""
     online, stopped, momentum = deepcopy(run.f_o), deepcopy(run.f_s), deepcopy(run.f_m)
 
     def loss(h: Tensor, p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The self-check: right kernels pass it, and one that is wrong in any way is named."""
+"""Tests of the self-check: right kernels pass, and a kernel that is wrong in any way is named."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from mnclglf_kernels.sizes import PAPER, Sizes
 
 SIZES = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
 CPU = torch.device("cpu")
-# (kernel, the argument that it writes, operator); a kernel with BACKWARD writes another one there.
+# (kernel, argument that it writes, operator). With BACKWARD a kernel writes another argument.
 WRITTEN = [
     ("augment_kernel", "views", "augment"),
     ("divide_kernel", "patches", "divide"),
@@ -41,7 +41,7 @@ def test_right_kernels_pass(dtype, queue_dtype):
 
 
 def those_that_launch(kernels: set[str]) -> set[str]:
-    """Operators with one of these kernels: nt_xent has those of contrastive_losses."""
+    """Returns the operators that launch one of these kernels. nt_xent launches those of contrastive_losses."""
     example = Example(sizes=SIZES)
     return {op for op, row in OPERATORS.items() if kernels & {x.kernel.__name__ for x in row.launches(example)}}
 
@@ -86,7 +86,7 @@ def test_a_launch_that_fails_is_named(operator, text, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fault", ["no radial part", "half of the softmax", "softmax times 0.6", "temperature 1"])
 def test_a_wrong_gradient_is_found_in_every_dtype(fault, dtype, monkeypatch):
-    """Faults of the backward that are small where rows are random and the softmax uniform."""
+    """Plants faults in the backward that would be small for random rows and a uniform softmax."""
 
     run = launch.run
 
@@ -158,7 +158,7 @@ def test_a_wrong_gradient_of_the_queue_s_loss_is_found_in_every_dtype(fault, dty
 
 @pytest.mark.parametrize("one_embedding", [False, True])
 def test_what_the_self_check_launches_is_what_the_run_launches(one_embedding, monkeypatch):
-    """One embedding contrasts other numbers of rows; a queue of another dtype splits the pairs."""
+    """Checks the rows that one embedding contrasts, and the pairs that a queue of another dtype splits."""
     launched = []
     monkeypatch.setattr(launch, "run", lambda launches, _: launched.extend(launches))
     settings = dict(one_embedding=one_embedding, operators=("contrastive_losses",))
@@ -172,10 +172,10 @@ def test_what_the_self_check_launches_is_what_the_run_launches(one_embedding, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
-    """The limits are not too narrow where sums are long and gradients small."""
+    """Checks that the limits are wide enough for long sums and small gradients."""
     for name, row in OPERATORS.items():
         if row.check is not None:
-            continue  # they call their operator themselves, below; the lookup's 35 GFLOP in fp64 are left out
+            continue  # these rows' checks are run below, except the lookup's, which takes 35 GFLOP in fp64
 
         def plain(*arguments, function=row.function, **named):
             return function(*arguments, **named | {"backend": "torch"})

@@ -1,4 +1,4 @@
-"""The launch configurations, and the tuning file that overrules them."""
+"""Tests of the launch configurations, and of the tuning file that overrides them."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from mnclglf_kernels.sizes import Sizes
 
 @pytest.fixture(autouse=True)
 def tuning(tmp_path, monkeypatch):
-    """A tuning file of this test's own, not there yet."""
+    """Returns the path of this test's own tuning file, which does not exist yet."""
     path = tmp_path / "cache" / "tuning.json"
     monkeypatch.setenv("MNCLGLF_TUNING", str(path))
     return path
@@ -88,7 +88,7 @@ def test_a_tuning_file_is_written_whole_or_not_at_all(tuning, monkeypatch):
 def test_without_a_home_there_is_no_tuning_file(monkeypatch):
     for name in ("MNCLGLF_TUNING", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is without a home
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without a home directory
     assert isinstance(tile("neighbor", torch.bfloat16, 2048, 86), Tile)
 
 
@@ -128,7 +128,7 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(family):
 
     def launches(t: Tile) -> list[launch.Launch]:
         last[:] = [t]
-        return [] if t == wrong else case.launches(t)  # it leaves all results as they were
+        return [] if t == wrong else case.launches(t)  # the wrong tile leaves all results unchanged
 
     watched = Tuning(case.family, launches, case.results)
 
@@ -143,7 +143,7 @@ def test_tune_takes_the_fastest_candidate_that_computes_the_same(family):
 def test_a_candidate_that_was_fast_once_only_is_not_taken():
     case = Tuning("none", lambda t: [], [])
     table, lucky = Tile(64, 64, 32, 4, 1), Tile(64, 64, 32, 4, 2)
-    times = iter([2.0, 1.0, *[2.0, 2.5] * 3])  # the table and the candidate, then both in turn
+    times = iter([2.0, 1.0, *[2.0, 2.5] * 3])  # the table, the candidate, then both interleaved
     assert tune.best(case, table, [lucky], torch.device("cpu"), lambda call: next(times)) == (table, 2.0, 2.0)
 
 

@@ -1,4 +1,4 @@
-"""Bytes and operations: the closed forms against what the interpreter counts."""
+"""Tests of the closed forms of bytes and operations against the interpreter's counts."""
 
 from functools import partial
 
@@ -117,17 +117,17 @@ CASES = {
     "contrastive_losses": contrastive_launches,
     "nt_xent": nt_xent_launches,
     "queue_contrastive_loss": queue_launches,
-}  # shapes at the edges of an operator's tiles
+}  # shapes at the edges of the tiles
 SMALL = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
 
 
 def example_launches(op: str) -> list[launch.Launch]:
-    """The launches of the row's own example, with the values that it may ask of memory."""
+    """Returns the launches of the row's own example, with NaN in uninitialized memory replaced."""
     found = OPERATORS[op].launches(Example(sizes=SMALL, device=torch.device("cpu")))
     for value in (value for x in found for value in x.arguments.values()):
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.nan_to_num_()  # the interpreter's casts of NaN warn
+                tensor.nan_to_num_()  # the interpreter warns when it casts NaN
     return found
 
 
@@ -157,7 +157,7 @@ def test_elementwise_kernels_issue_what_they_must(dtype):
 
 
 def test_augment_reads_an_image_once_a_view():
-    """With blur; of the stored bytes three views read three times what they must, and of all together half more."""
+    """Checks the issued bytes with blur: three views read the stored bytes three times, at most 1.5 times the total."""
     for dtype in (torch.float32, torch.bfloat16):
         (x,) = OPERATORS["augment"].launches(Example(dtype=dtype))
         assert x.arguments["WINDOW"] > 1

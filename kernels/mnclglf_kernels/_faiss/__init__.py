@@ -1,4 +1,4 @@
-"""FAISS for the nearest-neighbor lookup, registered as torch.ops.mnclglf.faiss_nearest_neighbor."""
+"""FAISS backend of the nearest-neighbor lookup, registered as torch.ops.mnclglf.faiss_nearest_neighbor."""
 
 from mnclglf_kernels._faiss import neighbor
 

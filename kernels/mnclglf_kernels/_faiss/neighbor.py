@@ -1,6 +1,6 @@
-"""The lookup by FAISS's exact search: knn_gpu on the ring buffer itself on CUDA, knn on the CPU.
+"""Nearest-neighbor lookup with FAISS's exact search: knn_gpu on the ring buffer itself on CUDA, knn on the CPU.
 
-FAISS is imported at the first search: its import takes a second that no other backend should pay for.
+FAISS is imported at the first search. Its import takes a second, which the other backends need not spend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @cache
 def resources(device: int) -> Any:
-    """FAISS's scratch memory on a GPU: one object a device, made once."""
+    """Returns FAISS's scratch memory on a GPU: one object per device, made once."""
     import faiss
 
     return faiss.StandardGpuResources()
@@ -23,7 +23,7 @@ def resources(device: int) -> Any:
 
 @torch.library.custom_op("mnclglf::faiss_nearest_neighbor", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
-    """[M, D] queries and [K, D] queue to [M] int64 rows."""
+    """Returns the [M] int64 nearest queue rows of [M, D] queries in a [K, D] queue."""
     import faiss
 
     if not len(queries):
@@ -46,7 +46,7 @@ def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
         query_values, queue_values = (x.float().contiguous().numpy() for x in (queries, queue))
         _, rows = faiss.knn(query_values, queue_values, 1, metric=faiss.METRIC_INNER_PRODUCT)
         rows = torch.from_numpy(rows)
-    return rows.flatten().clamp_(min=0)  # -1 where no score is a number
+    return rows.flatten().clamp_(min=0)  # FAISS returns -1 if no score is a number; the contract says row 0
 
 
 @nearest_neighbor.register_fake

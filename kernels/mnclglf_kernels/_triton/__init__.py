@@ -1,4 +1,4 @@
-"""The Triton kernels, registered as torch.ops.mnclglf.*; importing this package needs triton."""
+"""The Triton kernels, registered as torch.ops.mnclglf.*. Importing this package needs triton."""
 
 from importlib import import_module
 

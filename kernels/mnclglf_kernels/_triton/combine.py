@@ -1,4 +1,4 @@
-"""combine in Triton: every feature is read once, every average is written once.
+"""combine in Triton: every feature is read once, and every average is written once.
 
 N images, F feature width, S = C(4, k) subsets.
 """
@@ -18,7 +18,7 @@ from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.launch import Launch, Traffic, blocks, sum_dtype, total_bytes
 
 PATCHES = 4
-BLOCK = 1024  # elements a program: 8 a thread, one 128-bit access of 16-bit elements
+BLOCK = 1024  # elements per program: 8 per thread, one 128-bit access for 16-bit elements
 
 
 @triton.jit
@@ -27,19 +27,20 @@ def combine_kernel(
     combined,
     N: tl.constexpr,
     F: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,  # of what is read: features, or where BACKWARD the gradient of combined
+    ROW_STRIDE: tl.constexpr,  # strides of the input: features, or with BACKWARD the gradient of combined
     COLUMN_STRIDE: tl.constexpr,
-    SUBSETS: tl.constexpr,  # S tuples of K patches
+    SUBSETS: tl.constexpr,  # S tuples of K patch numbers
     K: tl.constexpr,
     BACKWARD: tl.constexpr,
     SUM: tl.constexpr,  # dtype of the sums
     BLOCK: tl.constexpr,
 ):
-    """combined = combine(features, K), or where BACKWARD the gradient of features from that of combined."""
+    """Averages the features of each subset. With BACKWARD it makes the gradient of features from that of combined."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < N * F
     read = index // F * ROW_STRIDE + index % F * COLUMN_STRIDE
-    # A program holds the same BLOCK places of all patches, so that each is loaded once for all its subsets.
+    # A program holds the same BLOCK elements of all four patches, so each is loaded once for all subsets. Sums follow
+    # the fixed order of SUBSETS, in SUM, and are divided by K once.
     if BACKWARD:
         gradients = ()
         for s in tl.static_range(len(SUBSETS)):
@@ -68,7 +69,7 @@ def combine_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 def combine_launches(features: Tensor, combined: Tensor, k: int, *, backward: bool) -> list[Launch]:
-    """The launch between [4N, F] features and [S * N, F] combined; what is written is dense."""
+    """The launch from [4N, F] features to [S * N, F] averages, or back. Its output is dense."""
     read = combined if backward else features
     count, width = features.shape[0] // PATCHES, features.shape[1]
     arguments = dict(
@@ -88,7 +89,7 @@ def combine_launches(features: Tensor, combined: Tensor, k: int, *, backward: bo
 
 
 def launches(features: Tensor, k: int, *, arch: int) -> list[Launch]:
-    """The launches of a call and of its backward pass."""
+    """The launches of one call and of its backward pass."""
     combined = empty_combined(features, k)
     return [x for backward in (False, True) for x in combine_launches(features, combined, k, backward=backward)]
 
@@ -103,7 +104,7 @@ def empty_features(combined: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("mnclglf::combine", mutates_args=())
 def combine(features: Tensor, k: int) -> Tensor:
-    """[4N, F] to [S * N, F]."""
+    """Averages [4N, F] features into [S * N, F]."""
     combined = empty_combined(features, k)
     launch.run(combine_launches(features, combined, k, backward=False), features.device)
     return combined
@@ -111,7 +112,7 @@ def combine(features: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("mnclglf::combine_backward", mutates_args=())
 def combine_backward(gradient: Tensor, k: int) -> Tensor:
-    """[S * N, F] to [4N, F]."""
+    """Returns the [4N, F] gradient of the features from the [S * N, F] one of the averages."""
     features = empty_features(gradient, k)
     launch.run(combine_launches(features, gradient, k, backward=True), gradient.device)
     return features

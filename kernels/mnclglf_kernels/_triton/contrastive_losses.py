@@ -1,15 +1,16 @@
 """contrastive_loss in Triton, for several pairs of targets and predictions at once.
 
-    forward       a tile of logits a program, reduced to log-sum-exp parts at once; the norms on the way
-    merge         the parts in a fixed order: log-sum-exp of every row, the loss of every pair. It stays two numbers,
-                  greatest logit and log of the sum of exp(logit - greatest): their sum would round the second
-    coefficients  the logits again, as softmax - onehot; with cosines, the radial part of the gradients
-    gradient      coefficients times the other side's unit rows, less the radial part
+    forward       one program per tile of logits, which reduces it to parts of the log-sum-exp; computes the norms too
+    merge         adds the parts in a fixed order: log-sum-exp of every row, loss of every pair. The log-sum-exp stays
+                  two numbers, the greatest logit and the log of the sum of exp(logit - greatest). Their sum would
+                  round the second: at temperature 0.05 its last digit is 2e-6, all that is left of a confident row
+    coefficients  recomputes the logits as softmax - onehot; with the cosines, the radial part of the gradients
+    gradient      multiplies coefficients by the other side's unit rows and subtracts the radial part
 
 P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i * N rows over all pairs. Pointers come
-as tuples, and a program takes the pair that its tile belongs to: FIRST_ROWS and FIRST_TILES are the pairs' first rows
-and row tiles, with the totals at their ends. SHIFT is from a row to its positive. Unless it is 0 (nt_xent) a pair's
-targets are its predictions, and no row is a candidate of itself.
+as tuples, and a program selects the pair of its tile. FIRST_ROWS and FIRST_TILES are the first row and the first row
+tile of each pair, with the total at the end. SHIFT is the distance from a row to its positive. It is 0 except in
+nt_xent, where a pair's targets are its predictions and a row is no candidate of itself.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from mnclglf_kernels._triton.tiles import DEEP, FP32, FP32_GRADIENT, SMALL, WIDE
 from mnclglf_kernels.backend import INTERPRETED
 
 register("contrastive", half=(SMALL, WIDE, DEEP), fp32=(FP32, FP32, FP32))
-# A gradient is [N, D] or [S * N, D]: with D up to 512 large tiles would leave SMs idle.
+# A gradient is [N, D] or [S * N, D]. With D up to 512 larger tiles would leave SMs idle.
 register("gradient", half=(SMALL, SMALL, WIDE), fp32=(FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT))
-MERGED = 1024  # rows of a step of the merge
+MERGED = 1024  # rows per step of the merge
 
 
 @triton.jit
@@ -49,10 +50,10 @@ def tile_products(
     NORMS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """What a program of the logits works on: products of [ROWS] targets and [COLUMNS] predictions of its pair.
+    """Returns the products of [ROWS] targets and [COLUMNS] predictions of the program's pair, with their indices.
 
-    Returns (pair, whether this is the pair's first row tile, rows within the pair, which of them are there, their
-    places among all rows, columns, products, squared norms of the targets, of the predictions).
+    The result is (pair, true in the pair's first row tile, rows within the pair, mask of the rows that exist, row
+    numbers among all pairs, columns, products, squared norms of the targets, squared norms of the predictions).
     """
     tile = tl.program_id(1)
     pair, first_tile, first_row, last_row = 0, 0, 0, FIRST_ROWS[1]
@@ -64,7 +65,7 @@ def tile_products(
     count = last_row - first_row
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    # Rows past the end repeat the last one: the inner loop needs no mask, and stores leave them out.
+    # Rows past the end repeat the last row, so the inner loop needs no mask. The stores mask them.
     products, row_squares, column_squares = row_products(
         h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, NORMS, WIDEN
     )
@@ -77,8 +78,8 @@ def contrastive_losses_forward_kernel(
     targets,
     predictions,
     maxima,  # [candidate tiles, R] fp32
-    sums,  # [candidate tiles, R] fp32: of exp(logit - maximum)
-    positives,  # [R] fp32: logit of the label
+    sums,  # [candidate tiles, R] fp32: sum of exp(logit - maximum)
+    positives,  # [R] fp32: logit of the positive
     inverse_targets,  # [R] fp32: 1 / norm
     inverse_predictions,  # [P, N] fp32
     inverse_temperature,
@@ -100,8 +101,8 @@ def contrastive_losses_forward_kernel(
     candidate = (column < N)[None, :]
     if SHIFT:
         candidate = candidate & (column[None, :] != row[:, None])
-    # Columns past the end weigh exp(-inf) = 0. No top is -inf: each tile has a real column, and with SHIFT two, as 2N
-    # and the tiles' sides are even.
+    # Masked before the maximum: columns past the end weigh exp(-inf) = 0. No top is -inf, since each tile has a real
+    # column, and with SHIFT two of them, as 2N and the tile sides are even.
     logits = tl.where(candidate, logits, float("-inf"))
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)
@@ -111,6 +112,7 @@ def contrastive_losses_forward_kernel(
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
     tl.store(maxima + part, top, mask=inside)
     tl.store(sums + part, total, mask=inside)
+    # One program owns each of these: the tile of the label, the first candidate tile, the first row tile.
     tl.store(positives + place, positive, mask=inside & (label // COLUMNS == tl.program_id(0)))
     tl.store(inverse_targets + place, row_inverse, mask=inside & (tl.program_id(0) == 0))
     tl.store(inverse_predictions + pair * N + column, column_inverse, mask=(column < N) & leads)
@@ -140,7 +142,7 @@ def contrastive_losses_merge_kernel(
         inside = row < last_row
         part_maxima, part_sums = maxima + row, sums + row
         top = tl.load(part_maxima, mask=inside, other=0.0)
-        total = tl.load(part_sums, mask=inside, other=1.0)
+        total = tl.load(part_sums, mask=inside, other=1.0)  # log(1) = 0 for rows past the end
         for _ in range(1, TILES):
             part_maxima += FIRST_ROWS[PAIRS]
             part_sums += FIRST_ROWS[PAIRS]
@@ -165,8 +167,8 @@ def contrastive_losses_coefficient_kernel(
     inverse_targets,
     inverse_predictions,
     coefficients,  # [R, N] fp32: softmax - onehot
-    target_dots,  # [candidate tiles, R] fp32: sums of coefficient * cosine over a tile's columns
-    prediction_dots,  # [row tiles, N] fp32: over a tile's rows
+    target_dots,  # [candidate tiles, R] fp32: sum of coefficient * cosine over a tile's columns
+    prediction_dots,  # [row tiles, N] fp32: the same over a tile's rows
     inverse_temperature,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -186,8 +188,9 @@ def contrastive_losses_coefficient_kernel(
     top = tl.load(tops + place, mask=inside, other=0.0)
     log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
     cosines = products * row_inverse[:, None] * column_inverse[None, :]
-    # The forward's factors in the forward's order, so that the greatest logit less itself is 0
-    # (or what a fused multiply-add leaves of its rounding).
+    # The same factors in the same order as in the forward, so that the greatest logit minus its top is 0 (or the
+    # rounding that a fused multiply-add leaves). softmax - onehot is formed in fp32: at logits of 10 the difference
+    # is 4e-5, which is 0 if the softmax is rounded to bf16 first.
     coefficient = tl.exp((cosines * inverse_temperature - top[:, None]) - log_sum[:, None])
     coefficient -= tl.where(column[None, :] == ((row + SHIFT) % N)[:, None], 1.0, 0.0)
     valid = inside[:, None] & (column < N)[None, :]
@@ -195,7 +198,7 @@ def contrastive_losses_coefficient_kernel(
     if SHIFT:
         candidate = candidate & (column[None, :] != row[:, None])
         coefficient = tl.where(candidate, coefficient, 0.0)
-    radial = tl.where(candidate, coefficient * cosines, 0.0)  # a row's product with itself may be infinite
+    radial = tl.where(candidate, coefficient * cosines, 0.0)  # masked: a row's product with itself may be infinite
     matrix_place = place.to(tl.int64)[:, None] * N + column[None, :]
     tl.store(coefficients + matrix_place, coefficient, mask=valid)
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
@@ -206,12 +209,12 @@ def contrastive_losses_coefficient_kernel(
 @triton.jit
 def contrastive_losses_gradient_kernel(
     coefficients,
-    rows,  # of the side whose gradient this is, and of the other side
+    rows,  # rows of this side (whose gradient is computed), and of the other side
     others,
     gradients,
     row_inverses,
     other_inverses,
-    dots,  # [parts, R or N] fp32, of this side, and of the other side
+    dots,  # [parts, R or N] fp32: radial parts of this side, and of the other side
     other_dots,
     upstream,  # [P] fp32
     inverse_temperature,
@@ -220,7 +223,7 @@ def contrastive_losses_gradient_kernel(
     SHIFT: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
-    FIRST_BLOCKS: tl.constexpr,  # the pairs' first programs on axis 1
+    FIRST_BLOCKS: tl.constexpr,  # first program of each pair on axis 1
     PARTS: tl.constexpr,  # candidate tiles
     OF_TARGETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -228,7 +231,10 @@ def contrastive_losses_gradient_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Gradient of targets or of predictions (SHIFT: of both); one program has [ROWS, COLUMNS] of it and owns them."""
+    """Computes the gradient of targets or of predictions (with SHIFT: of both).
+
+    One program owns one [ROWS, COLUMNS] tile of it and sums over all rows of the other side: no atomics.
+    """
     block = tl.program_id(1)
     pair, first_block, first_row, last_row, first_part, last_part = 0, 0, 0, FIRST_ROWS[1], 0, FIRST_TILES[1]
     x, y, gradient, weights = rows[0], others[0], gradients[0], coefficients
@@ -266,14 +272,14 @@ def contrastive_losses_gradient_kernel(
         MIRRORED=SHIFT > 0,
         WIDEN=WIDEN,
     )
-    radial = tl.zeros([ROWS], tl.float32)
+    radial = tl.zeros([ROWS], tl.float32)  # u . g, from the coefficients' launch: no second pass over D
     for part in range(first_part, last_part):
         radial += tl.load(dots + part * part_size + part_place, mask=inside, other=0.0)
     if SHIFT:
         for part in range(PARTS):
             radial += tl.load(other_dots + part * N + row, mask=inside, other=0.0)
     inverse = tl.load(row_inverses + first + row, mask=inside, other=0.0)
-    radial = tl.where(inverse > CLAMPED, 0.0, radial)  # divided by the floor, not by its norm: no radial part
+    radial = tl.where(inverse > CLAMPED, 0.0, radial)  # a row divided by the floor, not by its norm, has no radial part
     tile_place = row.to(tl.int64)[:, None] * D + column[None, :]
     tile_inside = inside[:, None] & within[None, :]
     unit = tl.load(x + tile_place, mask=tile_inside, other=0.0).to(tl.float32) * inverse[:, None]
@@ -282,7 +288,7 @@ def contrastive_losses_gradient_kernel(
 
 
 def logit_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
-    """(flops, unique bytes, issued bytes) of the products of all pairs."""
+    """Returns (flops, unique bytes, issued bytes) of the products of all pairs."""
     d, rows = a["D"], a["FIRST_ROWS"][-1]
     candidate_tiles, row_tiles = grid
     read = candidate_tiles * row_tiles * d * (a["ROWS"] + a["COLUMNS"]) * a["targets"][0].itemsize
@@ -321,18 +327,18 @@ def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     for i in range(len(a["rows"])):
         rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]
         parts = a["PARTS"] if a["OF_TARGETS"] else a["FIRST_TILES"][i + 1] - a["FIRST_TILES"][i]
-        parts += a["PARTS"] if a["SHIFT"] else 0  # of the other side too
+        parts += a["PARTS"] if a["SHIFT"] else 0  # those of the other side too
         own, others = (rows, n) if a["OF_TARGETS"] else (n, rows)
         flops += 2 * halves * rows * n * d
         unique += 4 * (rows * n + others + own * (parts + 1) + 1) + own * d * itemsize
-        loads = 2 if a["SHIFT"] else 1  # of a coefficient: as that of a row and as that of a column
+        loads = 2 if a["SHIFT"] else 1  # per coefficient: once for its row, and once for its column
         issued += column_blocks * 4 * (loads * rows * n + programs * (others + 1) + own * (parts + 1))
         issued += programs * others * d * itemsize + 2 * own * d * itemsize
     return Traffic(flops, unique + total_bytes([*a["rows"], *a["others"]]), issued)
 
 
 class Geometry(NamedTuple):
-    """How the pairs' rows lie one behind another."""
+    """Sizes of the pairs, whose rows are numbered one pair after the other."""
 
     candidates: int  # N
     width: int  # D
@@ -347,12 +353,12 @@ class Geometry(NamedTuple):
         return tuple(accumulate(self.row_counts, initial=0))
 
     def first_tiles(self, size: int) -> tuple[int, ...]:
-        """Of tiles of `size` rows."""
+        """Returns the first row tile of each pair and their total, for tiles of `size` rows."""
         return tuple(accumulate((blocks(count, size) for count in self.row_counts), initial=0))
 
 
 class Forward(NamedTuple):
-    """What the operator returns."""
+    """Results of the forward: the losses, and the tensors that backward needs."""
 
     losses: Tensor  # [P] fp32
     tops: Tensor  # [R] fp32
@@ -377,7 +383,7 @@ def forward_launches(
     *,
     shift: int = 0,
 ) -> list[Launch]:
-    """The two launches of the forward; every tensor dense and all rows of one dtype."""
+    """The two launches of the forward. Tensors must be dense, and all rows of one dtype."""
     geometry = Geometry.of(targets, predictions)
     n, d, _ = geometry
     device, dtype = targets[0].device, targets[0].dtype
@@ -438,15 +444,16 @@ def backward_launches(
     *,
     shift: int = 0,
 ) -> list[Launch]:
-    """Coefficients in tiles t, then the gradient of each side that has somewhere to go: no gradients ask for none.
+    """The launches of the backward: one for the coefficients, then one for each side with gradients to write.
 
     Args:
-        targets, predictions, temperature, results: as the forward had and made them.
+        targets, predictions, temperature: arguments of the forward.
+        results: results of the forward.
         upstream: [P] fp32, the gradient of the losses.
-        target_gradients, prediction_gradients: where to write, like targets and predictions; or empty.
-        t: must be the forward's.
-        gradient_tile: rows of one side by columns of D, summed over rows of the other.
-        shift: must be the forward's. Unless 0, the prediction gradients are those of the targets too.
+        target_gradients, prediction_gradients: outputs, shaped like targets and predictions; empty to skip a side.
+        t: tile of the logits; must be the forward's.
+        gradient_tile: tile of a gradient: rows of one side by columns of D, summed over rows of the other side.
+        shift: must be the forward's. Unless it is 0, the prediction gradients include those of the targets.
     """
     geometry = Geometry.of(targets, predictions)
     n, d, _ = geometry
@@ -531,13 +538,13 @@ def backward_launches(
 
 
 def contrastive_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
-    """The configurations for rows of this width and dtype: of the logits, and of the gradients."""
+    """Returns the configurations (of the logits, of the gradients) for rows of this width and dtype."""
     logits, gradients = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("contrastive", "gradient"))
     return logits, gradients
 
 
 def launches(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, arch: int) -> list[Launch]:
-    """The launches of a call with pairs of one dtype and of its backward pass, with the gradients of both sides."""
+    """The launches of one call with pairs of one dtype and of its backward pass, with the gradients of both sides."""
     targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
     t, gradient_tile = contrastive_tiles(targets[0], arch)
     results = empty_forward(targets, predictions)
@@ -549,7 +556,7 @@ def launches(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, arch
 
 
 def tunings(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Iterator[Tuning]:
-    """The launches whose tiles can be measured; of the gradients those that a step asks for, of the predictions."""
+    """The launches whose tiles can be measured: forward, and gradient of the predictions, the one that a step needs."""
     targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
     shared = (targets, predictions, temperature, empty_forward(targets, predictions))
     yield Tuning("contrastive", lambda t: forward_launches(*shared, t), list(shared[3]))
@@ -561,7 +568,7 @@ def tunings(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Itera
 
 
 def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:
-    """ValueError where a row would be read from the wrong place."""
+    """Raises ValueError unless all rows are dense and of one dtype, as the kernels' addresses assume."""
     for rows in (*targets, *predictions):
         if not rows.is_contiguous() or rows.dtype != targets[0].dtype:
             raise ValueError(
@@ -574,7 +581,7 @@ def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Non
 def contrastive_losses(
     targets: list[Tensor], predictions: list[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype: see Forward."""
+    """Returns the fields of Forward for P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype."""
     results = empty_forward(targets, predictions)
     check_dense(targets, predictions)
     t, _ = contrastive_tiles(targets[0], architecture(targets[0]))
@@ -595,7 +602,7 @@ def contrastive_losses_backward(
     of_targets: bool,
     of_predictions: bool,
 ) -> list[Tensor]:
-    """Gradients of the targets, if asked for, then of the predictions, if asked for."""
+    """Returns the gradients of the targets, if asked for, then those of the predictions, if asked for."""
     check_dense(targets, predictions)
     results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
     target_gradients, prediction_gradients = (

@@ -17,7 +17,7 @@ from mnclglf_kernels._triton.launch import Launch, Traffic, blocks
 from mnclglf_kernels.layout import empty_images, memory_format
 
 PATCHES = 4
-BLOCK = 1024  # elements a program: 8 a thread, one 128-bit access of 16-bit elements
+BLOCK = 1024  # elements per program: 8 per thread, one 128-bit access for 16-bit elements
 
 
 @triton.jit
@@ -25,22 +25,27 @@ def divide_kernel(
     images,
     patches,
     N: tl.constexpr,
-    A: tl.constexpr,  # sizes of a patch, outermost first
+    A: tl.constexpr,  # sizes of a patch, outermost dimension first
     B: tl.constexpr,
     L: tl.constexpr,
-    IMAGE_STRIDE: tl.constexpr,  # the same dimensions in the images
+    IMAGE_STRIDE: tl.constexpr,  # strides of the same dimensions in the images
     A_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr,
     L_STRIDE: tl.constexpr,
-    DOWN: tl.constexpr,  # from a patch to the one below it, and to the one right of it
+    DOWN: tl.constexpr,  # offsets from a patch to the one below it, and to the one right of it
     RIGHT: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """patches = divide(images), or where BACKWARD images from patches, their gradients; patches are dense."""
+    """Copies images to dense patches. With BACKWARD it copies the gradients of patches to those of images.
+
+    The map is one to one, so backward is the same kernel with load and store exchanged.
+    """
+    # int64: image number times image stride can pass 2^31.
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < 4 * N * A * B * L
-    # Each from the index itself: from a remainder of a remainder Triton 3.8 sees no neighbors, and loads one by one.
+    # Each one is computed from the index itself. From a remainder of a remainder Triton 3.8 does not see that elements
+    # are adjacent, and loads them one by one: eight loads in place of one.
     row, a, b, column = index // (A * B * L), index // (B * L) % A, index // L % B, index % L
     patch, image = row // N, row % N
     place = image * IMAGE_STRIDE + a * A_STRIDE + b * B_STRIDE + column * L_STRIDE
@@ -57,12 +62,12 @@ def divide_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 def divide_launches(images: Tensor, patches: Tensor, *, backward: bool) -> list[Launch]:
-    """The launch between [N, C, H, W] images of any strides and dense [4N, C, H/2, W/2] patches."""
+    """The launch that copies [N, C, H, W] images of any strides to dense [4N, C, H/2, W/2] patches, or back."""
     count, (channels, height, width) = images.shape[0], patches.shape[1:]
     image, channel, down, right = images.stride()
     if patches.is_contiguous():
         dimensions = [(channels, channel), (height, down), (width, right)]
-    elif right == channels * channel:  # pixels follow each other: columns and channels are one dimension
+    elif right == channels * channel:  # adjacent pixels: columns and channels merge into one long run
         dimensions = [(1, 0), (height, down), (width * channels, channel)]
     else:
         dimensions = [(height, down), (width, right), (channels, channel)]
@@ -87,7 +92,7 @@ def divide_launches(images: Tensor, patches: Tensor, *, backward: bool) -> list[
 
 
 def launches(images: Tensor, *, arch: int) -> list[Launch]:
-    """The launches of a call and of its backward pass."""
+    """The launches of one call and of its backward pass."""
     patches = empty_patches(images)
     return [x for backward in (False, True) for x in divide_launches(images, patches, backward=backward)]
 
@@ -104,7 +109,7 @@ def empty_divided(patches: Tensor) -> Tensor:
 
 @torch.library.custom_op("mnclglf::divide", mutates_args=())
 def divide(images: Tensor) -> Tensor:
-    """[N, C, H, W] to [4N, C, H/2, W/2]."""
+    """Divides [N, C, H, W] images into [4N, C, H/2, W/2] patches."""
     patches = empty_patches(images)
     launch.run(divide_launches(images, patches, backward=False), images.device)
     return patches
@@ -112,7 +117,7 @@ def divide(images: Tensor) -> Tensor:
 
 @torch.library.custom_op("mnclglf::divide_backward", mutates_args=())
 def divide_backward(gradient: Tensor) -> Tensor:
-    """[4N, C, H/2, W/2], dense, to [N, C, H, W]."""
+    """Returns the [N, C, H, W] gradient of the images from the dense [4N, C, H/2, W/2] one of the patches."""
     images = empty_divided(gradient)
     launch.run(divide_launches(images, gradient, backward=True), gradient.device)
     return images

@@ -1,4 +1,4 @@
-"""enqueue in Triton: one pass over the rows, one over the ring's slice; then the pointer.
+"""enqueue in Triton: one launch normalizes the rows and writes them into the ring, a second advances the pointer.
 
 N rows, K queue rows, D width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.launch import Launch, Traffic, sum_dtype
 
-FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's eps
+FLOOR = tl.constexpr(1e-12)  # eps of torch.nn.functional.normalize
 
 
 @triton.jit
@@ -26,24 +26,28 @@ def enqueue_write_kernel(
     rows,
     K: tl.constexpr,
     D: tl.constexpr,
-    QUEUE_STRIDE: tl.constexpr,  # from row to row, and from column to column
+    QUEUE_STRIDE: tl.constexpr,  # row stride and column stride, in elements
     QUEUE_COLUMN: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     ROW_COLUMN: tl.constexpr,
     GATED: tl.constexpr,
-    SUM: tl.constexpr,  # dtype of the norm
-    BLOCK: tl.constexpr,
+    SUM: tl.constexpr,  # dtype of the norm's sum
+    BLOCK: tl.constexpr,  # the next power of two from D
 ):
-    """Row n of `rows`, normalised, to row (pointer + n) % K of the queue; one program a row, which is held whole."""
+    """Writes row n of `rows`, normalized, to row (pointer + n) % K of the queue; one program per row.
+
+    A program holds its whole row in registers: the row is read once for both its norm and its values.
+    """
+    # int64: row number times row stride passes 2^31 for a large queue.
     n = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK).to(tl.int64)
     inside = column < D
-    if GATED:  # a closed gate masks loads and stores, so that nothing waits for the host
+    if GATED:  # a closed gate masks all loads and stores: the host need not read it, so nothing synchronizes
         inside &= tl.load(should_update) != 0
     values = tl.load(rows + n * ROW_STRIDE + column * ROW_COLUMN, mask=inside, other=0.0).to(SUM)
     norm = tl.sqrt(tl.sum(values * values, 0))
     place = (tl.load(pointer) + n) % K
-    unit = values / tl.where(norm < FLOOR, FLOOR, norm)  # a NaN norm stays
+    unit = values / tl.where(norm < FLOOR, FLOOR, norm)  # tl.where, not tl.maximum: a NaN norm stays NaN
     if queue.dtype.element_ty != tl.float64:
         unit = unit.to(tl.float32)  # fp64 has no conversion to bf16
     tl.store(queue + place * QUEUE_STRIDE + column * QUEUE_COLUMN, unit, mask=inside)
@@ -51,7 +55,10 @@ def enqueue_write_kernel(
 
 @triton.jit
 def enqueue_advance_kernel(pointer, should_update, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr):
-    """A launch of its own: every program of enqueue_write_kernel reads the pointer as it was."""
+    """Advances the pointer by N modulo K, in a launch of its own.
+
+    Every program of enqueue_write_kernel reads the old pointer, and programs of one launch have no order.
+    """
     kept = True
     if GATED:
         kept = tl.load(should_update) != 0
@@ -99,13 +106,13 @@ def enqueue_launches(queue: Tensor, pointer: Tensor, rows: Tensor, should_update
 def launches(
     queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None = None, *, arch: int
 ) -> list[Launch]:
-    """The launches of a call."""
+    """The launches of one call."""
     return enqueue_launches(queue, pointer, rows, should_update)
 
 
 @torch.library.custom_op("mnclglf::enqueue", mutates_args=("queue", "pointer"))
 def enqueue(queue: Tensor, pointer: Tensor, rows: Tensor, should_update: Tensor | None) -> None:
-    """[N, D] rows into the ring [K, D]."""
+    """Writes [N, D] rows into the ring [K, D] and advances the pointer."""
     launch.run(enqueue_launches(queue, pointer, rows, should_update), queue.device)
 
 

@@ -1,6 +1,6 @@
-"""nearest_neighbor in Triton: a tile of scores a program, its maximum kept, the maxima merged in a fixed order.
+"""nearest_neighbor in Triton: each program reduces one tile of scores to its row maxima; a second launch merges them.
 
-M queries, K queue rows, D width.
+The merge takes the tiles in a fixed order. M queries, K queue rows, D width.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from mnclglf_kernels._triton.products import row_products
 from mnclglf_kernels._triton.tiles import FP32, LARGE, SMALL, Tile, Tuning, register, tile
 from mnclglf_kernels.backend import INTERPRETED
 
-# With D up to 128 a program has little to sum, so that small tiles, and more of them, keep all SMs busy.
+# With D up to 128 a program has little to sum: smaller tiles make more programs, which keep all SMs busy. For larger D
+# 128 x 128 tiles make 512 programs at the paper's sizes (M 512, K 16384).
 register("neighbor", half=(SMALL, LARGE, LARGE), fp32=(FP32, FP32, FP32))
-MERGED_QUERIES, MERGED_TILES = 16, 128  # of a step of the merge
+MERGED_QUERIES, MERGED_TILES = 16, 128  # per step of the merge
 
 
 @triton.jit
 def nearest_neighbor_search_kernel(
     queries,
     queue,
-    scores,  # [tiles, M] fp32: the greatest of each tile
-    rows,  # [tiles, M] int32: where
+    scores,  # [tiles, M] fp32: greatest score of each tile
+    rows,  # [tiles, M] int32: queue row of that score
     M: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -42,10 +43,10 @@ def nearest_neighbor_search_kernel(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
+    # Queries are on axis 0, the fastest: consecutive programs share a tile of the queue, so DRAM is read once.
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     key = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Rows past the end repeat the last one: the inner loop needs no mask, and what they give is left out below.
+    # Rows past the end repeat the last row, so the inner loop needs no mask. Their results are masked below.
     products, _, _ = row_products(
         queries,
         queue,
@@ -61,9 +62,11 @@ def nearest_neighbor_search_kernel(
         B_NORMS=False,
         WIDEN=WIDEN,
     )
-    # A NaN is not equal to itself. The query's own norm does not change which row is greatest.
+    # Masked before the maximum: columns past K, and NaN, which is not equal to itself. The query is not normalized,
+    # as its norm scales all its scores alike.
     products = tl.where((key < K)[None, :] & (products == products), products, float("-inf"))
     best, where = tl.max(products, 1, return_indices=True, return_indices_tie_break_left=True)
+    # Ties take the leftmost column: the lowest row of the tile.
     place = tl.program_id(1).to(tl.int64) * M + query
     tl.store(scores + place, best, mask=query < M)
     tl.store(rows + place, tl.program_id(1) * COLUMNS + where, mask=query < M)
@@ -77,7 +80,7 @@ def nearest_neighbor_merge_kernel(
     M: tl.constexpr,
     TILES: tl.constexpr,
     QUERIES: tl.constexpr,
-    BLOCK: tl.constexpr,  # tiles at a time
+    BLOCK: tl.constexpr,  # tiles per step
 ):
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -94,7 +97,7 @@ def nearest_neighbor_merge_kernel(
         )
         there = (query < M) & (first + where < TILES)
         row = tl.load(rows + (first + where).to(tl.int64) * M + query, mask=there, other=0)
-        # Strictly: an earlier tile keeps a tie, and a query without any score keeps row 0.
+        # Strictly greater: an earlier tile keeps a tie, and a query with only NaN scores keeps row 0.
         best_row = tl.where(top > best, row, best_row)
         best = tl.maximum(top, best)
     tl.store(nearest + query, best_row.to(tl.int64), mask=query < M)
@@ -119,13 +122,13 @@ def merge_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 def neighbor_tile(queries: Tensor, queue: Tensor, arch: int) -> Tile:
-    """The configuration of a lookup; two dtypes are multiplied in fp32."""
+    """Returns the configuration of a lookup. Two different dtypes are multiplied in fp32."""
     dtype = queue.dtype if queries.dtype == queue.dtype else torch.float32
     return tile("neighbor", dtype, queue.shape[1], arch)
 
 
 def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, t: Tile) -> list[Launch]:
-    """The two launches of a lookup."""
+    """The two launches of one lookup."""
     (count, width), size = queries.shape, queue.shape[0]
     tiles = blocks(size, t.columns)
     scores = torch.empty((tiles, count), dtype=torch.float32, device=queue.device)
@@ -159,12 +162,12 @@ def neighbor_launches(queries: Tensor, queue: Tensor, nearest: Tensor, t: Tile) 
 
 
 def launches(queries: Tensor, queue: Tensor, *, arch: int) -> list[Launch]:
-    """The launches of a call."""
+    """The launches of one call."""
     return neighbor_launches(queries, queue, empty_nearest(queries, queue), neighbor_tile(queries, queue, arch))
 
 
 def tunings(queries: Tensor, queue: Tensor) -> Iterator[Tuning]:
-    """The launches whose tiles can be measured."""
+    """The launches of a lookup, whose tile can be measured."""
     nearest = empty_nearest(queries, queue)
     yield Tuning("neighbor", lambda t: neighbor_launches(queries, queue, nearest, t), [nearest])
 
@@ -175,7 +178,7 @@ def empty_nearest(queries: Tensor, queue: Tensor) -> Tensor:
 
 @torch.library.custom_op("mnclglf::nearest_neighbor", mutates_args=())
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
-    """[M, D] queries and [K, D] queue to [M] rows."""
+    """Returns the [M] nearest queue rows of [M, D] queries in a [K, D] queue."""
     nearest = empty_nearest(queries, queue)
     t = neighbor_tile(queries, queue, architecture(queue))
     launch.run(neighbor_launches(queries, queue, nearest, t), queue.device)

@@ -1,7 +1,7 @@
-"""nt_xent in Triton: the kernels of contrastive_losses, with the 2N rows of both views as targets and as predictions.
+"""nt_xent in Triton: the kernels of contrastive_losses, with the 2N rows of both views as targets and predictions.
 
-A row's positive lies N rows on, its own logit is masked, and its gradient takes the coefficients of its row and of its
-column in one product.
+The positive of a row is N rows further on. A row's own logit is masked. The gradient of a row adds the coefficients of
+its row and of its column first, so one product serves both.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from mnclglf_kernels._triton.contrastive_losses import (
 from mnclglf_kernels._triton.launch import Launch, architecture
 from mnclglf_kernels._triton.tiles import ARCHITECTURES, SMALL, Tile, Tuning, register, tile
 
-_FP32 = {arch: Tile(64, 64, 16 if arch == 80 else 32, 4, 2) for arch in ARCHITECTURES}  # 32 deep, sm_80 would spill
-# The [2N, 2N] logits are few: larger tiles would leave SMs idle.
+# sm_80 would spill with a depth of 32.
+_FP32 = {arch: Tile(64, 64, 16 if arch == 80 else 32, 4, 2) for arch in ARCHITECTURES}
+# The [2N, 2N] logits are few. At N 256, 64 x 64 tiles make 64 programs and 64 x 128 only 32, for 82 SMs.
 register("nt_xent", half=(SMALL, SMALL, SMALL), fp32=(_FP32, _FP32, _FP32))
 
 
 def nt_xent_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
-    """The configurations for rows of this width and dtype: of the logits, and of the gradient."""
+    """Returns the configurations (of the logits, of the gradient) for rows of this width and dtype."""
     logits, gradient = (tile(name, rows.dtype, rows.shape[1], arch) for name in ("nt_xent", "gradient"))
     return logits, gradient
 
 
 def nt_xent_forward_launches(rows: Tensor, temperature: float, results: Forward, t: Tile) -> list[Launch]:
-    """The two launches of the forward; `results` as empty_forward makes them of the rows as both sides."""
+    """The two launches of the forward. `results` comes from empty_forward([rows], [rows])."""
     return forward_launches([rows], [rows], temperature, results, t, shift=len(rows) // 2)
 
 
 def nt_xent_backward_launches(
     rows: Tensor, temperature: float, results: Forward, upstream: Tensor, gradient: Tensor, t: Tile, gradient_tile: Tile
 ) -> list[Launch]:
-    """The two launches of the backward; `upstream` is [1] fp32, and t must be the forward's."""
+    """The two launches of the backward. `upstream` is [1] fp32, and t must be the forward's."""
     given = ([rows], [rows], temperature, results, upstream, [], [gradient], t, gradient_tile)
     return backward_launches(*given, shift=len(rows) // 2)
 
 
 def launches(first: Tensor, second: Tensor, temperature: float, *, arch: int) -> list[Launch]:
-    """The launches of a call and of its backward pass."""
+    """The launches of one call and of its backward pass."""
     rows = torch.cat([first, second])
     results = empty_forward([rows], [rows])
     t, gradient_tile = nt_xent_tiles(rows, arch)
@@ -60,7 +61,7 @@ def launches(first: Tensor, second: Tensor, temperature: float, *, arch: int) ->
 
 
 def tunings(first: Tensor, second: Tensor, temperature: float) -> Iterator[Tuning]:
-    """The launches whose tiles can be measured; the gradient's are those of contrastive_losses."""
+    """The forward launches, whose tile can be measured. contrastive_losses measures the gradient's tile."""
     rows = torch.cat([first, second])
     results = empty_forward([rows], [rows])
     yield Tuning("nt_xent", lambda t: nt_xent_forward_launches(rows, temperature, results, t), list(results))
@@ -68,7 +69,7 @@ def tunings(first: Tensor, second: Tensor, temperature: float) -> Iterator[Tunin
 
 @torch.library.custom_op("mnclglf::nt_xent", mutates_args=())
 def nt_xent(rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Dense [2N, D], view 1 above view 2: see Forward, of one pair."""
+    """Returns the fields of Forward for one pair. Rows are dense [2N, D], view 1 above view 2."""
     check_dense([rows], [rows])
     results = empty_forward([rows], [rows])
     t, _ = nt_xent_tiles(rows, architecture(rows))
@@ -86,7 +87,7 @@ def nt_xent_backward(
     inverse_predictions: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Gradient of the rows."""
+    """Returns the gradient of the rows, [2N, D]."""
     check_dense([rows], [rows])
     results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
     gradient, tiles = torch.empty_like(rows), nt_xent_tiles(rows, architecture(rows))

@@ -1,13 +1,13 @@
-"""queue_contrastive_loss in Triton: a positive of its own for each query, and the queue's rows as negatives of all.
+"""queue_contrastive_loss in Triton: each query has its own positive, and all share the rows of the queue as negatives.
 
-    forward       a tile of negative logits a program, reduced to log-sum-exp parts at once; query norms on the way
-    merge         a program a query: its positive logit, log-sum-exp of it and of the parts, the query's loss
-    coefficients  the negative logits of a slice of the queue again, as softmax
-    sums          coefficients times the slice's rows, added to what the slices before it gave
-    gradient      a program a row: the positive's part, less the radial part
+    forward       one program per tile of negative logits, which reduces it to parts of the log-sum-exp; query norms
+    merge         one program per query: its positive logit, the log-sum-exp over it and the parts, the query's loss
+    coefficients  recomputes the negative logits of one slice of the queue, as softmax
+    sums          multiplies coefficients by the slice's rows and adds the sums of the slices before it
+    gradient      one program per row: adds the positive's part and subtracts the radial part
 
-Backward makes coefficients and sums for one slice of the queue after the other, so that [N, K] numbers are never in
-memory. N queries, K rows of the queue or of a slice, D width. The queue's rows have unit norm since they were written.
+Backward computes coefficients and sums slice by slice, so that [N, K] numbers are never in memory. N queries, K rows of
+the queue or of a slice, D width. The queue's rows were normalized when they were written.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from mnclglf_kernels._triton.products import CLAMPED, inverse_norm, row_products
 from mnclglf_kernels._triton.tiles import FP32_GRADIENT, SMALL, Tile, Tuning, register, tile
 from mnclglf_kernels.backend import INTERPRETED
 
-# The sums are [N, D] and few: small tiles keep all SMs busy.
+# The sums are [N, D] and few. Small tiles keep all SMs busy: 128 programs at the paper's sizes.
 register("queue_sum", half=(SMALL, SMALL, SMALL), fp32=(FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT))
-COEFFICIENTS = 2**20  # of a slice, at most: 4 MB, which stay in the L2 cache
+COEFFICIENTS = 2**20  # per slice, at most: 4 MB, which fit the 6 MB of L2 on an RTX 3090
 
 
 @triton.jit
@@ -45,11 +45,11 @@ def negative_products(
     NORMS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """What a program of the logits works on: (queries, rows of the queue, their products, squared norms of queries)."""
-    # Programs that follow each other share a tile of the queue, so that it is read from DRAM once.
+    """Returns (query numbers, queue row numbers, their products, squared norms of the queries) of one program."""
+    # Queries are on axis 0, the fastest: consecutive programs share a tile of the queue, so DRAM is read once.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Rows past the end repeat the last one: the inner loop needs no mask, and stores leave them out.
+    # Rows past the end repeat the last row, so the inner loop needs no mask. The stores mask them.
     rows, columns = tl.minimum(row, N - 1), tl.minimum(column, K - 1)
     products, squares, _ = row_products(queries, queue, rows, columns, D, D, 1, D, 1, DEPTH, NORMS, False, WIDEN)
     return row, column, products, squares
@@ -60,7 +60,7 @@ def queue_contrastive_loss_forward_kernel(
     queries,
     queue,
     maxima,  # [tiles of the queue, N] fp32
-    sums,  # [tiles of the queue, N] fp32: of exp(logit - maximum)
+    sums,  # [tiles of the queue, N] fp32: sum of exp(logit - maximum)
     inverse_queries,  # [N] fp32: 1 / norm
     inverse_temperature,
     N: tl.constexpr,
@@ -92,16 +92,16 @@ def queue_contrastive_loss_merge_kernel(
     maxima,
     sums,
     inverse_queries,
-    inverse_keys,  # [N] fp32, as what follows
-    misses,  # what the positive's softmax is short of 1
+    inverse_keys,  # [N] fp32, like the outputs below
+    misses,  # 1 - softmax of the positive
     tops,  # greatest logit
     log_sums,  # log of the sum of exp(logit - top)
     losses,
     inverse_temperature,
     N: tl.constexpr,
     D: tl.constexpr,
-    TILES: tl.constexpr,  # of the queue
-    BLOCK: tl.constexpr,  # the powers of two from D and from TILES on
+    TILES: tl.constexpr,  # tiles of the queue
+    BLOCK: tl.constexpr,  # the next powers of two from D and from TILES
     PARTS: tl.constexpr,
 ):
     n = tl.program_id(0)
@@ -119,7 +119,7 @@ def queue_contrastive_loss_merge_kernel(
     total = negatives + tl.exp(positive - top)
     log_sum = tl.log(total)
     tl.store(inverse_keys + n, inverse_key)
-    tl.store(misses + n, negatives / total)  # not as 1 - softmax, which cancels
+    tl.store(misses + n, negatives / total)  # not computed as 1 - softmax, which cancels for a confident row
     tl.store(tops + n, top)
     tl.store(log_sums + n, log_sum)
     tl.store(losses + n, log_sum - (positive - top))
@@ -163,7 +163,7 @@ def queue_contrastive_loss_sum_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
-    FIRST: tl.constexpr,  # there is nothing in the sums
+    FIRST: tl.constexpr,  # the first slice: the sums are still uninitialized
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -189,7 +189,7 @@ def queue_contrastive_loss_sum_kernel(
         WIDEN=WIDEN,
     )
     place, mask = row.to(tl.int64)[:, None] * D + column[None, :], inside[:, None] & within[None, :]
-    if not FIRST:
+    if not FIRST:  # slices run in launch order, so the order of the sum is fixed
         total += tl.load(sums + place, mask=mask, other=0.0)
     tl.store(sums + place, total, mask=mask)
 
@@ -207,8 +207,9 @@ def queue_contrastive_loss_gradient_kernel(
     inverse_temperature,
     D: tl.constexpr,
     OF_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,  # the power of two from D on
+    BLOCK: tl.constexpr,  # the next power of two from D
 ):
+    # One program holds a whole row: the radial part is one sum over it, and the row is read once.
     n, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, place = column < D, n.to(tl.int64) * D + column
     inverse, inverse_key = tl.load(inverse_queries + n), tl.load(inverse_keys + n)
@@ -220,14 +221,14 @@ def queue_contrastive_loss_gradient_kernel(
         unit, inverse = unit_key, inverse_key
     else:
         total = tl.load(sums + place, mask=inside, other=0.0) + coefficient * unit_key
-    # Divided by the floor, not by its norm, a row has no radial part.
+    # A row divided by the floor, not by its norm, has no radial part.
     radial = tl.where(inverse > CLAMPED, 0.0, tl.sum(total * unit, 0))
     scale = tl.load(upstream + n) * inverse_temperature
     tl.store(gradients + place, (total - unit * radial) * (inverse * scale), mask=inside)
 
 
 def logit_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int, int]:
-    """(flops, unique bytes, issued bytes) of the products of queries and rows of the queue."""
+    """Returns (flops, unique bytes, issued bytes) of the products of queries and rows of the queue."""
     queries, queue = a["queries"], a["queue"]
     row_tiles, tiles = grid
     read = row_tiles * tiles * a["D"] * (a["ROWS"] * queries.itemsize + a["COLUMNS"] * queue.itemsize)
@@ -270,7 +271,7 @@ def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 class QueueForward(NamedTuple):
-    """What the operator returns, each [N] fp32."""
+    """Results of the forward, each [N] fp32: the losses, and the tensors that backward needs."""
 
     losses: Tensor
     tops: Tensor
@@ -285,7 +286,7 @@ def empty_queue_forward(queries: Tensor) -> QueueForward:
 
 
 def queue_tiles(queries: Tensor, queue: Tensor, arch: int) -> tuple[Tile, Tile]:
-    """The configurations: of the logits, where two dtypes are multiplied in fp32, and of the sums of rows."""
+    """Returns the configurations (of the logits, of the sums). Two different dtypes are multiplied in fp32."""
     dtype, width = queue.dtype if queries.dtype == queue.dtype else torch.float32, queue.shape[1]
     return tile("contrastive", dtype, width, arch), tile("queue_sum", queue.dtype, width, arch)
 
@@ -293,7 +294,7 @@ def queue_tiles(queries: Tensor, queue: Tensor, arch: int) -> tuple[Tile, Tile]:
 def queue_forward_launches(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, results: QueueForward, t: Tile
 ) -> list[Launch]:
-    """The two launches of the forward; every tensor dense, queries and keys of one dtype."""
+    """The two launches of the forward. Tensors must be dense, queries and keys of one dtype."""
     (n, d), size = queries.shape, len(queue)
     tiles = blocks(size, t.columns)
     maxima, sums = (torch.empty((tiles, n), dtype=torch.float32, device=queue.device) for _ in "ms")
@@ -333,7 +334,7 @@ def queue_forward_launches(
 
 
 def logit_constants(queries: Tensor, queue: Tensor, t: Tile) -> dict[str, Any]:
-    """Of the kernels that multiply queries and rows of the queue."""
+    """Returns the constants of the kernels that multiply queries and rows of the queue."""
     widen = queries.dtype != queue.dtype or (INTERPRETED and queue.dtype == torch.bfloat16)
     return dict(ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, WIDEN=widen)
 
@@ -350,14 +351,17 @@ def queue_backward_launches(
     t: Tile,
     sum_tile: Tile,
 ) -> list[Launch]:
-    """Two launches a slice of the queue and one for the gradient of the queries; one for that of the keys.
+    """The launches of the backward: two per slice of the queue, and one per gradient of queries and keys.
+
+    The gradient of the keys needs no slices.
 
     Args:
-        queries, keys, queue, temperature, results: as the forward had and made them.
+        queries, keys, queue, temperature: arguments of the forward.
+        results: results of the forward.
         upstream: [N] fp32, the gradient of the losses.
-        query_gradients, key_gradients: where to write, like queries and keys; None asks for none.
-        t: of the logits.
-        sum_tile: queries by columns of D, summed over rows of the queue.
+        query_gradients, key_gradients: outputs, shaped like queries and keys; None to skip a side.
+        t: tile of the logits.
+        sum_tile: tile of the sums: queries by columns of D, summed over rows of the queue.
     """
     (n, d), launches = queries.shape, list[Launch]()
     shared = dict(queries=queries, inverse_queries=results.inverse_queries, inverse_temperature=1 / temperature, D=d)
@@ -408,7 +412,7 @@ def queue_backward_launches(
 
 
 def launches(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, arch: int) -> list[Launch]:
-    """The launches of a call and of its backward pass, with the gradients of queries and keys."""
+    """The launches of one call and of its backward pass, with the gradients of queries and keys."""
     t, sum_tile = queue_tiles(queries, queue, arch)
     results = empty_queue_forward(queries)
     shared = (queries, keys, queue, temperature, results)
@@ -420,7 +424,7 @@ def launches(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *
 
 
 def tunings(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Iterator[Tuning]:
-    """The launches whose tiles can be measured; the logits' are those of contrastive_losses."""
+    """The backward launches, whose sum tile can be measured. contrastive_losses measures the logits' tile."""
     shared = (queries, keys, queue, temperature, empty_queue_forward(queries))
     logits, _ = queue_tiles(queries, queue, architecture(queue))
     launch.run(queue_forward_launches(*shared, logits), queue.device)
@@ -430,7 +434,7 @@ def tunings(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) ->
 
 
 def check_queue_dense(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
-    """ValueError where a row would be read from the wrong place."""
+    """Raises ValueError unless all rows are dense, as the kernels' addresses assume."""
     check_dense([queries], [keys])
     if not queue.is_contiguous():
         raise ValueError(
@@ -443,12 +447,12 @@ def check_queue_dense(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
 def queue_contrastive_loss(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Dense queries and keys [N, D] of one dtype and queue [K, D]: see QueueForward."""
+    """Returns the fields of QueueForward for dense queries and keys [N, D] of one dtype and a queue [K, D]."""
     check_queue_dense(queries, keys, queue)
     results = empty_queue_forward(queries)
     t, _ = queue_tiles(queries, queue, architecture(queue))
     launch.run(queue_forward_launches(queries, keys, queue, temperature, results, t), queue.device)
-    return tuple(results)  # pyright: ignore[reportReturnType]  # of six
+    return tuple(results)  # pyright: ignore[reportReturnType]  # a tuple of six
 
 
 @torch.library.custom_op("mnclglf::queue_contrastive_loss_backward", mutates_args=())
@@ -466,7 +470,7 @@ def queue_contrastive_loss_backward(
     of_queries: bool,
     of_keys: bool,
 ) -> list[Tensor]:
-    """Gradients of the queries, if asked for, then of the keys, if asked for."""
+    """Returns the gradient of the queries, if asked for, then that of the keys, if asked for."""
     check_queue_dense(queries, keys, queue)
     results = QueueForward(upstream, tops, log_sums, misses, inverse_queries, inverse_keys)
     gradients = [torch.empty_like(rows) if asked else None for rows, asked in ((queries, of_queries), (keys, of_keys))]

@@ -1,7 +1,7 @@
-"""The launch configurations: one table by (kernel family, dtype, width, architecture), which a tuning file overrules.
+"""Launch configurations: one table by (kernel family, dtype, width, architecture). A tuning file overrides it.
 
-Every entry compiles without spills and within the shared memory of its architecture (tests/kernels/test_tiles.py). None
-was chosen by timings on a GPU: `python -m mnclglf_kernels.tune` does that and writes the file.
+Every entry compiles without spills and within the shared memory of its architecture (tests/kernels/test_tiles.py). No
+entry was chosen by timings on a GPU. `python -m mnclglf_kernels.tune` takes such timings and writes the tuning file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WIDTHS = (128, 512, 65536)  # upper ends of the width buckets
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a matmul kernel makes.
+    """Launch configuration of a matmul kernel: the output tile of one program, and its warps and stages.
 
     Attributes:
-        rows, columns: of the output tile.
-        depth: how much of the summed dimension is loaded at a time.
-        warps: of 32 threads.
-        stages: loads in flight.
+        rows, columns: sides of the output tile.
+        depth: elements of the summed dimension that are loaded at a time.
+        warps: number of warps (of 32 threads) per program.
+        stages: number of stages of the software pipeline.
     """
 
     rows: int
@@ -41,9 +41,9 @@ class Tile:
     stages: int
 
 
-# A tile takes about (stages - 1) * (rows + columns) * depth * bytes of shared memory: sm_86 and sm_89 have 99 KiB a
-# block and 100 an SM, sm_80 163 and 164, sm_90 227 and 228. These let two programs or more share an SM. fp32 multiplies
-# without tensor cores (input_precision "ieee"), so registers set its tile.
+# A tile takes about (stages - 1) * (rows + columns) * depth * itemsize bytes of shared memory. sm_86 and sm_89 have
+# 99 KiB per block and 100 KiB per SM, sm_80 has 163 and 164, sm_90 has 227 and 228. With these tiles at least two
+# programs share an SM. fp32 is multiplied without tensor cores (input_precision "ieee"), so registers limit its tile.
 SMALL = {arch: Tile(64, 64, 32, 4, 3) for arch in ARCHITECTURES}
 WIDE = {arch: Tile(64, 128, 32, 4, 3) for arch in ARCHITECTURES}
 LARGE = {
@@ -61,17 +61,17 @@ DEEP = {
 FP32 = {arch: Tile(64, 64, 32, 4, 2) for arch in ARCHITECTURES}
 FP32_GRADIENT = {arch: Tile(64, 64, 16, 8 if arch == 90 else 4, 2) for arch in ARCHITECTURES}
 
-Entries = tuple[dict[int, Tile], dict[int, Tile], dict[int, Tile]]  # one for each bucket of widths
+Entries = tuple[dict[int, Tile], dict[int, Tile], dict[int, Tile]]  # one table per width bucket
 TABLE: dict[tuple[str, Literal["half", "fp32"]], Entries] = {}
 
 
 def register(family: str, *, half: Entries, fp32: Entries) -> None:
-    """Adds a kernel family to the table, which is done by the operator that has its kernels."""
+    """Adds a kernel family to the table. The module with the family's kernels calls it."""
     TABLE[family, "half"], TABLE[family, "fp32"] = half, fp32
 
 
 class Tuning(NamedTuple):
-    """A kernel family to measure: its launches with a given tile, and the tensors that they write."""
+    """Kernel family to measure: its launches for a given tile, and the tensors that they write."""
 
     family: str
     launches: Callable[[Tile], list[Launch]]
@@ -79,20 +79,20 @@ class Tuning(NamedTuple):
 
 
 def tile(family: str, dtype: torch.dtype, width: int, arch: int) -> Tile:
-    """Returns the configuration of a kernel family: the tuning file's where it has one for this GPU, else the table's.
+    """Returns the configuration of a kernel family: the tuning file's if it has one for this GPU, else the table's.
 
     Args:
-        family: as registered.
-        dtype: of what is multiplied.
+        family: name under which the family is registered.
+        dtype: dtype of the multiplied rows.
         width: D.
-        arch: 86 for sm_86; one that the table does not know takes the entry of the nearest one below it.
+        arch: compute capability, 86 for sm_86. An unknown one takes the entry of the nearest one below it.
     """
     tuned = read_tuning(tuning_path()).get(key(family, dtype, width, arch))
     return tuned or TABLE[family, kind(dtype)][bucket(width)][nearest_architecture(arch)]
 
 
 def nearest_architecture(arch: int) -> int:
-    """The newest architecture of the table that is not newer than `arch`; the oldest where there is none."""
+    """Returns the newest architecture of the table that is not newer than `arch`, or else the oldest one."""
     return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
 
 
@@ -101,29 +101,29 @@ def kind(dtype: torch.dtype) -> Literal["half", "fp32"]:
 
 
 def bucket(width: int) -> int:
-    """Position in WIDTHS of the bucket that a width is in; what is wider than all is in the last."""
+    """Returns the position of a width's bucket in WIDTHS. The last bucket takes everything wider too."""
     return next((i for i, end in enumerate(WIDTHS[:-1]) if width <= end), len(WIDTHS) - 1)
 
 
 def key(family: str, dtype: torch.dtype, width: int, arch: int) -> str:
-    """Name of an entry in the tuning file, such as neighbor/half/D65536/sm_86."""
+    """Returns the name of an entry in the tuning file, such as neighbor/half/D65536/sm_86."""
     return f"{family}/{kind(dtype)}/D{WIDTHS[bucket(width)]}/sm_{arch}"
 
 
 def tuning_path() -> Path:
-    """Where the tuning file is: MNCLGLF_TUNING, else in the user's cache folder."""
+    """Returns the path of the tuning file: MNCLGLF_TUNING, or else a file in the user's cache folder."""
     if chosen := os.environ.get("MNCLGLF_TUNING"):
         return Path(chosen)
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # stays "~/..." without a home
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~/.cache" as is without a home
     return Path(cache_home) / "mnclglf" / "tuning.json"
 
 
 @cache
 def read_tuning(path: Path) -> dict[str, Tile]:
-    """The entries of a tuning file; none where there is no file.
+    """Returns the entries of a tuning file, none if the file does not exist.
 
     Raises:
-        ValueError: the file is not one that `tune` wrote.
+        ValueError: `tune` did not write this file.
     """
     if not path.exists():
         return {}
@@ -139,7 +139,7 @@ def read_tuning(path: Path) -> dict[str, Tile]:
 
 
 def check_tile(name: str, t: Tile) -> None:
-    """ValueError unless Triton could make such a tile."""
+    """Raises ValueError unless Triton can compile such a tile."""
     if not all(type(value) is int and value > 0 for value in asdict(t).values()):
         raise ValueError(f"{name} has {t}, whose numbers must be whole and positive")
     if any(side < 16 or side & (side - 1) for side in (t.rows, t.columns, t.depth)) or t.warps & (t.warps - 1):
@@ -147,7 +147,7 @@ def check_tile(name: str, t: Tile) -> None:
 
 
 def write_tuning(path: Path, tiles: dict[str, Tile]) -> None:
-    """Writes a tuning file, whole or not at all."""
+    """Writes a tuning file atomically: a rename replaces the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     text = json.dumps({"tiles": {name: asdict(entry) for name, entry in tiles.items()}}, indent=1) + "\n"

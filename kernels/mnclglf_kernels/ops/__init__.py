@@ -1,1 +1,1 @@
-"""The operators: contract, PyTorch form and choice of a backend, one file each."""
+"""The operators, one file each: contract, PyTorch form and choice of a backend."""

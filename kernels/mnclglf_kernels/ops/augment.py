@@ -1,4 +1,4 @@
-"""augment: random views of stored images, from stored bytes to the network's input, in one pass."""
+"""augment: random views of stored images, from stored bytes to the network's input in one pass."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch.nn import functional as F
 from mnclglf_kernels.backend import Backend, resolve
 
 PARAMETERS: dict[str, float] = {
-    "angle": 0,  # of the rotation in degrees, counter-clockwise
-    "top": 0,  # of the crop in pixels
-    "left": 0,
+    "angle": 0,  # rotation in degrees, counter-clockwise
+    "top": 0,  # first row of the crop, in pixels
+    "left": 0,  # first column of the crop
     "crop_height": 1,
     "crop_width": 1,
-    "flip": 0,  # 1 where left and right change places
-    "brightness": 1,  # factors
+    "flip": 0,  # 1 to exchange left and right
+    "brightness": 1,  # factors of the jitter
     "contrast": 1,
     "saturation": 1,
     "hue": 0,  # shift in turns of the color wheel
-    "gray": 0,  # 1 where the colors are dropped
-    "sigma": 0,  # of the blur in pixels
-    "solarize": 0,  # 1 where levels from 127.5 on are inverted
+    "gray": 0,  # 1 for a gray view
+    "sigma": 0,  # standard deviation of the blur, in pixels
+    "solarize": 0,  # 1 to invert levels of 127.5 and above
 }
-"""Columns of the parameters, in their order, with the value that changes nothing."""
-LARGEST_SIDE = 64  # of images and views: a program of the kernel holds a whole image
+"""Columns of the parameters in order, each with the value that changes nothing."""
+LARGEST_SIDE = 64  # largest side of images and views: one program of the kernel holds a whole image
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _WHITE = 255.0
-# In levels: 0.5 of pixels in [0, 1], as in BYOL. Both sides meet there, at 127.5, so rounding is not amplified.
+# Unit: levels. It is 0.5 for pixels in [0, 1], as in BYOL. At 127.5 inverted and kept levels meet, so rounding is not
+# amplified.
 _SOLARIZE_THRESHOLD = 127.5
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -41,15 +42,15 @@ class ViewFormat(NamedTuple):
     side: int
     """Side of a view in pixels."""
     cubic: bool = True
-    """Resampling of the crop: Keys' cubic with a = -1/2, else bilinear; both antialiased."""
+    """Resampling of the crop: Keys' cubic with a = -1/2 if true, else bilinear. Both are antialiased."""
     blur_window: int = 5
-    """Taps of the blur, odd; 1 where no view is blurred."""
+    """Taps of the blur, odd; 1 if no view is blurred."""
     rotates: bool = False
-    """True where views are rotated; otherwise the angles are ignored."""
+    """True to rotate views; otherwise the angles are ignored."""
 
 
 def view_parameters(height: int, width: int, **changes: float) -> Tensor:
-    """Returns the parameters [1, 13] of the view that is the whole image, but for `changes` by column."""
+    """Returns the [1, 13] parameters of a view of the whole image, with `changes` by column."""
     values = PARAMETERS | {"crop_height": height, "crop_width": width} | changes
     return torch.tensor([list(values.values())], dtype=torch.float32)
 
@@ -67,27 +68,27 @@ def augment(
 ) -> Tensor:
     """Returns views of images, ready for the network.
 
-    The order is rotation, crop and resize, jitter, gray, flip, blur, solarize, normalization. The
-    result is torchvision's on bytes (transforms.v2.functional), operation by operation: rotation, and either pass
-    of the resize, end in whole levels; from there on pixels are real numbers, clamped after each change of color.
+    The order is rotation, crop and resize, jitter, gray, flip, blur, solarize, normalization. Each operation matches
+    torchvision's on bytes (transforms.v2.functional). Rotation and both passes of the resize end in whole levels. From
+    there on pixels are real numbers, clamped after each change of color.
 
     Args:
         images: [M, 3, H, W] uint8.
-        rows: [N] int64, the images to make views of; below M.
-        parameters: [V * N, 13], the columns PARAMETERS, view-major: row v * N + n is view v of image rows[n]. The crop
-            lies within the image. fp32; computed in fp64 where it is fp64 (PyTorch form only).
-        mean: [3], of the images scaled to [0, 1], in the dtype of the parameters.
-        std: [3].
+        rows: [N] int64, the numbers of the images to make views of, below M.
+        parameters: [V * N, 13], with the columns PARAMETERS, view-major: row v * N + n is view v of image rows[n]. The
+            crop must lie within the image. fp32, or in the PyTorch form fp64, in which it then computes.
+        mean: [3], mean of the images scaled to [0, 1], in the dtype of the parameters.
+        std: [3], their standard deviation.
         view_format: settings that all views share.
         dtype: dtype of the result.
-        backend: see `resolve`. The Triton form has sides of at most 64.
+        backend: see `resolve`. The Triton form takes sides of at most 64.
 
     Returns:
         [V * N, 3, side, side], channels_last.
 
     Raises:
         ValueError: a shape or a setting does not fit.
-        TypeError: a dtype does not.
+        TypeError: a dtype does not fit.
     """
     _check(images, rows, parameters, mean, std, view_format, dtype)
     resolved = resolve(backend, images, rows, parameters, mean, std)
@@ -99,8 +100,8 @@ def augment(
             raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
     if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
         return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *view_format, dtype)
-    device = "cpu" if images.is_meta else images.device.type  # meta has no autocast
-    with torch.autocast(device, enabled=False):  # its products are of pixels, which bf16 would round
+    device = "cpu" if images.is_meta else images.device.type  # there is no autocast for meta
+    with torch.autocast(device, enabled=False):  # bf16 products would round the pixels
         return _augment(images, rows, parameters, mean, std, view_format, dtype)
 
 
@@ -147,7 +148,7 @@ def _augment(
     view_format: ViewFormat,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Makes all views at once: resize and blur are products with matrices of weights, [V * N, out, in]."""
+    """Makes all views at once. Resize and blur are products with [V * N, out, in] weight matrices."""
     p = dict(zip(PARAMETERS, parameters[:, :, None, None].unbind(1), strict=True))  # each [V * N, 1, 1]
     side, work = view_format.side, parameters.dtype
     pixels = images[rows].to(work).repeat(len(parameters) // max(len(rows), 1), 1, 1, 1)
@@ -155,7 +156,7 @@ def _augment(
         pixels = _to_levels(_rotate(pixels, p["angle"]))
     across = _resize_weights(p["left"], p["crop_width"], pixels.shape[3], side, view_format.cubic)
     down = _resize_weights(p["top"], p["crop_height"], pixels.shape[2], side, view_format.cubic)
-    pixels = _to_levels(pixels @ across.mT[:, None])  # across before down, as torchvision's
+    pixels = _to_levels(pixels @ across.mT[:, None])  # across before down, as in torchvision
     pixels = _to_levels(down[:, None] @ pixels)
     colors = _change_colors(pixels.unbind(1), p)
     pixels = torch.where(p["flip"][:, None] > 0, torch.stack(colors, 1).flip(3), torch.stack(colors, 1))
@@ -168,12 +169,12 @@ def _augment(
 
 
 def _to_levels(pixels: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255, halves up."""
+    """Rounds to whole levels from 0 to 255, halves up."""
     return (pixels + 0.5).floor().clamp(0, _WHITE)
 
 
 def _rotate(pixels: Tensor, angle: Tensor) -> Tensor:
-    """[n, 3, H, W] about their middle by degrees [n, 1, 1], bilinear, black outside."""
+    """Rotates [n, 3, H, W] images about their center by [n, 1, 1] degrees: bilinear, black outside."""
     turn = angle.deg2rad().flatten()
     cosine, sine, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
     height, width = pixels.shape[2:]
@@ -184,7 +185,7 @@ def _rotate(pixels: Tensor, angle: Tensor) -> Tensor:
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, side: int, cubic: bool) -> Tensor:
-    """Weights [n, side, source] of an antialiased resize of `length` pixels from `start` on; both [n, 1, 1]."""
+    """Returns the [n, side, source] weights of an antialiased resize of [n, 1, 1] `length` pixels from `start` on."""
     places = torch.arange(source, dtype=start.dtype, device=start.device)
     out = torch.arange(side, dtype=start.dtype, device=start.device)[:, None]
     scale = length / side
@@ -199,7 +200,7 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, side: int, cubic
 
 
 def _change_colors(colors: tuple[Tensor, ...], p: dict[str, Tensor]) -> list[Tensor]:
-    """Brightness, contrast, saturation, hue and gray, in this order, of red, green and blue [n, S, S] in levels."""
+    """Applies brightness, contrast, saturation, hue and gray, in this order, to [n, S, S] colors in levels."""
     changed = [(x * p["brightness"]).clamp(max=_WHITE) for x in colors]
     middle = _luma(changed).mean((1, 2), keepdim=True)
     changed = [torch.lerp(middle, x, p["contrast"]).clamp(0, _WHITE) for x in changed]
@@ -218,9 +219,9 @@ def _luma(colors: list[Tensor]) -> Tensor:
 def _shift_hue(colors: list[Tensor], turns: Tensor) -> list[Tensor]:
     """Adds turns to the hue in HSV.
 
-    With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
-    q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green
-    m + C clamp(2 - |h - 2|), blue m + C clamp(2 - |h - 4|).
+    Let m be the least of r, g, b and C the difference between the greatest and m. With q = 1 + (g + b - r - m) / C, the
+    hue in sixths of a turn is q if g >= b, else 6 - q. At hue h, red is m + C clamp(|h - 3| - 1), green is
+    m + C clamp(2 - |h - 2|), blue is m + C clamp(2 - |h - 4|).
     """
     red, green, blue = colors
     least = torch.minimum(torch.minimum(red, green), blue)
@@ -233,7 +234,7 @@ def _shift_hue(colors: list[Tensor], turns: Tensor) -> list[Tensor]:
 
 
 def _blur_weights(sigma: Tensor, side: int, window: int) -> Tensor:
-    """Weights [n, side, side] of a Gaussian [n, 1, 1] over `window` taps, mirrored about the edge pixels."""
+    """Returns the [n, side, side] weights of a Gaussian over `window` taps, mirrored about the edge pixels."""
     taps = torch.arange(window, device=sigma.device) - window // 2
     gauss = torch.where(sigma > 0, torch.exp(-0.5 * (taps / sigma) ** 2), (taps == 0).to(sigma.dtype))
     gauss = gauss / gauss.sum(2, keepdim=True)  # [n, 1, window]

@@ -1,4 +1,4 @@
-"""combine: the averages of k of an image's patches (equation 4)."""
+"""combine: averages over the k-subsets of an image's four patches (equation 4)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
 
     Args:
         features: [4N, F], patch-major as `divide` orders its rows; any floating dtype.
-        k: patches in a subset, 1 to 4.
+        k: patches per subset, 1 to 4.
         backend: see `resolve`.
 
     Returns:
-        [S * N, F] in the dtype of `features`, S = C(4, k): subset-major, subsets in the order of
-        itertools.combinations. Summed in fp32 (fp64 for fp64). Differentiable.
+        [S * N, F] averages in the dtype of `features`, S = C(4, k): subset-major, subsets in the order of
+        itertools.combinations. Sums are fp32 (fp64 for fp64). Differentiable.
 
     Raises:
-        ValueError: `features` has not two dimensions, its rows are no multiple of 4, or k is not in 1..4.
-        TypeError: a dtype that is not floating point.
+        ValueError: `features` does not have two dimensions, its rows are no multiple of 4, or k is not in 1..4.
+        TypeError: a dtype is not floating point.
     """
     check_matrix("features", features, "[4N, F]")
     if features.shape[0] % PATCHES:

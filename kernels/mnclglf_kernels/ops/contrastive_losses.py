@@ -11,15 +11,15 @@ from torch import Tensor
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_matrix, check_temperature, check_widths
 
-NORM_FLOOR = 1e-12  # F.normalize's
+NORM_FLOOR = 1e-12  # eps of F.normalize
 
 
 def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *, backend: Backend = "auto") -> Tensor:
-    """L(h, p) of Algorithm 1: cross-entropy of cosine similarities, averaged over rows and over the S splits.
+    """Returns L(h, p) of Algorithm 1: cross-entropy of cosine similarities, averaged over rows and over the S splits.
 
-    Both sides are L2-normalised with F.normalize's semantics. Row i of every split of N target rows has prediction i
-    as its positive and the other predictions as its negatives. Computed in fp32 (fp64 for fp64) also under autocast;
-    the gradient reaches either side that asks for one.
+    Both sides are L2-normalized with F.normalize's semantics. Row i of every split of N target rows has prediction i
+    as its positive and the other predictions as its negatives. It is computed in fp32 (fp64 for fp64), even under
+    autocast. Each side that requires a gradient gets one.
 
     Args:
         targets: h, [S * N, D].
@@ -31,9 +31,9 @@ def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *
         Scalar, fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: shapes that do not fit each other, or a temperature that is not positive.
-        TypeError: a dtype that is not floating point.
-        RuntimeError: a backend that cannot run here.
+        ValueError: the shapes do not fit each other, or the temperature is not positive.
+        TypeError: a dtype is not floating point.
+        RuntimeError: the backend cannot run here.
     """
     return contrastive_losses([(targets, predictions)], temperature, backend=backend)[0]
 
@@ -41,20 +41,20 @@ def contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float, *
 def contrastive_losses(
     pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, backend: Backend = "auto"
 ) -> list[Tensor]:
-    """`contrastive_loss` of several pairs, in one launch where they have one N, one D and one dtype.
+    """Returns `contrastive_loss` of several pairs; pairs that share N, D and dtype share their launches.
 
     The pairs may differ in S, and a tensor may be in several of them.
 
     Args:
-        pairs: of targets [S_i * N, D] and predictions [N, D].
+        pairs: pairs of targets [S_i * N, D] and predictions [N, D].
         temperature: tau > 0, the same for all.
         backend: see `resolve`.
 
     Returns:
-        A scalar a pair, in their order.
+        One scalar per pair, in their order.
 
     Raises:
-        ValueError: as contrastive_loss.
+        ValueError: as in contrastive_loss.
     """
     for targets, predictions in pairs:
         check_pair(targets, predictions)
@@ -73,7 +73,7 @@ def contrastive_losses(
 
 
 def check_pair(targets: Tensor, predictions: Tensor) -> None:
-    """ValueError or TypeError unless targets are [S * N, D] and predictions [N, D], floating point."""
+    """Raises ValueError or TypeError unless targets are [S * N, D] and predictions [N, D], floating point."""
     check_matrix("targets", targets, "[S * N, D]")
     check_matrix("predictions", predictions, "[N, D]")
     check_widths("targets", targets, "predictions", predictions)
@@ -83,7 +83,7 @@ def check_pair(targets: Tensor, predictions: Tensor) -> None:
 
 
 def alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:
-    """Positions of the pairs that share N, D and dtype, in the order of their first ones."""
+    """Returns groups of pair numbers that share N, D and dtype, ordered by their first pair."""
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for i, (targets, predictions) in enumerate(pairs):
         groups.setdefault((predictions.shape, common_dtype(targets, predictions)), []).append(i)
@@ -91,12 +91,12 @@ def alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:
 
 
 def common_dtype(targets: Tensor, predictions: Tensor) -> torch.dtype:
-    """The dtype that holds both."""
+    """Returns the dtype to which both promote."""
     return torch.promote_types(targets.dtype, predictions.dtype)
 
 
 def torch_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """One pair in PyTorch: norms divide the [S * N, N] products, so that no normalised [S * N, D] rows are written."""
+    """Computes one pair in PyTorch. Norms divide the [S * N, N] products: no normalized [S * N, D] rows are written."""
     dtype = torch.promote_types(common_dtype(targets, predictions), torch.float32)
     with torch.autocast(predictions.device.type, enabled=False):
         targets, predictions = targets.to(dtype), predictions.to(dtype)
@@ -106,5 +106,5 @@ def torch_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: fl
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """[M, D] to [M]: what F.normalize multiplies each row with."""
+    """Returns the [M] factors by which F.normalize scales [M, D] rows."""
     return torch.linalg.vector_norm(rows, dim=1).clamp_min(NORM_FLOOR).reciprocal()

@@ -1,4 +1,4 @@
-"""divide: the 2 x 2 division of images (Algorithm 1)."""
+"""divide: the 2 x 2 division of images into patches (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def divide(images: Tensor, *, backend: Backend = "auto") -> Tensor:
         [4N, C, H/2, W/2], patch-major: row p * N + n is patch p (row-major in the grid) of image n. Differentiable.
 
     Raises:
-        ValueError: `images` has not four dimensions or an odd side.
+        ValueError: `images` does not have four dimensions, or a side is odd.
     """
     if images.dim() != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; divide needs [N, C, H, W]")

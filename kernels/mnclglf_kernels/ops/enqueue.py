@@ -14,20 +14,20 @@ from mnclglf_kernels.checks import check_matrix, check_widths
 def enqueue(
     queue: Tensor, pointer: Tensor, rows: Tensor, *, should_update: Tensor | None = None, backend: Backend = "auto"
 ) -> None:
-    """Writes `rows`, L2-normalised, over the queue's oldest rows and moves the pointer, both in place.
+    """Writes `rows`, L2-normalized, over the queue's oldest rows and advances the pointer, both in place.
 
     Nothing is copied to the host.
 
     Args:
-        queue: [K, D], any floating dtype; rows pointer, pointer + 1, ... modulo K are overwritten.
-        pointer: int64, 0-D, on the queue's device: the oldest row.
-        rows: [N, D] with N <= K; normalised in fp32 (fp64 for fp64) and cast to the queue's dtype.
-        should_update: bool, 0-D: where false, neither queue nor pointer changes. None updates.
+        queue: [K, D], any floating dtype. Rows pointer, pointer + 1, ... modulo K are overwritten.
+        pointer: number of the oldest row, int64, 0-D, on the queue's device.
+        rows: [N, D] with N <= K, normalized in fp32 (fp64 for fp64) and cast to the queue's dtype.
+        should_update: bool, 0-D. If false, neither queue nor pointer changes. None always updates.
         backend: see `resolve`.
 
     Raises:
-        ValueError: shapes that do not fit, or more rows than the queue has.
-        TypeError: rows or queue not floating point, a pointer that is not int64, a should_update that is not bool.
+        ValueError: the shapes do not fit, or there are more rows than the queue has.
+        TypeError: rows or queue are not floating point, pointer is not int64, or should_update is not bool.
     """
     check_matrix("queue", queue, "[K, D]")
     check_matrix("rows", rows, "[N, D]")

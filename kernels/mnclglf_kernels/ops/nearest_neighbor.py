@@ -1,4 +1,4 @@
-"""The nearest-neighbor lookup NN(Q, z) of Algorithm 1."""
+"""nearest_neighbor: the lookup NN(Q, z) of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from torch import Tensor
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, Backend, resolve
 from mnclglf_kernels.checks import check_matrix, check_queue
 
-CHUNK = 4096  # queue rows at a time: 512 queries' scores stay in a cache
-CANDIDATES = 16  # a query, in a chunk: beyond them one matmul is cheaper than gathering rows
+CHUNK = 4096  # queue rows at a time, so that the scores of 512 queries stay in a cache
+CANDIDATES = 16  # per query and chunk; with more, one matmul is cheaper than gathering rows
 
 
 @torch.no_grad()
 def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Row of the queue with the greatest cosine similarity to each query (Algorithm 1, NN).
+    """Returns the row of the queue with the greatest cosine similarity to each query (Algorithm 1, NN).
 
-    The queue's rows have unit norm, so a query's own norm does not change its answer. Scores are fp32 (fp64 for fp64);
-    the lowest row wins a tie; a NaN score never wins, and a query whose scores are all NaN gets row 0. The [M, K]
-    scores are never in memory at once.
+    The queue's rows have unit norm, and a query's own norm does not change its answer. Scores are fp32 (fp64 for fp64).
+    The lowest row wins a tie. A NaN score never wins, and a query with only NaN scores gets row 0. The [M, K] scores
+    are never in memory at once.
 
     Args:
         queries: [M, D], any floating dtype.
         queue: [K, D] of unit-norm rows, any floating dtype.
-        backend: see `resolve`; "faiss" is exact search, on the GPU in the queue's dtype and in place, on the CPU in
-            fp32. What it does with ties and NaN on a GPU is its own.
+        backend: see `resolve`. "faiss" is exact search: on the GPU in place and in the queue's dtype, on the CPU in
+            fp32. On a GPU, FAISS decides about ties and NaN.
 
     Returns:
         [M] int64 rows of the queue.
 
     Raises:
-        ValueError: shapes that do not fit, or an empty queue.
-        TypeError: a dtype that is not floating point.
-        RuntimeError: a backend that cannot run here.
+        ValueError: the shapes do not fit, or the queue is empty.
+        TypeError: a dtype is not floating point.
+        RuntimeError: the backend cannot run here.
     """
     check_matrix("queries", queries, "[M, D]")
     check_queue("queries", queries, queue)
@@ -57,26 +57,26 @@ def nearest_neighbor(queries: Tensor, queue: Tensor, *, backend: Backend = "auto
 
 
 def best_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(greatest score, its lowest column) of each row of [M, B], which is overwritten where it holds NaN."""
+    """Returns (greatest score, its lowest column) of each row of [M, B] scores; overwrites NaN in place."""
     top, row = scores.masked_fill_(scores.isnan(), -torch.inf).max(dim=1)
     return top, row
 
 
 @torch.library.custom_op("mnclglf::screened_nearest_neighbor", mutates_args=())
 def screened_nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
-    """The lookup on a CPU that multiplies bf16: a bf16 matmul leaves a few candidates, whose scores are fp32.
+    """Lookup on a CPU that multiplies bf16: a bf16 matmul selects a few candidates, whose scores are computed in fp32.
 
-    bf16 rounds by up to 2^-8 of a number. So the rough score of a row is off by at most what rounding took from the
-    query, 2^-8 ||q|| [the row rounded], D 2^-24 ||q|| [fp32 sum] and 2^-8 |score| [result rounded]. A row whose rough
-    score is below the greatest one by more than twice that is not the nearest, and what is left is compared in fp32:
-    the answer is that of fp32 scores.
+    bf16 rounds by up to 2^-8 of a number. The error of a rough score is at most the sum of four terms: the norm of what
+    rounding took from the query, 2^-8 ||q|| for the rounded row, D 2^-24 ||q|| for the fp32 sum, and 2^-8 |score| for
+    the rounded result. A row whose rough score is below the greatest one by more than twice that cannot be the nearest.
+    The others are compared in fp32, so the answer is that of fp32 scores.
     """
     with torch.autocast("cpu", enabled=False):
         exact = unit_scale(queries.float())
         rough = exact.bfloat16()
         norm, taken = exact.norm(dim=1), (exact - rough.float()).norm(dim=1)
         rounded = taken if queue.dtype == torch.bfloat16 else taken + 2**-8 * norm
-        # 1.01: stored rows have norm 1 to 2^-8.
+        # 1.01: the norms of stored rows are within 2^-8 of 1.
         margin = 2 * 1.01 * rounded + 2**-23 * queries.shape[1] * norm
         best = torch.full((len(queries),), -torch.inf)
         nearest = torch.zeros(len(queries), dtype=torch.int64)
@@ -99,8 +99,10 @@ def screened_nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
 
 
 def unit_scale(rows: Tensor) -> Tensor:
-    """Rows [M, D] times a power of two each, so that the greatest element is in 1/2 to 1: exact, and no product of it
-    underflows."""
+    """Scales each of [M, D] rows by a power of two, so that its greatest element is in 1/2 to 1.
+
+    This is exact, and no product of such elements underflows.
+    """
     exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-120, 120)
     return torch.ldexp(rows, -exponent)
 

@@ -1,4 +1,4 @@
-"""NT-Xent, the loss of SimCLR (Chen et al. 2020, equation 1 and Algorithm 1)."""
+"""nt_xent: the loss of SimCLR (Chen et al. 2020, equation 1 and Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mnclglf_kernels.checks import check_matrix, check_rows, check_temperature, 
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float, *, backend: Backend = "auto") -> Tensor:
-    """Cross-entropy of cosine similarities between the rows of two views (SimCLR, equation 1), over all 2N rows.
+    """Returns the cross-entropy of cosine similarities between the 2N rows of two views (SimCLR, equation 1).
 
-    A row's positive is that of its image in the other view; its candidates are all 2N rows but itself. Rows are
-    L2-normalised with F.normalize's semantics. Computed in fp32 (fp64 for fp64) also under autocast; the gradient
-    reaches either view that asks for one.
+    A row's positive is the row of the same image in the other view. Its candidates are all 2N rows but itself. Rows are
+    L2-normalized with F.normalize's semantics. It is computed in fp32 (fp64 for fp64), even under autocast. Each view
+    that requires a gradient gets one.
 
     Args:
         first: [N, D], view 1.
@@ -27,9 +27,9 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, *, backend: Backe
         Scalar, fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: shapes that do not fit each other, or a temperature that is not positive.
-        TypeError: a dtype that is not floating point.
-        RuntimeError: a backend that cannot run here.
+        ValueError: the shapes do not fit each other, or the temperature is not positive.
+        TypeError: a dtype is not floating point.
+        RuntimeError: the backend cannot run here.
     """
     check_matrix("first", first, "[N, D]")
     check_matrix("second", second, "[N, D]")
@@ -45,7 +45,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, *, backend: Backe
 
 
 def torch_nt_xent(rows: Tensor, temperature: float) -> Tensor:
-    """Of [2N, D], view 1 above view 2, in PyTorch."""
+    """Computes NT-Xent of [2N, D] rows, view 1 above view 2, in PyTorch."""
     with torch.autocast(rows.device.type, enabled=False):
         unit = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         count = len(unit)

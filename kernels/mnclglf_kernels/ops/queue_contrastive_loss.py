@@ -1,4 +1,4 @@
-"""InfoNCE with negatives from a queue, the loss of MoCo (He et al. 2020, equation 1)."""
+"""queue_contrastive_loss: InfoNCE with negatives from a queue, the loss of MoCo (He et al. 2020, equation 1)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ CHUNK = 4096  # queue rows at a time
 def queue_contrastive_loss(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, backend: Backend = "auto"
 ) -> Tensor:
-    """Cross-entropy of the cosine similarity of each query to its key against those to all rows of a queue.
+    """Returns MoCo's loss (equation 1): mean cross-entropy with the key as positive and the queue as negatives.
 
-    MoCo's equation 1, averaged over queries.
-
-    Queries and keys are L2-normalised with F.normalize's semantics. Computed in fp32 (fp64 for fp64) also under
-    autocast. The gradient reaches queries and keys that ask for one, and never the queue. The [N, 1 + K] logits are
-    never in memory at once.
+    Queries and keys are L2-normalized with F.normalize's semantics. It is computed in fp32 (fp64 for fp64), even under
+    autocast. Queries and keys that require a gradient get one; the queue never does. The [N, 1 + K] logits are never in
+    memory at once.
 
     Args:
         queries: q, [N, D].
         keys: k+, [N, D], the positive of each query.
-        queue: [K, D] of unit-norm rows, any floating dtype: the negatives of every query. "triton" takes a contiguous
-            one.
+        queue: [K, D] of unit-norm rows, any floating dtype: the negatives of every query. For "triton" it must be
+            contiguous.
         temperature: tau > 0.
         backend: see `resolve`.
 
@@ -38,9 +36,9 @@ def queue_contrastive_loss(
         Scalar, the mean over queries, fp32 (fp64 for fp64 queries or keys).
 
     Raises:
-        ValueError: shapes that do not fit each other, an empty queue, or a temperature that is not positive.
-        TypeError: a dtype that is not floating point.
-        RuntimeError: a backend that cannot run here.
+        ValueError: the shapes do not fit each other, the queue is empty, or the temperature is not positive.
+        TypeError: a dtype is not floating point.
+        RuntimeError: the backend cannot run here.
     """
     check_matrix("queries", queries, "[N, D]")
     check_matrix("keys", keys, "[N, D]")
@@ -57,21 +55,22 @@ def queue_contrastive_loss(
 
 
 def torch_queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """In PyTorch."""
+    """Computes the loss in PyTorch."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = (F.normalize(rows.to(dtype)) for rows in (queries, keys))
         positives = (queries * keys).sum(dim=1) / temperature  # [N]
         negatives = cast(Tensor, LogSumExp.apply(queries, queue, temperature))
-        # The positive's softmax is a sigmoid, whose logarithm is exact however close to 0 it is.
+        # The positive's softmax is a sigmoid of (positive - log-sum-exp of the negatives), and logsigmoid is accurate
+        # even if the sigmoid is close to 1: nothing cancels.
         return -F.logsigmoid(positives - negatives).mean()
 
 
 class LogSumExp(torch.autograd.Function):
-    """[N, D] queries and [K, D] queue to [N]: of their products over the temperature.
+    """Log-sum-exp [N] of the products of [N, D] queries with a [K, D] queue, divided by the temperature.
 
-    One pass over the queue makes the value and the gradient, by sums that are kept relative to the greatest logit so
-    far (online softmax, Milakov and Gimelshein 2018).
+    One pass over the queue computes value and gradient. Its sums are kept relative to the greatest logit so far (online
+    softmax, Milakov and Gimelshein 2018).
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""combine against the loops of the oracle, forward and backward."""
+"""Tests of combine against the loops of the oracle, forward and backward."""
 
 import itertools
 import math
@@ -18,12 +18,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every element another number, so that no two places can be mistaken for each other."""
+    """Returns distinct elements, so that no two places can be confused."""
     return torch.arange(math.prod(shape)).reshape(shape).to(dtype)
 
 
 def plain_combine(features: Tensor, k: int) -> Tensor:
-    """The mean of every k of the four patch features in vectorised PyTorch, in the dtype of its input."""
+    """Returns the mean of every k of the four patch features in vectorized PyTorch, in the dtype of its input."""
     patches = features.unflatten(0, (4, -1))
     return torch.cat([patches[list(subset)].mean(dim=0) for subset in itertools.combinations(range(4), k)])
 
@@ -59,7 +59,7 @@ def test_combine_any_shape(images, width, k, layout, backend):
     features = numbered(4 * images, width)
     leaf = lay_out(features, layout).requires_grad_()
     combined = combine(leaf, k, backend=backend)
-    # fp64 integers: sums are exact; dividing them by k or multiplying by 1/k differs by a unit in the last place.
+    # Sums of integers in fp64 are exact. Dividing by k and multiplying by 1/k differ by a unit in the last place.
     torch.testing.assert_close(combined, oracles.combine(features, k), rtol=2**-51, atol=0)
     upstream = numbered(*combined.shape)
     (gradient,) = torch.autograd.grad(combined, leaf, lay_out(upstream, layout))
@@ -100,7 +100,7 @@ def test_combine_zero_tiny_and_huge_rows(scale, backend):
     features[4] *= scale
     truth = oracles.combine(features.double(), 2)
     combined = combine(features, 2, backend=backend)
-    # Row by row: three units in the last place of fp32, of the rows that a mean is of.
+    # Tolerance per row: three units in the last place of fp32, relative to the averaged rows.
     rows = oracles.combine(features.double().abs(), 2)
     assert ((combined.double() - truth).abs() <= 3 * 2**-24 * rows).all()
 
@@ -120,7 +120,7 @@ def test_combine_is_subset_major(backend):
 def test_combine_upstream_gradient_of_stride_zero(k, backend):
     features = torch.randn(12, 7, requires_grad=True)
     combine(features, k, backend=backend).sum().backward()
-    # A patch is in C(3, k-1) subsets, each with weight 1/k; three additions of fp32 numbers near 1.
+    # A patch is in C(3, k-1) subsets, each with weight 1/k. Tolerance: three additions of fp32 numbers near 1.
     expected = torch.full_like(features, math.comb(3, k - 1) / k)
     torch.testing.assert_close(features.grad, expected, rtol=2**-21, atol=0)
 

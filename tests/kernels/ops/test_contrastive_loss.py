@@ -1,4 +1,4 @@
-"""contrastive_loss against the loops of oracles.contrastive_loss in fp64, forward and backward."""
+"""Tests of contrastive_loss against the loops of oracles.contrastive_loss in fp64, forward and backward."""
 
 import math
 
@@ -29,7 +29,7 @@ SHAPES = [  # (S, N, D): S need not be a C(4, k)
 
 
 def plain_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """Algorithm 1's L in vectorised PyTorch, all of it in the dtype of its input."""
+    """Computes Algorithm 1's L in vectorized PyTorch, entirely in the dtype of its input."""
     predictions = F.normalize(predictions, dim=1)
     labels = torch.arange(len(predictions))
     splits = F.normalize(targets, dim=1).split(len(predictions))
@@ -37,7 +37,7 @@ def plain_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: fl
 
 
 def with_gradients(function, targets: Tensor, predictions: Tensor, temperature: float, upstream: float, **settings):
-    """(loss, gradient of targets, gradient of predictions) of detached copies, with `upstream` as dL/dloss."""
+    """Returns (loss, gradient of targets, gradient of predictions) of detached copies, with `upstream` as dL/dloss."""
     targets, predictions = (x.detach().clone().requires_grad_() for x in (targets, predictions))
     loss = function(targets, predictions, temperature, **settings)
     gradients = torch.autograd.grad(loss, (targets, predictions), torch.full_like(loss, upstream))
@@ -45,7 +45,7 @@ def with_gradients(function, targets: Tensor, predictions: Tensor, temperature: 
 
 
 def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str, upstream: float = 1.0) -> None:
-    """Loss and both gradients against the fp64 loops and against plain PyTorch in the dtype of the input."""
+    """Compares loss and both gradients with the fp64 loops and with plain PyTorch in the dtype of the input."""
     if backend == "triton" and torch.float64 in (targets.dtype, predictions.dtype):
         with pytest.raises(TypeError, match="float64"):
             contrastive_loss(targets, predictions, temperature, backend=backend)
@@ -70,7 +70,7 @@ def check(targets: Tensor, predictions: Tensor, temperature: float, backend: str
 
 
 def rows_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random targets [S*N, D] and predictions [N, D], of norms that are far from 1 and differ between rows."""
+    """Returns random targets [S*N, D] and predictions [N, D], with norms far from 1 that differ between rows."""
     subsets, images, width = shape
     targets = torch.randn(subsets * images, width) * torch.rand(subsets * images, 1).add(0.1) * 5
     predictions = torch.randn(images, width) * torch.rand(images, 1).add(0.1) * 5
@@ -122,7 +122,7 @@ def test_upstream_gradient_of_stride_zero(backend):
     targets, predictions = (rows.requires_grad_() for rows in rows_of((2, 9, 21), torch.float32))
     contrastive_loss(targets, predictions, 0.5, backend=backend).expand(4).sum().backward()
     expected = with_gradients(contrastive_loss, targets, predictions, 0.5, 4.0, backend=backend)
-    torch.testing.assert_close(targets.grad, expected[1], rtol=0, atol=0)  # 4 is a power of two: exact
+    torch.testing.assert_close(targets.grad, expected[1], rtol=0, atol=0)  # exact: 4 is a power of two
     torch.testing.assert_close(predictions.grad, expected[2], rtol=0, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_gradient_on_one_side(side, backend):
     loss = contrastive_loss(targets, predictions, 0.5, backend=backend)
     loss.backward()
     expected = both[1] if side == "targets" else both[2]
-    # Skipping the other side may change which matmuls run, never what they compute: a few units in the last place.
+    # Skipping the other side may change which matmuls run but not what they compute: a few units in the last place.
     torch.testing.assert_close(learner.grad, expected, rtol=1e-5, atol=1e-8)
     assert (predictions if side == "targets" else targets).grad is None
 
@@ -203,7 +203,7 @@ def test_layouts(target_layout, prediction_layout, backend):
     loss = contrastive_loss(*leaves, 0.5, backend=backend)
     actual = loss.detach(), *torch.autograd.grad(loss, leaves)
     for result, reference in zip(actual, expected, strict=True):
-        # Strides may pick another matmul routine, whose sums are in another order.
+        # Other strides may select another matmul routine, which sums in another order.
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-7)
 
 
@@ -234,7 +234,7 @@ def test_special_rows(side, row, dtype, backend):
 def test_huge_rows(side, backend):
     targets, predictions = rows_of((2, 7, 19), torch.float32)
     rows = targets if side == "targets" else predictions
-    rows[3] *= 1e20  # the squared norm overflows; F.normalize then returns a zero row, which is the most it may err
+    rows[3] *= 1e20  # the squared norm overflows; F.normalize then returns a zero row, the largest error allowed
     check(targets, predictions, 0.5, backend)
 
 
@@ -255,9 +255,9 @@ def test_a_row_that_is_not_finite_spoils_the_gradients_that_see_it_and_no_other(
     _, *gradients = with_gradients(contrastive_loss, targets, predictions, 0.5, 1.0, backend=backend)
     _, *plain = with_gradients(plain_contrastive_loss, targets, predictions, 0.5, 1.0)
     for gradient, expected, unspoilt in zip(gradients, plain, finite, strict=True):
-        spoilt = expected.isnan().any(dim=1)  # all rows but where the row is a target: then all targets are well but it
+        spoilt = expected.isnan().any(dim=1)  # all rows; if the row is a target, of the targets only it
         assert torch.equal(gradient.isnan().any(dim=1), spoilt)
-        # A matmul may sum in another order next to a row of NaN: a few units in the last place.
+        # Next to a row of NaN a matmul may sum in another order: a few units in the last place.
         torch.testing.assert_close(gradient[~spoilt], unspoilt[~spoilt], rtol=1e-5, atol=1e-8)
 
 
@@ -265,7 +265,7 @@ def test_a_row_that_is_not_finite_spoils_the_gradients_that_see_it_and_no_other(
 def test_uniform_embeddings_give_log_n(images, backend):
     rows = torch.ones(images, 16)
     loss = contrastive_loss(rows.repeat(6, 1), rows, 0.01, backend=backend)
-    # Every logit is 100: one unit in the last place of 100 and of the sum.
+    # Every logit is 100. Tolerance: one unit in the last place of 100 and of the sum.
     assert loss.item() == pytest.approx(math.log(images), abs=100 * 2**-22)
 
 
@@ -293,15 +293,15 @@ def test_rows_are_not_rounded_once_normalised(dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_a_confident_row_survives(dtype, backend):
     # Logits 10.1 and 0: p - 1 = -4.1e-5, which is 0 if p is rounded to bf16 or fp16 first. Each target has a part
-    # outside the span of the predictions: what is parallel to a row has no gradient, which would hide the loss of it.
+    # outside the span of the predictions. The part parallel to a row has no gradient, so it would hide the error.
     predictions = torch.eye(2, 8, dtype=dtype)
     targets = predictions + predictions.roll(2, dims=1)
-    upstream = 4096.0  # a loss scale, so that the truth is far above fp16's smallest normal number
+    upstream = 4096.0  # a loss scale: keeps the truth far above fp16's smallest normal number
     temperature = 0.07
     _, *gradients = with_gradients(contrastive_loss, targets, predictions, temperature, upstream, backend=backend)
     _, *truths = with_gradients(oracles.contrastive_loss, targets.double(), predictions.double(), temperature, upstream)
     for gradient, truth in zip(gradients, truths, strict=True):
-        # fp32: 1 - p cancels to 4e-5 with an error of 6e-8, that is 0.15 %. Other dtypes: rounding at the store.
+        # fp32: 1 - p cancels to 4e-5 with an error of 6e-8, which is 0.15 %. Other dtypes: rounding at the store.
         rtol = max(3e-3, torch.finfo(dtype).eps)
         torch.testing.assert_close(gradient.double(), truth, rtol=rtol, atol=1e-3 * truth.abs().max().item())
 
@@ -319,7 +319,7 @@ def test_autocast_does_not_round_the_logits(backend):
         inside = contrastive_loss(*leaves, 0.05, backend=backend)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
-    # Backward runs outside autocast, as PyTorch asks.
+    # Backward runs outside autocast, as PyTorch requires.
     for result, reference in zip(
         torch.autograd.grad(inside, leaves), torch.autograd.grad(outside, leaves), strict=True
     ):

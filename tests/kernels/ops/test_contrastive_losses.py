@@ -1,4 +1,4 @@
-"""contrastive_losses: several pairs at once are the same numbers as pair by pair, bit by bit."""
+"""Tests of contrastive_losses: several pairs in one call give the same bits as one call per pair."""
 
 import oracles
 import pytest
@@ -15,21 +15,21 @@ UPSTREAM = torch.tensor([1.0, -2.5, 0.0, 3e3, 0.125, 7.0])
 
 
 def pair(subsets: int, images: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Targets [S*N, D] and predictions [N, D] that ask for gradients."""
+    """Returns targets [S*N, D] and predictions [N, D] that require gradients."""
     shapes = (subsets * images, width), (images, width)
     targets, predictions = ((5 * torch.randn(shape)).to(dtype).requires_grad_() for shape in shapes)
     return targets, predictions
 
 
 def check_pair_by_pair(pairs: list[tuple[Tensor, Tensor]], temperature: float, backend: str) -> None:
-    """Losses and gradients of distinct tensors under one upstream gradient a pair, against one call a pair."""
+    """Compares losses and gradients with one call per pair, under one upstream gradient per pair."""
     losses = contrastive_losses(pairs, temperature, backend=backend)
     assert len(losses) == len(pairs)
     upstream = UPSTREAM[: len(pairs)]
     leaves = [rows for both in pairs for rows in both]
     gradients = torch.autograd.grad(torch.stack(losses) @ upstream, leaves)
     for i, both in enumerate(pairs):
-        # A tile is of one pair and sums in an order of its own: what else is in the launch changes no bit.
+        # A tile belongs to one pair and has its own order of sums, so other pairs in the launch change no bit.
         alone = contrastive_loss(*both, temperature, backend=backend)
         assert losses[i].dtype == alone.dtype == torch.float32
         assert torch.equal(losses[i], alone), f"loss {i}"
@@ -90,7 +90,7 @@ def test_one_pair_of_two_dtypes(backend):
     assert first.item() == pytest.approx(truth.item(), abs=loss_floor(0.5, 9, torch.float32))
 
 
-@settings(max_examples=10)  # each interprets some 50 launches
+@settings(max_examples=10)  # each example interprets some 50 launches
 @given(data=st.data())
 def test_any_pairs(data, backend):
     shapes = st.tuples(st.integers(1, 6), st.sampled_from([1, 11]), st.sampled_from([3, 17]))
@@ -129,7 +129,7 @@ def test_gradients_of_some_tensors(asked, backend):
     every = gradients(range(4))
     for i, gradient in enumerate(gradients(asked)):
         if i in asked:
-            # PyTorch may pick another matmul routine where a side needs none: a few units in the last place.
+            # PyTorch may select another matmul routine if a side needs no gradient: a few units in the last place.
             torch.testing.assert_close(gradient, every[i], rtol=1e-5, atol=1e-7)
         else:
             assert gradient is None

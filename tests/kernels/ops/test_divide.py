@@ -1,4 +1,4 @@
-"""divide against the loops of the oracle, forward and backward."""
+"""Tests of divide against the loops of the oracle, forward and backward."""
 
 import math
 import re
@@ -27,7 +27,7 @@ IMAGE_SHAPES = [
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every element another number, so that no two places can be mistaken for each other."""
+    """Returns distinct elements, so that no two places can be confused."""
     return torch.arange(math.prod(shape)).reshape(shape).to(dtype)
 
 
@@ -37,7 +37,7 @@ def test_divide_copies_patches(shape, dtype, backend):
     images = torch.randn(shape, dtype=dtype)
     patches = divide(images, backend=backend)
     assert patches.dtype == dtype
-    assert torch.equal(patches, oracles.divide(images))  # a copy: exact
+    assert torch.equal(patches, oracles.divide(images))  # divide copies, so results are exact
 
 
 def test_divide_is_patch_major(backend):

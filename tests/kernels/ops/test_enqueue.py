@@ -1,4 +1,4 @@
-"""enqueue against oracles.enqueue: the ring, the rows it stores, and the gate that keeps it unchanged."""
+"""Tests of enqueue against oracles.enqueue: the ring, the stored rows, and the gate that leaves both unchanged."""
 
 import math
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(queue: Tensor, start: int, rows: Tensor, backend: str) -> None:
-    """Ring position, rows written and rows left alone, against the oracle on fp64 copies."""
+    """Compares pointer, written rows and untouched rows with the oracle on fp64 copies."""
     before = queue.clone()
     pointer = torch.tensor(start)
     address = queue.data_ptr(), pointer.data_ptr()
@@ -32,7 +32,7 @@ def check(queue: Tensor, start: int, rows: Tensor, backend: str) -> None:
     kept[written] = False
     assert torch.equal(queue[kept], before[kept])
     plain = F.normalize(rows.double() if rows.dtype == torch.float64 else rows.float(), dim=1).to(queue.dtype)
-    # One rounding at the store, and that of a norm of D terms in fp32.
+    # Tolerance: one rounding at the store, and that of a norm of D terms in fp32.
     floor = torch.finfo(queue.dtype).eps / 2 + ULPS_FP32 * working_epsilon(rows.dtype)
     assert_as_accurate_as_plain(queue[written], plain, truth[written], floor, what="rows enqueued")
 
@@ -100,7 +100,7 @@ def test_a_row_that_is_not_finite_is_stored_as_f_normalize_has_it(value, dtype, 
     enqueue(queue, torch.tensor(1), rows, backend=backend)
     assert torch.equal(queue[3].isnan(), expected[2].isnan())
     assert queue[3].isnan().any()
-    # The other rows: one unit in the last place of the queue, and a norm of 7 terms in fp32.
+    # Tolerance of the other rows: one unit in the last place of the queue, and a norm of 7 terms in fp32.
     tolerance = dict(rtol=torch.finfo(dtype).eps + ULPS_FP32 * working_epsilon(dtype), atol=0)
     torch.testing.assert_close(queue[[1, 2, 4, 5]], expected[[0, 1, 3, 4]], **tolerance)
 

@@ -1,4 +1,4 @@
-"""nearest_neighbor of every backend against fp64 scores, and against the double loop of oracles.nearest_neighbor."""
+"""Tests of nearest_neighbor on each backend against fp64 scores and the double loop of oracles.nearest_neighbor."""
 
 import math
 
@@ -21,17 +21,17 @@ LOOKUP_BACKENDS = ["torch", "triton", "faiss"]
 
 @pytest.fixture(scope="session", params=LOOKUP_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn, and FAISS, which has no other operator."""
+    """Returns each backend in turn, with FAISS, which has only this operator."""
     return request.param
 
 
 def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A queue [K, D] as it is stored: normalised, then rounded to its dtype."""
+    """Returns a queue [K, D] as it is stored: normalized, then rounded to its dtype."""
     return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
 
 
 def check(queries: Tensor, queue: Tensor, backend: str) -> None:
-    """The row at the index is as similar as any; the index itself may differ where rounding makes a tie."""
+    """Checks that the row at the index is as similar as any. The index may differ where rounding makes a tie."""
     if backend == "triton" and torch.float64 in (queries.dtype, queue.dtype):
         with pytest.raises(TypeError, match="float64"):
             nearest_neighbor(queries, queue, backend=backend)
@@ -55,7 +55,7 @@ def test_sizes_off_the_tile(size, dtype, backend):
 
 
 def test_across_tiles_and_chunks(backend):
-    # 130 tiles of 64 rows in Triton, which merges 128 at a time; three chunks of 4096 in PyTorch.
+    # Triton makes 130 tiles of 64 rows and merges 128 at a time. PyTorch takes three chunks of 4096.
     queue = unit_rows(8300, 8, torch.float32)
     queue[8299] = queue[64]
     queue[[0, 4095, 8256]] = math.nan
@@ -106,13 +106,13 @@ def test_any_shape(queries, rows, width, dtype, seed, backend):
 )
 def test_any_ties(queries, rows, corners, nan_rows, dtype, seed, backend):
     torch.manual_seed(seed)
-    # Rows of four entries of 1/2: norms and scores are exact in every dtype and in any order of summation.
+    # Each row has four entries of 1/2, so norms and scores are exact in every dtype and any order of summation.
     corner = torch.tensor([[x, y, z, 0.5] for x in (0.5, -0.5) for y in (0.5, -0.5) for z in (0.5, -0.5)], dtype=dtype)
     queue = corner[torch.randint(corners, (rows,))]
     queue[torch.randint(rows, (nan_rows,)), 1] = math.nan
     asked = corner[torch.randint(8, (queries,))]
     expected = (asked.double() @ queue.double().t()).nan_to_num(-math.inf).max(dim=1).indices
-    with pytest.MonkeyPatch.context() as patch:  # so that tiles and chunks are merged at these sizes
+    with pytest.MonkeyPatch.context() as patch:  # small tiles and chunks, so that these sizes need merges
         patch.setattr("mnclglf_kernels._triton.nearest_neighbor.MERGED_TILES", 2)
         patch.setattr("mnclglf_kernels.ops.nearest_neighbor.CHUNK", 64)
         assert torch.equal(nearest_neighbor(asked, queue, backend=backend), expected)
@@ -141,7 +141,7 @@ def test_scores_are_not_rounded_to_the_input_dtype(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_the_lowest_index_wins_a_tie(dtype, backend):
-    # Entries of 1/2 and rows of four: norms and scores are exact in every dtype and in any order of summation.
+    # Each row has four entries of 1/2, so norms and scores are exact in every dtype and any order of summation.
     corner = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5], [-0.5, -0.5, 0.5, 0.5]], dtype=dtype)
     queue = corner[[2, 1, 0, 1, 0, 2]].repeat(50, 1)
     assert nearest_neighbor(corner, queue, backend=backend).tolist() == [2, 1, 0]
@@ -186,7 +186,7 @@ def test_a_query_without_a_score_returns_row_zero(backend):
 def test_a_query_that_is_not_finite_leaves_the_others_alone(backend):
     queue, queries = unit_rows(65, 7, torch.float32), torch.randn(9, 7)
     expected = nearest_neighbor(queries, queue, backend=backend)
-    queries[4, 2] = math.inf  # has no direction: any row will do
+    queries[4, 2] = math.inf  # has no direction, so any row is right
     index = nearest_neighbor(queries, queue, backend=backend)
     others = torch.arange(9) != 4
     assert torch.equal(index[others], expected[others])
@@ -202,7 +202,7 @@ def test_tiny_and_huge_queries(scale, backend):
     expected = oracles.nearest_neighbor(queries.double(), queue.double())
     others = torch.arange(9) != 4
     assert torch.equal(index[others], expected[others])
-    # F.normalize in fp32 makes a zero row of 1e20, which ties with every row: row 0 or the neighbor, nothing else.
+    # F.normalize in fp32 turns a row of 1e20 into zeros, which tie with every row: only row 0 or the neighbor is right.
     assert index[4] in (0, expected[4])
 
 

@@ -1,4 +1,4 @@
-"""queue_contrastive_loss and its queue; what it shares with the other loss of two views is in test_view_losses.py."""
+"""Tests of queue_contrastive_loss and its queue. Tests that nt_xent shares are in test_view_losses.py."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_chunks_of_the_queue_are_one_sum(monkeypatch):
 
 
 def test_no_backend_keeps_the_logits_for_backward(backend):
-    """What is saved grows with N, with D and with the queue's rows, which are there anyway; not with N times K."""
+    """Saved tensors have at most N x D elements, not N x K; the queue itself is in memory anyway."""
     queries, keys = (rows.requires_grad_() for rows in sides_of((9, 5)))
     queue, kept = queue_of(5, torch.float32, 500), []
 

@@ -1,4 +1,4 @@
-"""The lookup in PyTorch on a CPU, with and without bf16 products: candidates, chunks, and what rounding may hide."""
+"""Tests of the PyTorch lookup on a CPU, with and without bf16 products: candidates, chunks, rounding."""
 
 import math
 
@@ -19,14 +19,14 @@ SEARCHES = ["screened", "in fp32"]
 
 @pytest.fixture(params=SEARCHES)
 def search(request, monkeypatch):
-    """The search of a CPU that multiplies bf16, and of one that does not, whichever this one is; chunks of 16 rows."""
+    """Returns the lookup of a CPU with or without bf16 products, on any CPU, with chunks of 16 rows."""
     small_chunks(monkeypatch, request.param)
     return lambda queries, queue: nearest_neighbor(queries, queue, backend="torch")
 
 
 @pytest.fixture
 def dense_chunks(monkeypatch) -> list[int]:
-    """Rows of every chunk that is multiplied in fp32 as a whole, as they come."""
+    """Returns a list that records the rows of each chunk that is multiplied in fp32 as a whole."""
     sizes: list[int] = []
     best_of = neighbor.best_of
 
@@ -45,16 +45,16 @@ def small_chunks(patch: pytest.MonkeyPatch, search: str) -> None:
 
 
 def near_duplicates(rows: int, width: int, distance: float) -> Tensor:
-    """[K, D] unit rows around one direction."""
+    """Returns [K, D] unit rows around one direction."""
     return F.normalize(F.normalize(torch.randn(1, width)) + distance * torch.randn(rows, width) / width**0.5)
 
 
 def parted_by_rounding(query_dtype: torch.dtype, queue_dtype: torch.dtype, tilt: float) -> tuple[Tensor, Tensor]:
-    """A query [1, 64] and a queue [2, 64], in which row 1 is nearer by `tilt`, and row 0 by far in bf16.
+    """Returns a query [1, 64] and a queue [2, 64]: row 1 is nearer by `tilt`, but row 0 is far nearer in bf16.
 
-    Every product of row 0 is rounded up, every product of row 1 down: the elements lie beside the middle of two bf16
-    numbers at 1.0, where the spacing is 2^-7, so that each operand is off by 2^-8. Rows are orthogonal to the query but
-    for the tilt.
+    Every product of row 0 is rounded up, and every product of row 1 down. The elements are next to the midpoint of two
+    bf16 numbers at 1.0, where the spacing is 2^-7, so each operand is off by 2^-8. Apart from the tilt, the rows are
+    orthogonal to the query.
     """
     up, down = 1 + 2**-8 + 2**-18, 1 + 2**-8 - 2**-18
     values = torch.tensor([up] * 31 + [down] * 31, dtype=torch.float64)
@@ -64,7 +64,7 @@ def parted_by_rounding(query_dtype: torch.dtype, queue_dtype: torch.dtype, tilt:
     for row, sign in enumerate((1, -1)):
         queue[row, :62] = sign * signs * values / 8
         queue[row, 62] = -sign * tilt
-        queue[row, 63] = (1 - queue[row].square().sum()).sqrt()  # to unit norm, where the query has 0
+        queue[row, 63] = (1 - queue[row].square().sum()).sqrt()  # completes the unit norm; the query is 0 here
     return query[None].to(query_dtype), queue.to(queue_dtype)
 
 
@@ -77,21 +77,21 @@ def test_rounding_of_both_operands_hides_no_row(query_dtype, queue_dtype, tilt, 
 
 
 def test_rounding_of_the_scores_hides_no_row(search):
-    # In units in the last place of bf16 at 4: the rough scores are 133.52 and 132.49, which round to 134 and 132; the
-    # margin of the rows' rounding is 1.45, and the scores themselves are 133.0005 and 133.0073.
+    # Unit: the last place of bf16 at 4. The rough scores are 133.52 and 132.49, which round to 134 and 132. The margin
+    # for the rows' rounding is 1.45. The exact scores are 133.0005 and 133.0073.
     up, down = (1 + 2**-8 + 2**-18) / 8, (1 + 2**-8 - 2**-18) / 8
     query, queue = torch.zeros(1, 36), torch.zeros(2, 36)
     query[0, :33], queue[0, :33], queue[1, :33] = 1, up, down
     query[0, 33], queue[:, 33] = 31 / 256, 1 / 8
     query[0, 34], queue[1, 34] = 1 / 16, 2**-8
-    queue[:, 35] = (1 - queue.square().sum(dim=1)).sqrt()  # to unit norm, where the query has 0
+    queue[:, 35] = (1 - queue.square().sum(dim=1)).sqrt()  # completes the unit norm; the query is 0 here
     assert search(query, queue).tolist() == [1]
 
 
 @pytest.mark.parametrize("power", [-110, -70, 70, 110])
 def test_the_length_of_a_query_hides_no_row(power, search):
     queries, queue = parted_by_rounding(torch.float32, torch.float32, 0.001)
-    queue[:, :62] = (queue[:, :62] * 8).round() / 8  # exact in bf16: the query's rounding alone parts the rows
+    queue[:, :62] = (queue[:, :62] * 8).round() / 8  # exact in bf16: only the query's rounding separates the rows
     assert search(queries * 2.0**power, queue).tolist() == [1]  # squares of the elements underflow or overflow
 
 
@@ -124,7 +124,7 @@ def test_few_candidates_are_compared_one_by_one(dense_chunks, monkeypatch):
     monkeypatch.setattr(neighbor, "CHUNK", 16)
     queue = F.normalize(torch.randn(40, 512))
     assert screened_nearest_neighbor(queue, queue).tolist() == list(range(40))
-    queue[[9, 20]] = queue[[5, 5]]  # a tie in one chunk, and of two
+    queue[[9, 20]] = queue[[5, 5]]  # ties within a chunk and between two chunks
     assert screened_nearest_neighbor(queue[[5, 9, 20, 21]], queue).tolist() == [5, 5, 5, 21]
     assert dense_chunks == []
 

@@ -1,4 +1,4 @@
-"""nt_xent and queue_contrastive_loss, which contrast two views' embeddings [N, D], against loops in fp64."""
+"""Tests of nt_xent and queue_contrastive_loss, which contrast two views' embeddings [N, D], against loops in fp64."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_several_tiles_and_slices(name, logits, gradients, dtype, monkeypatch):
             f"mnclglf_kernels._triton.{module}.tile", lambda name, *_: Tile(*shapes[name], warps=4, stages=1)
         )
     monkeypatch.setattr("mnclglf_kernels._triton.contrastive_losses.MERGED", 16)
-    monkeypatch.setattr(queue_kernels, "COEFFICIENTS", 21 * 35)  # 32 rows of the queue of 75, 32 more, 11
+    monkeypatch.setattr(queue_kernels, "COEFFICIENTS", 21 * 35)  # the queue of 75 rows in slices of 32, 32 and 11
     check(name, sides_of((21, 43), dtype), 0.2, "triton", size=75)
 
 
@@ -82,7 +82,7 @@ def test_upstream_gradient_of_stride_zero(name, backend):
     ours(*leaves, 0.5, backend=backend).expand(4).sum().backward()
     _, *expected = with_gradients(ours, sides, 0.5, 4.0, backend=backend)
     for leaf, gradient in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)  # 4 is a power of two: exact
+        torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)  # exact: 4 is a power of two
 
 
 @NAMES
@@ -92,7 +92,7 @@ def test_gradient_on_one_side(name, side, backend):
     _, *both = with_gradients(ours, sides, 0.5, backend=backend)
     sides[side].requires_grad_()
     ours(*sides, 0.5, backend=backend).backward()
-    # Skipping the other side may change which matmuls run, never what they compute: a few units in the last place.
+    # Skipping the other side may change which matmuls run but not what they compute: a few units in the last place.
     torch.testing.assert_close(sides[side].grad, both[side], rtol=1e-5, atol=1e-8)
     assert sides[1 - side].grad is None
 
@@ -156,7 +156,7 @@ def test_layouts(name, layout, side, backend):
     leaves = [lay_out(rows, layout if i == side else "contiguous").requires_grad_() for i, rows in enumerate(sides)]
     loss = ours(*leaves, 0.5, backend=backend)
     for result, reference in zip((loss.detach(), *torch.autograd.grad(loss, leaves)), expected, strict=True):
-        # Strides may pick another matmul routine, whose sums are in another order.
+        # Other strides may select another matmul routine, which sums in another order.
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-7)
 
 
@@ -187,7 +187,7 @@ def test_special_rows(name, side, row, dtype, backend):
 @SIDES
 def test_huge_rows(name, side, backend):
     sides = sides_of((7, 19))
-    sides[side][3] *= 1e20  # the squared norm overflows; F.normalize then returns a zero row, the most it may err
+    sides[side][3] *= 1e20  # the squared norm overflows; F.normalize then returns a zero row, the largest error
     check(name, sides, 0.5, backend)
 
 
@@ -202,7 +202,7 @@ def test_a_row_that_is_not_finite_shows_in_the_loss_and_spoils_the_gradients_tha
     _, *plain = with_gradients(loss.plain, sides, 0.5)
     assert total.isnan()
     for gradient, expected, unspoilt in zip(gradients, plain, finite, strict=True):
-        spoilt = expected.isnan().any(dim=1)  # a row sees all candidates; a query sees but its key and the queue
+        spoilt = expected.isnan().any(dim=1)  # a row sees all candidates; a query sees only its key and the queue
         assert spoilt.any()
         assert torch.equal(gradient.isnan().any(dim=1), spoilt)
         torch.testing.assert_close(gradient[~spoilt], unspoilt[~spoilt], rtol=1e-5, atol=1e-8)
@@ -215,7 +215,7 @@ def test_uniform_embeddings_give_the_logarithm_of_the_candidates(name, count, ba
     queue = F.normalize(torch.ones(65, 16))
     loss = loss_of(name, queue).ours(rows, 3 * rows, 0.01, backend=backend)
     candidates = 2 * count - 1 if name == "nt_xent" else 66
-    # Every logit is 100: one unit in the last place of 100 and of the sum.
+    # Every logit is 100. Tolerance: one unit in the last place of 100 and of the sum.
     assert loss.item() == pytest.approx(math.log(candidates), abs=100 * 2**-22)
 
 
@@ -246,12 +246,12 @@ def test_rows_are_not_rounded_once_normalised(name, dtype, backend):
 @NAMES
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradient_of_a_confident_row_survives(name, dtype, backend):
-    # Logits 10.1 of the positive and 0 of all others: p - 1 is some -1e-4, which is 0 if p is rounded to bf16 or fp16
-    # first. Each side has a part outside the span of the other: what is parallel to a row has no gradient.
+    # Logits 10.1 of the positive and 0 of all others: p - 1 is about -1e-4, which is 0 if p is rounded to bf16 or fp16
+    # first. Each side has a part outside the span of the other, as the part parallel to a row has no gradient.
     second = torch.eye(2, 8, dtype=dtype)
     first, queue = second + second.roll(2, dims=1), torch.eye(8, dtype=dtype)[6:]
     loss = loss_of(name, queue)
-    temperature, upstream = 0.07, 4096.0  # a loss scale, so that the truth is far above fp16's smallest normal number
+    temperature, upstream = 0.07, 4096.0  # a loss scale: keeps the truth far above fp16's smallest normal number
     _, *gradients = with_gradients(loss.ours, (first, second), temperature, upstream, backend=backend)
     _, *truths = with_gradients(loss.equation, (first.double(), second.double()), temperature, upstream)
     for gradient, truth in zip(gradients, truths, strict=True):
@@ -276,7 +276,7 @@ def test_autocast_does_not_round_the_logits(name, backend):
         inside = ours(*leaves, 0.05, backend=backend)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
-    # Backward runs outside autocast, as PyTorch asks.
+    # Backward runs outside autocast, as PyTorch requires.
     gradients = (torch.autograd.grad(loss, leaves) for loss in (inside, outside))
     for result, reference in zip(*gradients, strict=True):
         assert torch.equal(result, reference)
