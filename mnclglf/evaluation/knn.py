@@ -63,6 +63,7 @@ def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperatu
     near = similarities.gather(1, neighbors).double()
     # The largest weight is a common factor of the votes: without it exp overflows.
     weights = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()
+    chosen = F.one_hot(labels[neighbors], classes)
     votes = (chosen * weights[..., None]).sum(dim=1)
     return votes.masked_fill(chosen.sum(dim=1) == 0, -math.inf)
 
