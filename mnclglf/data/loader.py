@@ -31,15 +31,15 @@ class Batch(NamedTuple):
 
 
 def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
-    """Rows of the images of a global step, int64 [batch_size]: each epoch is a random order of `count` images."""
+    """Returns the rows of a global step's images, int64 [batch_size]; an epoch is a random order of `count` images."""
     epoch, position = divmod(step, count // batch_size)
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
-@functools.lru_cache(maxsize=2)  # two epochs meet in the prefetch queue
+@functools.lru_cache(maxsize=2)  # batches of two epochs can be in the prefetch queue at once
 def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     order = permutation(count, seed=seed, epoch=epoch)
-    order.flags.writeable = False  # callers share it
+    order.flags.writeable = False  # the cache hands the same array to every caller
     return order
 
 
@@ -61,8 +61,8 @@ class Loader(ABC):
         statistics: mean [3] and deviation [3] that views are normalized with; None takes the images' own.
 
     Raises:
-        ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
-            too small for their blur.
+        ValueError: there are fewer images than a batch holds, a batch cannot be divided evenly among the ranks, or the
+            views are too small for their blur.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class Loader(ABC):
             )
         if batch_size % ranks or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
-        blur_window(config, side)  # raises where it is too wide
+        blur_window(config, side)  # raises if it is too wide
         self.steps_per_epoch = len(images) // batch_size
-        """Whole batches in an epoch; an incomplete last one is dropped."""
+        """Whole batches per epoch; an incomplete last one is dropped."""
         self.mean, self.std = statistics or images.statistics()
         """[3] each, of the images scaled to [0, 1]: what views are normalized with."""
         self.side = side
@@ -111,11 +111,11 @@ class Loader(ABC):
 
     @abstractmethod
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the global steps start .. stop - 1, across epochs."""
+        """Yields the batches of the global steps start .. stop - 1, across epochs."""
 
     @abstractmethod
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
+        """Returns the views of these images in this epoch, each float32 [n, 3, S, S], on the device."""
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """Returns this rank's part of the rows of a step's images."""
@@ -130,7 +130,7 @@ class Loader(ABC):
         """Makes a batch of views [N, S, S, 3] of any dtype, on any device."""
         indices = torch.from_numpy(rows.copy())
         if self._device.type == "cuda":
-            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+            indices = indices.pin_memory()  # a copy from pageable memory would wait for the device
         return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
 
     def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The files and lines that a run opens with: its settings, its machine, some views, the least a step takes."""
+"""Files and lines at the start of a run: its settings, its machine, some views and the roofline step time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GPU_GIB = 24  # memory of an RTX 3090, the GPU that a run on a CPU is sized for
 
 
 def write_run_files(start: Start, out: Path) -> None:
-    """Writes config.json, environment.json and the report's views into the run directory, which is made if missing."""
+    """Writes config.json, environment.json and the report's views into the run directory, making it if missing."""
     out.mkdir(parents=True, exist_ok=True)
     loader = start.loader
     chosen = {
@@ -36,7 +36,8 @@ def write_run_files(start: Start, out: Path) -> None:
     write_json(out / "config.json", to_dict(start.config))
     write_json(out / "environment.json", describe_environment(start.machine.device, chosen))
     images = start.data.train
-    pictured = np.linspace(0, len(images) - 1, PICTURED_IMAGES, dtype=np.int64)  # spread: data sets come sorted
+    # Spread over the set: many data sets are sorted by class.
+    pictured = np.linspace(0, len(images) - 1, PICTURED_IMAGES, dtype=np.int64)
     views = np.stack([view.cpu().numpy() for view in loader.render(pictured, epoch=0)])
     pixels = originals(images.read(pictured), start.data.side)
     write_atomically(
@@ -46,10 +47,10 @@ def write_run_files(start: Start, out: Path) -> None:
 
 
 def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callable[[str], object]) -> float | None:
-    """Prints the roofline step time, the estimated memory and the largest batch; returns the first, in seconds.
+    """Prints the roofline step time, the estimated memory and the largest batch.
 
     Returns:
-        None without triton, as the counts are those of its kernels.
+        The roofline step time in seconds; None without triton, as the counts are those of its kernels.
     """
     if not HAS_TRITON:
         return None
@@ -74,7 +75,7 @@ def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callabl
 
 
 def originals(images: Pixels, side: int) -> NDArray[np.uint8]:
-    """Returns images for the report, [n, H, W, 3]: as they are where all have one size, else their middles."""
+    """Returns images for the report, [n, H, W, 3]: unchanged if all have one size, else center crops of `side`."""
     if isinstance(images, np.ndarray):
         return images
     pixels = whole_views(images, side, np.zeros(3, np.float32), np.ones(3, np.float32), torch.float32)

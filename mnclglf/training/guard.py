@@ -1,4 +1,4 @@
-"""Keeps anything non-finite out of weights, momentum network, queue and checkpoints, without a host sync a step."""
+"""Keeps non-finite values out of weights, momentum network, queue and checkpoints, without a host sync per step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class NonFiniteError(RuntimeError):
 
     Attributes:
         step: global step, counted from 0.
-        terms: names of what was not finite.
+        terms: names of the values that were not finite.
     """
 
     def __init__(self, step: int, terms: list[str]) -> None:
@@ -20,10 +20,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Guard:
-    """Latches the first step with a non-finite value; from that step on `keep` is false.
+    """Records the first step with a non-finite value; from that step on `check` returns False.
 
-    What `check` returns gates the optimizer, the moving average and the queue on the device. The host looks when it
-    wants to, with `raise_if_failed`: the state is still that of the last good step then.
+    The result of `check` gates the optimizer, the moving average and the queue on the device. So the host can look
+    later, with `raise_if_failed`: the state is still that of the last good step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Guard:
 
     @torch.no_grad()
     def check(self, step: int, values: dict[str, Tensor]) -> Tensor:
-        """Whether every value of this and all earlier steps is finite: bool, 0-D, on the device."""
+        """Returns whether every value of this and all earlier steps is finite: bool, 0-D, on the device."""
         finite = torch.stack([value.isfinite().all() for value in values.values()])
         first = ~finite.all() & (self.failed_step < 0)
         self.failed_step = torch.where(first, step, self.failed_step)
@@ -42,7 +42,7 @@ class Guard:
         return self.failed_step < 0
 
     def raise_if_failed(self) -> None:
-        """Raises NonFiniteError if any step so far failed. Waits for the device."""
+        """Raises NonFiniteError if any step so far failed; waits for the device."""
         step = int(self.failed_step.item())
         if step >= 0:
             finite: list[bool] = self.finite.tolist()

@@ -1,4 +1,4 @@
-"""Figures that tell a healthy run from a collapsing one; each waits for the device, so they are taken when logging."""
+"""Figures that tell a healthy run from a collapsing one; each waits for the device, so they are logged seldom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> float:
-    """Spread of the L2-normalised rows of [N, F]: mean standard deviation of a feature times sqrt(F).
+    """Returns the spread of the L2-normalized rows of [N, F]: mean standard deviation of a feature times sqrt(F).
 
     About 1 for directions spread evenly, 0 for a collapsed encoder (Chen and He 2021, section 4.1).
     """
@@ -19,7 +19,10 @@ def feature_std(features: Tensor) -> float:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of [N, F] (Roy and Vetterli 2007), at most min(N, F)."""
+    """Returns the effective rank of [N, F], at most min(N, F): exp of the entropy of the normalized singular values.
+
+    Source: Roy and Vetterli 2007.
+    """
     values = torch.linalg.svdvals(features.float())
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
@@ -27,12 +30,12 @@ def effective_rank(features: Tensor) -> float:
 
 @torch.no_grad()
 def neighbor_agreement(neighbors: Tensor, indices: Tensor, labels: Tensor) -> float | None:
-    """Share of nearest neighbors with the label of their query, among those that are not random rows.
+    """Returns the fraction of nearest neighbors that have the label of their query, random rows left out.
 
     Args:
-        neighbors: [N] data-set index of each nearest neighbor, -1 where random.
+        neighbors: [N] data-set index of each nearest neighbor, -1 for a random row.
         indices: [N] data-set index of each query.
-        labels: [n] of the data set.
+        labels: [n] labels of the data set.
 
     Returns:
         None while every neighbor is random.

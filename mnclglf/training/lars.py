@@ -11,24 +11,25 @@ from torch.optim.optimizer import ParamsT
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, the step of each tensor w with gradient g scaled by trust |w| / (|g| + weight_decay |w|).
+    """SGD with momentum, with the step of each tensor w scaled by trust |w| / (|g| + weight_decay |w|).
 
-    Tensors without weight decay are adapted too, as timm's Lars does with always_adapt=True and apex's LARC with
-    clip=False; a ratio is not clipped. Where |w| or |g| is 0 the ratio is 1. The learning rate multiplies the whole of
-    the momentum, as in PyTorch's SGD and in these two; Algorithm 1 adds it to the momentum with each gradient, which is
-    the same while it is constant. Nothing in a step waits for the device.
+    g is the gradient of w. If |w| or |g| is 0, the ratio is 1. The ratio is not clipped. Tensors without weight decay
+    are adapted too, as in timm's Lars with always_adapt=True and apex's LARC with clip=False.
+
+    The learning rate multiplies the momentum buffer, as in PyTorch's SGD and in these two. Algorithm 1 multiplies each
+    gradient by it before the momentum, which is the same while the rate is constant. A step never waits for the device.
 
     Args:
-        params: as of any optimizer; a group with adapts=False has ratio 1 throughout (biases and norms of a whole
-            network). Every tensor of the other groups is adapted, biases too.
+        params: parameters or groups. A group with adapts=False has ratio 1 (for biases and norms of a whole network);
+            every tensor of the other groups is adapted, biases too.
         lr: learning rate; may be changed in `param_groups` between steps, and may be a 0-D tensor.
-        momentum: share of the last update that is kept.
-        weight_decay: beta, of the L2 penalty.
-        trust_coefficient: eta.
+        momentum: fraction of the last update that is kept.
+        weight_decay: coefficient of the L2 penalty, beta.
+        trust_coefficient: coefficient of the ratio, eta.
 
     Attributes:
-        found_inf: None, or a 0-D tensor on the device: where it is not 0, a step leaves weights and momentum as they
-            are. PyTorch's fused optimizers read the same attribute.
+        found_inf: None, or a 0-D tensor on the device: if it is not 0, a step changes neither weights nor momentum.
+            PyTorch's fused optimizers read the same attribute.
     """
 
     found_inf: Tensor | None = None
@@ -58,7 +59,7 @@ class LARS(torch.optim.Optimizer):
                 self._apply(weight, state["momentum_buffer"], update, group)
 
     def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns the gradient with weight decay, scaled by the layer's ratio."""
+        """Returns the gradient with weight decay, scaled by the tensor's ratio."""
         decay = group["weight_decay"]
         if not group["adapts"]:
             return gradient + decay * weight
@@ -73,7 +74,7 @@ class LARS(torch.optim.Optimizer):
             buffer.mul_(group["momentum"]).add_(update)
             weight.sub_(buffer, alpha=float(group["lr"]))
             return
-        # torch.where and no product with 0: the update may be NaN, and 0 times NaN is NaN.
+        # torch.where, not a product with 0: the update may be NaN, and 0 times NaN is NaN.
         skip = self.found_inf > 0
         buffer.copy_(torch.where(skip, buffer, buffer * group["momentum"] + update))
         weight.copy_(torch.where(skip, weight, weight - group["lr"] * buffer))

@@ -55,16 +55,17 @@ class Trainer:
 
     Args:
         config: the run.
-        out: run directory; made where it is missing.
-        resume: "auto" resumes from the newest checkpoint of `out`, "never" refuses one, a path names another.
-        console: where progress goes.
+        out: run directory; made if missing.
+        resume: "auto" resumes from the newest checkpoint in `out`; "never" raises if `out` holds a run; a path names
+            the checkpoint to resume from.
+        console: console for progress.
     """
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
         self.out = out
         self.console = console or Console()
         self.checkpoints = out / "checkpoints"
-        # Read before anything is made: a damaged checkpoint must not cost a minute first.
+        # Read first, so that a damaged checkpoint is reported before a minute of work.
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
 
@@ -83,7 +84,7 @@ class Trainer:
         self.step = TrainStep(
             self.method, self.config.optim, self.config.engine, self.dtype, compile=self.compile, labels=self.labels
         )
-        if self.compile != "off":  # a compiler that fails costs speed, not the run
+        if self.compile != "off":  # a failing compiler makes the run slower, it does not end it
             self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
         self.least_seconds: float | None = None  # the roofline step time, once it is known
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
@@ -111,12 +112,12 @@ class Trainer:
                 clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
 
-                # The first step compiles: wait for it once, so that a failure shows now and its time is not a step's.
+                # The first step compiles. Wait for it once, so that a failure shows now and its time is reported.
                 if done == self.start + 1 and self.compile != "off":
                     self._check()
                     self._say(f"compiled in {time.perf_counter() - began:.0f} s")
 
-                # After the warm-up a step takes as long as all the others will.
+                # The first step after the warm-up takes as long as all later ones will.
                 if done == self.start + WARM_UP_STEPS + 1:
                     self._check()
                     self._say(f"estimated time: {duration(clock.times()[-1] * (total - self.start))}")
@@ -129,7 +130,7 @@ class Trainer:
                     log.write(self._record(done, losses, gradient_norm, batch) | self._speed(clock))
                     clock.restart()
 
-                # Checkpoint: only of a state that was found finite, hence the check before it.
+                # Checkpoint: check first, so that only a finite state is saved.
                 stopped = stop.signal  # read once: a signal may come at any moment
                 if self._save_due(done) or stopped:
                     self._check()
@@ -197,10 +198,10 @@ class Trainer:
         return milestone or done % max(1, round(config.save_every * epoch)) == 0 or done == self.schedule.total_steps
 
     def _save(self, done: int) -> None:
-        """Writes the checkpoint after `done` steps, then deletes those that need not be kept."""
+        """Writes the checkpoint after `done` steps, then deletes the old ones that are not milestones."""
         cuda = self.device.type == "cuda"
         method = self.method.state_dict()
-        # The guard keeps a step that is not finite out of the state; this look catches what the guard cannot see.
+        # The guard keeps non-finite steps out of the state. This catches what it does not see, as running statistics.
         broken = [name for name, value in method.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise TrainingError(
@@ -228,7 +229,7 @@ class Trainer:
         )
 
     def _check(self) -> None:
-        """Waits for the device. Raises TrainingError if a step since the last check was not finite."""
+        """Waits for the device; raises TrainingError if a step since the last check was not finite."""
         try:
             self.step.guard.raise_if_failed()
         except NonFiniteError as error:
@@ -243,7 +244,7 @@ class Trainer:
             ) from error
 
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
-        """Returns the figures of the step just done, as plain numbers. Each of them waits for the device."""
+        """Returns the figures of the step just done, as plain numbers; each waits for the device."""
         agreement = None
         if losses.neighbors is not None and self.images.labeled:
             agreement = neighbor_agreement(losses.neighbors, batch.indices, self.labels)
@@ -262,7 +263,7 @@ class Trainer:
         }
 
     def _speed(self, clock: StepClock) -> dict[str, Any]:
-        """Returns speed since the last record (none while the run warms up), memory and the wait for data."""
+        """Returns the speed since the last record (None during the warm-up), memory and the wait for data."""
         waited, seconds = clock.take()
         speed = speed_of(seconds, self.config.optim.batch_size)
         figures = (
@@ -277,7 +278,7 @@ class Trainer:
         }
 
     def _say_speed(self, clock: StepClock) -> None:
-        """Prints throughput and the percentage of the roofline, over all steps after the warm-up."""
+        """Prints throughput and the percentage of the roofline over all steps after the warm-up."""
         speed = speed_of(clock.all, self.config.optim.batch_size)
         if speed is None:
             return

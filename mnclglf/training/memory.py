@@ -1,7 +1,7 @@
-"""How much memory a step needs on a GPU, estimated without one, and the largest batch for a given amount.
+"""Estimate of the GPU memory that a step needs, made without a GPU, and of the largest batch that fits.
 
-A forward on the meta device tells which tensors autograd saves; a step needs these, the weights with what belongs to
-them, and what is alive for a moment only. An allocator's rounding and cuDNN's workspaces come on top of it.
+A forward on the meta device shows which tensors autograd saves. A step needs these, the weights with their optimizer
+state, and short-lived tensors. The allocator's rounding and cuDNN's workspaces are not included.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from mnclglf.config import RunConfig
 from mnclglf.training.roofline import inputs_on_meta, on_meta
 from mnclglf.training.step import checkpoint_activations
 
-RESERVED = 2**30  # bytes of a GPU that are not for tensors: the CUDA context, workspaces
+RESERVED = 2**30  # bytes of a GPU that tensors cannot have: the CUDA context, workspaces
 
 
 class Memory(NamedTuple):
-    """Bytes of a step."""
+    """Memory of a step in bytes."""
 
     kept: int  # from step to step: weights, SGD's momentum, queue
     casts: int  # of the weights, in autocast's dtype
     gradients: int  # in fp32, and before that in autocast's dtype
     activations: int  # saved for backward
-    passing: int  # alive for a moment: activations that nothing saves
+    passing: int  # short-lived activations, which autograd does not save
 
     @property
     def for_step(self) -> int:
-        """Beyond what is kept. Backward frees activations while it makes gradients."""
+        """Returns the bytes beyond `kept`. Backward frees activations while it makes gradients, hence the maximum."""
         return self.casts + max(self.activations + self.passing, self.gradients)
 
     @property
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 
 
 def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -> Memory:
-    """What a step on so many images keeps alive at once, in eager mode; torch.compile saves less."""
+    """Returns the memory of a step on so many images in eager mode; torch.compile saves fewer activations."""
     method = on_meta(config, dtype)
     weights = sum(p.numel() for p in method.parameters())
     trained = sum(p.numel() for p in method.trained_parameters())
@@ -56,7 +56,8 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = method(*inputs_on_meta(method, images, side, dtype))  # alive until all are counted: no storage twice
+        # The losses keep the graph alive until all is counted: the address of a freed storage could come twice.
+        losses = method(*inputs_on_meta(method, images, side, dtype))
     del losses
     largest = max(saved.values(), default=0)
     return Memory(
@@ -69,12 +70,13 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which memory the tensor lies in, also where there is none: on the meta device all addresses are 0."""
+    """Returns an identifier of the tensor's storage. On the meta device data_ptr() cannot tell: it is 0 for all."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def largest_batch(config: RunConfig, side: int, dtype: torch.dtype, memory_bytes: int) -> int:
-    """Images a step that fit into a GPU of this much memory; 0 where not even two do. Memory grows with the batch."""
+    """Returns the largest batch for a GPU of this much memory; 0 if not even two images fit."""
+    # Memory is linear in the batch: two estimates give the line.
     least, more = (step_memory(config, images, side, dtype) for images in (64, 128))
     first, second = (memory.activations + memory.passing for memory in (least, more))  # what grows
     an_image = (second - first) / 64

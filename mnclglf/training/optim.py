@@ -12,14 +12,11 @@ from mnclglf.methods.base import Method
 from mnclglf.training.lars import LARS
 
 Groups = Sequence[list[nn.Parameter]]
-"""The parameters that follow the schedule; then, where that is asked for, the predictor's, whose rate is constant."""
+"""Parameters that follow the schedule; then, with a constant predictor rate, the predictor's parameters."""
 
 
 def sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
-    """Makes SGD with momentum, in one kernel over all weights.
-
-    The momentum starts at 0, which is what SGD's first step amounts to.
-    """
+    """Makes SGD with momentum, in one fused kernel over all weights."""
     optimizer = torch.optim.SGD(
         [{"params": parameters} for parameters in groups],
         lr=config.lr,
@@ -27,6 +24,8 @@ def sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # Momentum starts at 0, which gives the same first step as no buffer. Without one, the fused kernel allocates
+    # uninitialized buffers, and a first step that found_inf skips would leave them so.
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if config.sgd_momentum:
@@ -35,9 +34,9 @@ def sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def lars(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
-    """Makes LARS as BYOL's and SimCLR's authors pre-train with.
+    """Makes LARS with the settings that BYOL's and SimCLR's authors pre-train with.
 
-    Biases and the parameters of norms, all that have one dimension, are neither adapted nor decayed.
+    Parameters of at most one dimension (biases and norms) are neither adapted nor decayed.
     """
     made: list[dict[str, object]] = []
     for parameters in groups:
@@ -60,8 +59,8 @@ def check_optimizer(name: str) -> None:
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
     """Makes the optimizer of a method.
 
-    Its learning rates are tensors on the device, so that a CUDA graph sees a new one. Where `found_inf` is set to 1 on
-    the device, a step changes nothing: that is how a step that is not finite is kept out.
+    Its learning rates are tensors on the device, so that a CUDA graph sees a new rate. While `found_inf` is 1 on the
+    device, a step changes nothing: that keeps a non-finite step out.
     """
     check_optimizer(config.optimizer)
     groups = parameter_groups(method, constant_predictor_lr=config.constant_predictor_lr)
@@ -72,8 +71,8 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer
 
 
 def scheduled_groups(optimizer: torch.optim.Optimizer, config: OptimConfig) -> list[dict[str, object]]:
-    """Returns the optimizer's groups that follow the schedule: all but those of a predictor of constant rate."""
-    groups = optimizer.param_groups
+    """Returns the parameter groups that follow the schedule: all except a predictor with a constant rate."""
+    groups = optimizer.param_groups  # the predictor's are the second half: each optimizer splits both parts alike
     return groups[: len(groups) // 2] if config.constant_predictor_lr else groups
 
 
@@ -86,7 +85,7 @@ def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[lis
     """Returns what trains at the schedule's learning rate; then, where its rate is to be constant, the predictor.
 
     Raises:
-        ValueError: the method has no predictor whose rate could be constant.
+        ValueError: the method has no predictor.
     """
     trained = method.trained_parameters()
     if not constant_predictor_lr:

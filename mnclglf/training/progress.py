@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress display."""
+"""Progress of a run while it trains: metrics.jsonl, TensorBoard and a display."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mnclglf.runs.files import write_atomically
 from mnclglf.runs.metrics import read_records
 
-PLAIN_LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+PLAIN_LINE_SECONDS = 10.0  # between two progress lines without a terminal, so that a log file stays short
 
 
 class RunLog:
@@ -24,13 +24,14 @@ class RunLog:
 
     Args:
         folder: the run directory.
-        start: steps that the run has already behind it; later records of an earlier process are dropped.
+        start: steps already done; records of an earlier process beyond them are dropped.
         total: steps of the whole run.
-        console: where progress goes, as a live bar on a terminal and as plain lines elsewhere.
+        console: console for progress, a live bar on a terminal and plain lines elsewhere.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
         self.path, self.start, self.total, self.console = folder / "metrics.jsonl", start, total, console
+        # A killed process may have logged steps after its last checkpoint; this process takes them again.
         kept = [record for record in read_records(self.path)[0] if record["step"] <= start]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.path, lambda file: file.write(text.encode()))
@@ -55,16 +56,17 @@ class RunLog:
         self.board.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds one record: a dict with "step", "epoch", "loss", "lr", "images_per_second" and any other figures."""
+        """Adds one record: a dict with "step", "epoch", "loss", "lr", "images_per_second" and other figures."""
         elapsed = time.perf_counter() - self.started
         step = record["step"]
         record = {**record, "elapsed_seconds": round(self.earlier_seconds + elapsed, 3)}
         self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self.file.flush()  # a killed process loses no record
         for name, value in record.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, step)
-        # Of steps that ran by themselves, as the first one may compile for minutes; none is known in the warm-up.
+        # Prefer the measured time of a step: the average would include minutes of compilation in the first one. During
+        # the warm-up only the average is known.
         step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
         left = step_seconds * (self.total - step)
         line = describe(record, left)
@@ -76,13 +78,13 @@ class RunLog:
 
 
 def describe(record: dict[str, Any], seconds_left: float) -> str:
-    """One line of progress: epoch, losses, learning rate, speed, time left."""
+    """Returns one line of progress: epoch, losses, learning rate, speed, time left."""
     speed = record["images_per_second"]
-    rate = "" if speed is None else f"{speed:,.0f} images/s  "  # none while the run warms up
+    rate = "" if speed is None else f"{speed:,.0f} images/s  "  # None during the warm-up
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.items() if name.startswith("loss"))
     return f"epoch {record['epoch']:.1f}  {terms}  lr {record['lr']:.4f}  {rate}{duration(seconds_left)} left"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Returns seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

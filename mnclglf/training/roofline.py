@@ -1,10 +1,12 @@
-"""The least time of a training step on a machine, part by part: what a measured step is held against.
+"""The roofline of a training step: the least time that a machine needs for it, part by part.
 
-The step runs on the meta device, so nothing is computed: each convolution and matrix product counts its floating-point
-operations, each operation the bytes that it has to move, and a part takes at least the longer of the two at the
-machine's peaks. What the usual fusions save is counted as saved: of batch norm and what follows it, only its own passes
-over the activations. Parts follow each other. So this is a yardstick, not a forecast; statistics made in a
-convolution's epilogue, or parts that overlap, could go below it.
+The step runs on the meta device, so nothing is computed. Each convolution and matrix product counts its floating-point
+operations; each operation counts the bytes that it has to move. A part takes the longer of its compute time and its
+memory time at the machine's peaks. The step takes the sum of its parts. Passes over activations that the usual fusions
+save are not counted: for batch norm and what follows it, only batch norm's own passes are.
+
+So this is a yardstick, not a forecast. An implementation could go below it, with batch statistics made in a
+convolution's epilogue or with parts that overlap.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ CONVOLUTIONS = {
     aten.convolution_backward.default: "convolutions, backward",
 }
 PRODUCTS = {aten.mm.default, aten.addmm.default}
-# Reads and writes of its activation that the usual fusions leave: batch norm needs its input whole before it writes,
-# and backward both input and gradient whole; a residual is read where it is added; ReLU comes with what is written
-# anyway, and its backward with the gradient, for the sign of what was written.
+# Passes over the activation that remain after the usual fusions. Batch norm reads its input twice (statistics, then
+# normalization) and writes once: 3. Its backward reads input and gradient twice and writes once: 5. A residual is read
+# where it is added: 1. ReLU is part of a write that happens anyway; its backward reads the output for its sign: 1.
 ACTIVATION_PASSES = {
     aten.native_batch_norm.default: 3,
     aten._native_batch_norm_legit.default: 3,
@@ -47,37 +49,37 @@ ACTIVATION_PASSES = {
     aten.add.Tensor: 1,
     aten.threshold_backward.default: 1,
 }
-# How torch names the GPUs whose peaks aot.py has.
+# End of torch's name of each GPU whose peaks aot.py has, and its architecture.
 GPU_NAMES = {"RTX 3090": 86, "RTX 4090": 89, "A100-SXM4-80GB": 80, "H100 80GB HBM3": 90}
 
 
 class Peaks(NamedTuple):
-    """What a machine can do at most in one dtype."""
+    """Peak rates of a machine in one dtype."""
 
     name: str
-    flops: float  # a second, of matrix products
-    memory_bytes: float  # a second
-    pads: bool  # whether its convolutions multiply the zeros around an image too
+    flops: float  # floating-point operations per second in matrix products
+    memory_bytes: float  # bytes per second
+    pads: bool  # True if its convolutions also multiply the zeros around an image
 
 
 @dataclass
 class Part:
-    """What a part of the step computes and moves."""
+    """Operations and memory traffic of a part of the step."""
 
     flops: int = 0
     unique_bytes: int = 0
 
     def seconds(self, peaks: Peaks) -> tuple[float, str]:
-        """(least time, what sets it)."""
+        """Returns (least time in seconds, "compute" or "memory", whichever bounds it)."""
         computing, moving = self.flops / peaks.flops, self.unique_bytes / peaks.memory_bytes
         return max((computing, "compute"), (moving, "memory"))
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations within it by part, and notes what contrastive_losses is called with.
+    """Counts the operations inside its `with` block by part, and records the arguments of contrastive_losses.
 
     Args:
-        pads: as PyTorch's own counter, count a convolution's products with the zeros around its image.
+        pads: count a convolution's products with the zeros around its image, as PyTorch's own counter does.
     """
 
     def __init__(self, *, pads: bool) -> None:
@@ -105,7 +107,7 @@ class Counter(TorchDispatchMode):
 
 
 def inside_share(func: Any, args: Any) -> float:
-    """Share of a convolution's products whose pixel lies in the image: the others are with the zeros around it."""
+    """Returns the fraction of a convolution's products whose pixel lies inside the image, not in its zero padding."""
     if func is aten.convolution.default:
         image, weight, _, strides, paddings, *_ = args
     else:
@@ -119,12 +121,12 @@ def inside_share(func: Any, args: Any) -> float:
 
 
 def unique_bytes(tree: Any) -> int:
-    """Of all tensors in a nest, each once."""
+    """Returns the bytes of all tensors in a nested structure, each tensor counted once."""
     return sum({id(x): x.numel() * x.itemsize for x in tree_leaves(tree) if isinstance(x, Tensor)}.values())
 
 
 def on_meta(config: RunConfig, dtype: torch.dtype) -> Method:
-    """The method without values, its weights in `dtype` as autocast casts them."""
+    """Returns the run's method on the meta device, its weights in `dtype`, as autocast casts them."""
     with torch.device("meta"):
         method = METHODS[config.method](config.model, config.objective, queue_dtype=dtype)
     method.backends = Backends.all("triton")
@@ -132,20 +134,20 @@ def on_meta(config: RunConfig, dtype: torch.dtype) -> Method:
 
 
 def inputs_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-    """Views and labels."""
+    """Returns the views and labels of a batch on the meta device."""
     shape = (images, 3, side, side)
     views = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(method.views)]
     return views, torch.empty(images, dtype=torch.int64, device="meta") if method.labelled else None
 
 
 def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads: bool = True) -> dict[str, Part]:
-    """What one training step computes and moves, by part.
+    """Returns the operations and the traffic of one training step, by part.
 
     Args:
-        config: method, model, objective and batch size count.
-        side: of a view in pixels.
+        config: the run; its method, model, objective and batch size are used.
+        side: side of a view in pixels.
         dtype: "bf16", "fp16" or "fp32".
-        arch: the GPU whose launch configurations our operators have.
+        arch: architecture whose launch configurations our operators use.
         pads: see Counter.
     """
     method = on_meta(config, DTYPES[dtype])
@@ -156,21 +158,21 @@ def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads
         part = parts["input" if op == "augment" else op] = Part()
         example = Example(sizes=sizes_of(config, side, side), dtype=DTYPES[dtype], splits=counter.splits)
         for x in OPERATORS[op].launches(example, arch):
-            # As in a step of MNCLGLF or MoCo v2, where patches, targets and keys need no gradient.
+            # Patches, targets and keys need no gradient in a step of MNCLGLF or MoCo v2: those launches do not happen.
             if not any(x.arguments.get(name) for name in ("BACKWARD", "OF_TARGETS", "OF_KEYS")):
                 moved = x.traffic
                 part.flops, part.unique_bytes = part.flops + moved.flops, part.unique_bytes + moved.unique_bytes
     trained = sum(p.numel() for p in method.trained_parameters())
     followed = sum(p.numel() for p in method.parameters()) - trained
-    casts = 0 if dtype == "fp32" else (4 + 2) * (trained + followed)
+    casts = 0 if dtype == "fp32" else (4 + 2) * (trained + followed)  # reads 4 bytes, writes 2
     parts["weight casts"] = Part(0, casts)
     parts["optimizer"] = Part(0, 4 * 5 * trained)  # reads weight, gradient, momentum; writes weight, momentum
-    parts["moving average"] = Part(0, 4 * 3 * followed)
+    parts["moving average"] = Part(0, 4 * 3 * followed)  # reads both networks, writes one
     return parts
 
 
 def nominal_peaks(arch: int, dtype: str, *, tf32: bool = False) -> Peaks:
-    """Those that aot.py has for an architecture's GPU; TF32 has half of fp16's rate on all of them."""
+    """Returns the nominal peaks of an architecture's GPU in aot.py; TF32 has half of fp16's rate on all of them."""
     from mnclglf_kernels.aot import GPUS
 
     gpu = GPUS[arch]
@@ -180,39 +182,40 @@ def nominal_peaks(arch: int, dtype: str, *, tf32: bool = False) -> Peaks:
 
 @cache
 def measured_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of a few large matrix products and passes over memory on this machine; takes about a second."""
+    """Returns the best rates of a few large matrix products and memory passes on this machine; takes about a second."""
     flops, moved = _best_rates(device, dtype)
     if device.type != "cuda":
         return Peaks("this CPU", flops, moved, pads=False)
-    torch.cuda.empty_cache()  # this process may go on to wait for others, which train
+    torch.cuda.empty_cache()  # this process may only wait for others, which need the memory to train
     return Peaks(torch.cuda.get_device_name(device), flops, moved, pads=True)
 
 
 def _best_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations and bytes a second."""
+    """Returns floating-point operations and bytes per second."""
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     square = torch.randn(side, side, device=device).to(dtype)
     numbers = torch.ones(count, device=device)
     product = torch.empty_like(square)
     flops = 2 * side**3 / best_seconds(lambda: torch.mm(square, square, out=product), device)
-    moved = 2 * numbers.nbytes / best_seconds(lambda: numbers.neg_(), device)  # in place: no line is read for a write
+    # In place, as a CPU would otherwise read each cache line before writing it: the bytes moved are 2 * nbytes.
+    moved = 2 * numbers.nbytes / best_seconds(lambda: numbers.neg_(), device)
     return flops, moved
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 4) -> float:
-    """Of one call, the device's work included; the first one warms up."""
+    """Returns the least time of one call, including the device's work; the first call is a warm-up."""
     seconds: list[float] = []
     for _ in range(rounds + 1):
         since = time.perf_counter()
         call()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # a call returns before the device has done its work
         seconds.append(time.perf_counter() - since)
     return min(seconds[1:])
 
 
 def peaks_of(device: torch.device, dtype: torch.dtype, *, tf32: bool) -> Peaks:
-    """Of a known GPU the nominal ones, of any other device what is measured."""
+    """Returns the nominal peaks of a known GPU, and measured peaks of any other device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, arch in GPU_NAMES.items():
@@ -222,11 +225,11 @@ def peaks_of(device: torch.device, dtype: torch.dtype, *, tf32: bool) -> Peaks:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """ "bf16", "fp16" or "fp32"."""
+    """Returns "bf16", "fp16" or "fp32"."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def least_seconds(config: RunConfig, side: int, dtype: torch.dtype, peaks: Peaks) -> float:
-    """The least time of a step."""
+    """Returns the roofline time of a step in seconds."""
     parts = step_parts(config, side, name_of(dtype), pads=peaks.pads)
     return sum(part.seconds(peaks)[0] for part in parts.values())

@@ -10,7 +10,7 @@ from mnclglf.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then a cosine from `peak_lr` to 0 (Table 2). m is constant, or rises to 1 as a cosine."""
+    """Linear warm-up, then a cosine from `peak_lr` to 0 (Table 2). m is constant or rises to 1 as a cosine."""
 
     steps_per_epoch: int
     total_steps: int
@@ -31,14 +31,14 @@ class Schedule:
         )
 
     def lr(self, step: int) -> float:
-        """Learning rate of global step `step`, counted from 0."""
+        """Returns the learning rate of global step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def ema_momentum(self, step: int) -> float:
-        """m of the momentum network at global step `step`, counted from 0 (Grill et al. 2020, section 3.2)."""
+        """Returns m of the momentum network at global step `step`, counted from 0 (Grill et al. 2020, section 3.2)."""
         if not self.momentum_rises:
             return self.start_momentum
         return 1 - (1 - self.start_momentum) * (math.cos(math.pi * step / self.total_steps) + 1) / 2

@@ -1,6 +1,6 @@
-"""The optimizations that a training step runs under, one function each.
+"""Optimizations of a training step, one function each.
 
-Each is applied to a method that knows nothing of it, and EngineConfig switches each alone. Without all of them a step
+Each is applied to a method that knows nothing of it, and EngineConfig switches each one separately. Without them a step
 computes the same numbers, up to rounding.
 """
 
@@ -33,10 +33,9 @@ class Forward(Protocol):
 
 
 def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
-    """Switches TF32 (for a run in fp32) and cuDNN's fastest algorithms on, for the whole process, on a GPU.
-
-    Losses and the lookup's scores stay in full fp32 under autocast, for their precision.
-    """
+    """Sets TF32 (for a run in fp32) and cuDNN's algorithm search on a GPU, for the whole process."""
+    # TF32 only without autocast: under it the remaining fp32 products are those of the losses and of the lookup's
+    # scores, which need their full precision.
     precision = "tf32" if config.tf32 and dtype == torch.float32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore
@@ -44,10 +43,10 @@ def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory, for the whole process; returns False where there is no glibc.
+    """Makes glibc keep freed memory, for the whole process; returns False without glibc.
 
-    Otherwise a step on a CPU gets its large tensors from the system anew, page by page: 0.9 million page faults and a
-    sixth of the time were measured (docs/lab/).
+    By default glibc returns large tensors to the system, and the next step on a CPU faults them in again, page by page:
+    measured at 0.9 million page faults and a sixth of the time (docs/lab/performance.md).
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -76,10 +75,10 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def share_casts(method: Method, dtype: torch.dtype) -> Forward:
-    """Returns the method's forward with each weight cast once per step, for all the forwards of its networks.
+    """Returns the method's forward with each weight cast once per step, for all forwards of its networks.
 
-    Autocast by itself casts a momentum network's weights in each of its forwards: it keeps only casts that carry
-    gradients.
+    Autocast caches only casts of weights that require gradients. It casts a momentum network's weights again in each
+    forward.
     """
     if dtype == torch.float32:
         return method
@@ -102,20 +101,21 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
 
 
 def compiled(method: Method, *, graphs: bool) -> Forward:
-    """Returns the method's forward as one graph of torch.compile; with `graphs` replayed as CUDA graphs.
+    """Returns the method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
 
-    One graph rather than the encoder's compiled once for all of its forwards: it is as fast, CUDA graphs want it, and
-    equal casts of a weight become one; it takes 1.6 times as long to compile (docs/lab/).
+    The alternative, one compiled encoder called several times, is as fast and compiles in 1/1.6 of the time (measured:
+    docs/lab/performance.md). One graph is needed for CUDA graphs, and it merges equal casts of a weight.
     """
-    from torch._functorch import config  # a second, which an eager run need not wait for
+    from torch._functorch import config  # takes a second, which an eager run need not wait for
 
     one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
-        # The backward runs outside of autocast, as it does in eager mode: traced under it, the fp32 products of a loss
-        # would be in bf16. It is compiled with the forward, so that what cannot be compiled shows in the first call.
+        # backward_pass_autocast: the backward is traced outside autocast, as it runs in eager mode; otherwise the fp32
+        # products of a loss would be in bf16. force_non_lazy_backward_lowering: the backward is compiled with the
+        # forward, so that a failure shows in the first call, where or_eager catches it.
         with config.patch(backward_pass_autocast="off", force_non_lazy_backward_lowering=True):
             return one_graph(views, labels)
 
@@ -125,12 +125,12 @@ def compiled(method: Method, *, graphs: bool) -> Forward:
 def or_eager(
     forward: Callable[P, Losses], eager: Callable[P, Losses], say: Callable[[str], object]
 ) -> Callable[P, Losses]:
-    """Returns a forward that falls back to the eager one, with a message, where the compiled one cannot be compiled."""
+    """Returns a forward that falls back to the eager one, with a message, if compilation fails."""
     chosen = forward
 
     def run(*args: P.args, **kwargs: P.kwargs) -> Losses:
         nonlocal chosen
-        from torch._dynamo.exc import TorchDynamoException  # a second, which an eager run need not wait for
+        from torch._dynamo.exc import TorchDynamoException  # takes a second, which an eager run need not wait for
 
         try:
             return chosen(*args, **kwargs)
@@ -145,14 +145,15 @@ def or_eager(
 
 
 def checkpoint_activations(method: Method) -> None:
-    """Makes the encoder's residual blocks keep their inputs only, and recompute the rest in backward.
+    """Makes the encoder's residual blocks keep only their inputs and recompute the rest in backward.
 
-    The recomputation leaves the running statistics alone: they have seen the batch already.
+    The recomputation does not update batch norm's running statistics: the forward has already done so.
     """
     for block in method.encoder.modules():
         if isinstance(block, BasicBlock):
             plain = block.forward
             contexts = partial(_first_and_again, block)
+            # preserve_rng_state=False: a residual block draws no random numbers, so there is no state to restore.
             block.forward = partial(
                 checkpoint, plain, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
             )

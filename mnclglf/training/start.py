@@ -1,7 +1,7 @@
 """Decides what runs on this machine, for training, evaluation, reproduce and bench alike.
 
-In this order: device and precision, fast math or kept memory, the images, the method, the backend of each operator
-(after its self-check), the loader, and whether the forward is compiled. Each is decided once and printed once.
+The order: device and precision, fast math or kept memory, the images, the method, the backend of each operator (after
+its self-check), the loader, and whether the forward is compiled. Each is decided once and printed once.
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ class RunData:
     train: ImageSet
     """Images to pre-train on."""
     validation: ImageSet
-    """Images held out of them by --validation-images; may be empty."""
+    """Images that --validation-images holds out of them; may be empty."""
     test: ImageSet | None
-    """The data set's test images, where it has any."""
+    """Test images of the data set; None if it has none."""
     side: int
     """Side of a view in pixels."""
 
 
 @dataclass(kw_only=True)
 class Start:
-    """Everything that a training is made of, decided and ready."""
+    """Everything that a training run consists of, decided and ready."""
 
     config: RunConfig
     """The run, with the number of classes filled in for a method that needs it."""
     machine: Machine
     data: RunData
     method: Method
-    """On the device, in train mode, with its operators' backends."""
+    """The method, on the device, in train mode, with its operators' backends."""
     loader: Loader
     compile: Compile
 
     def describe(self) -> str:
-        """Returns the one line that says what was decided."""
+        """Returns one line that says what was decided."""
         config, data = self.config, self.data
         return (
             f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
@@ -88,12 +88,12 @@ class Start:
 
 
 def start_training(config: RunConfig, console: Console, *, loader: str | None = None) -> Start:
-    """Decides everything about a training, before any work is done.
+    """Decides everything about a training run, before any work is done.
 
     Args:
         config: the run.
-        console: where fallbacks are reported.
-        loader: the loader that a resumed run had; "auto" takes it again, as its views are the same to the bit.
+        console: console for fallbacks.
+        loader: loader of the run before it was resumed; "auto" takes it again, so that the views are bit-identical.
 
     Raises:
         ValueError: settings that do not fit the images, the machine or each other.
@@ -136,13 +136,13 @@ def start_machine(engine: EngineConfig) -> Machine:
 
 
 def elsewhere(engine: EngineConfig, device: str) -> EngineConfig:
-    """Returns a training's settings for an evaluation, whose machine may lack what the training's had."""
+    """Returns a run's engine settings for an evaluation, whose machine may lack what the training had."""
     kernels = "off" if engine.kernels == "off" else "auto"
     return replace(engine, device=cast(Any, device), graphs="auto", lookup="auto", kernels=kernels)
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
-    """Loads the images of a run, from `data_dir` where it is given."""
+    """Loads the images of a run, from `data_dir` if given."""
     train, test = load_dataset(
         config.dataset,
         data_dir or config.data.data_dir,
@@ -159,7 +159,7 @@ def longest_side(images: ImageSet) -> int:
 
 
 def make_views(config: RunConfig, images: ImageSet, view: ViewConfig, machine: Machine, **settings: Any) -> Loader:
-    """Makes a loader of views of the images, by the run's seed, loader and threads; `settings` as of make_loader."""
+    """Makes a loader of the images with the run's seed, loader and threads; `settings` are those of make_loader."""
     return make_loader(
         images,
         view,
@@ -173,7 +173,7 @@ def make_views(config: RunConfig, images: ImageSet, view: ViewConfig, machine: M
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Returns the device of the run; raises ValueError where cuda is asked for and torch sees no GPU."""
+    """Returns the device of the run; raises ValueError if cuda is asked for and torch sees no GPU."""
     available = torch.cuda.is_available()
     require(
         config.device != "cuda" or available,
@@ -187,7 +187,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """Returns bfloat16, float16 or float32; "auto" takes bfloat16 where the device multiplies it in hardware."""
+    """Returns bfloat16, float16 or float32; "auto" is bfloat16 if the device multiplies it in hardware."""
     if config.precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
     if device.type == "cuda":
@@ -201,7 +201,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
-    """Makes the method of a run, with fresh weights of its seed, on the CPU, in the memory format of `engine`."""
+    """Makes the method of a run on the CPU, with initial weights from its seed, in the memory format of `engine`."""
     torch.manual_seed(config.seed)
     queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
     method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
@@ -210,7 +210,7 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
 
 
 def check_queue(config: RunConfig) -> None:
-    """Raises ValueError where a batch does not fit into the queue of a method that has one."""
+    """Raises ValueError if a batch does not fit into the queue of a method that has one."""
     batch, size = config.optim.batch_size, config.objective.queue_size
     require(
         batch <= size or "enqueue" not in METHODS[config.method].operators,
@@ -220,10 +220,10 @@ def check_queue(config: RunConfig) -> None:
 
 
 def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
-    """The run with the number of classes that a labeled method tells apart, the data set's where none is given.
+    """Returns the run with the number of classes filled in for a method that trains on labels.
 
     Raises:
-        ValueError: the images have no labels, or more classes than are given.
+        ValueError: the images have no labels, or more classes than the run's setting.
     """
     if not METHODS[config.method].labelled:
         return config
@@ -241,7 +241,7 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, 
     """Returns configuration, method and step of a run's newest (or given) checkpoint.
 
     Raises:
-        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+        CheckpointError: the run has no checkpoint, it is damaged, or the given one is missing or from another run.
     """
     config, state = load_state(run, checkpoint)
     method = build_method(config, torch.float32)
@@ -258,15 +258,15 @@ def choose_backends(
     *,
     operators: Sequence[OperatorName] | None = None,
 ) -> Backends:
-    """Chooses each operator's backend: Triton where it runs and passes its self-check at the run's sizes, else PyTorch.
+    """Chooses each operator's backend: Triton if it runs and passes its self-check at the run's sizes, else PyTorch.
 
     Args:
-        config: the run; `engine.kernels` and `engine.lookup` are what is asked for.
-        source: longer side of the images that views are made of.
-        side: of a view.
+        config: the run; `engine.kernels` and `engine.lookup` set the policy.
+        source: longest side of the images that views are made from, in pixels.
+        side: side of a view in pixels.
         machine: device and autocast dtype of the run.
-        console: where a kernel that fails its self-check is reported.
-        operators: the operators needed; None for those of the method and of the loader.
+        console: console for kernels that fail their self-check.
+        operators: operators needed; None for those of the method and of the loader.
 
     Raises:
         RuntimeError: kernels are required and cannot run, or one fails; or FAISS cannot run here.
@@ -313,7 +313,7 @@ def choose_backends(
 
 
 def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
-    """Returns the sizes that the operators of a run see: views of `side`, made of images of side `source`."""
+    """Returns the sizes that the operators of a run see, for views of `side` made from images of side `source`."""
     return Sizes(
         images=config.optim.batch_size,
         side=side,
@@ -326,7 +326,7 @@ def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
 
 
 def describe_backends(backends: Backends) -> str:
-    """Returns the most used backend and the exceptions: "triton, nearest_neighbor faiss"."""
+    """Returns the most used backend and the exceptions, e.g. "triton, nearest_neighbor faiss"."""
     (most, _), *_ = Counter(backends).most_common(1)
     return ", ".join([most, *(f"{name} {used}" for name, used in backends._asdict().items() if used != most)])
 
@@ -337,7 +337,7 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
     Args:
         engine: the settings `compile` and `graphs`.
         device: device of the run.
-        say: receives the reason where nothing is compiled although it was asked for.
+        say: receives the reason if nothing is compiled although it was asked for.
     """
     if engine.compile == "off" or (engine.compile == "auto" and not compiles_by_itself(engine, device)):
         return "off"
@@ -352,12 +352,12 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
 
 
 def compiles_by_itself(engine: EngineConfig, device: torch.device) -> bool:
-    """Returns whether "auto" compiles: on a GPU. On a CPU minutes buy nothing, as convolutions are 87% of a step."""
+    """Returns whether "auto" compiles: on a GPU only. On a CPU it gains nothing: convolutions are 87% of a step."""
     return device.type == "cuda" and not engine.activation_checkpointing
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Returns what torch.compile lacks here, or None: a C compiler for Triton on a GPU, a C++ compiler on a CPU."""
+    """Returns what torch.compile lacks here, or None. It needs a C compiler on a GPU and a C++ compiler on a CPU."""
     if device.type == "cuda" and not HAS_TRITON:
         return "the package triton is not installed"
     names = (os.environ.get("CC"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"),)
@@ -375,7 +375,7 @@ def graphs_proven(device: torch.device) -> bool:
 
 
 def remember_proof(device: torch.device) -> None:
-    """Remembers that `make gpu-report` has passed on this machine."""
+    """Records that `make gpu-report` has passed on this machine."""
     path = proof_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(sorted({*_proven(), proven_on(device)}), indent=1) + "\n"

@@ -21,17 +21,17 @@ class TrainStep:
     """Trains a method, batch by batch, without waiting for the device.
 
     Args:
-        method: on the device, in train mode, its weights in the memory format that `engine` asks for.
-        optim: the optimizer's settings.
-        engine: which optimizations to apply.
-        dtype: autocast's; float32 for none.
+        method: the method to train, on the device, in train mode, in the memory format that `engine` asks for.
+        optim: settings of the optimizer.
+        engine: the optimizations to apply.
+        dtype: autocast dtype; float32 switches autocast off.
         compile: "off", "on", or "graphs", which also replays CUDA graphs.
-        labels: int64, on the device, one per image of the run; for a method that needs labels.
+        labels: labels of the run's images, int64 [n], on the device; used by a method that needs them.
 
     Attributes:
-        optimizer: see optim.py; its learning rates are tensors on the device.
-        guard: keeps anything non-finite out of the state; `raise_if_failed` waits for the device and reports.
-        scaler: scales the loss where `dtype` is float16, else does nothing.
+        optimizer: optimizer of optim.py; its learning rates are tensors on the device.
+        guard: keeps non-finite values out of the state; its `raise_if_failed` waits for the device.
+        scaler: loss scaling for float16; disabled in the other dtypes.
     """
 
     def __init__(
@@ -62,32 +62,34 @@ class TrainStep:
     def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
         """Trains on one batch.
 
-        Where loss, gradient or queue keys are not finite, now or in an earlier step, weights, momentum network and
-        queue stay as they are. An fp16 overflow skips the step and halves the loss scale.
+        If a loss, the gradient or the queue keys are not finite, weights, momentum network and queue do not change, in
+        this step or any later one. An fp16 overflow skips the step and halves the loss scale.
 
         Returns:
             The losses and the gradient's norm before clipping, both still on the device.
         """
-        # channels_last costs nothing here where the loader made it so.
+        # No copy if the loader already made the views channels_last.
         views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
-        # Backward outside of autocast, as PyTorch asks for: each operation keeps the dtype that its forward had.
+        # Backward runs outside autocast, as PyTorch's documentation recommends: it uses the dtypes of the forward.
         self.scaler.scale(losses.total).backward()
+        # Unscale before the norm is taken: the guard, the clipping and the log need the true gradient.
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        # Decided on the device: the host learns of it when it next logs or saves.
+        # Decided on the device: an `if` would make the host wait. The host learns of it when it next logs or saves.
         should_update = self.should_update(step, losses, gradient_norm)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, gradient_norm)
-        # The optimizer reads found_inf on the device, as it does for torch's GradScaler, and then changes nothing.
+        # GradScaler's contract: an optimizer that reads found_inf = 1 on the device changes nothing. It is set here and
+        # not by scaler.step(), which would overwrite it with the overflow of this step alone and ignore the guard.
         self.optimizer.found_inf = (~should_update).float()  # pyright: ignore[reportAttributeAccessIssue]
         for rate in self.rates:
             rate.fill_(lr)  # in place: a float would recompile, and a CUDA graph would not see it
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scaler.update()
-        # After the optimizer: Algorithm 1 moves the momentum network towards the new weights, then enqueues.
+        # After the optimizer: Algorithm 1 moves the momentum network towards the new weights, then enqueues the keys.
         self.method.after_step(losses, batch.indices, momentum=momentum, should_update=should_update)
         return losses, gradient_norm
 
@@ -96,7 +98,8 @@ class TrainStep:
         keys = {} if losses.keys is None else {"keys": losses.keys}
         if not self.scaler.is_enabled():
             return self.guard.check(step, {**losses.terms, "gradient": gradient_norm, **keys})
-        # Overflow is how the scale finds its size; a gradient that is not finite unscaled is broken for good.
+        # An overflow at a scale of 1 or more only shows that the scale is too large, and GradScaler halves it. Below 1
+        # the unscaled gradient itself is not finite, which no scale can mend: the guard has to see it.
         scale: Tensor = self.scaler._scale  # pyright: ignore  # get_scale() would wait for the device
         gradient = torch.where(scale < 1, gradient_norm, torch.zeros_like(gradient_norm))
         return self.guard.check(step, {**losses.terms, "gradient": gradient, **keys}) & gradient_norm.isfinite()
@@ -110,11 +113,11 @@ class TrainStep:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of optimizer and loss scale."""
+        """Returns the state of the optimizer and the loss scale."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; a state without a loss scale leaves the scale as it is."""
+        """Restores the state that `state_dict` returned; without a loss scale in it, the current scale stays."""
         self.optimizer.load_state_dict(state["optimizer"])
         # The fused kernels go through a state as its parameter lies in memory, whose format may have changed.
         for parameter, kept in self.optimizer.state.items():

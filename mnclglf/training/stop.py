@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM while it is entered; a second signal ends the process as it always would."""
+    """Catches SIGINT and SIGTERM inside its `with` block; a second signal ends the process as usual."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

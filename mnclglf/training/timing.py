@@ -1,4 +1,4 @@
-"""How long a run's steps take, without its warm-up and without making the host wait for the device."""
+"""Step times of a run, without its warm-up and without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from mnclglf.data.loader import Batch, Loader
 
-WARM_UP_STEPS = 3  # of a process, or after one that compiles: libraries initialise, caches fill, graphs are captured
+WARM_UP_STEPS = 3  # first steps of a process: libraries initialize, caches fill, CUDA graphs are captured
 
 
 class Speed(NamedTuple):
-    """Of some steps: median, and the slowest and the fastest tenth."""
+    """Speed of some steps: median, and the slowest (p10) and the fastest (p90) tenth."""
 
     step_seconds: float
     images_per_second: float
@@ -27,25 +27,25 @@ class Speed(NamedTuple):
 
 
 def speed_of(seconds: list[float], batch_size: int) -> Speed | None:
-    """Of steps that took so long; None where there are none."""
+    """Returns the speed of steps that took `seconds` each; None for no steps."""
     if not seconds:
         return None
     if len(seconds) == 1:
-        seconds = 2 * seconds
+        seconds = 2 * seconds  # quantiles needs two values
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
     rate = [batch_size / value for value in (tenths[4], tenths[8], tenths[0])]
     return Speed(tenths[4], *rate)
 
 
 class StepClock:
-    """Times steps from the end of one to the end of the next, the wait for data included, on the device's own clock.
+    """Times steps on the device's own clock, from the end of one to the end of the next, including the wait for data.
 
-    On CUDA the ends are events on the stream; nothing waits for them before their times are asked for, when the run
-    waits anyway.
+    On CUDA the ends are events on the stream. Their times are read only when the run waits for the device anyway, as a
+    wait after each step would stop the host from working ahead.
 
     Args:
-        device: of the steps.
-        warm_up: steps at the start whose times are left out.
+        device: device of the steps.
+        warm_up: number of first steps whose times are left out.
     """
 
     def __init__(self, device: torch.device, warm_up: int = WARM_UP_STEPS) -> None:
@@ -54,10 +54,10 @@ class StepClock:
         self.spans: list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = []
         self.waited = 0.0
         self.all: list[float] = []
-        """Seconds of every step that was taken."""
+        """Seconds of each step that `take` has returned so far."""
 
     def stop(self, waited: float) -> None:
-        """A step ended, before which the host waited so many seconds for data; the next one begins."""
+        """Ends a step, before which the host waited `waited` seconds for data, and begins the next."""
         now, self.waited = self._now(), self.waited + waited
         if self.warm_up > 0:
             self.warm_up -= 1
@@ -66,18 +66,18 @@ class StepClock:
         self.last = now
 
     def restart(self) -> None:
-        """What was done since the last step, logging or saving, belongs to no step."""
+        """Begins the next step now: logging or saving since the last one belongs to no step."""
         self.last = self._now()
 
     def times(self) -> list[float]:
-        """Seconds of each step since the last `take`. On CUDA the device must have been waited for."""
+        """Returns the seconds of each step since the last `take`; on CUDA the device must have finished them."""
         return [
             start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start  # pyright: ignore
             for start, end in self.spans
         ]
 
     def take(self) -> tuple[float, list[float]]:
-        """(seconds waited for data, seconds of each step) since the last call."""
+        """Returns (seconds waited for data, seconds of each step) since the last call."""
         waited, times = self.waited, self.times()
         self.waited, self.spans, self.all = 0.0, [], self.all + times
         return waited, times
@@ -91,15 +91,21 @@ class StepClock:
 
 
 class Waiting:
-    """Keeps the time that a run waits for data. The wait for the first batch, which starts the loader, stands apart."""
+    """Measures the time that a run waits for data.
+
+    The wait for the first batch is kept apart, as it includes the start of the loader.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.first = self.later = self.elapsed = 0.0
-        """Seconds: of the first wait, of those after it, and from the first batch to the last look at the clock."""
+        """Seconds of the first wait, of the later waits, and from the first batch to the latest reading."""
 
     def timed(self, loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch, float]]:
-        """(step, batch, seconds waited for it, but 0 for the first) of the global steps from start up to stop."""
+        """Yields (step, batch, seconds waited for it) for the global steps from start up to stop.
+
+        The seconds are 0 for the first step.
+        """
         began, batches = self.clock(), loader.batches(start, stop)
         for step in range(start, stop):
             since = self.clock()
@@ -117,10 +123,10 @@ class Waiting:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: of tensors on a GPU, since `forget_peak_memory`; on a CPU of the whole process."""
+    """Returns the peak memory: of tensors since `forget_peak_memory` on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage counts what the parent had when it started this process
+    if sys.platform == "linux":  # not getrusage: it counts what the parent had when it started this process
         status = Path("/proc/self/status").read_text()
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -128,6 +134,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """On a GPU, lets the peak begin anew: that of a warm-up holds what chose kernels, not what a step needs."""
+    """Resets the peak on a GPU: that of the warm-up includes memory for choosing kernels, which no later step needs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

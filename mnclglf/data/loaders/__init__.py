@@ -22,7 +22,7 @@ from mnclglf_kernels.backend import first_line
 logger = logging.getLogger(__name__)
 
 _DALI_REMEDY = 'pip install "mnclglf[dali-cuda13]"'
-FASTER_ON_CPU = 32  # pixels a side up to which resident is faster than dali there
+FASTER_ON_CPU = 32  # largest side in pixels at which resident is faster than dali on a CPU
 _WARM_UP_BATCHES, _TIMED_BATCHES = 3, 10
 
 
@@ -96,13 +96,13 @@ def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
     """Tries each loader for a moment and returns the fastest one; logs the rates, and each loader that cannot run here.
 
     Raises:
-        RuntimeError: none can.
+        RuntimeError: no loader can run here.
     """
     rates: dict[str, float] = {}
     for name, loader in loaders.items():
         try:
             rates[name] = batches_per_second(loader, device)
-        except RuntimeError as error:  # a driver too old for DALI, or memory that is full
+        except RuntimeError as error:  # the driver is too old for DALI, or the memory is full
             logger.warning("loader %s cannot run here: %s", name, first_line(error))
     if not rates:
         raise RuntimeError(f"none of the loaders {', '.join(loaders)} can run on {device}; the reasons are above")
