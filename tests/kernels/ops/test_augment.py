@@ -13,7 +13,7 @@ from mnclglf_kernels.ops.augment import PARAMETERS, ViewFormat
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 COLUMNS = len(PARAMETERS)
 OFF = dict(flip=0, brightness=1, contrast=1, saturation=1, hue=0, gray=0, sigma=0, angle=0, solarize=0)
-# Unit: levels. fp32 rounds numbers up to 255 in twenty operations, when no sum is rounded to a whole level.
+# Unit: levels. Rounding of numbers up to 255 in twenty fp32 operations, if no sum is rounded to a whole level.
 EXACT = 0.01
 # A resize ends in whole levels, and a sum within rounding of a half becomes another level. torchvision's weights have
 # 16 bits, so many sums of few pixels are that close to a half.
