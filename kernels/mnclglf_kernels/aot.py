@@ -141,7 +141,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     if registers is None or stack is None:
-        raise RuntimeError(f"{command[0]} named no registers and stack: {text!r}")
+        raise RuntimeError(f"{command[0]} printed no registers and stack: {text!r}")
     return int(registers[1]), int(stack[1])
 
 

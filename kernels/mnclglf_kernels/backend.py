@@ -48,7 +48,7 @@ def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> R
     if backend == "triton" and (problem := triton_problem(tensors, kind)) is not None:
         raise problem
     if backend == "faiss" and kind != "lookup":
-        raise ValueError("backend 'faiss' looks up nearest neighbors and does nothing else; use 'auto' here")
+        raise ValueError("backend 'faiss' has only nearest_neighbor; use 'auto' here")
     if backend == "faiss" and (problem := faiss_problem(device)) is not None:
         raise problem
     return backend

@@ -30,7 +30,9 @@ def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     """Raises ValueError unless both matrices have the same number of rows, at least one."""
     count, other_count = tensor.shape[0], other.shape[0]
     if count != other_count or count == 0:
-        raise ValueError(f"{name} has {count} rows, {other_name} {other_count}; they need as many, and one at least")
+        raise ValueError(
+            f"{name} has {count} rows, {other_name} {other_count}; they need the same number, at least one"
+        )
 
 
 def check_temperature(temperature: float) -> None:

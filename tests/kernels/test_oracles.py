@@ -85,7 +85,7 @@ def test_reference_networks_have_the_paper_s_sizes():
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    assert count(oracles.reference_resnet18(stem="imagenet")) == 11_689_512 - 513_000  # torchvision's count less fc
+    assert count(oracles.reference_resnet18(stem="imagenet")) == 11_689_512 - 513_000  # torchvision's count minus fc
     assert count(oracles.reference_resnet18()) == 11_176_512 - 64 * 3 * (49 - 9)
     assert count(oracles.reference_projector(512, 2048)) == 512 * 2048 + 2 * 2048**2 + 3 * 2 * 2048
     assert count(oracles.reference_predictor(2048, 512)) == 2 * 2048 * 512 + 2 * 512 + 2048
@@ -146,7 +146,7 @@ def vectorised_losses(run: oracles.Algorithm1, views: list[Tensor], subset: int 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_step_against_vectorised_pytorch(k):
     run, views = small_run(k=k)
-    twin = deepcopy(run.f_o)  # moved by torch.optim.SGD
+    twin = deepcopy(run.f_o)  # updated by torch.optim.SGD
     optimizer = torch.optim.SGD(
         twin.parameters(), momentum=SETTINGS["sgd_momentum"], weight_decay=SETTINGS["weight_decay"]
     )

@@ -573,7 +573,7 @@ def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Non
         if not rows.is_contiguous() or rows.dtype != targets[0].dtype:
             raise ValueError(
                 f"rows of shape {tuple(rows.shape)}, strides {rows.stride()} and {rows.dtype}; this operator takes "
-                "dense rows of one dtype, which mnclglf_kernels.contrastive_losses makes of any"
+                "dense rows of one dtype; call mnclglf_kernels.contrastive_losses, which converts any rows"
             )
 
 

@@ -438,8 +438,8 @@ def check_queue_dense(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
     check_dense([queries], [keys])
     if not queue.is_contiguous():
         raise ValueError(
-            f"queue has shape {tuple(queue.shape)} and strides {queue.stride()}; backend 'triton' takes a dense one, "
-            "which it does not copy: store it contiguous"
+            f"queue has shape {tuple(queue.shape)} and strides {queue.stride()}; backend 'triton' takes a dense "
+            "queue and makes no copy; store it contiguous"
         )
 
 

@@ -134,16 +134,18 @@ def read_tuning(path: Path) -> dict[str, Tile]:
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no tuning file ({error}); delete it, or write it anew with python -m mnclglf_kernels.tune"
+            f"{path} is no tuning file ({error}); delete it, or rewrite it with python -m mnclglf_kernels.tune"
         ) from error
 
 
 def check_tile(name: str, t: Tile) -> None:
     """Raises ValueError unless Triton can compile such a tile."""
     if not all(type(value) is int and value > 0 for value in asdict(t).values()):
-        raise ValueError(f"{name} has {t}, whose numbers must be whole and positive")
+        raise ValueError(f"{name} has {t}, whose values must be positive integers")
     if any(side < 16 or side & (side - 1) for side in (t.rows, t.columns, t.depth)) or t.warps & (t.warps - 1):
-        raise ValueError(f"{name} has {t}, whose sides must be powers of two from 16 on, and its warps a power of two")
+        raise ValueError(
+            f"{name} has {t}, whose sides must be powers of two of at least 16, and its warps a power of two"
+        )
 
 
 def write_tuning(path: Path, tiles: dict[str, Tile]) -> None:

@@ -128,7 +128,7 @@ def _check(
         raise ValueError(f"there are {count} rows of parameters and no image to make views of")
     if parameters.dtype not in (torch.float32, torch.float64) or not parameters.dtype == mean.dtype == std.dtype:
         raise TypeError(
-            f"parameters, mean and std are {parameters.dtype}, {mean.dtype} and {std.dtype}; they must be fp32 alike"
+            f"parameters, mean and std are {parameters.dtype}, {mean.dtype} and {std.dtype}; they must all be fp32"
         )
     if mean.shape != (3,) or std.shape != (3,):
         raise ValueError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}; augment needs [3]")

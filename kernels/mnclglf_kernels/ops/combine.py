@@ -31,7 +31,7 @@ def combine(features: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     """
     check_matrix("features", features, "[4N, F]")
     if features.shape[0] % PATCHES:
-        raise ValueError(f"features have {features.shape[0]} rows; combine needs four rows an image, [4N, F]")
+        raise ValueError(f"features have {features.shape[0]} rows; combine needs four rows per image, [4N, F]")
     if k not in range(1, PATCHES + 1):
         raise ValueError(f"k is {k}; an image has four patches, so k must be 1, 2, 3 or 4")
     if features.numel() and resolve(backend, features) == "triton":

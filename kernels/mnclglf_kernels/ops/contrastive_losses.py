@@ -79,7 +79,7 @@ def check_pair(targets: Tensor, predictions: Tensor) -> None:
     check_widths("targets", targets, "predictions", predictions)
     rows, candidates = targets.shape[0], predictions.shape[0]
     if candidates == 0 or rows == 0 or rows % candidates:
-        raise ValueError(f"{rows} target rows are no positive multiple of {candidates} prediction rows")
+        raise ValueError(f"{rows} target rows are not a positive multiple of {candidates} prediction rows")
 
 
 def alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:

@@ -80,9 +80,8 @@ def test_combine_of_no_elements(images, dtype, backend):
 
 def test_combine_expanded_rows(backend):
     features = torch.randn(1, 7).expand(12, -1)
-    torch.testing.assert_close(
-        combine(features, 3, backend=backend), features, rtol=2**-22, atol=0
-    )  # fp32 sum of three
+    # Tolerance: an fp32 sum of three.
+    torch.testing.assert_close(combine(features, 3, backend=backend), features, rtol=2**-22, atol=0)
     features = torch.randn(12, 1).expand(-1, 7)
     expected = combine(features.contiguous(), 3, backend=backend)
     assert torch.equal(combine(features, 3, backend=backend), expected)

@@ -115,7 +115,7 @@ def test_upstream_gradient_scales(upstream, dtype, backend):
 @pytest.mark.parametrize("images", [65, 130])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_several_tiles_of_wide_rows(images, dtype, backend):
-    check(*rows_of((2, images, 160), dtype), 0.2, backend)  # tiles of up to 128 columns, of 32 and 16 of the width
+    check(*rows_of((2, images, 160), dtype), 0.2, backend)  # tiles of up to 128 columns, with a depth of 32 or 16
 
 
 def test_upstream_gradient_of_stride_zero(backend):
@@ -286,7 +286,7 @@ def test_rows_are_not_rounded_once_normalised(dtype, backend):
     targets, predictions = rows_of((2, 17, 33), dtype)
     loss = contrastive_loss(targets, predictions, 0.05, backend=backend)
     truth = oracles.contrastive_loss(targets.double(), predictions.double(), 0.05)
-    # fp32 rounding of logits of up to 20 and of log 17; rounding the rows costs some 1e-3.
+    # Tolerance: fp32 rounding of logits of up to 20 and of log 17. Rounding the rows would cost some 1e-3.
     assert loss.item() == pytest.approx(truth.item(), abs=ULPS_FP32 * working_epsilon(dtype) * 24)
 
 

@@ -36,7 +36,7 @@ def check(queries: Tensor, queue: Tensor, backend: str) -> None:
         with pytest.raises(TypeError, match="float64"):
             nearest_neighbor(queries, queue, backend=backend)
         return
-    epsilon = working_epsilon(torch.float32) if backend == "faiss" else None  # it searches in fp32 on the CPU
+    epsilon = working_epsilon(torch.float32) if backend == "faiss" else None  # FAISS searches in fp32 on the CPU
     assert_nearest(nearest_neighbor(queries, queue, backend=backend), queries, queue, epsilon)
 
 

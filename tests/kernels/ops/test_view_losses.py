@@ -238,7 +238,7 @@ def test_logits_are_not_rounded_to_the_input_dtype(name, dtype, backend):
 def test_rows_are_not_rounded_once_normalised(name, dtype, backend):
     sides, loss = sides_of((17, 33), dtype), loss_of(name, queue_of(33, dtype))
     truth = loss.equation(*(rows.double() for rows in sides), 0.05)
-    # fp32 rounding of logits of up to 20 and of log 38; rounding the rows costs some 1e-3.
+    # Tolerance: fp32 rounding of logits of up to 20 and of log 38. Rounding the rows would cost some 1e-3.
     expected = pytest.approx(truth.item(), abs=ULPS_FP32 * working_epsilon(dtype) * 24)
     assert loss.ours(*sides, 0.05, backend=backend).item() == expected
 
