@@ -76,7 +76,7 @@ def scheduled_groups(optimizer: torch.optim.Optimizer, config: OptimConfig) -> l
     return groups[: len(groups) // 2] if config.constant_predictor_lr else groups
 
 
-def rate_tensor(rate: float | Tensor, parameter: nn.Parameter) -> Tensor:
+def rate_tensor(rate: float | Tensor, parameter: Tensor) -> Tensor:
     """Returns a learning rate beside a parameter and in its dtype; in fp32 on a GPU, as fused kernels want it."""
     return torch.as_tensor(rate).to(parameter.device, torch.float32 if parameter.is_cuda else parameter.dtype)
 
