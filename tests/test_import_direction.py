@@ -46,7 +46,7 @@ def part_of(module: str) -> str:
 
 
 def imported_modules(source: str, package: str) -> set[str]:
-    """Every module that the source imports, wherever in it; `package` is what a leading dot stands for."""
+    """Returns every module that the source imports, anywhere in it; a leading dot stands for `package`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def imported_modules(source: str, package: str) -> set[str]:
 
 
 def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> list[str]:
-    """The imports of `source`, the text of `module`, that go against the direction."""
+    """Returns the imports of `source`, the text of `module`, that go against the direction."""
     part = part_of(module)
     assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
     package = module if is_package else module.rpartition(".")[0]
@@ -70,7 +70,7 @@ def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> 
 
 
 def source_files() -> dict[str, Path]:
-    """Path of every module of ours, by its dotted name."""
+    """Returns the path of every module of ours, by its dotted name."""
     files = {}
     for base in (ROOT, ROOT / "kernels"):
         for path in sorted(base.glob("mnclglf*/**/*.py")):
