@@ -28,6 +28,7 @@ from mnclglf.config import RunConfig
 from mnclglf.methods import METHODS, Method
 from mnclglf.training.start import sizes_of
 from mnclglf_kernels import Backends
+from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.operators import OPERATORS, Example
 
@@ -193,6 +194,8 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 def _best_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Returns floating-point operations and bytes per second."""
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+    if device.type == "cpu" and dtype != torch.float32 and not CPU_MULTIPLIES_BF16:
+        side = 256  # emulated: five products of side 2048 took minutes on one thread of a CPU with AVX2 alone
     square = torch.randn(side, side, device=device).to(dtype)
     numbers = torch.ones(count, device=device)
     product = torch.empty_like(square)
