@@ -1,4 +1,4 @@
-"""The one command: mnclglf train | knn | linear | logistic | report | data | reproduce."""
+"""The command line: mnclglf train | knn | linear | logistic | report | data | reproduce."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The options that choose the values that the others start from."""
+    """Options that choose the defaults of the others."""
 
     method: str = "mnclglf"
     dataset: str = "cifar10"
@@ -67,10 +67,10 @@ TRAIN_HELP = f"{Train.__doc__}\n\nData sets: {', '.join(SOURCES)}, or folder:PAT
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Arguments that all evaluations have."""
+    """Arguments common to all evaluations."""
 
     runs: Runs
-    """Run directories. Of several, which must differ in the seed alone, mean and deviation are printed as well."""
+    """Run directories. For several, which may differ only in the seed, mean and deviation are printed too."""
 
     def __post_init__(self) -> None:
         require(len(self.runs) > 0, "no run directory is named; give one or more, as runs/x")
@@ -78,7 +78,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(Evaluation):
-    """Weighted k-nearest-neighbor accuracy of a run's encoder, beside the untrained encoder and raw pixels."""
+    """Weighted k-nearest-neighbor accuracy of a run's encoder, the untrained encoder and raw pixels."""
 
     config: KnnConfig = field(default_factory=KnnConfig)
 
@@ -92,8 +92,8 @@ class Linear(Evaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Logistic(Evaluation):
-    """Accuracy of logistic regression on a run's features computed once, on all labels and on 10 labels per class,
-    beside the untrained encoder and raw pixels."""
+    """Accuracy of logistic regression on features computed once, on all labels and on 10 labels per class; of a run's
+    encoder, the untrained encoder and raw pixels."""
 
     config: LogisticConfig = field(default_factory=LogisticConfig)
 
@@ -108,33 +108,33 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Arguments that the looks at images have in common."""
+    """Arguments common to the commands that look at images."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A data set's name, or folder:PATH."""
     data_dir: Path | None = None
     """Folder of the data set's files; None looks in its usual places."""
     download: bool = False
-    """Fetch the data set where it is missing."""
+    """Fetch the data set if it is missing."""
     skip_corrupt: bool = False
-    """Leave out image files that cannot be read."""
+    """Skip image files that cannot be read."""
     out: Path | None = None
-    """The picture; None is SOURCE-images.png or SOURCE-views.png here."""
+    """File of the picture; None is SOURCE-images.png or SOURCE-views.png in the current directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Look):
-    """Sizes, classes and channel statistics of a source, and a picture of some images."""
+    """Print sizes, classes and channel statistics of a source, and draw some images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views(Look):
-    """The views that each loader makes of some images, side by side, and their patches, as a picture."""
+    """Draw the views that each loader makes of some images, side by side, and their patches."""
 
     view: str = "paper"
     """Recipe of the views: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
     side: int | None = None
-    """Side of a view in pixels; None is the images' own, 224 for a folder."""
+    """Side of a view in pixels; None is the images' own side, 224 for a folder."""
     images: int = 6
     """Images to show."""
     seed: int = 0
@@ -155,9 +155,10 @@ Command = Train | Knn | Linear | Logistic | Report | Data | Reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0; 1 after an error, which it explains; 128 + N when stopped by signal N.
+    """Runs one command.
 
-    Wrong usage exits with 2 and says what is wrong.
+    Returns:
+        0; 1 after an error, whose message is printed; 128 + N if stopped by signal N. Wrong usage exits with 2.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
@@ -191,7 +192,7 @@ def parse(arguments: Sequence[str]) -> Command:
 def chosen_recipe(arguments: Sequence[str]) -> RunConfig:
     """Returns the recipe's settings for the method and data set among the arguments.
 
-    A name that does not exist stands for its default here: parsing the arguments proper refuses it.
+    An unknown name is replaced by its default here; the full parse then rejects it.
     """
     chosen, _ = tyro.cli(Selection, args=[*arguments], return_unknown_args=True, add_help=False)
     known = RunConfig()
@@ -232,7 +233,7 @@ def run(command: Command, console: Console) -> int:
 
 
 def look(command: Inspect | Views, console: Console) -> None:
-    """Looks at a source of images."""
+    """Runs `data inspect` or `data views`."""
     from mnclglf.data.datasets import load_dataset
     from mnclglf.reports.sources import inspect_source, show_views
 
@@ -264,7 +265,7 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
     try:
         stopped = trainer.train()
     except TrainingError:
-        write_report(folder)  # it says where the run stopped
+        write_report(folder)  # also after a failure: it shows where the run stopped
         raise
     if not stopped:
         return folder, 0
@@ -273,7 +274,7 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
 
 
 def evaluate(command: Knn | Linear | Logistic, console: Console) -> None:
-    """Evaluates runs and prints a table of each; of several runs, a table of the means too."""
+    """Evaluates runs and prints a table per run; for several runs, a table of the means too."""
     from mnclglf.evaluation.run import check_comparable, evaluate_run
     from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
 

@@ -1,7 +1,7 @@
 """Settings of runs and evaluations: typed, frozen, checked when they are made. Imports nothing of ours.
 
-A RunConfig comes from a recipe (recipes.py) and the options of the command line; `to_dict` and `from_dict` take it to
-config.json and back. A value that cannot work raises ValueError with the value and the remedy.
+A RunConfig comes from a recipe (recipes.py) and the options of the command line. `to_dict` and `from_dict` convert it
+to JSON types and back. An invalid value raises ValueError, which names the value and the remedy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-NO_METHODS = {"__init__", "base"}  # files of methods/ that are no method
-# The file of a method has the method's name: the names are known without importing the methods, and so torch.
+NO_METHODS = {"__init__", "base"}  # files of methods/ that hold no method
+# Each method's file has the method's name, so the names are known without importing the methods, and with them torch.
 METHOD_NAMES = tuple(
     sorted(path.stem for path in (Path(__file__).parent / "methods").glob("*.py") if path.stem not in NO_METHODS)
 )
@@ -34,7 +34,7 @@ KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
 
 FOLDER = "folder:"
-"""What the name of a data set starts with that is a folder of image files: folder:PATH."""
+"""Prefix of a data set's name that stands for a folder of image files: folder:PATH."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -53,8 +53,8 @@ class ViewConfig:
 
     The operations, in this order: rotation, random resized crop, flip, jitter, gray, blur, solarize.
 
-    A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py turns it
-    into numbers for each image.
+    A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py draws the
+    numbers of each image.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -70,13 +70,13 @@ class ViewConfig:
     jitter_probability: float = 0.8
     """Probability that brightness, contrast, saturation and hue are changed (in that order)."""
     brightness: float = 0.4
-    """Brightness factor is drawn from 1 - this to 1 + this."""
+    """Largest change of the brightness factor, which is drawn from 1 - this to 1 + this."""
     contrast: float = 0.4
-    """Contrast factor is drawn from 1 - this to 1 + this."""
+    """Largest change of the contrast factor, which is drawn from 1 - this to 1 + this."""
     saturation: float = 0.4
-    """Saturation factor is drawn from 1 - this to 1 + this."""
+    """Largest change of the saturation factor, which is drawn from 1 - this to 1 + this."""
     hue: float = 0.1
-    """Hue shift is drawn from -this to +this turns of the color wheel."""
+    """Largest hue shift either way, in turns of the color wheel."""
     gray_probability: float = 0.2
     """Probability that the colors are dropped."""
     blur_probability: float = 0.5
@@ -113,18 +113,18 @@ class DataConfig:
     data_dir: Path | None = None
     """Folder of the data set's files; None looks in the data set's usual places."""
     download: bool = False
-    """Fetch the data set into data_dir where it is missing."""
+    """Fetch the data set into data_dir if it is missing."""
     skip_corrupt: bool = False
-    """Leave out image files that cannot be read, which otherwise end the run before it starts."""
+    """Skip image files that cannot be read, with a warning; otherwise they are an error."""
     image_size: int | None = None
     """Side of a view in pixels (even); None is the data set's own side, made even."""
     train_images: int | None = None
     """Pre-train on this many images, a fixed random choice; None takes all."""
     validation_images: int = 0
-    """Hold this many training images out (a fixed random choice) to choose settings on."""
+    """Hold out this many training images (a fixed random choice) for choosing settings."""
     loader: LoaderName = "auto"
     """dali: NVIDIA DALI. resident: all images on the device and one fused kernel, up to 64 x 64. reference:
-    torchvision, slow. auto: on a CPU resident up to 32 x 32, else dali; on a GPU the faster of the two."""
+    torchvision, slow. auto: on a CPU, resident up to 32 x 32 and dali above; on a GPU, the faster of the two."""
     loader_threads: int = 2
     """CPU threads of the loader."""
 
@@ -213,9 +213,9 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay of every parameter."""
     constant_predictor_lr: bool = False
-    """The predictor trains at --lr throughout, without warm-up and cosine (SimSiam)."""
+    """Train the predictor at --lr throughout, without warm-up and cosine (SimSiam)."""
     clip_norm: float | None = None
-    """Largest L2 norm of all gradients together, to which longer ones are scaled down; None does not clip."""
+    """Largest L2 norm of all gradients together; larger ones are scaled down to it. None does not clip."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
@@ -238,9 +238,9 @@ class EngineConfig:
     """Execution of the run: no setting here changes what is computed, up to rounding."""
 
     device: Device = "auto"
-    """auto is cuda where torch sees a GPU."""
+    """auto is cuda if torch sees a GPU."""
     precision: Precision = "auto"
-    """auto is bf16 autocast where the device multiplies bf16 in hardware, else fp32. fp16 scales its losses, for GPUs
+    """auto is bf16 autocast if the device multiplies bf16 in hardware, else fp32. fp16 uses loss scaling, for GPUs
     without bf16."""
     channels_last: bool = True
     """Store weights and images with channels innermost, the layout that tensor cores read."""
@@ -299,8 +299,8 @@ class RunConfig:
     """Name of a data set (see above), or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
     seed: int = 0
-    """Seed of weights, views and order of the images: the same seed gives the same run. (Two loaders differ by levels
-    of 255 in some pixels, and on a GPU --loader auto takes the faster one.)"""
+    """Seed of the weights, the views and the order of the images: the same seed gives the same run. (Two loaders differ
+    by a few of 255 levels in some pixels, and on a GPU --loader auto takes the faster one.)"""
     data: DataConfig = field(default_factory=DataConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -320,14 +320,14 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Settings that all evaluations of a run have."""
+    """Settings common to all evaluations of a run."""
 
     split: Literal["test", "validation"] = "test"
-    """Images to classify; validation are those that --validation-images held out."""
+    """Images to classify; validation: those that --validation-images held out."""
     checkpoint: Path | None = None
     """Checkpoint to evaluate; None is the newest."""
     milestones: bool = False
-    """Evaluate each checkpoint that --keep-every kept, the pretrained encoder alone (Table 5)."""
+    """Evaluate each milestone (see --keep-every), only the pretrained encoder (Table 5)."""
     label_share: float = 1.0
     """Fraction of labels per class, e.g. 0.01; the run's seed chooses the subset."""
     data_dir: Path | None = None
@@ -361,8 +361,8 @@ class KnnConfig(EvaluationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticConfig(EvaluationConfig):
-    """Logistic regression on frozen features computed once: on all labels and, where each class has as many, on 10
-    labels per class; beside the untrained encoder and raw pixels."""
+    """Logistic regression on frozen features computed once, on all labels and on 10 labels per class (if each class has
+    that many); also of the untrained encoder and raw pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +374,7 @@ class LinearConfig(EvaluationConfig):
     epochs: int = 90
     """Passes over the training images."""
     batch_size: int = 256
-    """Images per step, or all whose labels are used where those are fewer."""
+    """Images per step, at most the number of labeled images."""
     lr: float = 0.8
     """Learning rate of LARS at the start, which falls to 0 as a cosine."""
 
@@ -401,7 +401,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
-    """Returns the run with the whole paths of its images, so that it can be evaluated from anywhere."""
+    """Returns the run with absolute paths of its images, so that it can be evaluated from any directory."""
     if config.data.data_dir is not None:
         data_dir = config.data.data_dir.expanduser().resolve()
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
@@ -412,12 +412,12 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 
 
 def short_name(dataset: str) -> str:
-    """Returns the name of a data set as part of a file's: folder:PATH by the last part of the path."""
+    """Returns the name of a data set for use in file names; for folder:PATH the last part of the path."""
     return f"folder-{Path(dataset.removeprefix(FOLDER)).resolve().name}" if dataset.startswith(FOLDER) else dataset
 
 
 def default_folder(config: RunConfig) -> Path:
-    """Returns the run directory of a run that is given none."""
+    """Returns the default run directory of a run."""
     return Path("runs") / f"{config.method}-{short_name(config.dataset)}-{config.recipe}-seed{config.seed}"
 
 
@@ -429,7 +429,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Returns the configuration that `to_dict` wrote; unknown names raise TypeError.
+    """Returns the configuration from the values of `to_dict`; unknown names raise TypeError.
 
     JSON has no tuples and no paths: lists become tuples and data_dir a Path again.
     """

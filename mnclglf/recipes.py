@@ -1,4 +1,4 @@
-"""Named runs: a recipe is a function from method and data set to a RunConfig. Named views: settings of a view."""
+"""Recipes, each a function from method and data set to a RunConfig, and named views, each the settings of a view."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _CROPPED = ViewConfig(
     blur_probability=0.0,
 )
 
-# mocov2 and byol are in no recipe, as the CIFAR-10 settings of both take SimCLR's: `mnclglf data views` shows them.
+# No recipe uses mocov2 and byol, as the CIFAR-10 settings of both take SimCLR's; they are for `mnclglf data views`.
 VIEWS: dict[str, ViewConfig] = {
-    # The kinds of the paper's section 4.1; it gives no strengths: those of MoCo v2, cubic as in the authors' code.
+    # The operations of the paper's section 4.1, which gives no strengths: MoCo v2's, bicubic as in the authors' code.
     "paper": ViewConfig(),
-    # Chen et al. 2020, appendix B.9 (CIFAR-10): Inception crops, flip, jitter of half strength, gray, no blur.
+    # Chen et al. 2020, appendix B.9 (CIFAR-10): Inception crops, flip, jitter at half strength, gray, no blur.
     "simclr": ViewConfig(crop_scale=(0.08, 1.0), blur_probability=0.0, interpolation="bilinear"),
     # He et al. 2020 and Chen et al. 2020 ("Improved baselines"), as in their code's aug_plus.
     "mocov2": ViewConfig(interpolation="bilinear"),
-    # Grill et al. 2020, table 6, with one distribution for all views: theirs blur the first always and the second one
-    # time in ten, and solarize the second alone, one time in five.
+    # Grill et al. 2020, table 6, but with one distribution for both views. Theirs blur the first view always and the
+    # second with probability 0.1, and solarize only the second, with probability 0.2.
     "byol": ViewConfig(crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=0.55, solarize_probability=0.1),
-    # Chen & He 2021, appendix D (CIFAR-10): as MoCo v2, without blur.
+    # Chen & He 2021, appendix D (CIFAR-10): like MoCo v2, without blur.
     "simsiam": ViewConfig(interpolation="bilinear", blur_probability=0.0),
     # Khosla et al. 2020, the cross-entropy baseline of their code for CIFAR (main_ce.py): crop and flip.
     "supervised": replace(_CROPPED, crop_scale=(0.2, 1.0)),
     # The paper's linear evaluation: random resized crop, with torchvision's scales, and flip.
     "linear_train": _CROPPED,
-    # The whole image; of one that is not square the middle.
+    # The whole image, or the center square of an oblong one.
     "eval": replace(_CROPPED, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0),
     # A learnable task for small images and short runs (docs/lab/results.md).
     "quick": ViewConfig(crop_scale=(0.5, 1.0), interpolation="bilinear", hue=0.0, blur_probability=0.0),
@@ -52,10 +52,10 @@ VIEWS: dict[str, ViewConfig] = {
 
 
 def view_of(name: str, dataset: str) -> ViewConfig:
-    """The views of this name for a data set: its source says whether they are flipped.
+    """Returns the named view for a data set, without flips if the data set's source rules them out.
 
     Raises:
-        ValueError: there is no such name.
+        ValueError: there is no view of this name.
     """
     require(name in VIEWS, f"recipe {name!r} is none of {', '.join(VIEWS)}")
     view = VIEWS[name]
@@ -68,7 +68,7 @@ def view_of(name: str, dataset: str) -> ViewConfig:
 def paper(method: MethodName, dataset: str) -> RunConfig:
     """Returns Table 2 of the paper, the defaults of config.py, at the data set's own image size.
 
-    A folder of images has no size of its own: it takes ImageNet's, a side of 224 and the 7 x 7 stem.
+    A folder of images has no size of its own. It gets ImageNet's: a side of 224 and the 7 x 7 stem.
     """
     view = view_of("paper", dataset)
     config = RunConfig(method=method, dataset=dataset, recipe="paper", view=view)
@@ -80,8 +80,8 @@ def paper(method: MethodName, dataset: str) -> RunConfig:
 # lightly's CIFAR-10 benchmark in batches of 512: lr 0.06 per 128 images.
 _LIGHTLY = OptimConfig(batch_size=512, lr=0.24, weight_decay=5e-4)
 
-# Differences from Table 2; docs/reference/algorithm.md names the source of each value. A method without published CIFAR
-# settings has no row.
+# Differences from Table 2; docs/reference/algorithm.md names the source of each value. Methods without published CIFAR
+# settings are left out.
 TUNED: dict[MethodName, RunConfig] = {
     # kuangliu/pytorch-cifar; its crops of padded images are replaced by SupContrast's views for cross-entropy.
     "supervised": RunConfig(
@@ -105,7 +105,7 @@ TUNED: dict[MethodName, RunConfig] = {
         view=VIEWS["simsiam"],
         optim=OptimConfig(epochs=800, batch_size=512, lr=0.06, weight_decay=5e-4, constant_predictor_lr=True),
     ),
-    # lightly; m rises by the authors' schedule from 0.99, where solo-learn starts it for CIFAR.
+    # lightly; m rises by the authors' schedule from 0.99, solo-learn's start for CIFAR.
     "byol": RunConfig(
         view=VIEWS["simclr"],
         objective=ObjectiveConfig(ema_momentum=0.99, ema_schedule="cosine"),
@@ -117,7 +117,7 @@ TUNED: dict[MethodName, RunConfig] = {
         objective=ObjectiveConfig(temperature=0.5, queue_size=8192),
         optim=_LIGHTLY,
     ),
-    # The ImageNet configuration of the authors, who publish no other.
+    # The authors' ImageNet configuration, the only one they publish.
     "fast_moco": RunConfig(
         optim=OptimConfig(batch_size=512, warmup_epochs=1.0, constant_predictor_lr=True, clip_norm=1.0)
     ),
@@ -133,10 +133,10 @@ TUNED: dict[MethodName, RunConfig] = {
 def tuned(method: MethodName, dataset: str) -> RunConfig:
     """Returns the CIFAR-10 settings of a method's authors, or of a library that reproduces it, with Table 2's heads.
 
-    CIFAR-100 and TinyImageNet take them too, as solo-learn does for CIFAR-100.
+    CIFAR-100 and TinyImageNet use the same settings, as solo-learn does for CIFAR-100.
 
     Raises:
-        ValueError: there are no such settings for the data set or the method.
+        ValueError: there are no published settings for the data set or the method.
     """
     names = ", ".join(name for name, source in SOURCES.items() if source.tuned)
     require(source_of(dataset).tuned, f"recipe tuned is for {names}, not {dataset!r}; take --recipe quick or paper")
@@ -145,7 +145,7 @@ def tuned(method: MethodName, dataset: str) -> RunConfig:
 
 
 def quick(method: MethodName, dataset: str) -> RunConfig:
-    """Returns settings that show in minutes, on two cores, that a method learns; smaller than the paper's throughout.
+    """Returns a small configuration that shows within minutes, on two CPU cores, that a method learns.
 
     Temperature, learning rate and jitter were chosen on 800 held-out training images of mnist5k (docs/lab/results.md).
     """

@@ -14,18 +14,18 @@ class Accuracy:
     """Fractions of the test images, 0 to 1."""
 
     top1: float
-    """The class with the highest score is the right one."""
+    """Fraction whose label has the highest score."""
     top5: float
-    """The right class is among the five with the highest scores."""
+    """Fraction whose label is among the five highest scores."""
     note: str = ""
-    """A warning to show beside the numbers, as that a fit stopped early; else empty."""
+    """Warning to show beside the numbers, e.g. that a fit stopped early; else empty."""
 
 
 def accuracy_of_scores(scores: Tensor, labels: Tensor) -> Accuracy:
-    """Top-1 and top-5 accuracy of [n, classes] scores against [n] labels.
+    """Returns top-1 and top-5 accuracy of [n, classes] scores against [n] labels.
 
-    Of equal scores the lower class comes first. A class with the score -inf was never an option and is never right,
-    so that a top-5 hit cannot come from filling up five places.
+    Equal scores rank by class number. A class with the score -inf is never right: it must not become a top-5 hit only
+    because fewer than five classes have a score.
     """
     own = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]

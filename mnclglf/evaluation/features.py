@@ -1,4 +1,4 @@
-"""Representations to classify: features of a frozen encoder, and the pixels themselves to compare with."""
+"""Representations to classify: features of a frozen encoder, and raw pixels as a baseline."""
 
 # n images, F feature width, C image channels
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.views import whole_views
 
-CHUNK_IMAGES = 512  # resized at once: 512 x 3 x 224 x 224 in fp32 are 300 MB
+CHUNK_IMAGES = 512  # images resized at once: 512 x 3 x 224 x 224 in fp32 are 300 MB
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode inside; afterwards every submodule is in the mode it was in, whatever happened."""
+    """Context in evaluation mode; restores the mode of every submodule at the end, also after an exception."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
@@ -33,7 +33,7 @@ def eval_mode(module: nn.Module) -> Generator[None, None, None]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to `dtype` inside; none where it is float32."""
+    """Context of autocast to `dtype`; disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -51,20 +51,20 @@ def extract_features(
     """Returns features of the whole images, without augmentation.
 
     Args:
-        encoder: takes [n, 3, side, side], gives [n, F]; stays as it is, batch-norm statistics included.
-        images: n of them, in the order of the result.
+        encoder: network from [n, 3, side, side] to [n, F]; not changed, its batch-norm statistics included.
+        images: the n images, in the order of the result.
         side: side of the encoder's input in pixels.
-        mean: [3], as in the encoder's training.
-        std: [3], as in the encoder's training.
-        dtype: autocast's; float32 for none.
-        device: the encoder's.
-        batch_size: images at once; does not change the features.
+        mean: channel means [3] of the encoder's training.
+        std: channel deviations [3] of the encoder's training.
+        dtype: autocast dtype; float32 switches autocast off.
+        device: device of the encoder.
+        batch_size: images per forward; does not change the features.
 
     Returns:
-        fp32 [n, F] on the CPU.
+        Features, fp32 [n, F], on the CPU.
 
     Raises:
-        ValueError: no images, or the encoder does not give one row per image.
+        ValueError: there are no images, or the encoder does not return one row per image.
     """
     _require_images(images)
     chunks: list[Tensor] = []
@@ -78,17 +78,17 @@ def extract_features(
                     f"the encoder made {tuple(features.shape)} of {len(views)} images; it must give [n, F] features"
                 )
             chunks.append(features.float().cpu())
-    return torch.cat(chunks)  # outside, so that it is a normal tensor again, not one of inference mode
+    return torch.cat(chunks)  # outside inference mode, so that the result is a normal tensor
 
 
 def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
-    """Returns the images resized to side x side pixels, as rows: the representation that nobody learned.
+    """Returns the images resized to side x side pixels, as rows: the baseline without learning.
 
     Returns:
-        fp32 [n, C * side * side] in [0, 1], channel by channel; C is 1 where all images are gray, else 3.
+        Pixels, fp32 [n, C * side * side] in [0, 1], channel by channel; C is 1 if all images are gray, else 3.
 
     Raises:
-        ValueError: no images.
+        ValueError: there are no images.
     """
     _require_images(images)
     zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
@@ -103,7 +103,7 @@ def raw_pixels(images: ImageSet, *, side: int) -> Tensor:
 def check_sets(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int
 ) -> None:
-    """Raises ValueError unless the sets fit together: sizes, feature width, finite values, labels below `classes`."""
+    """Raises ValueError unless the sets match in size and width, are finite, and have labels below `classes`."""
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
         if features.ndim != 2 or features.numel() == 0:
             raise ValueError(f"{name} features of shape {tuple(features.shape)} are empty or not [n, F]")
@@ -129,10 +129,10 @@ def views_of(
     std: NDArray[np.float32],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns whole_views of some images; of files, no more are in memory at full size than are decoded at once."""
+    """Returns whole_views of some images; files are decoded and resized one by one, which limits the memory."""
     if isinstance(images, ImageArray):
         return whole_views(images.read(rows), side, mean, std, dtype)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL
         views = threads.map(lambda row: whole_views([images.pixels(row)], side, mean, std, dtype), rows)
         return torch.cat(list(views)).contiguous(memory_format=torch.channels_last)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import check_sets
 
-CHUNK_SIMILARITIES = 2**25  # held at once: 128 MB of fp32
+CHUNK_SIMILARITIES = 2**25  # similarities in memory at once: 128 MB in fp32
 
 
 def weighted_knn(
@@ -28,20 +28,20 @@ def weighted_knn(
 ) -> Accuracy:
     """Classifies test rows by votes of their k nearest train rows, exp(s / temperature) for cosine similarity s.
 
-    Of equally near rows the earlier is taken, of classes with equal votes the lower. A class without a vote does not
-    count as one of the five of top-5; the usual code fills such places with whatever sorting leaves there.
+    Ties go to the earlier row and to the lower class. A class without a vote is never one of the top 5; the usual code
+    fills these places with arbitrary classes.
 
     Args:
-        train_features: [n, F], on the device that does the work.
-        train_labels: [n] int64.
-        test_features: [m, F].
-        test_labels: [m] int64.
+        train_features: train rows [n, F], on the device to compute on.
+        train_labels: train labels, int64 [n].
+        test_features: test rows [m, F].
+        test_labels: test labels, int64 [m].
         classes: number of classes.
-        k: neighbors that vote, at most n.
+        k: number of neighbors that vote, at most n.
         temperature: temperature of the votes.
 
     Raises:
-        ValueError: k or temperature out of range, or sets that are empty, not finite or do not fit together.
+        ValueError: k or temperature is out of range, or the sets are empty, not finite or do not match.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
     if not 1 <= k <= len(train_features):
@@ -58,19 +58,20 @@ def weighted_knn(
 
 
 def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Returns fp64 [m, classes] votes of [m, n] similarities; -inf for a class without one."""
+    """Returns the votes, fp64 [m, classes], from [m, n] similarities; -inf for a class without a vote."""
     neighbors = nearest_columns(similarities, k)
     near = similarities.gather(1, neighbors).double()
-    weights = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()  # a common factor keeps exp from overflow
+    # The largest weight is a common factor of the votes: without it exp overflows.
+    weights = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()
     chosen = F.one_hot(labels[neighbors], classes)
     votes = (chosen * weights[..., None]).sum(dim=1)
     return votes.masked_fill(chosen.sum(dim=1) == 0, -math.inf)
 
 
 def nearest_columns(similarities: Tensor, k: int) -> Tensor:
-    """Returns the [m, k] columns with the highest values of each row of [m, n]; of equal values the first columns.
+    """Returns the columns of the k highest values in each row of [m, n], as [m, k]; ties go to the first columns.
 
-    topk leaves open which of several equal values it takes, so rows with a tie at the k-th place are decided here.
+    topk does not specify its choice among equal values, so rows with a tie at the k-th place are redone here.
     """
     values, columns = similarities.topk(k, dim=1)
     least = values[:, -1:]

@@ -20,7 +20,7 @@ from mnclglf.models.encoder import ResNet18
 from mnclglf.training.lars import LARS
 
 OPTIMIZER = {"momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.001}
-PROGRESS_LINES = 10  # of a whole training
+PROGRESS_LINES = 10  # lines of progress per training
 
 
 def train_linear(
@@ -35,18 +35,18 @@ def train_linear(
     seed: int,
     say: Callable[[str], object],
 ) -> nn.Linear:
-    """Trains the classifier and returns it as it is after the last epoch.
+    """Trains the classifier and returns its state after the last epoch.
 
     Args:
-        encoder: on the device; runs in evaluation mode without gradient, and stays as it is.
-        loader: of batches with one augmented view of each image.
-        labels: [n] int64 of the loader's images, on the device.
-        config: epochs and learning rate, which falls to 0 as a cosine over all steps.
+        encoder: frozen encoder on the device; runs in evaluation mode without gradient and is not changed.
+        loader: loader of batches with one augmented view per image.
+        labels: labels of the loader's images, int64 [n], on the device.
+        config: settings; the learning rate falls to 0 as a cosine over all steps.
         classes: number of classes.
-        steps_per_epoch: what counts as an epoch.
-        dtype: of the encoder's autocast; the classifier is fp32.
-        seed: of the initial weights, which are PyTorch's usual ones.
-        say: is given a line of progress now and then.
+        steps_per_epoch: number of steps that count as an epoch.
+        dtype: dtype of the encoder's autocast; the classifier is fp32.
+        seed: seed of the initial weights, which are PyTorch's default ones.
+        say: receives lines of progress.
 
     Raises:
         ValueError: the loss is not finite.
@@ -66,7 +66,7 @@ def train_linear(
             optimizer.step()
             epoch, rest = divmod(step + 1, steps_per_epoch)
             if rest == 0 and line_due(epoch, config.epochs):
-                value = loss.item()  # waits for the device, but seldom
+                value = loss.item()  # waits for the device, only when a line is due
                 check_loss(value, epoch, config.lr)
                 left = (time.perf_counter() - began) / epoch * (config.epochs - epoch)
                 say(f"epoch {epoch}/{config.epochs}  loss {value:.3f}  {timedelta(seconds=round(left))} left")
@@ -74,12 +74,12 @@ def train_linear(
 
 
 def cosine(peak: float, done: float) -> float:
-    """Falls from `peak` to 0 while `done`, the share of the steps that are done, goes from 0 to 1."""
+    """Returns a rate that falls from `peak` to 0 while `done`, the fraction of the steps done, goes from 0 to 1."""
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def line_due(epoch: int, epochs: int) -> bool:
-    """Returns True after the first epoch, which tells the time of all, the last, and some between."""
+    """Returns True after the first epoch (its time predicts the total), the last, and some between."""
     return epoch in (1, epochs) or epoch % max(1, epochs // PROGRESS_LINES) == 0
 
 

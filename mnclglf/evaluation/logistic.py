@@ -1,7 +1,7 @@
 """Logistic regression on frozen features.
 
-A convex fit to stored features, solved to the end, without augmentation and without a learning rate to choose. The
-paper's protocol (linear.py) is another one: do not mix their numbers.
+This is a convex fit to stored features, solved to convergence, without augmentation or a learning rate. The paper's
+protocol (linear.py) is a different one: do not mix their numbers.
 """
 
 # n train rows, m test rows, F feature width
@@ -23,12 +23,14 @@ from mnclglf.data.splits import per_class_draws
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import check_sets
 
-# scikit-learn's C: penalty |w|^2 / 2C beside the summed loss. The right one depends on the representation: on 800
-# held-out digits raw pixels had 0.896, 0.904, 0.885 at the three, a trained encoder's features 0.866, 0.901, 0.917.
+# scikit-learn's C: a penalty |w|^2 / 2C is added to the summed loss. The best C depends on the representation. Accuracy
+# on 800 held-out digits at these three: raw pixels 0.896, 0.904, 0.885; features of a trained encoder 0.866, 0.901,
+# 0.917.
 C_GRID = (0.01, 0.1, 1.0)
 DEFAULT_C = 0.1
-SELECTION_ROWS = 10_000  # train rows that take part in choosing C
-# At 10 labels a class, of 0.01 .. 10: best for raw pixels (0.754) and untrained (0.585), trained within 0.023 of best.
+SELECTION_ROWS = 10_000  # train rows used to choose C
+# Chosen from 0.01 .. 10 at 10 labels per class: the best for raw pixels (0.754) and the untrained encoder (0.585), and
+# within 0.023 of the best for the trained one.
 FEW_LABELS_C = 0.1
 MAX_ITERATIONS = 1000
 
@@ -48,17 +50,16 @@ def fit_logistic(
     """Returns the test accuracy of multinomial logistic regression on standardized features (L-BFGS, L2 penalty).
 
     Args:
-        train_features: [n, F]; each column is centred and scaled by its own mean and deviation.
-        train_labels: [n] int64.
-        test_features: [m, F].
-        test_labels: [m] int64.
-        classes: number of classes; one that is missing from the train labels is never predicted.
-        c: scikit-learn's inverse strength of the penalty; `choose_c` chooses one.
-        max_iterations: limit of L-BFGS. A fit that ends before it has converged says so in the result's note and
-            in the log.
+        train_features: train rows [n, F]; each column is standardized by its own mean and deviation.
+        train_labels: train labels, int64 [n].
+        test_features: test rows [m, F].
+        test_labels: test labels, int64 [m].
+        classes: number of classes; a class without train labels is never predicted.
+        c: scikit-learn's inverse strength of the penalty; see `choose_c`.
+        max_iterations: limit of L-BFGS. A fit that has not converged by then is marked in the result's note and logged.
 
     Raises:
-        ValueError: sets that are empty, not finite or do not fit together, or fewer than two classes to learn.
+        ValueError: the sets are empty, not finite or do not match, or there are fewer than two classes to learn.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
     train, test = standardize(train_features, test_features)
@@ -66,11 +67,11 @@ def fit_logistic(
 
 
 def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
-    """Returns the C of C_GRID whose fit to four fifths of the rows classifies the last fifth best; of equals the least.
+    """Returns the C of C_GRID whose fit to four fifths of the rows classifies the rest best; ties go to the least.
 
     Args:
-        features: [n, F]; at most SELECTION_ROWS of them, a fixed random choice, take part.
-        labels: [n] int64.
+        features: rows [n, F]; a fixed random choice of at most SELECTION_ROWS is used.
+        labels: labels, int64 [n].
         classes: number of classes.
     """
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[:SELECTION_ROWS])
@@ -91,13 +92,13 @@ def few_labels(
     seed: int = 0,
     c: float = FEW_LABELS_C,
 ) -> list[Accuracy]:
-    """Fits with only `per_class` labels of each class, once for each of `draws` random choices of them.
+    """Fits with only `per_class` labels per class, once for each of `draws` random choices of labels.
 
-    The choice depends on the train labels and the seed alone, so every representation gets the same. All train features
-    are standardized together: that needs no labels.
+    The choice depends only on the train labels and the seed, so it is the same for every representation. All train
+    features are standardized together, as that needs no labels.
 
     Raises:
-        ValueError: as `fit_logistic`, or a class has fewer than `per_class` images.
+        ValueError: see `fit_logistic`; also if a class has fewer than `per_class` images.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
     train, test = standardize(train_features, test_features)
@@ -109,10 +110,10 @@ def few_labels(
 
 
 def standardize(train: Tensor, test: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns both sets less the train set's mean, over its deviation, column by column.
+    """Returns both sets standardized by the train set's mean and deviation, column by column.
 
-    A column that varies less than a thousandth as much as the liveliest one is scaled as if it varied that much:
-    dividing by next to nothing would make a rare speck of one test image outweigh all else.
+    A deviation is at least a thousandth of the largest one. Otherwise an almost constant column would be divided by
+    nearly 0, and one outlying pixel of a test image would outweigh everything else.
     """
     mean, deviation = train.float().mean(dim=0), train.float().std(dim=0, correction=0)
     scale = deviation.clamp_min(1e-3 * float(deviation.max()))
@@ -151,6 +152,6 @@ def _fit(
 
 
 def _decisions(model: LogisticRegression, test: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns [m, classes seen] scores; scikit-learn gives one column where there are two classes."""
+    """Returns scores [m, classes seen]; scikit-learn returns a single column for two classes."""
     scores = np.asarray(model.decision_function(test))
     return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)

@@ -1,4 +1,4 @@
-"""Runs the protocols that need stored features alone, over representations of the same images."""
+"""Runs the protocols that need only stored features, on several representations of the same images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnclglf.evaluation.knn import weighted_knn
 from mnclglf.evaluation.logistic import FEW_LABELS_C, choose_c, few_labels, fit_logistic
 from mnclglf.runs.results import Protocol, Result
 
-SUBSET = "philox"  # draws the labels; results without this setting are of other subsets
+SUBSET = "philox"  # generator that draws the labels; results without this setting used other subsets
 FEW_LABELS: dict[str, int] = {"per_class": 10, "draws": 5, "seed": 0}
 
 
@@ -30,22 +30,22 @@ def evaluate_features(
     c: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
-    """Returns one result for each protocol and representation, protocol by protocol.
+    """Returns one result per protocol and representation, protocol by protocol.
 
     Args:
-        representations: name to (train [n, F], test [m, F]) features; F may differ between them.
-        train_labels: [n] int64.
-        test_labels: [m] int64.
+        representations: (train [n, F], test [m, F]) features by name; F may differ between them.
+        train_labels: train labels, int64 [n].
+        test_labels: test labels, int64 [m].
         classes: number of classes.
-        protocols: which to run.
+        protocols: protocols to run.
         split: name of the images behind the test features.
-        neighbors: how many vote, for knn.
+        neighbors: number of neighbors that vote, for knn.
         temperature: temperature of the votes, for knn.
-        c: inverse strength of the penalty, for logistic; None chooses one for each representation.
-        settings: more to write down with every result, as {"step": 480}; plain JSON types.
+        c: inverse strength of the penalty, for logistic; None chooses one per representation.
+        settings: further settings to save with every result, e.g. {"step": 480}; plain JSON types.
 
     Raises:
-        ValueError: as the protocols do, with the name of the representation.
+        ValueError: a protocol raised it; the message names the representation.
     """
     common = {"train_images": len(train_labels), "test_images": len(test_labels), "classes": classes}
     results: list[Result] = []
@@ -69,7 +69,7 @@ def _run(
     temperature: float,
     c: float | None,
 ) -> tuple[list[Accuracy], dict[str, Any]]:
-    """Returns the accuracy of each draw, and the settings behind them."""
+    """Returns the accuracy per draw, and the settings used."""
     if protocol == "knn":
         settings = {"k": neighbors, "temperature": temperature}
         return [weighted_knn(*sets, classes=classes, k=neighbors, temperature=temperature)], settings

@@ -1,4 +1,4 @@
-"""Evaluates runs, from the command line, from Python and for the paper's tables: the one orchestration."""
+"""Evaluation of runs, for the command line, for Python and for the paper's tables."""
 
 from __future__ import annotations
 
@@ -56,25 +56,26 @@ def evaluate_run(
 ) -> list[Result]:
     """Evaluates a run's encoder and merges the results into RUN/evaluation.json.
 
-    A checkpoint's results are written when all of them are there, so an interruption leaves the file as it was.
+    The results of a checkpoint are written together, so an interruption does not change the file.
 
     Args:
         run: run directory.
-        evaluation: the protocol, and on which checkpoints and images. `KnnConfig()` is weighted k-NN, `LinearConfig()`
-            the paper's linear evaluation, `LogisticConfig()` logistic regression.
-        console: where progress goes.
-        config: the run's settings with the folder where its data set lies now; None reads RUN/config.json.
-        representations: "pretrained", "untrained" and "raw pixels", or some of them; None leaves it to the protocol.
-        file: where the results go; None is RUN/evaluation.json.
+        evaluation: the protocol, its checkpoints and its images. `KnnConfig()` is weighted k-NN, `LinearConfig()` the
+            paper's linear evaluation, `LogisticConfig()` logistic regression.
+        console: console for progress.
+        config: the run's settings with the current folder of its data set; None reads RUN/config.json.
+        representations: some of "pretrained", "untrained" and "raw pixels"; None takes the protocol's default.
+        file: file of the results; None is RUN/evaluation.json.
 
     Returns:
         The new results, checkpoint by checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: what is asked for is not there; the message says what to do.
+        FileNotFoundError, ValueError, CheckpointError: a run, image set or checkpoint is missing or unusable; the
+            message names the remedy.
     """
     config, file = config or read_config(run), file or run / "evaluation.json"
-    load_results(file)  # one that is damaged shows before any work is done
+    load_results(file)  # raises for a damaged file before any work is done
     context = prepare(run, config, evaluation, console or Console())
     chosen = checkpoints(run, config, evaluation, context.steps_per_epoch)
     names = representations or default_representations(evaluation)
@@ -95,16 +96,16 @@ def evaluate_run(
 
 
 def default_representations(evaluation: Evaluation) -> tuple[str, ...]:
-    """Returns the representations to evaluate where none are named; milestones are of the pretrained encoder alone."""
+    """Returns the representations to evaluate if none are named; for milestones only the pretrained encoder."""
     if evaluation.milestones:
         return ("pretrained",)
-    if isinstance(evaluation, LinearConfig):  # minutes for each: the untrained encoder is for those who ask
+    if isinstance(evaluation, LinearConfig):  # takes minutes each, so the untrained encoder only on request
         return ("pretrained", "untrained") if evaluation.untrained else ("pretrained",)
     return "pretrained", "untrained", "raw pixels"
 
 
 def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:
-    """Raises ValueError unless the runs are different ones, at one step, whose settings differ in the seed alone."""
+    """Raises ValueError unless the runs are distinct, at the same step, and differ only in their seeds."""
     require(
         evaluation.checkpoint is None or len(runs) == 1,
         f"checkpoint {evaluation.checkpoint} is of one run, and {len(runs)} are named; give --milestones to compare "
@@ -140,12 +141,12 @@ def checkpoints(run: Path, config: RunConfig, evaluation: Evaluation, steps_per_
 
 @dataclass(frozen=True, kw_only=True)
 class EvalContext:
-    """The images and settings that a run's checkpoints are evaluated with. n training images, m test images."""
+    """Images and settings for evaluating the checkpoints of a run. n training images, m test images."""
 
     config: RunConfig
     console: Console
     train: ImageSet
-    """All that the run trains on."""
+    """All images that the run trains on."""
     labeled: ImageSet
     """The n training images whose labels are used."""
     test: ImageSet
@@ -162,7 +163,7 @@ class EvalContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Returns autocast's dtype."""
+        """Returns the autocast dtype."""
         return self.machine.dtype
 
     @property
@@ -171,7 +172,7 @@ class EvalContext:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch of the run's training."""
+        """Returns the whole batches per epoch of the run's training."""
         return len(self.train) // self.config.optim.batch_size
 
     def say(self, line: str) -> None:
@@ -196,10 +197,10 @@ class EvalContext:
 
 
 def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Console) -> EvalContext:
-    """Loads and chooses the images.
+    """Loads the images and chooses those to evaluate on.
 
     Raises:
-        ValueError: they have no labels, or there are none to classify.
+        ValueError: the images have no labels, or there are no images to classify.
     """
     engine = elsewhere(config.engine, evaluation.device)
     machine = start_machine(engine)
@@ -227,7 +228,7 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
 
 
 def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConfig) -> list[Protocol]:
-    """Returns the protocols asked for that need stored features alone, less one that a class has too few images for.
+    """Returns the protocols to run on stored features; few-label regression only if every class has enough images.
 
     Raises:
         ValueError: there are fewer images than neighbors that vote.
@@ -281,7 +282,7 @@ def by_stored_features(
     )
     if isinstance(evaluation, KnnConfig):
         return evaluate(neighbors=evaluation.neighbors, temperature=evaluation.vote_temperature)
-    # Of few labels none is held out to choose C by.
+    # With few labels none can be held out to choose C on.
     return evaluate(c=FEW_LABELS_C if evaluation.label_share < 1 else None)
 
 
@@ -293,7 +294,7 @@ def by_lars(
     encoder: ResNet18,
     step: int,
 ) -> list[Result]:
-    """Evaluates one checkpoint's encoder by the paper's protocol, and the untrained one where `names` has it."""
+    """Evaluates one checkpoint's encoder by the paper's protocol, and the untrained one if `names` has it."""
     encoders = {name: encoder if name == "pretrained" else context.untrained() for name in names}
     settings: dict[str, Any] = {
         "optimizer": "LARS",
@@ -330,7 +331,7 @@ def by_lars(
 def lars_accuracy(
     context: EvalContext, evaluation: LinearConfig, loader: Loader, encoder: ResNet18, title: str
 ) -> Accuracy:
-    """Trains a classifier and returns its test accuracy; `title` stands before each line of progress."""
+    """Trains a classifier and returns its test accuracy; `title` begins each line of progress."""
     test = context.features(encoder, context.test).to(context.device)
     classifier = train_linear(
         encoder,
@@ -338,7 +339,7 @@ def lars_accuracy(
         torch.from_numpy(context.labeled.labels).to(context.device),
         evaluation,
         classes=context.classes,
-        # With few labels as many steps as with all: 90 epochs of 1% of the images would hardly move the weights.
+        # As many steps with few labels as with all: 90 epochs of 1% of the images would hardly move the weights.
         steps_per_epoch=len(context.train) // evaluation.batch_size,
         dtype=context.dtype,
         seed=context.config.seed,
@@ -350,7 +351,7 @@ def lars_accuracy(
 
 
 def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
-    """Returns a loader of the labeled images, one augmented view of each, normalized as in the run."""
+    """Returns a loader of the labeled images, with one augmented view per image, normalized as in the run."""
     config = context.config
     require(
         evaluation.batch_size <= len(context.train),
@@ -358,7 +359,7 @@ def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
     )
     try:
         return _linear_loader(context, evaluation, config)
-    except ImportError as error:  # the training's machine had DALI
+    except ImportError as error:  # the run was trained with DALI, which this machine lacks
         context.say(f"the run's loader cannot be made here; falling back to --loader auto: {error}")
         return _linear_loader(context, evaluation, replace(config, data=replace(config.data, loader="auto")))
 
@@ -382,5 +383,5 @@ def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunCo
 
 
 def batch_size(context: EvalContext, evaluation: LinearConfig) -> int:
-    """Returns the images per step of the paper's protocol: no more than have labels."""
+    """Returns the images per step of the paper's protocol, at most the number of labeled images."""
     return min(evaluation.batch_size, len(context.labeled))
