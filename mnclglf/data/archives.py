@@ -1,6 +1,6 @@
-"""Readers of downloaded files that run no code of theirs, write nowhere else and check what they read.
+"""Safe readers of downloaded files: they run no code from a file, write nowhere else and check all they read.
 
-A file that is short, corrupt, too large or of another format raises DataError, which names it and the remedy.
+A file that is short, corrupt, too large or in another format raises DataError, which names it and the remedy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mnclglf.data.errors import DataError, damaged
 
-LARGEST_BYTES = 2**30  # of a file read here, unpacked: five times the largest in use
+LARGEST_BYTES = 2**30  # limit of a file read here, unpacked: five times the largest in use
 CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
 _PART_BYTES = 2**20
@@ -34,10 +34,10 @@ _GZIP_ERRORS = (OSError, EOFError, zlib.error)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of an IDX file of bytes (the MNIST family's format), gzipped where the name ends in .gz.
+    """Returns the array of an IDX file of bytes (the MNIST family's format); a name in .gz is unzipped.
 
     Raises:
-        DataError: the file is missing, damaged, not of bytes, or not as long as its header says.
+        DataError: the file is missing, damaged, not of bytes, or its length differs from its header's.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -55,7 +55,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _read_at_most(file: io.BufferedIOBase | gzip.GzipFile, size: int) -> bytes:
-    """`size` bytes, or what there is: in parts, as a read reserves what it is asked for, and a header may lie."""
+    """Returns `size` bytes, or fewer at the end of the file.
+
+    It reads in parts: a read reserves memory for all the bytes asked for, and a damaged header may ask for gigabytes.
+    """
     parts: list[bytes] = []
     while size > 0 and (part := file.read(min(size, _PART_BYTES))):
         parts.append(part)
@@ -76,13 +79,13 @@ def _read_idx_shape(file: io.BufferedIOBase | gzip.GzipFile, path: Path) -> tupl
 def read_cifar_binary(
     path: Path, records: int, *, classes: int = 10, label_bytes: int = 1
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [records, 32, 32, 3] and labels [records] of a file of CIFAR's binary version.
+    """Returns images [records, 32, 32, 3] and labels [records] of a file of CIFAR's binary version.
 
-    A record is `label_bytes` of labels, of which the last counts, and 3,072 of pixels: 1,024 of red row by row, then
-    green, then blue.
+    A record is `label_bytes` bytes of labels, of which the last is used, and 3,072 bytes of pixels: 1,024 of red row by
+    row, then green, then blue.
 
     Raises:
-        DataError: the file is missing, not of exactly this many records, or has a label that is no class.
+        DataError: the file is missing, does not hold exactly this many records, or has a label out of range.
     """
     record_bytes = label_bytes + math.prod(CIFAR_SHAPE)
     data = np.frombuffer(_read_exactly(path, records * record_bytes), np.uint8).reshape(records, record_bytes)
@@ -93,10 +96,10 @@ def read_cifar_binary(
 def read_cifar_pickle(
     path: Path, records: int, *, classes: int = 10, key: bytes = b"labels"
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [records, 32, 32, 3] and labels [records], those at `key`, of a file of CIFAR's Python version.
+    """Returns images [records, 32, 32, 3] and labels [records], those at `key`, of a file of CIFAR's Python version.
 
     Raises:
-        DataError: the file is missing, damaged, holds anything but arrays, bytes and plain containers, or is not of
+        DataError: the file is missing, damaged, holds anything but arrays, bytes and plain containers, or does not hold
             exactly this many records.
     """
     batch = read_pickle(path)
@@ -133,9 +136,9 @@ def _read_exactly(path: Path, size: int) -> bytes:
 
 
 def read_pickle(path: Path, largest: int = LARGEST_BYTES) -> Any:
-    """What a pickle of numpy arrays, bytes, numbers and plain containers holds; Python 2 strings become bytes.
+    """Returns the contents of a pickle of numpy arrays, bytes, numbers and plain containers.
 
-    Nothing that the file names is imported or called but the makers of numeric arrays.
+    Python 2 strings become bytes. Of the names in the file, only those that make numeric arrays are called.
 
     Raises:
         DataError: the file is missing, damaged, larger than `largest` bytes, or names anything else.
@@ -153,10 +156,10 @@ def read_pickle(path: Path, largest: int = LARGEST_BYTES) -> Any:
 
 
 class _ArrayUnpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
-    """Admits numeric numpy arrays; the makers below stand in for numpy's own, which would admit more.
+    """Unpickler that admits only numeric numpy arrays, made by the functions below instead of numpy's own.
 
-    It is pickle's in Python: the one in C reserves memory for as many objects and bytes as a file says that it has,
-    which a few bytes can make 16 GB of (found by fuzzing). BYTEARRAY8 does so in both, and no version of CIFAR has it.
+    It derives from the unpickler in Python: the one in C reserves memory for the sizes that a file claims, up to 16 GB
+    from a few bytes (found by fuzzing). BYTEARRAY8 does so in both, so it is removed; no version of CIFAR uses it.
     """
 
     dispatch = {  # noqa: RUF012  # pickle's own form
@@ -174,7 +177,7 @@ class _ArrayUnpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
 
 
 def _text(value: str | bytes) -> str:
-    """Names in a Python 2 pickle arrive as bytes."""
+    """Returns a name as a string; names in a Python 2 pickle arrive as bytes."""
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 
@@ -182,11 +185,12 @@ def _make_dtype(code: str | bytes, *_: object) -> np.dtype[Any]:
     made = np.dtype(_text(code))
     if made.kind not in "biuf":
         raise pickle.UnpicklingError(f"has an array of {made}, which is not a plain number")
-    return np.dtype(made, copy=True)  # the pickle sets its byte order next; numpy's own object would not take it
+    # A copy: the pickle sets its byte order next, which numpy's built-in dtypes refuse.
+    return np.dtype(made, copy=True)
 
 
 def _make_array(*_: object) -> NDArray[Any]:
-    """An empty array, as numpy writes one: the pickle sets its type, shape and contents next."""
+    """Returns an empty array; the pickle sets its type, shape and contents next."""
     return np.empty(0, np.uint8)
 
 
@@ -195,7 +199,7 @@ def _make_scalar(dtype: np.dtype[Any], data: bytes) -> np.generic:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes so at the protocol that Python 2 reads."""
+    """Returns bytes from text: Python 3 writes them so in the protocols that Python 2 can read."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encodes as {encoding!r}")
     return text.encode("latin1")
@@ -213,11 +217,11 @@ _ADMITTED = {
 def extract(archive: Path, folder: Path, member: str, holds: Sequence[str]) -> Path:
     """Extracts the folder `member` of a tar or zip file into `folder`, whole or not at all, and returns its path.
 
-    Only plain files and folders are admitted, and none may leave `folder`; nothing keeps an owner or a special mode.
-    Where `member` is there with all that it `holds`, another process was faster, and nothing is done.
+    Only plain files and folders are admitted, and none outside `folder`; owners and special modes are dropped. If
+    `member` exists with all that it `holds`, another process was faster and nothing is done.
 
     Raises:
-        DataError: the archive is damaged, unpacks to too much, holds anything else, or cannot be written out.
+        DataError: the archive is damaged, too large, holds anything else, or cannot be extracted to the disk.
     """
     if (folder / member).exists():
         if all((folder / member / name).exists() for name in holds):
@@ -241,19 +245,19 @@ def extract(archive: Path, folder: Path, member: str, holds: Sequence[str]) -> P
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
             return folder / member
         raise damaged(archive, f"cannot be extracted into {folder} ({error})") from error
-    except Exception as error:  # damaged archives raise anything: TarError, BadZipFile, struct.error, ...
+    except Exception as error:  # a damaged archive raises anything: TarError, BadZipFile, struct.error, ...
         raise damaged(archive, f"cannot be extracted into {folder} ({type(error).__name__}: {error})") from error
 
 
 def _unpack_tar(archive: Path, folder: Path) -> None:
-    # Not tarfile's own guess of the compression: xz would reserve what the first bytes of a file say.
+    # tarfile must not guess the compression: its xz reader reserves the memory that the first bytes of a file ask for.
     with (
         gzip.open(archive) if archive.suffix == ".gz" else archive.open("rb") as file,
         tarfile.open(fileobj=cast(Any, _InParts(file)), mode="r:") as tar,
     ):
         members: list[tarfile.TarInfo] = []
         total = 0
-        for member in tar:  # checked before the next one is looked for, behind its contents
+        for member in tar:  # checked one by one: to find the next, tarfile reads past this one's contents
             total += member.size
             _check_size(archive, total)
             if not (member.isfile() or member.isdir()):
@@ -263,7 +267,7 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
 
 
 class _InParts:
-    """A file that reserves no more than it has, whatever is asked for."""
+    """A file whose `read` reserves no more memory than the file holds, whatever size is asked for."""
 
     def __init__(self, file: io.BufferedIOBase | gzip.GzipFile) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell

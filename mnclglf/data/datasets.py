@@ -1,4 +1,4 @@
-"""The one entrance to the data sets."""
+"""Loading of a data set by its name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mnclglf.data.sources import Request, source_of
 def load_dataset(
     name: str, data_dir: Path | None = None, *, download: bool = False, skip_corrupt: bool = False
 ) -> tuple[ImageSet, ImageSet | None]:
-    """The training images, and the test images where there are any.
+    """Returns the training images, and the test images or None.
 
     Args:
-        name: which data set, or folder:PATH.
+        name: name of the data set, or folder:PATH.
         data_dir: folder of its files; None looks in its usual places. mnist5k and digits come with Python packages and
-            need none.
-        download: fetch files that are found nowhere into data_dir, or into `cache_dir(name)`.
-        skip_corrupt: leave out image files that cannot be read.
+            need no folder.
+        download: fetch missing files into data_dir, or into `cache_dir(name)`.
+        skip_corrupt: skip image files that cannot be read.
 
     Raises:
         ValueError: there is no data set of this name.

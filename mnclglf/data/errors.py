@@ -1,4 +1,4 @@
-"""The error of a data set whose files are missing, damaged or not what they should be."""
+"""Error for data sets whose files are missing, damaged or unexpected."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """A data set's files are missing, damaged or not what they should be."""
+    """Error: the files of a data set are missing, damaged or unexpected."""
 
 
 def damaged(path: Path, problem: str) -> DataError:
-    """Returns an error that says what is wrong with `path` and what to do."""
+    """Returns an error that names `path`, its problem and the remedy."""
     return DataError(f"{path}: {problem}; delete it and fetch it again (--download, or by hand into --data-dir)")

@@ -17,9 +17,9 @@ from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
-"""Images: one array [n, H, W, 3], or [H, W, 3] each."""
+"""Images as one array [n, H, W, 3], or as a list of [H, W, 3]."""
 
-_COUNTED_IMAGES = 1000  # at once, for statistics: numpy counts in eight times the memory
+_COUNTED_IMAGES = 1000  # images counted at once for statistics: numpy's bincount needs eight times their memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,15 @@ class ImageSet(ABC):
     """n images with their labels."""
 
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     split: str
-    """train, validation or test."""
+    """Part of the data set: train, validation or test."""
     labels: NDArray[np.int64]
-    """[n], 0 to len(classes) - 1; -1 where nobody labeled them."""
+    """Labels [n], 0 to len(classes) - 1; -1 for unlabeled images."""
     classes: tuple[str, ...]
-    """What each label is called; empty where nobody labeled them."""
+    """Name of each label; empty for unlabeled images."""
     origin: NDArray[np.int64] | None = None
-    """[n], the row of each image in the set that this one was picked from; None where it is whole."""
+    """Row [n] of each image in the set that this one was picked from; None for a whole set."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,49 +45,49 @@ class ImageSet(ABC):
         return bool(self.classes)
 
     def subset(self, rows: ArrayLike) -> Self:
-        """The images at these row numbers, in this order."""
+        """Returns the images at these row numbers, in this order."""
         picked = np.asarray(rows, dtype=np.int64)
         return replace(self._picked(picked), labels=self.labels[picked], origin=self.published_rows(picked))
 
     def published_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the images at these row numbers stand in the data set as it was read, before any choice of images."""
+        """Returns the row numbers in the data set as published, before any choice of images."""
         return rows if self.origin is None else self.origin[rows]
 
     def names(self, rows: NDArray[np.int64]) -> list[str] | list[int]:
-        """What a user finds these images by: their numbers in the data set, or their paths."""
+        """Returns the images' numbers in the data set, or their paths, for messages."""
         return self.published_rows(rows).tolist()
 
     @abstractmethod
     def _picked(self, rows: NDArray[np.int64]) -> Self:
-        """A copy with the images at these rows; labels and origin are the caller's."""
+        """Returns a copy with the images at these rows; the caller sets labels and origin."""
 
     @abstractmethod
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Heights and widths of these images in pixels, [m] each."""
+        """Returns heights and widths of these images in pixels, [m] each."""
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> Pixels:
-        """These images, each uint8 [H, W, 3]; one array [m, H, W, 3] where they are in memory.
+        """Returns these images, each uint8 [H, W, 3]; one array [m, H, W, 3] if they are in memory.
 
         Raises:
-            DataError: one of them cannot be read.
+            DataError: an image cannot be read.
         """
 
     @abstractmethod
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """The image at this row, uint8 [H, W, 3].
+        """Returns the image at this row, uint8 [H, W, 3].
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the image cannot be read.
         """
 
     @abstractmethod
     def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean [3] and standard deviation [3] of the images scaled to [0, 1], a deviation at least one level."""
+        """Returns mean [3] and standard deviation [3] of the images scaled to [0, 1]; deviations are at least 1/255."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes with the images: a run resumes on those that it started with."""
+        """Returns a hash of the images, so that a run resumes only on the images that it started with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class ImageArray(ImageSet):
     """Images of one size, in memory or mapped into it."""
 
     images: NDArray[np.uint8]
-    """[n, H, W, 3]."""
+    """Pixels [n, H, W, 3]."""
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -106,7 +106,7 @@ class ImageArray(ImageSet):
             )
 
     def _picked(self, rows: NDArray[np.int64]) -> Self:
-        whole = np.array_equal(rows, np.arange(len(self)))  # then a copy would take memory for nothing
+        whole = np.array_equal(rows, np.arange(len(self)))  # no copy then, to save memory
         return replace(self, images=self.images if whole else self.images[rows], labels=self.labels[rows])
 
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -135,20 +135,20 @@ class ImageArray(ImageSet):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles(ImageSet):
-    """Images of any sizes, in files that are read when they are needed."""
+    """Images of any size, in files that are read on demand."""
 
     root: Path
     """Folder of the files."""
     paths: tuple[str, ...]
-    """[n], relative to root."""
+    """Paths [n], relative to root."""
     heights: NDArray[np.int32]
-    """[n] in pixels, upright as the EXIF orientation says."""
+    """Heights [n] in pixels, upright by the EXIF orientation."""
     widths: NDArray[np.int32]
-    """[n] in pixels."""
+    """Widths [n] in pixels."""
     file_sizes: NDArray[np.int64]
-    """[n] in bytes."""
+    """Sizes of the files [n] in bytes."""
     moments: NDArray[np.float64]
-    """[n, 2, 3]: mean of each channel and of its square, of pixels scaled to [0, 1]."""
+    """Moments [n, 2, 3]: mean of each channel and of its square, for pixels scaled to [0, 1]."""
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.paths[row] for row in rows]
@@ -167,7 +167,7 @@ class ImageFiles(ImageSet):
         return self.heights[rows], self.widths[rows]
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL
             return list(threads.map(self.pixels, rows))
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
@@ -183,7 +183,7 @@ class ImageFiles(ImageSet):
 
 
 def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean [3] of pixels scaled to [0, 1] and of their squares [3], from how often each level is there, [3, 256]."""
+    """Returns the mean [3] of pixels scaled to [0, 1] and of their squares [3], from histograms [3, 256]."""
     levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
     return shares @ levels, shares @ levels**2
 
@@ -191,18 +191,18 @@ def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
 def _mean_and_deviation(
     mean: NDArray[np.float64], mean_square: NDArray[np.float64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both [3]; a deviation is at least one level, 1 / 255, so that a constant channel can be divided by it."""
+    """Returns mean [3] and deviation [3]; a deviation is at least 1 / 255, so that it can divide a constant channel."""
     deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)
 
 
 def to_color(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[n, H, W] as [n, H, W, 3] with three equal channels."""
+    """Returns gray [n, H, W] as [n, H, W, 3] with three equal channels."""
     return np.repeat(gray[..., None], 3, axis=3)
 
 
 def view_side(images: ImageSet, image_size: int | None) -> int:
-    """Side of a view in pixels: image_size, or the images' shorter side rounded up to even; 224 for files."""
+    """Returns the side of a view in pixels: image_size, else the images' shorter side made even; 224 for files."""
     if image_size is not None:
         return image_size
     if not isinstance(images, ImageArray):

@@ -1,5 +1,4 @@
-"""What a loader is: batches of views, in an order that depends on the seed and the step alone, so that any step can be
-the first."""
+"""Base class of the loaders. The order of the batches depends only on seed and step: any step can be the first."""
 
 from __future__ import annotations
 
@@ -20,24 +19,24 @@ from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
 
 class Batch(NamedTuple):
-    """What a step trains on."""
+    """The views of a training step."""
 
     views: tuple[Tensor, ...]
-    """Each [N, 3, S, S], normalised, channels_last, in the autocast dtype, on the device."""
+    """Views, each [N, 3, S, S], normalized, channels_last, in the autocast dtype, on the device."""
     indices: Tensor
     """Rows of the image set, int64 [N], on the device."""
 
 
 def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
-    """Rows of the images of a global step, int64 [batch_size]: each epoch is a random order of `count` images."""
+    """Returns the rows of a global step's images, int64 [batch_size]; an epoch is a random order of `count` images."""
     epoch, position = divmod(step, count // batch_size)
     return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
 
 
-@functools.lru_cache(maxsize=2)  # two epochs meet in the prefetch queue
+@functools.lru_cache(maxsize=2)  # batches of two epochs can be in the prefetch queue at once
 def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     order = permutation(count, seed=seed, epoch=epoch)
-    order.flags.writeable = False  # callers share it
+    order.flags.writeable = False  # the cache hands the same array to every caller
     return order
 
 
@@ -45,22 +44,22 @@ class Loader(ABC):
     """Makes the views of an image set; the same step gives the same batch, wherever a run starts.
 
     Args:
-        images: what to train on.
-        config: how a view is made.
-        views: views of each image in a batch.
-        side: of a view in pixels.
-        batch_size: images in a batch of all ranks together.
-        seed: of the order and of the views.
-        dtype: of the views in a batch.
-        device: where batches go.
-        threads: CPU threads; no result depends on them.
-        rank: which part of every batch this process makes.
-        ranks: parts of a batch.
-        statistics: mean [3] and deviation [3] that views are normalised with; None takes the images' own.
+        images: images to make views of.
+        config: settings of a view.
+        views: number of views per image.
+        side: side of a view in pixels.
+        batch_size: images per batch, over all ranks together.
+        seed: seed of the order and of the views.
+        dtype: dtype of the views in a batch.
+        device: device of the batches.
+        threads: CPU threads; no result depends on their number.
+        rank: number of the part of every batch that this process makes.
+        ranks: number of parts of a batch.
+        statistics: mean [3] and deviation [3] that normalize the views; None takes those of the images.
 
     Raises:
-        ValueError: there are fewer images than a batch holds, a batch cannot be shared out evenly, or the views are
-            too small for their blur.
+        ValueError: there are fewer images than a batch holds, a batch cannot be divided evenly among the ranks, or the
+            views are too small for their blur.
     """
 
     def __init__(
@@ -86,11 +85,11 @@ class Loader(ABC):
             )
         if batch_size % ranks or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
-        blur_window(config, side)  # raises where it is too wide
+        blur_window(config, side)  # raises if it is too wide
         self.steps_per_epoch = len(images) // batch_size
-        """Whole batches in an epoch; an incomplete last one is dropped."""
+        """Whole batches per epoch; an incomplete last one is dropped."""
         self.mean, self.std = statistics or images.statistics()
-        """[3] each, of the images scaled to [0, 1]: what views are normalised with."""
+        """Mean [3] and deviation [3] of the images scaled to [0, 1], which normalize the views."""
         self.side = side
         self._images = images
         self._config = config
@@ -104,33 +103,33 @@ class Loader(ABC):
 
     @property
     def name(self) -> str:
-        """As --loader has it."""
+        """Returns the loader's name as --loader takes it."""
         return type(self).__name__.removesuffix("Loader").lower()
 
     @abstractmethod
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the global steps start .. stop - 1, across epochs."""
+        """Yields the batches of the global steps start .. stop - 1, across epochs."""
 
     @abstractmethod
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        """The views that these images have in this epoch, each float32 [n, 3, S, S], on the device."""
+        """Returns the views of these images in this epoch, each float32 [n, 3, S, S], on the device."""
 
     def _rows(self, step: int) -> NDArray[np.int64]:
-        """Of the images of a step, this rank's part."""
+        """Returns the rows of a step's images that belong to this rank."""
         return batch_indices(self._seed, step, len(self._images), self._batch_size)[self._share]
 
     def _draw(self, rows: NDArray[np.int64], epoch: int) -> list[ViewParameters]:
-        """The parameters of these images, view by view."""
+        """Draws the parameters of these images' views, view by view."""
         sizes = self._images.sizes(rows)
         return [draw_parameters(self._seed, epoch, rows, view, self._config, *sizes) for view in range(self._views)]
 
     def _batch(self, views: Sequence[Tensor], rows: NDArray[np.int64]) -> Batch:
-        """A batch of views [N, S, S, 3] in any dtype, anywhere."""
+        """Makes a batch of views [N, S, S, 3] in any dtype, on any device."""
         indices = torch.from_numpy(rows.copy())
         if self._device.type == "cuda":
-            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+            indices = indices.pin_memory()  # a copy from pageable memory would wait for the device
         return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
 
     def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """[N, S, S, 3] as [N, 3, S, S] in the same order of memory: channels_last."""
+        """Returns [N, S, S, 3] as [N, 3, S, S] in the same memory order, which is channels_last."""
         return tuple(view.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2) for view in views)

@@ -1,8 +1,7 @@
-"""Random numbers from a counter: the same (seed, counter) gives the same numbers, whatever was drawn before.
+"""Counter-based random numbers: the same (seed, counter) gives the same numbers, whatever was drawn before.
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), vectorised
-over counters. numpy's own Generator is not used: its streams depend on how much was drawn and may change between
-versions.
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), vectorized
+over counters. numpy's own Generator is not used: its streams depend on earlier draws and may change between versions.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ _WORD = 0xFFFFFFFF
 _LOW = np.uint64(_WORD)
 _HALF = np.uint64(32)
 
-# The counter's third word is an image's row, its fourth the epoch; its second says what the numbers are for: views
-# count up from 0, everything else down from the top, so that they never meet.
+# Third word of the counter: row of the image; fourth: epoch. The second word says what the numbers are for: views count
+# up from 0 and all other uses down from the top, so that they never share a number.
 ORDER_STREAM = _WORD
 SPLIT_STREAM = _WORD - 1
 LABEL_STREAM = _WORD - 2
 
 
 def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[np.uint64]:
-    """The four 32-bit words that belong to each counter.
+    """Returns the four 32-bit words of each counter.
 
     Args:
         counter: four words below 2**32, integers or arrays that broadcast to one shape [...].
-        key: 64 bits.
+        key: key of 64 bits.
 
     Returns:
-        uint64 [4, ...], every value below 2**32.
+        Words, uint64 [4, ...], each below 2**32.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
     k0, k1 = key & _WORD, key >> 32 & _WORD
@@ -50,11 +49,11 @@ def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[n
 
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """32-bit words as numbers strictly between 0 and 1."""
+    """Returns 32-bit words as numbers strictly between 0 and 1."""
     return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(count: int, *, seed: int, epoch: int = 0, stream: int = ORDER_STREAM) -> NDArray[np.int64]:
-    """A random order of 0 .. count - 1, int64 [count], the same for the same seed, epoch and stream."""
+    """Returns a random order of 0 .. count - 1, int64 [count], determined by seed, epoch and stream."""
     words = philox((0, stream, np.arange(count, dtype=np.uint64), epoch), seed)
     return np.argsort(words[0] << _HALF | words[1], kind="stable")

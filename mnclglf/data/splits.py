@@ -1,6 +1,6 @@
-"""Random choices of images: which ones train, which ones validate, and whose labels are used.
+"""Random choices of the training images, the validation images and the labels that are used.
 
-Each is a permutation by Philox (philox.py), so it depends on the number of images, their labels and a seed alone.
+Each is a permutation by Philox (philox.py), so it depends only on the number of images, their labels and a seed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageSet
 from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
 
-SPLIT_SEED = 0  # not the run's: every run trains and tests on the same images
+SPLIT_SEED = 0  # not the run's seed: every run trains and tests on the same images
 
 Images = TypeVar("Images", bound=ImageSet)
 
 
 def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
-    """Returns the images to pre-train on and the validation images that are held out of them.
+    """Returns the images to pre-train on and the validation images held out of them.
 
-    The choice depends on the number of images alone, not on a run's seed, and the validation images stay the same when
+    The choice depends only on the number of images, not on a run's seed. The validation images stay the same when
     train_images changes.
 
     Raises:
-        DataError: the two together are more than there are.
+        DataError: the two together are more than there are images.
     """
     held_out = data.validation_images
     kept = len(train) - held_out if data.train_images is None else data.train_images
@@ -38,7 +38,7 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
             f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
             f"{held_out} do not fit; lower one of them"
         )
-    # epoch=1, because a data set without a test set of its own draws one at epoch 0 (sources/digits.py)
+    # epoch=1, as epoch 0 draws the test set of data sets that have none (sources/digits.py)
     order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)
     train_rows = np.sort(order[held_out : held_out + kept])
     held_out_rows = np.sort(order[:held_out])
@@ -46,9 +46,9 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
 
 
 def with_labels(images: Images, share: float, *, seed: int) -> Images:
-    """Returns the images whose labels may be used: this share of every class, at least one image of each.
+    """Returns the images whose labels may be used: a fraction `share` of each class, at least one image per class.
 
-    A smaller share is a part of a larger one.
+    A smaller share is a subset of a larger one.
 
     Raises:
         DataError: a class has no image.
@@ -91,9 +91,9 @@ def draw_labeled(
     Args:
         labels: [n], 0 to classes - 1; other values are not chosen.
         classes: number of classes.
-        wanted: rows to take of a class of so many.
-        seed: of the choice.
-        draw: number of the choice; each is independent of the others.
+        wanted: function from the size of a class to the rows to take from it.
+        seed: seed of the choice.
+        draw: number of the choice; different numbers give independent choices.
     """
     order = permutation(len(labels), seed=seed, stream=LABEL_STREAM, epoch=draw)
     members = [order[labels[order] == label] for label in range(classes)]

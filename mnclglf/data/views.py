@@ -1,7 +1,7 @@
-"""What a view of an image is: the numbers that make it random, and the views without randomness for evaluation.
+"""Random numbers of an image's views, and the views without randomness for evaluation.
 
-Every loader takes its numbers from `draw_parameters`, so that an image's view depends on the seed, the epoch, the image
-and the view alone: not on the loader, the batch, the number of threads or where a run was resumed.
+Every loader takes its numbers from `draw_parameters`. So a view depends only on the seed, the epoch, the image and the
+number of the view: not on the loader, the batch, the number of threads or the step a run was resumed at.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mnclglf.data.images import Pixels
 from mnclglf.data.philox import philox, uniform
 
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, which then falls back to a central crop
-# Blocks of four random words per view. An augmentation that is added takes words of further blocks, block by block, so
-# that the words of the others stay as they are (tests/data/test_frozen_parameters.py).
+# Blocks of four random words per view. A new augmentation takes its words from further blocks, so that those of the
+# others do not change (tests/data/test_frozen_parameters.py).
 _FIRST_BLOCKS = 8  # 2 * CROP_ATTEMPTS words for the crop's size, 12 for the rest
-_FURTHER_BLOCKS = 1  # solarize has the first word, the other three are free
+_FURTHER_BLOCKS = 1  # solarize uses the first word, the other three are free
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """One row a view, in the order of the operations."""
+    """Parameters of N views, one array [N] per operation, in the order of the operations."""
 
     angle: NDArray[np.float32]
     """Rotation in degrees, counter-clockwise; 0 is off."""
@@ -40,7 +40,7 @@ class ViewParameters:
     crop_width: NDArray[np.int32]
     """Columns of the crop in pixels."""
     flip: NDArray[np.bool_]
-    """Whether left and right change places."""
+    """True for a view that is mirrored left to right."""
     brightness: NDArray[np.float32]
     """Factor; 1 is off."""
     contrast: NDArray[np.float32]
@@ -50,17 +50,17 @@ class ViewParameters:
     hue: NDArray[np.float32]
     """Shift in turns of the color wheel; 0 is off."""
     gray: NDArray[np.bool_]
-    """Whether the colors are dropped."""
+    """True for a view without colors."""
     sigma: NDArray[np.float32]
     """Standard deviation of the blur in pixels; 0 is off."""
     solarize: NDArray[np.bool_]
-    """Whether pixels of at least half the largest level are inverted."""
+    """True for a view whose pixels of at least half the largest level are inverted."""
 
     def __len__(self) -> int:
         return len(self.angle)
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The columns by name."""
+        """Returns the arrays by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -73,16 +73,16 @@ def draw_parameters(
     height: ArrayLike,
     width: ArrayLike,
 ) -> ViewParameters:
-    """The random numbers of N views.
+    """Draws the parameters of N views.
 
     Args:
         seed: the run's seed, below 2**64.
         epoch: passes over the data before this one.
-        indices: [N] rows of the image set.
-        view: which view of the image, one number or one for each index, [N].
-        config: the distributions.
-        height: rows of an image in pixels, one number or one for each index, [N].
-        width: columns of an image in pixels, likewise.
+        indices: rows [N] of the image set.
+        view: number of the view of its image, one number or [N].
+        config: distributions of the parameters.
+        height: height of an image in pixels, one number or [N].
+        width: width of an image in pixels, one number or [N].
     """
     rows, views = np.broadcast_arrays(np.asarray(indices, dtype=np.uint64), np.asarray(view, dtype=np.uint64))
     blocks = np.arange(_FIRST_BLOCKS + _FURTHER_BLOCKS, dtype=np.uint64)[:, None]
@@ -119,7 +119,7 @@ def _between(u: NDArray[np.float64], low: float, high: float) -> NDArray[np.floa
 def _draw_crop(
     u: NDArray[np.float64], config: ViewConfig, height: NDArray[np.int_], width: NDArray[np.int_]
 ) -> tuple[NDArray[np.int32], ...]:
-    """Top, left, height and width of N crops from u [22, N], distributed as RandomResizedCrop.get_params."""
+    """Returns top, left, height and width of N crops from u [22, N], distributed as RandomResizedCrop.get_params."""
     area = height * width * _between(u[:CROP_ATTEMPTS], *config.crop_scale)
     ratio = np.exp(_between(u[CROP_ATTEMPTS : 2 * CROP_ATTEMPTS], *np.log(config.crop_ratio)))
     widths = np.rint(np.sqrt(area * ratio)).astype(np.int32)
@@ -138,7 +138,7 @@ def _draw_crop(
 def _central_crop(
     config: ViewConfig, height: NDArray[np.int_], width: NDArray[np.int_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Height and width of the crop that is taken when no attempt fits: the whole image, cut to a ratio in range."""
+    """Returns height and width of the crop used if no attempt fits: the whole image, cut to a ratio in range."""
     low, high = config.crop_ratio
     tall, wide = width / height < low, width / height > high
     crop_height = np.where(tall, np.maximum(1, np.rint(width / low)), height)
@@ -146,10 +146,10 @@ def _central_crop(
 
 
 def blur_window(config: ViewConfig, side: int) -> int:
-    """Width of the blur's window in pixels: the config's, else the odd number nearest side / 10, at least 5.
+    """Returns the width of the blur's window in pixels: the config's, or the odd number nearest side / 10 (>= 5).
 
     Raises:
-        ValueError: half of it is not less than the side, so that it would be mirrored twice.
+        ValueError: half of the window is not less than the side, so that reflection would have to mirror twice.
     """
     window = config.blur_kernel or max(5, 2 * (side // 20) + 1)
     require(window // 2 < side, f"blur_kernel {window} is too wide for views of side {side}; lower it")
@@ -163,18 +163,18 @@ def whole_views(
     std: NDArray[np.float32],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The images at the size of a view, normalized, without randomness.
+    """Returns the images at the size of a view, normalized, without randomness.
 
     Args:
-        images: n of uint8 [H, W, 3], of any sizes, or one array [n, H, W, 3].
-        side: of the result in pixels. The shorter side of an image becomes as long (bicubic, antialiased), and of the
-            longer one the middle is taken.
-        mean: [3] of the images scaled to [0, 1].
-        std: [3] of the images scaled to [0, 1].
-        dtype: of the result.
+        images: n images, each uint8 [H, W, 3] of any size, or one array [n, H, W, 3].
+        side: side of the result in pixels. The shorter side of an image is resized to it (bicubic, antialiased), and
+            the longer one is cropped at its center.
+        mean: channel means [3] of the images scaled to [0, 1].
+        std: channel deviations [3] of the images scaled to [0, 1].
+        dtype: dtype of the result.
 
     Returns:
-        [n, 3, side, side] in channels_last order, on the CPU.
+        Views [n, 3, side, side] in channels_last order, on the CPU.
     """
     if isinstance(images, np.ndarray):
         pixels = _fit(torch.tensor(images).permute(0, 3, 1, 2), side)
@@ -185,9 +185,9 @@ def whole_views(
 
 
 def _fit(pixels: Tensor, side: int) -> Tensor:
-    """[..., H, W] to [..., side, side]."""
+    """Resizes and crops [..., H, W] to [..., side, side]."""
     shorter = min(pixels.shape[-2:])
-    # What lies further from the middle is not in the result; taken off in pairs, so that the middle stays.
+    # Pixels far from the center do not reach the result. They are removed in pairs, so that the center stays.
     height, width = (side - max(0, (side - 3 * shorter) // 2 * 2) for side in pixels.shape[-2:])
     pixels = F.center_crop(pixels, [height, width])
     if shorter != side:

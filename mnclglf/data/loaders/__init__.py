@@ -1,4 +1,4 @@
-"""Which loader a run takes."""
+"""Choice of a run's loader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mnclglf_kernels.backend import first_line
 logger = logging.getLogger(__name__)
 
 _DALI_REMEDY = 'pip install "mnclglf[dali-cuda13]"'
-FASTER_ON_CPU = 32  # pixels a side up to which resident is faster than dali there
+FASTER_ON_CPU = 32  # largest side in pixels at which resident is faster than dali on a CPU
 _WARM_UP_BATCHES, _TIMED_BATCHES = 3, 10
 
 
@@ -36,18 +36,19 @@ def make_loader(
     augment_backend: Backend = "auto",
     **settings: Any,
 ) -> Loader:
-    """The loader of a run.
+    """Makes the loader of a run.
 
     Args:
-        images: what to train on.
-        view: how a view is made.
-        backend: auto is on a CPU resident up to 32 x 32, where it is faster (measured: docs/performance.md), and dali
-            above; on a GPU the faster of the two, tried for a moment; without DALI resident, or reference. What is too
-            large for resident goes to dali, and is said to.
-        device: where batches go.
-        side: of a view in pixels.
-        augment_backend: of resident's operator.
-        settings: the rest of Loader's arguments.
+        images: images to make views of.
+        view: settings of a view.
+        backend: name of the loader, or auto. auto on a CPU is resident up to 32 x 32, where it is faster (measured:
+            docs/lab/performance.md), and dali above; on a GPU the faster of the two in a short trial; without DALI
+            resident, or reference for images that resident cannot hold. Images too large for resident fall back to
+            dali, with a warning.
+        device: device of the batches.
+        side: side of a view in pixels.
+        augment_backend: backend of resident's operator.
+        settings: other arguments of Loader.
 
     Raises:
         ValueError: there are fewer images than a batch holds.
@@ -93,16 +94,16 @@ def _dali_problem() -> ImportError | None:
 
 
 def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
-    """The loader that makes batches fastest for a moment; the rates, and which of them cannot run here, are logged.
+    """Returns the loader that is fastest in a short trial; logs the rates, and the loaders that cannot run here.
 
     Raises:
-        RuntimeError: none can.
+        RuntimeError: no loader can run here.
     """
     rates: dict[str, float] = {}
     for name, loader in loaders.items():
         try:
             rates[name] = batches_per_second(loader, device)
-        except RuntimeError as error:  # a driver too old for DALI, or memory that is full
+        except RuntimeError as error:  # the driver is too old for DALI, or the memory is full
             logger.warning("loader %s cannot run here: %s", name, first_line(error))
     if not rates:
         raise RuntimeError(f"none of the loaders {', '.join(loaders)} can run on {device}; the reasons are above")
@@ -113,7 +114,7 @@ def fastest(loaders: Mapping[str, Loader], device: torch.device) -> Loader:
 
 
 def batches_per_second(loader: Loader, device: torch.device) -> float:
-    """Of batches that follow each other, the first few left out."""
+    """Measures the batches per second of a loader, without the first few."""
     since = 0.0
     for number, _ in enumerate(loader.batches(0, _WARM_UP_BATCHES + _TIMED_BATCHES)):
         if number + 1 == _WARM_UP_BATCHES:

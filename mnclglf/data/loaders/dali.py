@@ -1,10 +1,10 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false, reportArgumentType=false
-"""Views made by DALI: one pipeline for the CPU and the GPU, images in memory and in files, without randomness or state
-of its own.
+"""Views made by DALI: one pipeline for CPU and GPU, for images in memory and in files.
 
-The parameters of each view are inputs, drawn by views.draw_parameters; the operations and their order are those of
-reference.py. Pixels are floats from 0 to 255 after the resize, clamped where torchvision clamps.
+The pipeline has no randomness or state of its own: the parameters of each view are inputs, drawn by
+views.draw_parameters. The operations and their order are those of reference.py. After the resize, pixels are floats
+from 0 to 255, clamped where torchvision clamps.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import Batch, Loader
 from mnclglf.data.views import ViewParameters, blur_window
 
-PREFETCH = 2  # batches in the making while one is consumed
+PREFETCH = 2  # batches made ahead while one is used
 _LUMA = [0.2989, 0.587, 0.114]  # torchvision's weights of red, green and blue
 _WHITE = 255.0
 
 
 class DaliLoader(Loader):
-    """DALI, on the GPU where the device is one, else on the CPU; it works ahead while a batch is used.
+    """Loader that runs DALI on the device, GPU or CPU, and prefetches while a batch is used.
 
-    On a GPU a batch belongs to the stream that is current when it is taken: its memory is used again in that order.
+    On a GPU a batch belongs to the stream that is current when it is taken: its memory is reused in stream order.
     """
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -53,10 +53,10 @@ class DaliLoader(Loader):
         return self._to_device(views, torch.float32)
 
     def _made(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[list[Tensor]]:
-        """A tensor a view, float32 [N, S, S, 3] in DALI's memory, for each (rows, epoch) of the plan; N <= `most`."""
+        """Yields one tensor per view, float32 [N, S, S, 3] in DALI's memory, for each (rows, epoch); N <= `most`."""
         cuda = self._device.type == "cuda"
         device_id = torch.empty(0, device=self._device).device.index if cuda else None  # plain "cuda" has no index
-        ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not given back
+        ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not yet returned
 
         def source() -> Iterator[list[Any]]:
             for rows, epoch in plan:
@@ -78,7 +78,7 @@ class DaliLoader(Loader):
         )
         while True:
             try:
-                # Given the stream that uses it, an output is waited for and freed in that stream's order: no host sync.
+                # With the stream that uses an output, DALI orders its wait and release in that stream: no host sync.
                 views = pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
             except StopIteration:
                 return
@@ -90,7 +90,7 @@ class DaliLoader(Loader):
             yield [torch.from_dlpack(view.as_tensor()) for view in views]
 
     def _read(self, rows: NDArray[np.int64]) -> Any:
-        """What the pipeline is given of these images: their pixels, or where they lie."""
+        """Returns the pipeline's input for these images: their pixels, or their paths."""
         if isinstance(self._images, ImageFiles):
             root, paths = self._images.root, self._images.paths
             return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
@@ -99,12 +99,12 @@ class DaliLoader(Loader):
 
 
 def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
-    """Raises DataError that names the file which DALI does not name, if there is one among these.
+    """Raises DataError that names the file behind a DALI error, which does not name it, if it can be found.
 
-    It is broken or another one than it was; or it is one that Pillow reads and DALI does not.
+    The file is damaged or has changed, or Pillow reads it and DALI does not.
     """
     for row in rows:
-        size = images.pixels(row).shape[:2]  # DataError where it cannot be read
+        size = images.pixels(row).shape[:2]  # DataError if it cannot be read
         if size != (images.heights[row], images.widths[row]):
             raise DataError(
                 f"{images.root / images.paths[row]} is {size[0]} x {size[1]} pixels, and was {images.heights[row]} x "
@@ -119,14 +119,14 @@ def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What matters of DALI's many lines."""
+    """Returns the relevant part of DALI's long error message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
     return (after or ["no text"])[0][:200]
 
 
 def input_names(config: ViewConfig) -> list[str]:
-    """The inputs of a view: only what the config switches on, or DALI would copy the rest in vain."""
+    """Returns the names of a view's inputs: only those of operations that are on, as DALI copies every input."""
     names = ["start", "shape"]
     if config.rotation_degrees > 0:
         names += ["angle"]
@@ -145,7 +145,7 @@ def input_names(config: ViewConfig) -> list[str]:
 
 
 def view_inputs(p: ViewParameters, config: ViewConfig) -> list[NDArray[np.generic]]:
-    """The inputs of one view of a batch, in the order of `input_names`."""
+    """Returns the inputs of one view of a batch, in the order of `input_names`."""
     inputs = p.arrays() | {
         "start": np.stack([p.top, p.left], axis=1),
         "shape": np.stack([p.crop_height, p.crop_width], axis=1),
@@ -169,20 +169,20 @@ def view_pipeline(
     std: NDArray[np.float32],
     files: bool = False,
 ) -> Pipeline:
-    """A pipeline that turns each item of `source` into as many outputs as there are views, float32 [n, side, side, 3].
+    """Returns a pipeline that makes one output per view from each item of `source`, float32 [n, side, side, 3].
 
     Args:
-        source: of each batch the images, uint8 [n, H, W, 3], or where `files` their paths as bytes, uint8 [length]
-            each; then `view_inputs` of every view. Its end is the pipeline's end.
-        config: how views are made.
-        views: of each image; it is read and decoded once.
-        side: of a view in pixels.
-        batch_size: most images in an item.
+        source: iterator over batches. An item is the images, uint8 [n, H, W, 3], or with `files` their paths as bytes,
+            each uint8 [length]; then `view_inputs` of every view. The pipeline ends with it.
+        config: settings of a view.
+        views: number of views per image; an image is read and decoded once.
+        side: side of a view in pixels.
+        batch_size: largest number of images in an item.
         threads: CPU threads.
-        device_id: the GPU's number, or None for the CPU.
-        mean: [3] of the images scaled to [0, 1].
-        std: [3] of the images scaled to [0, 1].
-        files: whether images come as paths.
+        device_id: number of the GPU, or None for the CPU.
+        mean: channel means [3] of the images scaled to [0, 1].
+        std: channel deviations [3] of the images scaled to [0, 1].
+        files: True if images come as paths.
     """
     names = input_names(config)
     device = "cpu" if device_id is None else "gpu"
@@ -192,8 +192,8 @@ def view_pipeline(
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=PREFETCH,
-        exec_dynamic=True,  # outputs own their memory: a tensor made from one stays valid
-        enable_conditionals=True,  # a fifth faster on the CPU than doing everything to every view, measured
+        exec_dynamic=True,  # outputs own their memory, so a tensor made from one stays valid
+        enable_conditionals=True,  # a fifth faster on the CPU than applying every operation to every view (measured)
     )
     def pipeline():
         layouts = ["" if files else "HWC"] + [""] * (views * len(names))
@@ -220,9 +220,9 @@ def _view(
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
 ) -> Any:
-    """One view, float32 [side, side, 3], of uint8 [H, W, 3].
+    """Returns one view, float32 [side, side, 3], of uint8 [H, W, 3].
 
-    DALI's `if` takes the images for which its input is true; where the config has no such input it is not built.
+    DALI's `if` selects the images whose input is true. An operation without an input is not built.
     """
     pixels = fn.cast(_crop(images, given, side, config.interpolation), dtype=types.FLOAT)
     if given.get("jitter"):
@@ -244,10 +244,10 @@ def _view(
 
 
 def _crop(pixels: Any, given: dict[str, Any], side: int, interpolation: str) -> Any:
-    """The rotation, the crop and its resize, of uint8 [H, W, 3].
+    """Rotates, crops and resizes uint8 [H, W, 3].
 
-    The crop is cut out before it is resized: with resize's own roi_start and roi_end, pixels from outside the crop
-    bleed into its edge (up to 78 of 255 levels from torchvision, measured).
+    The crop is cut out before the resize: with resize's own roi_start and roi_end, pixels outside the crop bleed into
+    its edge (measured: up to 78 of 255 levels from torchvision).
     """
     if "angle" in given:
         pixels = fn.rotate(pixels, angle=given["angle"], keep_size=True, interp_type=types.INTERP_LINEAR, fill_value=0)
@@ -257,7 +257,7 @@ def _crop(pixels: Any, given: dict[str, Any], side: int, interpolation: str) -> 
 
 
 def _jitter(pixels: Any, given: dict[str, Any]) -> Any:
-    """Brightness, contrast, saturation and hue, as far as they are given, of float [S, S, 3]."""
+    """Changes brightness, contrast, saturation and hue of float [S, S, 3], each if it is given."""
     if "brightness" in given:
         pixels = dmath.min(pixels * given["brightness"], _WHITE)
     if "contrast" in given:
@@ -273,9 +273,9 @@ def _jitter(pixels: Any, given: dict[str, Any]) -> Any:
 
 
 def _shift_hue(pixels: Any, turns: Any) -> Any:
-    """Adds turns to the hue in HSV, of float [S, S, 3]: DALI's own hue turns the colors in YIQ, which is not the same.
+    """Adds turns to the HSV hue of float [S, S, 3]; DALI's own hue rotates in YIQ, which is a different operation.
 
-    With m the least and C the largest less the least of r, g, b, the hue in sixths of a turn is
+    With m the least of r, g, b and C the largest minus the least, the hue in sixths of a turn is
     q = 1 + (g + b - r - m) / C where g >= b and 6 - q elsewhere. At hue h, red is m + C clamp(|h - 3| - 1), green
     m + C clamp(2 - |h - 2|), blue m + C clamp(2 - |h - 4|).
     """

@@ -1,4 +1,4 @@
-"""Views made by torchvision, one image at a time: slow, and the truth that the other loaders are tested against."""
+"""Views made by torchvision, one image at a time: the slow reference that the other loaders are tested against."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def render_view(
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
 ) -> Tensor:
-    """The view of `image`, uint8 [H, W, 3], that row `row` of the parameters describes: float32 [3, side, side].
+    """Returns the view of `image`, uint8 [H, W, 3], by row `row` of the parameters: float32 [3, side, side].
 
-    The rotation and the resize round to uint8 levels, as they do on images from files; from there on pixels are floats
-    in [0, 1], clamped after each change of color, and the last step normalizes them with mean [3] and std [3].
+    Rotation and resize round to uint8 levels, as they do on images from files. After them pixels are floats in [0, 1],
+    clamped after each change of color. The last step normalizes them with mean [3] and std [3].
     """
     p = parameters
     pixels = torch.tensor(image).permute(2, 0, 1)
@@ -52,7 +52,7 @@ def render_view(
 
 
 def _change_colors(pixels: Tensor, p: ViewParameters, row: int) -> Tensor:
-    """Brightness, contrast, saturation, hue and gray, in this order, of float32 [3, S, S] in [0, 1]."""
+    """Changes brightness, contrast, saturation, hue and gray, in this order, of float32 [3, S, S] in [0, 1]."""
     if p.brightness[row] != 1:
         pixels = F.adjust_brightness(pixels, float(p.brightness[row]))
     if p.contrast[row] != 1:
@@ -65,7 +65,7 @@ def _change_colors(pixels: Tensor, p: ViewParameters, row: int) -> Tensor:
 
 
 class ReferenceLoader(Loader):
-    """torchvision, one image after the other, when a batch is asked for."""
+    """Loader that runs torchvision, one image after the other, without prefetching."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         for step in range(start, stop):
@@ -76,7 +76,7 @@ class ReferenceLoader(Loader):
         return self._to_device(self._made(indices, epoch), torch.float32)
 
     def _made(self, rows: NDArray[np.int64], epoch: int) -> list[Tensor]:
-        """A tensor a view, float32 [N, S, S, 3]."""
+        """Returns one tensor per view, float32 [N, S, S, 3]."""
         parameters = self._draw(rows, epoch)
         made: list[list[Tensor]] = [[] for _ in parameters]
         with _one_thread():
@@ -92,7 +92,10 @@ class ReferenceLoader(Loader):
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """On images this small more threads of torch are no faster, and on busy cores ten times slower (measured)."""
+    """Context in which torch uses one thread.
+
+    On images this small more threads are no faster, and on busy cores ten times slower (measured).
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Views made from images that stay on the device, by the one kernel of mnclglf_kernels.ops.augment."""
+"""Views made from images that stay on the device, by the kernel of mnclglf_kernels.ops.augment."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mnclglf.data.views import ViewParameters, blur_window
 from mnclglf_kernels import Backend, augment
 from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, ViewFormat
 
-_COPIED_IMAGES = 4096  # at once
+_COPIED_IMAGES = 4096  # images copied to the device at once
 
 
 def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None:
-    """Why images cannot be resident, or why sides of `most` pixels would be exceeded; or None."""
+    """Returns why images cannot be resident, with sides of at most `most` pixels; None if they can."""
     if not isinstance(images, ImageArray):
         return "image files are decoded when they are needed"
     largest = max(side, *images.images.shape[1:3])
@@ -29,12 +29,12 @@ def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None
 
 
 class ResidentLoader(Loader):
-    """The whole set as one tensor of bytes on the device; no worker, and nothing but numbers goes there in a step.
+    """Loader that keeps the whole set as one uint8 tensor on the device; a step copies only row numbers and parameters.
 
     Args:
-        images: in memory, up to 64 x 64 as views are: see `problem`.
-        backend: of augment.
-        others: see Loader.
+        images: images in memory, up to 64 x 64, as are the views: see `problem`.
+        backend: backend of augment.
+        others: other arguments of Loader.
     """
 
     def __init__(self, images: ImageArray, *others: Any, backend: Backend = "auto", **named: Any) -> None:
@@ -51,7 +51,7 @@ class ResidentLoader(Loader):
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1) as drawing:  # the numbers of the next step while this one is used
+        with ThreadPoolExecutor(1) as drawing:  # draws the next step's numbers while this one is used
             drawn = drawing.submit(self._numbers, start)
             for step in range(start, stop):
                 rows, parameters = (x.to(self._device, non_blocking=True) for x in drawn.result())
@@ -64,32 +64,32 @@ class ResidentLoader(Loader):
         return self._made(rows, parameters, torch.float32)
 
     def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """V tensors [N, 3, S, S]."""
+        """Returns V tensors [N, 3, S, S]."""
         given = self._stored, rows, parameters, self._mean, self._std
         views = augment(*given, self._format, dtype=dtype, backend=self._backend)
         return views.chunk(self._views)
 
     def _numbers(self, step: int) -> tuple[Tensor, Tensor]:
         rows, parameters = self._tensors(self._rows(step), step // self.steps_per_epoch)
-        if self._device.type == "cuda":  # from pageable memory the copy would wait for the device
+        if self._device.type == "cuda":  # a copy from pageable memory would wait for the device
             return rows.pin_memory(), parameters.pin_memory()
         return rows, parameters
 
     def _tensors(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
-        """Rows [N] and the parameters of their views, [V * N, 13], view-major."""
+        """Returns rows [N] and the parameters of their views, [V * N, 13], view-major."""
         return torch.from_numpy(rows.copy()), parameter_table(self._draw(rows, epoch))
 
 
 def parameter_table(views: Sequence[ViewParameters]) -> Tensor:
-    """What augment takes of V views of N images, fp32 [V * N, 13], view-major."""
+    """Returns augment's parameters of V views of N images, fp32 [V * N, 13], view-major."""
     columns = [view.arrays() for view in views]
     table = np.concatenate([np.stack([view[name] for name in PARAMETERS], 1) for view in columns])
     return torch.from_numpy(table.astype(np.float32))
 
 
 def _on_device(images: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """[n, H, W, 3] as [n, 3, H, W]: on a GPU a plane after the other, on the CPU as it lies in memory."""
-    if device.type == "cpu" and images.flags.writeable:  # torch warns of what it could not write to
+    """Returns [n, H, W, 3] as [n, 3, H, W]: plane by plane in a GPU's memory, as a view of the array on the CPU."""
+    if device.type == "cpu" and images.flags.writeable:  # from_numpy warns about read-only arrays
         return torch.from_numpy(images).permute(0, 3, 1, 2)
     stored = torch.empty(len(images), 3, *images.shape[1:3], dtype=torch.uint8, device=device)
     for start in range(0, len(images), _COPIED_IMAGES):
