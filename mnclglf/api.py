@@ -87,7 +87,7 @@ def evaluate(run: RunPath, protocol: Literal["knn", "linear", "logistic"] = "knn
     Args:
         run: run directory, or what `train` returned.
         protocol: "knn" is weighted k-NN, "linear" the paper's linear evaluation, "logistic" logistic regression.
-        settings: of KnnConfig, LinearConfig or LogisticConfig, as neighbors=5 or label_share=0.1.
+        settings: settings of KnnConfig, LinearConfig or LogisticConfig, e.g. neighbors=5 or label_share=0.1.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: what is asked for is not there; the message has the remedy.

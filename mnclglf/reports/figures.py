@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG bytes. Nothing here touches matplotlib's global state."""
+"""Figures of a report, as PNG bytes. Nothing here touches matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mnclglf.reports.run_files import finite
 from mnclglf.runs.metrics import Record, step_of
 
 DOTS_PER_INCH = 160
-SMOOTH_ABOVE = 100  # points: from here on a running mean is drawn over them
-LOGARITHMIC_ABOVE = 20.0  # highest over lowest value
-PATCH_GAP = 0.12  # of a patch's side
+SMOOTH_ABOVE = 100  # number of points above which a running mean is drawn over them
+LOGARITHMIC_ABOVE = 20.0  # ratio of the highest to the lowest value
+PATCH_GAP = 0.12  # gap between patches as a fraction of a patch's side
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a figure. The lines are of Okabe and Ito's palette, which colour-blind readers can tell apart."""
+    """Colors of a figure. The lines use Okabe and Ito's palette, which color-blind readers can tell apart."""
 
     background: str
     text: str
@@ -44,14 +44,14 @@ DARK = Theme(
 
 
 class Curve(NamedTuple):
-    """One line of a panel: the key of the records it shows, and its name."""
+    """Line of a panel: the key of the records it shows, and its name."""
 
     key: str
     label: str
 
 
 class Level(NamedTuple):
-    """A horizontal line to compare with."""
+    """Horizontal reference line."""
 
     value: float
     label: str
@@ -59,7 +59,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes over training steps."""
+    """Pair of axes over training steps."""
 
     title: str
     unit: str
@@ -68,37 +68,37 @@ class Panel:
     percent: bool = False
     """Shows fractions as percentages from 0 to 100."""
     smooth: bool = True
-    """Draws a running mean over many points; off for what is not noisy."""
+    """Draws a running mean over many points; off for curves without noise."""
     from_zero: bool = False
     logarithmic: bool = False
-    """Where the values span more than LOGARITHMIC_ABOVE; else from zero."""
+    """Uses a logarithmic axis if the values span more than LOGARITHMIC_ABOVE; else a linear one from zero."""
 
 
 class Dots(NamedTuple):
-    """One series of a dot chart: values in each row, none where there are none."""
+    """Series of a dot chart, with any number of values per row."""
 
     label: str
     rows: Sequence[Sequence[float]]
     color: int
     """Index into a theme's lines."""
     absent: str = ""
-    """Stands in a row without values."""
+    """Text in a row without values."""
 
 
 class DotPanel(NamedTuple):
-    """One pair of axes of a dot chart."""
+    """Pair of axes of a dot chart."""
 
     title: str
     series: Sequence[Dots]
 
 
 def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, theme: Theme = LIGHT) -> bytes:
-    """The loss, and the terms (loss_...) it is made of, over the steps.
+    """Draws the loss and its terms (loss_...) over the steps.
 
     Args:
-        records: of metrics.jsonl.
+        records: records of metrics.jsonl.
         uninformed: value of each term while all candidates look alike, ln N; drawn as a dashed line.
-        theme: colours.
+        theme: colors.
     """
     terms = sorted({key for record in records for key in record if key.startswith("loss_")})
     level = None if uninformed is None else Level(uninformed, f"no information: {uninformed:.2f}")
@@ -109,7 +109,7 @@ def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, t
 
 
 def schedule_curves(records: Sequence[Record], *, theme: Theme = LIGHT) -> bytes:
-    """Learning rate and throughput over the steps; the EMA momentum too where it changes."""
+    """Draws learning rate and throughput over the steps, and the EMA momentum if it changes."""
     panels = [
         Panel(title="Learning rate", unit="learning rate", curves=(Curve("lr", "lr"),), smooth=False, from_zero=True),
         Panel(title="Throughput", unit="images / s", curves=(Curve("images_per_second", "speed"),), from_zero=True),
@@ -120,12 +120,12 @@ def schedule_curves(records: Sequence[Record], *, theme: Theme = LIGHT) -> bytes
 
 
 def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, theme: Theme = LIGHT) -> bytes:
-    """Signs of collapse: feature spread, effective rank, neighbor agreement, queue fill, gradient norm.
+    """Draws the signs of collapse: feature spread, effective rank, neighbor agreement, queue fill, gradient norm.
 
     Args:
-        records: of metrics.jsonl; what they do not hold is not drawn.
-        ideal_std: feature_std of directions spread evenly, drawn as a dashed line; None draws none.
-        theme: colours.
+        records: records of metrics.jsonl; keys that they lack are not drawn.
+        ideal_std: feature_std of evenly spread directions, drawn as a dashed line; None draws no line.
+        theme: colors.
     """
     level = None if ideal_std is None else Level(ideal_std, "spread evenly")
     panels = [
@@ -148,7 +148,7 @@ def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, t
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key, where both are there and finite."""
+    """Returns the steps and values of one key, for the records that have both, finite."""
     pairs = [(step_of(record), finite(record.get(key))) for record in records]
     known = [(step, value) for step, value in pairs if step is not None and value is not None]
     return [step for step, _ in known], [value for _, value in known]
@@ -162,14 +162,14 @@ def views_picture(
     *,
     theme: Theme = LIGHT,
 ) -> bytes:
-    """A row for each image: the image, its views, and the 2 x 2 patches of the first and the last view.
+    """Draws one row per image: the image, its views, and the 2 x 2 patches of the first and the last view.
 
     Args:
-        images: uint8 [n, H, W, 3].
-        views: [V, n, 3, S, S], normalised with mean and std.
-        mean: [3] of images in [0, 1].
-        std: [3] of images in [0, 1].
-        theme: colours.
+        images: images, uint8 [n, H, W, 3].
+        views: views [V, n, 3, S, S], normalized with mean and std.
+        mean: channel means [3] of images in [0, 1].
+        std: channel deviations [3] of images in [0, 1].
+        theme: colors.
     """
     pixels = np.moveaxis(views, 2, -1) * std + mean  # [V, n, S, S, 3]
     pixels = np.nan_to_num(pixels).clip(0, 1)
@@ -189,13 +189,13 @@ def picture_grid(
     heading: str = "",
     theme: Theme = LIGHT,
 ) -> bytes:
-    """Columns of pictures under their titles; small pictures show their pixels.
+    """Draws columns of pictures under their titles; small pictures show their pixels.
 
     Args:
-        titles: of the columns.
-        columns: of pictures [H, W, 3], uint8 or floats in [0, 1].
-        heading: over all.
-        theme: colours.
+        titles: titles of the columns.
+        columns: columns of pictures [H, W, 3], uint8 or floats in [0, 1].
+        heading: heading of the figure.
+        theme: colors.
     """
     rows, cell = max(len(column) for column in columns), 1.3  # inches
     above = 0.5 + (0.3 if heading else 0)
@@ -215,7 +215,7 @@ def picture_grid(
 
 
 def divided(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[S, S, 3] in [0, 1] as its 2 x 2 patches on a transparent ground with a gap between them, RGBA."""
+    """Returns [S, S, 3] in [0, 1] as RGBA: its 2 x 2 patches with gaps between them, on a transparent background."""
     half = image.shape[0] // 2
     gap = max(1, round(PATCH_GAP * half))
     canvas = np.zeros((2 * half + gap, 2 * half + gap, 4), np.float32)
@@ -231,14 +231,14 @@ def divided(image: NDArray[np.float32]) -> NDArray[np.float32]:
 def dot_chart(
     labels: Sequence[str], panels: Sequence[DotPanel], *, heading: str = "", unit: str = "%", theme: Theme = LIGHT
 ) -> bytes:
-    """Rows of values: a dot each, their mean, and a line over mean +- standard deviation (n - 1).
+    """Draws rows of values: one dot per value, their mean, and a line over mean +- standard deviation (n - 1).
 
     Args:
-        labels: of the rows, from the top.
-        panels: side by side; each series has as many rows as there are labels.
-        heading: over all.
-        unit: of the values.
-        theme: colours.
+        labels: labels of the rows, from the top.
+        panels: panels, side by side; each series has one row per label.
+        heading: heading of the figure.
+        unit: unit of the values.
+        theme: colors.
     """
     size = (2.4 + 3.3 * len(panels), 1.3 + 0.3 * len(labels))  # inches
     figure = Figure(figsize=size, facecolor=theme.background, layout="constrained")
@@ -254,7 +254,7 @@ def dot_chart(
 
 
 def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
-    """Mean of the values at most window // 2 away from each; shorter at the ends."""
+    """Returns the mean of the values at most window // 2 away from each; shorter at the ends."""
     half, n = window // 2, len(values)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     stops, starts = np.minimum(np.arange(n) + half + 1, n), np.maximum(np.arange(n) - half, 0)
@@ -262,7 +262,7 @@ def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
 
 
 def _panels(records: Sequence[Record], panels: Sequence[Panel], theme: Theme) -> bytes:
-    """The panels side by side, at most three in a row."""
+    """Draws the panels side by side, at most three in a row."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(9.6, 2.9 * rows), facecolor=theme.background, layout="constrained")
@@ -306,7 +306,7 @@ def _draw_dots(axis: Axes, dots: Dots, theme: Theme) -> None:
     color, label = theme.lines[dots.color], dots.label
     for row, values in enumerate(dots.rows):
         if not values:
-            place = axis.get_yaxis_transform()  # x in parts of the axes
+            place = axis.get_yaxis_transform()  # x as a fraction of the axes
             axis.text(0.02, row, dots.absent, transform=place, va="center", fontsize=8, color=theme.muted)
             continue
         mean = statistics.fmean(values)
@@ -314,7 +314,7 @@ def _draw_dots(axis: Axes, dots: Dots, theme: Theme) -> None:
         axis.plot([mean - spread, mean + spread], [row, row], color=color, linewidth=1.6, alpha=0.4)
         axis.plot(values, [row] * len(values), color=color, linestyle="", marker=".", markersize=5)
         axis.plot([mean], [row], color=color, marker="oD^"[dots.color], markersize=6, linestyle="", label=label)
-        label = None  # once in the legend
+        label = None  # only once in the legend
 
 
 def _dress_dots(axis: Axes, panel: DotPanel, unit: str, theme: Theme) -> None:

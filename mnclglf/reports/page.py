@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that needs nothing beside it."""
+"""Report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from mnclglf.reports.run_files import RunFiles, finite, read_run
 from mnclglf.reports.tables import percent, result_table
 from mnclglf.runs.files import write_atomically
 
-OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N while all N look alike
+OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N if all N candidates look alike
 
 
 class Picture(NamedTuple):
-    """A figure in both color schemes, as base64 PNG."""
+    """Figure in both color schemes, as base64 PNG."""
 
     light: str
     dark: str
@@ -47,25 +47,25 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run got."""
+    """Steps that a run has done, and its total."""
 
     step: int
     total: int | None
-    """None where config.json or the epochs of the records are missing."""
+    """Steps of the whole run; None if config.json or the epochs of the records are missing."""
     epoch: float | None
     epochs: int | None
 
     @property
     def finished(self) -> bool:
-        """The last step was logged, as it always is."""
+        """Returns whether the last step was logged; every run logs it."""
         return self.total is not None and self.step >= self.total
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes RUN/report.html from the other files of the run directory, as far as they are there.
+    """Writes RUN/report.html from the other files of the run directory; missing ones are left out.
 
     Returns:
-        Its path.
+        The path of the report.
 
     Raises:
         NotADirectoryError: there is no such directory.
@@ -86,7 +86,7 @@ def render(run: RunFiles) -> str:
 
 
 def progress(run: RunFiles) -> Progress | None:
-    """Returns how far the records of a run reach; None where there are none."""
+    """Returns the progress in the records of a run; None without records."""
     if not run.records:
         return None
     last = run.records[-1]
@@ -96,7 +96,7 @@ def progress(run: RunFiles) -> Progress | None:
 
 
 def state_line(run: RunFiles) -> str:
-    """Returns one sentence that says if the run is done."""
+    """Returns one sentence that says whether the run is done."""
     reached = progress(run)
     broken = run.nonfinite_step
     if broken is not None and (reached is None or broken >= reached.step):
@@ -114,7 +114,7 @@ def state_line(run: RunFiles) -> str:
 
 
 def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
-    """Returns throughput, memory, waiting and elapsed time in words, as far as they were logged."""
+    """Returns throughput, memory, waiting and elapsed time in words, those that were logged."""
     lines: list[tuple[str, str]] = []
     speeds = series(run.records, "images_per_second")[1]
     if speeds:
@@ -192,14 +192,14 @@ def _picture(draw: Callable[[Theme], bytes]) -> Picture:
 
 
 def _classes(results: list[dict[str, Any]]) -> int | None:
-    """Returns the number of classes where all results agree on it."""
+    """Returns the number of classes if all results agree on it, else None."""
     numbers = {finite(_section(result, "settings").get("classes")) for result in results}
     number = numbers.pop() if len(numbers) == 1 else None
     return int(number) if number else None
 
 
 def _measured_at(run: RunFiles) -> str | None:
-    """Returns a warning where results of the newest checkpoint are of an earlier step than the last that was logged."""
+    """Returns a warning if results of the newest checkpoint are from an earlier step than the last one logged."""
     reached = progress(run)
     newest = [result for result in run.results if result.get("epoch") is None]
     steps = [finite(_section(result, "settings").get("step")) for result in newest]
@@ -218,7 +218,7 @@ def _section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _groups(values: Mapping[str, Any] | None, title: str) -> list[Group]:
-    """Returns plain values under `title`, and a group for each dict among them; deeper dicts get dotted names."""
+    """Returns plain values under `title`, and one group per dict among them; deeper dicts get dotted names."""
     if not values:
         return []
     groups = [Group(title, [(name, _text(v)) for name, v in values.items() if not isinstance(v, dict)])]

@@ -1,4 +1,4 @@
-"""Reads the files of a run directory, as far as they are there."""
+"""Reads the files of a run directory, those that exist."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The files of a run directory; what is missing is None or empty."""
+    """Contents of a run directory; a missing file is None or empty."""
 
     folder: Path
     config: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     records: list[Record] = field(default_factory=list[Record])
-    """Lines of metrics.jsonl in the order of their steps; of lines with the same step the last."""
+    """Lines of metrics.jsonl in the order of their steps; the last one of each step."""
     unreadable_lines: int = 0
-    """Lines of metrics.jsonl that are not records, other than a torn last one."""
+    """Number of lines of metrics.jsonl that are not records, without a torn last one."""
     results: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     views: Views | None = None
     nonfinite_step: int | None = None
@@ -43,7 +43,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads everything a report is made of.
+    """Reads everything that a report needs.
 
     Raises:
         NotADirectoryError: there is no such directory.
@@ -67,17 +67,17 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def finite(value: object) -> float | None:
-    """Returns `value` as a number, or None where it is none, not finite, or beyond fp32, in which figures are taken."""
+    """Returns `value` as a number; None if it is no number, not finite, or beyond fp32, the dtype of the figures."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
         return None
     return float(value)
 
 
 def read_views(path: Path) -> Views | None:
-    """Reads views.npz; None where there is no file.
+    """Reads views.npz; None if there is no file.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     if not path.exists():
         return None
@@ -89,7 +89,7 @@ def read_views(path: Path) -> Views | None:
                 mean=file["mean"].astype(np.float32),
                 std=file["std"].astype(np.float32),
             )
-    except Exception as error:  # numpy and zipfile raise many kinds: all mean that the file is no use
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
         raise ValueError(f"{path} is damaged: {error}") from error
     n = len(views.images)
     expected = views.images.ndim == 4 and views.views.ndim == 5 and views.views.shape[1:3] == (n, 3)

@@ -1,4 +1,4 @@
-"""data inspect and data views: prints and draws the images of a source, and the views that each loader makes."""
+"""The commands data inspect and data views: print and draw the images of a source, and each loader's views of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mnclglf.reports.figures import divided, picture_grid
 from mnclglf.runs.console import say
 from mnclglf.runs.files import write_atomically
 
-GRID_CLASSES, GRID_IMAGES = 10, 8  # of the picture of a source
-THUMBNAIL = 128  # pixels; what is larger is shown as large
+GRID_CLASSES, GRID_IMAGES = 10, 8  # columns and rows in the picture of a source
+THUMBNAIL = 128  # largest side of an image in a picture, in pixels
 
 
 def inspect_source(source: tuple[ImageSet, ImageSet | None], picture: Path, console: Console) -> None:
-    """Prints sizes, classes and channel statistics of training and test images; draws some images of some classes."""
+    """Prints sizes, classes and channel statistics of training and test images, and draws some images."""
     train, test = source
     for images in (train, *((test,) if test is not None else ())):
         for line in described(images):
@@ -61,7 +61,7 @@ def described(images: ImageSet) -> list[str]:
 
 
 def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:
-    """Returns titles and columns of a picture: classes spread over all of them, images spread over each."""
+    """Returns titles and columns of a picture: evenly spaced classes, and evenly spaced images of each."""
     if not images.labeled:
         chosen = np.linspace(0, len(images) - 1, GRID_CLASSES * GRID_IMAGES, dtype=np.int64)
         groups = [("", part) for part in np.array_split(np.unique(chosen), GRID_CLASSES) if len(part)]
@@ -75,7 +75,7 @@ def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[Any]:
-    """Returns the middle of an image at a size that a picture can hold."""
+    """Returns the center of an image, reduced to THUMBNAIL pixels."""
     side = min(THUMBNAIL, *pixels.shape[:2])
     zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
     return whole_views([pixels], side, zero, one, torch.float32)[0].permute(1, 2, 0).clamp(0, 1).numpy()
@@ -84,7 +84,7 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[Any]:
 def show_views(
     images: ImageSet, picture: Path, console: Console, view_name: str, *, side: int | None, count: int, seed: int
 ) -> None:
-    """Draws the views that every loader makes of some images, and prints how far they are apart."""
+    """Draws the views that every loader makes of some images, and prints their differences."""
     view = view_of(view_name, images.name)
     require(1 <= count <= len(images), f"{count} images cannot be shown of {len(images)}; give --images from 1 on")
     side = view_side(images, side)
@@ -95,7 +95,7 @@ def show_views(
     for name in (name for name in get_args(LoaderName) if name != "auto"):
         try:
             loader = make_loader(images, view, backend=name, device=torch.device("cpu"), **settings)
-            if loader.name == name:  # else it went to another, and said why
+            if loader.name == name:  # else make_loader fell back to another, with a warning
                 made[name] = in_unit(loader, loader.render(shown, epoch=0))
         except (ImportError, RuntimeError, DataError) as error:
             say(console, f"left out: {name}: {error}")

@@ -1,4 +1,4 @@
-"""Evaluation results as a table: one row per protocol, share of labels, checkpoint and split, one column per
+"""Evaluation results as a table: one row per protocol, label share, checkpoint and split; one column per
 representation."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One representation's result. Fractions of the images classified."""
+    """Result of one representation; accuracies are fractions of the images."""
 
     top1: float
     top5: float
@@ -44,27 +44,27 @@ class Cell:
     notes: tuple[str, ...]
     """Remarks on this number alone."""
     best: bool
-    """No other of the row has a higher top-1."""
+    """True if no other cell of the row has a higher top-1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One protocol on one split."""
+    """Row of one protocol on one split."""
 
     title: str
     details: str
-    """The settings that all cells share, in words."""
+    """Settings common to all cells, in words."""
     cells: tuple[Cell | None, ...]
-    """One per representation of the table; None where it was not run."""
+    """Cells, one per representation of the table; None for one that was not run."""
 
 
 class Measured(NamedTuple):
-    """The subject of a table's row."""
+    """Key of a table's row."""
 
     protocol: str
     label_share: float
     epoch: float | None
-    """None is the run's newest checkpoint."""
+    """Epoch of the checkpoint; None is the run's newest."""
     split: str
 
     @classmethod
@@ -83,25 +83,25 @@ class Measured(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """The sort key of rows: by protocol, all labels first, the newest checkpoint last."""
+        """Returns the sort key of the row: by protocol, all labels first, the newest checkpoint last."""
         known = list(PROTOCOLS)
         order = known.index(self.protocol) if self.protocol in known else len(known)
         return order, self.protocol, -self.label_share, self.split, math.inf if self.epoch is None else self.epoch
 
 
 class ResultTable(NamedTuple):
-    """Protocol x representation."""
+    """Table of protocols x representations."""
 
     representations: tuple[str, ...]
     rows: list[Row]
 
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
-    """Returns the table of the results in evaluation.json; of results for the same cell the last counts.
+    """Returns the table of the results in evaluation.json; the last result for a cell is used.
 
     Args:
-        results: each with protocol, representation, top1 and top5, and perhaps split, label_share, epoch, deviation and
-            settings.
+        results: results with protocol, representation, top1 and top5, and optionally split, label_share, epoch,
+            deviation and settings.
     """
     cells: dict[Measured, dict[str, Mapping[str, Any]]] = {}
     for result in results:
@@ -113,13 +113,13 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
 
 
 def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns the means over the runs of the results that all have, with top-1's standard deviation (n - 1).
+    """Returns the mean over the runs of each result that all have, with top-1's standard deviation (n - 1).
 
     Args:
-        runs: the results of each, two runs or more.
+        runs: results of each run, for two or more runs.
 
     Raises:
-        ValueError: runs were evaluated on subsets of labels that were drawn in different ways.
+        ValueError: the runs were evaluated on label subsets that were drawn in different ways.
     """
     by_cell = [{(Measured.of(result), result["representation"]): result for result in results} for results in runs]
     means: list[dict[str, Any]] = []
@@ -140,12 +140,12 @@ def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str
 
 
 def percent(fraction: float) -> str:
-    """Returns a fraction as a percentage with one digit, without the sign."""
+    """Returns a fraction in percent with one decimal, without the percent sign."""
     return f"{100 * fraction:.1f}"
 
 
 def to_markdown(table: ResultTable) -> str:
-    """Returns the table as Markdown; every number in percent, top-1 and then top-5."""
+    """Returns the table as Markdown, with top-1 and top-5 in percent."""
     lines = [
         "| Top-1 / top-5, % | " + " | ".join(map(_escape, table.representations)) + " |",
         "|---" + "|--:" * len(table.representations) + "|",
@@ -167,7 +167,7 @@ def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], represent
 
 
 def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the settings that all have, with the same value."""
+    """Returns the settings that have the same value in all of them."""
     return {name: value for name, value in settings[0].items() if all(value == s.get(name) for s in settings)}
 
 
@@ -186,7 +186,7 @@ def _cell(result: Mapping[str, Any] | None, shared: Mapping[str, Any], best: flo
 
 
 def _describe(settings: Mapping[str, Any]) -> str:
-    """Returns settings in words: "k 20, 4,000 training images"."""
+    """Returns settings in words, e.g. "k 20, 4,000 training images"."""
     parts: list[str] = []
     for name, value in settings.items():
         if name in UNSHOWN:

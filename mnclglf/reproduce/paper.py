@@ -1,4 +1,4 @@
-"""The accuracies that the paper prints, Tables 3 to 6, in percent."""
+"""Accuracies in the paper's Tables 3 to 6, in percent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mnclglf.config import MethodName
 
 
 class PaperResult(NamedTuple):
-    """Accuracy of linear evaluation in percent; top5 is None where the paper has none."""
+    """Accuracy of linear evaluation in percent; top5 is None if the paper does not print it."""
 
     top1: float
     top5: float | None = None
@@ -67,7 +67,7 @@ TABLE3: dict[MethodName, dict[str, PaperResult]] = {
         "tinyimagenet": PaperResult(41.70, 68.36),
     },
 }
-"""By method and data set."""
+"""Results by method and data set."""
 
 TABLE4 = {
     2: PaperResult(89.33),
@@ -76,7 +76,7 @@ TABLE4 = {
     8: PaperResult(89.26),
     10: PaperResult(89.27),
 }
-"""By lambda, on CIFAR10."""
+"""Results by lambda, on CIFAR10."""
 
 TABLE5 = {
     "nnclr": {50: PaperResult(72.48), 100: PaperResult(82.54), 150: PaperResult(86.86), 200: PaperResult(87.66)},
@@ -88,7 +88,7 @@ TABLE5 = {
     },
     "mnclglf": {50: PaperResult(80.55), 100: PaperResult(87.77), 150: PaperResult(90.17), 200: PaperResult(90.18)},
 }
-"""By method and epoch of 200, on CIFAR10; "one_embedding" is MNCLGLF with one combined embedding a step."""
+"""Results by method and epoch of 200, on CIFAR10; "one_embedding" is MNCLGLF with one combined embedding per step."""
 
 TABLE6 = {
     1: PaperResult(89.54, 99.73),
@@ -96,4 +96,4 @@ TABLE6 = {
     3: PaperResult(89.79, 99.73),
     4: PaperResult(89.61, 99.72),
 }
-"""By k, on CIFAR10."""
+"""Results by k, on CIFAR10."""

@@ -1,6 +1,6 @@
-"""Plans each table of the paper: its rows, and the runs behind them. Makes nothing.
+"""Plan of each table of the paper: its rows, and the runs that they need.
 
-A run's name holds all that sets it apart within a scale, so rows of any table that need equal runs share one.
+The name of a run is unique within a scale, so all rows of all tables that need the same run share it.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ EPOCH_TITLES = {"nnclr": "NNCLR", "one_embedding": "MNCLGLF (one embedding)", "m
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Make a table of the paper: what is missing of its runs and evaluations, and the paper's numbers beside ours."""
+    """Make the missing runs and evaluations of a table of the paper, and write it with the paper's numbers and ours."""
 
     table: Annotated[TableName, tyro.conf.Positional]
-    """The table."""
+    """Table of the paper."""
     dataset: tuple[PaperDataset, ...] = ()
-    """Data sets of table3 to make runs of; none given takes all three. The other tables are of cifar10."""
+    """Data sets of table3 to run; none given takes all three. The other tables use cifar10."""
     scale: ScaleName = "paper"
     """paper: Table 2's settings on the paper's data sets, for a GPU. small: 10,000 images of fashion_mnist at 16 x 16,
     a narrow network and few epochs, for two CPU cores; not the paper's setting."""
     seeds: int = 1
-    """Runs of each row, with the seeds 0, 1, ..."""
+    """Number of runs per row, with the seeds 0, 1, ..."""
     out: Path | None = None
     """Folder of the runs and tables; None is reproduced/SCALE."""
     data_dir: Path | None = None
     """Folder of the data sets' files; None looks in their usual places."""
     download: bool = False
-    """Fetch the data sets where they are missing."""
+    """Fetch the data sets if they are missing."""
     plan: bool = False
-    """Print one command per line for what is missing, for xargs, GNU parallel or a Slurm array, and make nothing."""
+    """Print one command per missing run, for xargs, GNU parallel or a Slurm array, and run nothing."""
     only: str | None = None
-    """Make this run alone, by its name, in this process; as the lines of --plan do."""
+    """Name of a single run to make, in this process; used by the commands of --plan."""
 
     @property
     def folder(self) -> Path:
@@ -77,22 +77,22 @@ class Reproduce:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Settings that the runs of a table share."""
+    """Settings common to the runs of a table."""
 
     name: str
     configure: Callable[[MethodName, str], RunConfig]
-    """From a method and a data set of the paper to a run."""
+    """Function from a method and a data set of the paper to a run."""
     protocols: Mapping[Protocol, Mapping[str, Any]]
-    """Evaluations of each run, with settings that they must have had; the first gives the table's top-1 and top-5."""
+    """Evaluations of each run, with their required settings; the first gives the table's top-1 and top-5."""
     protocol_text: str
-    """How those are found, in words."""
+    """Description of the evaluations, in words."""
     of_paper: bool
-    """The setting is the paper's, so its numbers can be compared with ours."""
+    """True if the setting is the paper's, so that its numbers can be compared with ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: a setting, its run for each seed, the paper's number."""
+    """Row of a table: a setting, one run per seed, the paper's number."""
 
     label: str
     dataset: str
@@ -100,13 +100,13 @@ class Row:
     paper_dataset: str
     """Data set of the paper's number."""
     configs: tuple[RunConfig, ...]
-    """One per seed."""
+    """Runs, one per seed."""
     epoch: int
     """Epoch after which the encoder is evaluated."""
     representation: str
     """"pretrained" or "untrained"."""
     paper: PaperResult | None
-    """None where the paper has no such row."""
+    """The paper's result; None if it has no such row."""
 
 
 @dataclass(kw_only=True)
@@ -131,7 +131,7 @@ class Table:
     rows: tuple[Row, ...]
 
     def runs(self) -> list[Run]:
-        """Returns the runs that the rows need, each once; all of one seed before the next."""
+        """Returns the runs that the rows need, each once, seed by seed."""
         runs: dict[str, Run] = {}
         for row in self.rows:
             for config in row.configs:
@@ -145,7 +145,7 @@ class Table:
         """Returns the run of this name.
 
         Raises:
-            ValueError: the table has none.
+            ValueError: the table has no such run.
         """
         found = [run for run in self.runs() if run.name == name]
         require(
@@ -155,7 +155,7 @@ class Table:
 
 
 def run_name(config: RunConfig) -> str:
-    """Returns METHOD-DATASET-seedSEED, with differences from the paper's objective: mnclglf-cifar10-k1-seed0."""
+    """Returns METHOD-DATASET-seedSEED with differences from the paper's objective, e.g. mnclglf-cifar10-k1-seed0."""
     objective, usual = config.objective, ObjectiveConfig()
     variant = {
         f"lambda{objective.lambda_:g}": objective.lambda_ != usual.lambda_,
@@ -179,10 +179,10 @@ def evaluation_of(
 
 
 def make_table(request: Reproduce) -> Table:
-    """Returns the part of a table that is asked for.
+    """Returns the requested part of a table.
 
     Raises:
-        ValueError: a number of seeds below 1, or data sets that the table is not of.
+        ValueError: the number of seeds is below 1, or the table does not have a requested data set.
     """
     require(request.seeds >= 1, f"seeds {request.seeds} must be at least 1")
     scale = SCALES[request.scale]
@@ -201,14 +201,14 @@ def make_table(request: Reproduce) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A row before it is known for which scale and seeds."""
+    """Row without its scale and seeds."""
 
     label: str
     method: MethodName = "mnclglf"
     objective: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Settings that differ from the recipe's."""
     trained: float = 1.0
-    """Part of the run's epochs after which it is evaluated."""
+    """Fraction of the run's epochs after which it is evaluated."""
     representation: str = "pretrained"
     paper: PaperResult | None = None
 

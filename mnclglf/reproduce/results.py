@@ -1,4 +1,4 @@
-"""Reads the run directories of a table: which runs are done, which are missing, and what they measured."""
+"""Reads the run directories of a table: the runs that are done, the missing ones, and the measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mnclglf.runs.results import Result, load_results
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One run's accuracies at one epoch, as fractions, and how they came about."""
+    """Accuracies of a run at one epoch, as fractions, with settings and environment."""
 
     run: str
     seed: int
@@ -27,23 +27,23 @@ class Measurement:
     top1: float
     top5: float
     knn_top1: float | None
-    """None where k-NN is none of the scale's protocols."""
+    """Top-1 of k-NN; None if the scale has no k-NN protocol."""
     settings: dict[str, Any]
-    """Of the evaluation."""
+    """Settings of the evaluation."""
     environment: dict[str, Any]
-    """What environment.json says of the process that trained last: device, commit, precision, versions."""
+    """Contents of environment.json, of the process that trained last: device, commit, precision, versions."""
     training_seconds: float
 
 
 def whole_table(request: Reproduce, runs: Path) -> Table:
-    """Returns the whole of a table: every data set, and each row's seeds that are asked for or begun."""
+    """Returns the whole table: every data set, with the requested seeds and those that have been begun."""
     table = make_table(replace(request, dataset=()))
     rows = [replace(row, configs=_with_begun_seeds(row.configs, runs)) for row in table.rows]
     return replace(table, rows=tuple(rows))
 
 
 def _with_begun_seeds(configs: Sequence[RunConfig], runs: Path) -> tuple[RunConfig, ...]:
-    """Returns a row's runs, and those of further seeds that have a run directory."""
+    """Returns the runs of a row, and those of further seeds that have a run directory."""
     first = configs[0]
     stem = run_name(first).removesuffix(str(first.seed))
     begun = [int(seed) for path in runs.glob(f"{stem}*/") if (seed := path.name.removeprefix(stem)).isdecimal()]
@@ -52,35 +52,35 @@ def _with_begun_seeds(configs: Sequence[RunConfig], runs: Path) -> tuple[RunConf
 
 
 def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:
-    """Returns the file of an epoch's evaluations: evaluation.json for the last, a file of its own for a milestone."""
+    """Returns the file of an epoch's evaluations: evaluation.json for the last epoch, a separate one per milestone."""
     return folder / ("evaluation.json" if epoch == config.optim.epochs else f"evaluation-epoch{epoch}.json")
 
 
 def step_of_epoch(folder: Path, epoch: int) -> int | None:
-    """Returns the steps behind a run after `epoch` epochs; None where nothing was logged yet."""
+    """Returns the number of steps after `epoch` epochs of a run; None if nothing has been logged."""
     last = _last_record(folder)
     return None if last is None else epoch * round(last["step"] / last["epoch"])
 
 
 def steps_done(folder: Path) -> int:
-    """Returns the steps behind the newest checkpoint."""
+    """Returns the step of the newest checkpoint."""
     checkpoints = list_checkpoints(folder / "checkpoints")
     return checkpoints[-1][0] if checkpoints else 0
 
 
 def is_trained(folder: Path, config: RunConfig) -> bool:
-    """Returns True if there is a checkpoint of the run's last step."""
+    """Returns whether the run's last step has a checkpoint."""
     step = step_of_epoch(folder, config.optim.epochs)
     return step is not None and checkpoint_path(folder / "checkpoints", step).exists()
 
 
 def other_settings(folder: Path, config: RunConfig) -> list[str]:
-    """Returns the settings in which the run in this folder differs from `config`; none where there is no run."""
+    """Returns the settings in which the run in this folder differs from `config`; empty if there is no run."""
     return differences(read_config(folder), config) if (folder / "config.json").exists() else []
 
 
 def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[str]]:
-    """Returns the representations yet to be evaluated, by epoch; of a run that is not trained, all asked for."""
+    """Returns the representations still to be evaluated, by epoch; all of them for a run that is not trained."""
     folder = runs / run.name
     missing = {
         epoch: [name for name in names if None in find_results(folder, run.config, epoch, name, scale).values()]
@@ -92,7 +92,7 @@ def missing_evaluations(run: Run, runs: Path, scale: Scale) -> dict[int, list[st
 def find_results(
     folder: Path, config: RunConfig, epoch: int, representation: str, scale: Scale
 ) -> dict[str, Result | None]:
-    """Returns by protocol the results of this very run, epoch and protocol on the test images."""
+    """Returns the results of a run's epoch on the test images, by protocol."""
     step = step_of_epoch(folder, epoch)
     if step is None or other_settings(folder, config):
         return dict.fromkeys(scale.protocols)
@@ -113,13 +113,13 @@ def _find(saved: Sequence[Result], protocol: str, representation: str, settings:
 
 
 def measurements(row: Row, runs: Path, scale: Scale) -> list[Measurement]:
-    """Returns the measurements of a row, one for each seed whose run and evaluations are done."""
+    """Returns the measurements of a row, one per seed whose run and evaluations are done."""
     found = [_measurement(row, config, runs, scale) for config in row.configs]
     return [measurement for measurement in found if measurement is not None]
 
 
 def roofline_fractions(runs: Path) -> list[float]:
-    """Returns each finished run's median fraction of the roofline that its steps reached."""
+    """Returns the median fraction of the roofline that the steps of each finished run reached."""
     shares: list[float] = []
     for folder in sorted(runs.glob("*/")):
         if not (folder / "evaluation.json").exists():

@@ -1,6 +1,6 @@
-"""mnclglf reproduce: checks, estimates the time, makes the missing runs, writes the table.
+"""The command mnclglf reproduce: checks, estimates the time, makes the missing runs, writes the table.
 
-Each run is made in a process of its own, and never in two at once.
+Each run has its own process, and two processes never make the same run.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ from mnclglf.training.stop import StopRequest
 from mnclglf_kernels.backend import HAS_TRITON
 
 PROGRAM = (sys.executable, "-m", "mnclglf")
-TAKEN = 75  # exit code of a process whose run is another's: EX_TEMPFAIL of sysexits.h
+TAKEN = 75  # exit code if another process is making the run: EX_TEMPFAIL of sysexits.h
 POLL_SECONDS = 1.0
-LOCK_TRIES = 5  # a tenth of a second apart
-LOG_LINES = 12  # of a run that failed
-ASSUMED_SHARE = 0.6  # of the roofline, until a run of the folder is finished
+LOCK_TRIES = 5  # attempts, a tenth of a second apart
+LOG_LINES = 12  # lines shown of the log of a failed run
+ASSUMED_SHARE = 0.6  # assumed fraction of the roofline, until a run of the folder is finished
 
 
 def reproduce(request: Reproduce, console: Console) -> int:
-    """Makes what is asked for of a table of the paper and writes the whole table, or prints the commands of its runs.
+    """Makes the requested part of a table of the paper and writes the whole table, or prints the commands of its runs.
 
     Returns:
-        0 when all that was asked for is there; 1 where a run failed; TAKEN where other processes are still at work on
-        some; 128 + N when stopped by signal N.
+        0 if everything requested is done; 1 if a run failed; TAKEN if other processes are still making some of it;
+        128 + N if stopped by signal N.
     """
     table, runs = make_table(request), request.folder / "runs"
     wanted = table.runs() if request.only is None else [table.run(request.only)]
@@ -74,7 +74,7 @@ def reproduce(request: Reproduce, console: Console) -> int:
         sys.stdout.writelines(f"{shlex.join(command_of(request, run.name))}\n" for run in missing)
         return 0
     check_settings(wanted, runs)
-    lines_of(whole_table(request, runs), runs)  # a damaged file of any run shows before work is done
+    lines_of(whole_table(request, runs), runs)  # raises for a damaged file of any run before work is done
     images = load_images(missing) if request.only is None else {}  # a single run loads its own
     check_writable(runs)
     if request.only is not None:
@@ -104,7 +104,7 @@ def reproduce(request: Reproduce, console: Console) -> int:
 
 
 def check_settings(runs: Sequence[Run], folder: Path) -> None:
-    """ValueError where a run cannot be made on this machine, or its directory holds another one."""
+    """Raises ValueError if a run cannot be made on this machine, or its directory holds another run."""
     for run in runs:
         choose_device(run.config.engine)
         changed = other_settings(folder / run.name, run.config)
@@ -131,7 +131,7 @@ def load_images(runs: Sequence[Run]) -> dict[str, ImageSet]:
 def describe_work(
     missing: Sequence[Run], wanted: int, runs: Path, images: dict[str, ImageSet], console: Console
 ) -> None:
-    """Prints the runs that will be made, with their estimated hours on this machine."""
+    """Prints the runs to be made, with their estimated hours on this machine."""
     share, source = expected_share(runs)
     hours = [training_hours(run, runs, images, share) for run in missing]
     known = [value for value in hours if value is not None]
@@ -151,12 +151,13 @@ def _hours(hours: float | None) -> str:
 
 def _write(request: Reproduce) -> list[Path]:
     runs = request.folder / "runs"
-    with held(lock_of(request.table, runs), wait=True):  # else the older of two states may be written last
+    # Without the lock another process could overwrite the table with an older state.
+    with held(lock_of(request.table, runs), wait=True):
         return write_table(whole_table(request, runs), request.folder)
 
 
 def expected_share(runs: Path) -> tuple[float, str]:
-    """Returns the fraction of the roofline that steps are expected to reach, and where the figure is from."""
+    """Returns the expected fraction of the roofline, and the source of the figure."""
     shares = roofline_fractions(runs)
     if shares:
         return statistics.median(shares), f"as the {len(shares)} finished runs in the folder did"
@@ -164,15 +165,15 @@ def expected_share(runs: Path) -> tuple[float, str]:
 
 
 def training_hours(run: Run, runs: Path, images: Mapping[str, ImageSet], share: float) -> float | None:
-    """Returns the hours that the run still has to train; None where the roofline is not known.
+    """Returns the remaining hours of training of a run; None if the roofline is not known.
 
     Args:
         run: the run.
         runs: folder of the run directories.
-        images: what each data set pre-trains on.
+        images: images that each data set pre-trains on.
         share: expected fraction of the roofline.
     """
-    if not HAS_TRITON:  # the counts are those of its kernels
+    if not HAS_TRITON:  # the roofline counts the launches of the Triton kernels
         return None
     config, trained_on = run.config, images[run.config.dataset]
     schedule = Schedule.of(config, len(trained_on) // config.optim.batch_size)
@@ -183,7 +184,7 @@ def training_hours(run: Run, runs: Path, images: Mapping[str, ImageSet], share: 
 @cache
 def _least_seconds(config: RunConfig, side: int) -> float:
     """Returns the roofline time of a step on this machine."""
-    from mnclglf.training.roofline import least_seconds, peaks_of  # with triton, which not every system has
+    from mnclglf.training.roofline import least_seconds, peaks_of  # imports triton, which not every system has
 
     device = choose_device(config.engine)
     dtype = autocast_dtype(config.engine, device)
@@ -192,22 +193,22 @@ def _least_seconds(config: RunConfig, side: int) -> float:
 
 @dataclass(kw_only=True)
 class Made:
-    """The outcome of making the missing runs."""
+    """Outcome of making the missing runs."""
 
     failed: list[str] = field(default_factory=list[str])
     taken: list[str] = field(default_factory=list[str])
-    """Being made by other processes."""
+    """Names of the runs that other processes are making."""
     stopped: int | None = None
-    """The signal that ended the work."""
+    """Signal that ended the work; None if none did."""
 
 
 @contextmanager
 def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
-    """Holds a lock file, which the system gives free when this process ends, however it does.
+    """Holds a lock file, which the system releases when this process ends, even if it is killed.
 
     Args:
-        lock: the file; made where it is missing, and left, as it cannot be deleted without a race.
-        wait: for whoever holds it; else the result is False where somebody does.
+        lock: the file; made if missing, and never deleted, as that would be a race.
+        wait: wait for the holder of the lock; else the result is False if somebody holds it.
     """
     with lock.open("w") as file:
         if wait:
@@ -216,7 +217,7 @@ def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
 
 
 def _try_lock(file: TextIO) -> bool:
-    """Returns True if the lock could be had; a process that only asks whether a run is free holds it for a moment."""
+    """Returns whether the lock was acquired. It tries several times, as a process that only asks holds it briefly."""
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,10 +245,10 @@ def command_of(request: Reproduce, name: str) -> list[str]:
 
 
 def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
-    """Trains a run to its end and evaluates it, as far as that is missing, in this process.
+    """Trains a run to its end and evaluates it, in this process; skips the parts that are done.
 
     Returns:
-        0; TAKEN where another process makes it; 128 + N when stopped by signal N.
+        0; TAKEN if another process is making the run; 128 + N if stopped by signal N.
     """
     folder = runs / run.name
     with held(lock_of(run.name, runs)) as mine:
@@ -259,7 +260,7 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
             if stopped:
                 say(console, "stopped and saved; the same command resumes there")
                 return 128 + stopped
-        config = replace(read_config(folder), data=run.config.data)  # the images may have lain elsewhere then
+        config = replace(read_config(folder), data=run.config.data)  # the images may have moved since
         for epoch, representations in missing_evaluations(run, runs, scale).items():
             step = step_of_epoch(folder, epoch)
             assert step is not None  # it is trained
@@ -280,24 +281,24 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
 
 
 def train(run: Run, folder: Path, console: Console) -> int | None:
-    """Trains to the end, or to a signal, whose number it gives."""
+    """Trains to the end and returns None, or to a signal and returns its number."""
     trainer = Trainer(run.config, folder, console=console)
     try:
         return trainer.train()
     except TrainingError:
-        write_report(folder)  # it says where the run stopped
+        write_report(folder)  # also after a failure: it shows where the run stopped
         raise
 
 
 def make_runs(request: Reproduce, table: Table, runs: Path, console: Console) -> Made:
-    """Makes the missing runs one after the other, leaving out those that other processes make."""
+    """Makes the missing runs one after the other, except those that other processes are making."""
     made = Made()
     waiting = [run for run in table.runs() if missing_evaluations(run, runs, table.scale)]
     with StopRequest() as stop:
         while waiting and not stop.signal:
             passed = len(waiting)
             waiting = [run for run in waiting if _attempt(request, table, run, runs, made, stop, console)]
-            if len(waiting) == passed:  # none was free
+            if len(waiting) == passed:  # other processes have all of them
                 break
     made.taken, made.stopped = [run.name for run in waiting], stop.signal
     return made
@@ -306,7 +307,7 @@ def make_runs(request: Reproduce, table: Table, runs: Path, console: Console) ->
 def _attempt(
     request: Reproduce, table: Table, run: Run, runs: Path, made: Made, stop: StopRequest, console: Console
 ) -> bool:
-    """Makes a run, unless it is done, or nothing more is to be begun; True where another process has it."""
+    """Makes a run unless it is done or the work is stopping; returns True if another process is making it."""
     if stop.signal or not missing_evaluations(run, runs, table.scale):
         return False
     with held(lock_of(run.name, runs)) as free:
@@ -329,9 +330,9 @@ def _attempt(
 
 
 def _watch(command: Sequence[str], log: Path, stop: StopRequest, console: Console) -> int:
-    """Runs a command to its end, its output in `log`; a signal to stop is passed on to it, once."""
+    """Runs a command to its end with its output in `log`, and passes a stop signal on to it, once."""
     with log.open("ab") as output, console.status(log.stem) as status:
-        # A session of its own: Ctrl-C in a terminal reaches it through us alone, and a second signal would end it.
+        # Its own session: otherwise Ctrl-C in a terminal would reach it twice, and a second signal ends a run unsaved.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -357,6 +358,6 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 
 def check_writable(runs: Path) -> None:
-    """OSError unless files can be written into the folder, which is made where it is missing."""
+    """Raises OSError unless files can be written into the folder, which is made if missing."""
     runs.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=runs).close()

@@ -1,6 +1,6 @@
-"""Writes a table: Markdown, CSV, JSON and a picture, the paper's numbers beside ours.
+"""Writes a table as Markdown, CSV, JSON and a picture, with the paper's numbers beside ours.
 
-A number of ours is written only where a finished run has it; every other place says that it was not run.
+Our numbers come only from finished runs; all other cells say that they were not run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DATASET_TITLES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tinyimagenet": 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row with its measurements."""
+    """Row of a table with its measurements."""
 
     row: Row
     measured: tuple[Measurement, ...]
@@ -73,7 +73,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 
 def to_markdown(table: Table, lines: Sequence[Line]) -> str:
-    """Returns the table with its settings as Markdown, a part for each data set."""
+    """Returns the table with its settings as Markdown, one part per data set."""
     knn = "knn" in table.scale.protocols
     parts = [f"# {TITLES[table.name]}", _introduction(table)]
     for dataset, group in _by_dataset(lines).items():
@@ -99,7 +99,7 @@ def to_markdown(table: Table, lines: Sequence[Line]) -> str:
 
 
 def to_csv(table: Table, lines: Sequence[Line]) -> str:
-    """Returns one line per row; a cell without a measurement, or without a number of the paper, is empty."""
+    """Returns one line per row; a cell without a measurement or a number of the paper is empty."""
     names = ("top1", "top5", "knn_top1")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -118,7 +118,7 @@ def to_csv(table: Table, lines: Sequence[Line]) -> str:
 
 
 def to_json(table: Table, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns everything: settings, the paper's numbers, and each measurement with its run, hardware and commit."""
+    """Returns the settings, the paper's numbers, and each measurement with its run, hardware and commit."""
     return {
         "table": table.name,
         "title": TITLES[table.name],
@@ -132,7 +132,7 @@ def to_json(table: Table, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def to_picture(table: Table, lines: Sequence[Line]) -> bytes:
-    """Draws top-1 of every row: in the paper's setting the paper's beside ours, else in a panel of its own."""
+    """Draws top-1 of every row: the paper's beside ours in the paper's setting, else in a separate panel."""
     groups = _by_dataset(lines)
     labels = [line.row.label for line in next(iter(groups.values()))]
     panels: list[DotPanel] = []
@@ -158,7 +158,7 @@ def summary(values: Sequence[float]) -> str:
 
 
 def describe(config: RunConfig) -> str:
-    """Returns the settings that the rows of a table share, in words."""
+    """Returns the settings common to the rows of a table, in words."""
     data, model, objective, optim = config.data, config.model, config.objective, config.optim
     images = "all training images" if data.train_images is None else f"{data.train_images:,} training images"
     side = "their own size" if data.image_size is None else f"{data.image_size} x {data.image_size}"
@@ -203,7 +203,7 @@ def _row_json(line: Line, base: RunConfig) -> dict[str, Any]:
 
 
 def _base(group: Sequence[Line]) -> RunConfig:
-    """Returns MNCLGLF's usual settings, which every table has a row of."""
+    """Returns MNCLGLF's standard settings, for which every table has a row."""
     configs = [line.row.configs[0] for line in group]
     return next(config for config in configs if run_name(config) == f"mnclglf-{config.dataset}-seed0")
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked before they are read, a few kept."""
+"""Checkpoints: written whole or not at all, checked before they are read, and only the newest and milestones kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes `state` as the checkpoint after `step` steps.
 
     Raises:
-        CheckpointError: the file cannot be written (a full disk, say); earlier checkpoints are untouched.
+        CheckpointError: the file cannot be written, e.g. on a full disk; earlier checkpoints are untouched.
     """
     path = checkpoint_path(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint after checking every byte of it against its checksums. Runs no code from the file.
+    """Reads a checkpoint after checking every byte against its checksums; runs no code from the file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
+        CheckpointError: the file is missing, damaged, or in another format.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and plain values; {remedy}") from error
-    except Exception as error:  # damage comes out as anything: OSError, zlib.error, KeyError, ...
+    except Exception as error:  # a damaged file raises anything: OSError, zlib.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
@@ -75,10 +75,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def changed_settings(checkpoint: Path, state: dict[str, Any], asked: RunConfig) -> list[str]:
-    """Returns the `differences` from what a checkpoint was trained with.
+    """Returns the `differences` between a checkpoint's settings and those asked for.
 
     Raises:
-        CheckpointError: it holds settings that this version does not know.
+        CheckpointError: the checkpoint holds settings that this version does not know.
     """
     try:
         return differences(from_dict(json.loads(state["config"])), asked)
@@ -87,10 +87,10 @@ def changed_settings(checkpoint: Path, state: dict[str, Any], asked: RunConfig) 
 
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
-    """Returns the checkpoint to resume from: the newest of `run` for "auto", none for "never", else the path given.
+    """Returns the checkpoint to resume from: the newest in `run` for "auto", None for "never", else the given path.
 
     Raises:
-        CheckpointError: "never" in a directory that holds a run, or a path where no file is.
+        CheckpointError: `run` holds a run and "never" was given, or there is no file at the path.
     """
     own = list_checkpoints(run / "checkpoints")
     if resume == "auto":
@@ -110,10 +110,10 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
 
 
 def load_state(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, dict[str, Any]]:
-    """Returns a run's configuration and what its newest (or given) checkpoint holds.
+    """Returns a run's configuration and the state in its newest (or given) checkpoint.
 
     Raises:
-        CheckpointError: the run has no checkpoint, it is damaged, or the one given is not there or another run's.
+        CheckpointError: the run has no checkpoint, it is damaged, or the given one is missing or from another run.
     """
     config, own = read_config(run), f"give one of {run / 'checkpoints'}"
     path = checkpoint or find_checkpoint(run, "auto")
@@ -134,7 +134,7 @@ def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:
 
 
 def delete_old_checkpoints(folder: Path, *, keep_last: int, milestone_steps: int | None) -> None:
-    """Deletes all but the newest `keep_last` and the milestones, those after a multiple of `milestone_steps`."""
+    """Deletes all but the newest `keep_last` and the milestones (steps that are multiples of `milestone_steps`)."""
     for step, path in list_checkpoints(folder)[:-keep_last]:
         if milestone_steps is None or step % milestone_steps:
             path.unlink()

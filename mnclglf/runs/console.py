@@ -1,4 +1,4 @@
-"""The one way to print."""
+"""Printing to the console."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from rich.console import Console
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
-    """Prints text as it is: a path or a log may hold what rich takes for markup."""
+    """Prints text without markup: a path or a log may contain brackets, which rich would interpret."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "nvidia-d
 
 
 def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns versions, machine and commit of this process, and `settings` as chosen for the run."""
+    """Returns versions, machine and commit of this process, and `settings` chosen for the run."""
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -32,7 +32,7 @@ def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout this code runs from; None where it is installed from a package."""
+    """Returns the commit of the checkout that this code runs from; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the settings that a run directory keeps. Imports no torch."""
+"""Atomic writes, and the settings in a run directory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "da
 
 
 def cache_folder() -> Path:
-    """Folder for what can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
+    """Returns the folder for files that can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnclglf"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Makes `path` hold what `write` writes, or leaves it as it was: temporary file, fsync, rename."""
+    """Replaces `path` by the output of `write`, whole or not at all: temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -49,10 +49,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Reads a JSON file; None where there is no file.
+    """Reads a JSON file; None if there is no file.
 
     Raises:
-        ValueError: it is not JSON; the message names the file.
+        ValueError: the file is not JSON; the message names it.
     """
     if not path.exists():
         return None
@@ -63,10 +63,10 @@ def read_json(path: Path) -> object:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file that holds an object, as environment.json does; None where there is no file.
+    """Reads a JSON file that holds an object, e.g. environment.json; None if there is no file.
 
     Raises:
-        ValueError: it is not JSON, or not an object; the message names the file.
+        ValueError: the file is not JSON, or holds no object; the message names it.
     """
     value = read_json(path)
     if value is not None and not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, each a step's figures. Imports nothing of ours."""
+"""Reader of metrics.jsonl: one JSON object per line with the figures of a step. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, cast
 Record = dict[str, Any]
 
 FORMER_KEYS = {"limit_share": "roofline_fraction"}
-"""Keys in files of before, and today's."""
+"""Keys in files of earlier versions, and their present names."""
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
-    """Returns the records of a metrics.jsonl, and how many lines are none, without a torn last one.
+    """Returns the records of a metrics.jsonl and the number of lines that are no record, without a torn last one.
 
     Raises:
         ValueError: there are lines, but no record among them.
@@ -35,7 +35,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 def step_of(record: Record) -> int | None:
-    """Returns the step of a record, or None where it has none or the value cannot be one."""
+    """Returns the step of a record; None if it is missing or not a step."""
     step = record.get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53 else None
 

@@ -1,7 +1,7 @@
-"""The results of evaluations, and evaluation.json that keeps them: {"version": 2, "results": [...]}.
+"""Results of evaluations, and their file evaluation.json: {"version": 2, "results": [...]}.
 
-Files without a version, a bare list, are those of before: they name logistic regression "linear" and the paper's
-protocol "linear_lars". They are read under today's names, and saved as version 2.
+A file without a version, a bare list, is from an earlier version: it names logistic regression "linear" and the paper's
+protocol "linear_lars". It is read under the present names and saved as version 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels"]
 
 VERSION = 2
 FORMER_PROTOCOLS = {"linear": "logistic", "linear_10_labels": "logistic_10_labels", "linear_lars": "linear"}
-"""Protocol names in a file without a version, and today's."""
+"""Protocol names in a file without a version, and their present names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,19 @@ class Result:
 
     protocol: Protocol
     representation: str
-    """"pretrained", "untrained", "raw pixels" or another."""
+    """Name of the representation: "pretrained", "untrained", "raw pixels" or another."""
     split: str = "test"
-    """The images that were classified: "test" or "validation"."""
+    """Images that were classified: "test" or "validation"."""
     label_share: float = 1.0
     """Fraction of the training images whose labels were used."""
     epoch: float | None = None
-    """Epochs of training behind a checkpoint that was chosen, as a milestone; None for the run's newest."""
+    """Epochs of training of the checkpoint; None for the run's newest."""
     top1: float
     top5: float
     deviation: float | None = None
-    """Standard deviation of top-1 over draws of labels (n - 1 in the denominator); None where there is one draw."""
+    """Standard deviation of top-1 over draws of labels (n - 1 in the denominator); None for a single draw."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the number depends on, as plain JSON types; "note" holds a warning to print beside it."""
+    """Settings behind the number, as plain JSON types; "note" holds a warning to print beside it."""
 
     def __post_init__(self) -> None:
         numbers: list[object] = [self.top1, self.top5, self.label_share]
@@ -53,15 +53,15 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, float, float | None]:
-        """Results with the same key replace one another."""
+        """Returns the key of a result; a new result replaces the saved one with the same key."""
         return self.protocol, self.representation, self.split, self.label_share, self.epoch
 
 
 def load_results(path: Path) -> list[Result]:
-    """Reads the results in an evaluation.json, of today or of before; none where there is no file.
+    """Reads the results in an evaluation.json of this or an earlier version; none if there is no file.
 
     Raises:
-        ValueError: the file does not hold results, or is of a later version; the message names it and the remedy.
+        ValueError: the file does not hold results, or is from a later version; the message names it and the remedy.
     """
     try:
         content = read_json(path)
@@ -83,13 +83,13 @@ def load_results(path: Path) -> list[Result]:
 
 
 def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
-    """Merges `results` into an evaluation.json and returns all it then holds.
+    """Merges `results` into an evaluation.json and returns all its results.
 
-    A result replaces the one with the same key, in its place; new ones come last. The file is whole at any time, but of
-    two processes that merge at the same moment one loses its results.
+    A result replaces the one with the same key, in its place; new ones are appended. The file is whole at any time, but
+    if two processes merge at the same moment, one of them loses its results.
 
     Raises:
-        ValueError: the file that is there does not hold results.
+        ValueError: the existing file does not hold results.
     """
     merged = {result.key: result for result in load_results(path)}
     merged.update({result.key: result for result in results})
@@ -98,7 +98,7 @@ def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
 
 
 def _result(entry: dict[str, Any], former: bool) -> Result:
-    """Makes a result of what JSON holds; TypeError or ValueError where that is none."""
+    """Makes a result from a JSON object; raises TypeError or ValueError if it is none."""
     protocol, settings = entry["protocol"], entry.get("settings") or {}
     if not isinstance(protocol, str) or not isinstance(settings, dict):
         raise TypeError(f"protocol {protocol!r} and settings {settings!r} are not a name and an object")

@@ -1,4 +1,4 @@
-"""The data sets: one class each, and this table. Importing it loads no torch, so the command line can read it."""
+"""Table of the data sets, one class each. Importing it loads no torch, so the command line can read it."""
 
 from mnclglf.config import FOLDER, require
 from mnclglf.data.sources.cifar import Cifar10, Cifar100
@@ -16,7 +16,7 @@ SOURCES: dict[str, Source] = {
     "cifar100": Cifar100(),
     "tinyimagenet": TinyImageNet(),
 }
-"""By the name that --dataset takes."""
+"""Sources by the name that --dataset takes."""
 
 __all__ = ["SOURCES", "Request", "Source", "cache_dir", "is_dataset", "source_of"]
 
@@ -30,7 +30,7 @@ def source_of(name: str) -> Source:
     """Returns the source of this name, or of folder:PATH.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no source of this name.
     """
     require(
         is_dataset(name),

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, in the binary form and in the pickled one."""
+"""CIFAR-10 and CIFAR-100, in the binary and in the pickled form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ URL = "https://www.cs.toronto.edu/~kriz/"
 
 @dataclass(frozen=True)
 class Form:
-    """One of the two forms that a set is published in."""
+    """Published form of a set: binary or pickled."""
 
     folder: str
     archive: str
@@ -27,15 +27,15 @@ class Form:
 
 
 class Cifar(Source):
-    """32 x 32 pictures in files of as many records each.
+    """32 x 32 images in files with the same number of records each.
 
     Attributes:
-        title: what people call it.
+        title: common name of the set.
         classes: by label.
-        records: of a training file, and of the test file.
-        label_bytes: of a record in the binary form; the last one is the label.
-        labels_key: of the labels in the pickled form.
-        forms: the one that is fetched first.
+        records: number of records in a training file, and in the test file.
+        label_bytes: bytes of labels per record in the binary form; the last one is the label.
+        labels_key: key of the labels in the pickled form.
+        forms: the published forms; the first one is downloaded.
     """
 
     tuned = True
@@ -64,7 +64,7 @@ class Cifar(Source):
         )
 
     def _find(self, folder: Path) -> tuple[Form, Path] | None:
-        """The form that is there and the folder of its files: as such first, else from an archive."""
+        """Returns the form found and the folder of its files: extracted files first, then an archive."""
         for form in self.forms:
             for files in (folder / form.folder, folder):
                 if (files / form.train[0]).is_file():
@@ -90,7 +90,7 @@ _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 
 
 class Cifar10(Cifar):
-    """50,000 + 10,000 pictures of 10 classes."""
+    """50,000 + 10,000 images of 10 classes."""
 
     name, title = "cifar10", "CIFAR-10"
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -127,7 +127,7 @@ willow_tree wolf woman worm
 
 
 class Cifar100(Cifar):
-    """50,000 + 10,000 pictures of 100 classes, the "fine" labels."""
+    """50,000 + 10,000 images of 100 classes, the "fine" labels."""
 
     name, title = "cifar100", "CIFAR-100"
     class_count = 100

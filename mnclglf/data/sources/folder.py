@@ -1,4 +1,4 @@
-"""folder:PATH: a user's own image files, of any size, labelled by subfolder or not."""
+"""folder:PATH: a user's own image files, of any size, with subfolders as labels or without labels."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST_SIDE = 8  # pixels
-_NAMED = 5  # corrupt files in a message
-_MANY = 2000  # files that take a while to read
+_NAMED = 5  # corrupt files named in a message
+_MANY = 2000  # number of files from which on a message says that reading takes a while
 
 
 class Folder(Source):
-    """The image files below a folder.
+    """Source of the image files below a folder.
 
-    With subfolders train and val (or test) these are the training and the test images, else all are for training. The
-    first level of subfolders names the classes; files without any subfolder have no labels.
+    Subfolders train and val (or test) hold the training and the test images; without them all images are for training.
+    The first level of subfolders names the classes; files without subfolders have no labels.
 
     Args:
         name: folder:PATH.
@@ -87,10 +87,10 @@ class Folder(Source):
 
 
 def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Paths of the images relative to `root`, their labels, and the classes: none where there are no subfolders.
+    """Returns the paths of the images relative to `root`, their labels, and the classes (none without subfolders).
 
     Raises:
-        DataError: there is no image, a subfolder has none, or images lie beside subfolders.
+        DataError: there is no image, a subfolder has no image, or images lie beside subfolders.
     """
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     folders = [path for path in entries if path.is_dir()]
@@ -117,12 +117,12 @@ def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
 
 
 def _is_image(path: Path) -> bool:
-    """By its name; a link that leads nowhere counts, and will be named as corrupt."""
+    """Returns whether the name is that of an image; a broken link counts, and is later reported as corrupt."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
-    """The images below a folder, through links, each real folder once, and none that is another class's.
+    """Yields the images below a folder; follows links, but enters each real folder once and no other class's folder.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -144,7 +144,7 @@ def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Examined:
-    """What one look at a file gave."""
+    """Findings about an image file."""
 
     size: int
     modified: int
@@ -155,18 +155,20 @@ class Examined:
 
 
 def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
-    """Every image decoded once: what was seen of a whole file counts until its size or time of change is another.
+    """Decodes every image once and returns the findings.
 
-    The findings are kept in `cache_dir("folder")`, in a file of arrays; one that is damaged is made anew.
+    Findings about intact files are kept in `cache_dir("folder")` and used until its size or time of change differs.
+    A damaged index is made again.
     """
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
     index = cache_dir("folder") / f"{key}.npz"
     known, now = _read_index(index), [_stamp(root / path) for path in paths]
-    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]  # or was corrupt
+    # Corrupt files are not in the index: they are examined again.
+    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]
     if len(fresh) > _MANY:
         logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", root)
     since = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL
         looked = dict(zip(fresh, threads.map(lambda path: _look(root / path), fresh), strict=True))
     if time.monotonic() - since > 60:
         logger.warning("read them in %.0f s", time.monotonic() - since)
@@ -177,7 +179,7 @@ def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change; zeros where it cannot be asked."""
+    """Returns size and time of change of a file; zeros if it cannot be accessed."""
     try:
         status = path.stat()
         return status.st_size, status.st_mtime_ns
@@ -199,7 +201,7 @@ def _look(path: Path) -> Examined:
 
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
-    """A warning that counts them where they may be skipped, else a DataError that names the first."""
+    """Warns of the number of corrupt files if they may be skipped; else raises DataError that names the first."""
     corrupt = [f"{path} {entry.problem}" for path, entry in zip(paths, found, strict=True) if entry.problem]
     count = f"{len(corrupt)} of {len(paths)} image files of {root} cannot be used"
     if not skip:
@@ -213,7 +215,7 @@ def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined],
 
 
 def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) -> None:
-    """Of what is whole: what could not be read may have been readable for another reader, or a minute later."""
+    """Writes the findings about intact files. Corrupt ones are left out: they may be readable at the next attempt."""
     kept = [(name, entry) for name, entry in zip(names, found, strict=True) if not entry.problem]
     named = np.frombuffer("\0".join(name for name, _ in kept).encode(errors="surrogateescape"), np.uint8)
     found = [entry for _, entry in kept]
@@ -223,12 +225,12 @@ def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = dict(names=named, numbers=numbers, moments=moments)
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-    except OSError as error:  # the next run looks again
+    except OSError as error:  # the next run examines the files again
         logger.warning("what was seen of the images cannot be kept in %s (%s)", path, error)
 
 
 def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
-    """By path, size and time of change; nothing where there is no index, or a damaged one."""
+    """Returns findings by path, size and time of change; empty if the index is missing or damaged."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")

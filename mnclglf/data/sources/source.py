@@ -1,4 +1,4 @@
-"""What a source of images is, and what sources share: where files are looked for, downloads, checksums."""
+"""Base class of the data sets' sources, and their shared parts: folders, downloads, checksums."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from mnclglf.runs.files import cache_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user says of the files."""
+    """A user's options about the files of a data set."""
 
     data_dir: Path | None = None
     """Folder of the files; None looks in the source's usual places."""
     download: bool = False
-    """Fetch files that are found nowhere."""
+    """Fetch missing files."""
     skip_corrupt: bool = False
-    """Leave out image files that cannot be read."""
+    """Skip image files that cannot be read."""
 
 
 class Source(ABC):
-    """A data set: where its files are, how they are read, and what the recipes take for it.
+    """A data set: the places of its files, their readers and the recipes' settings for it.
 
     Attributes:
         name: the name that --dataset takes.
         class_count: number of classes.
-        flips: False where a flipped image means another thing: views are then never flipped.
-        tuned: True where the settings of --recipe tuned were made for such images.
-        quick_data: images of --recipe quick.
+        flips: False if a mirrored image has another meaning; its views are then never flipped.
+        tuned: True if the settings of --recipe tuned were made for such images.
+        quick_data: image settings of --recipe quick.
         quick_epochs: epochs of --recipe quick.
-        quick_view: settings of the views of --recipe quick that differ from the named ones.
+        quick_view: settings of the views of --recipe quick that differ from the named view's.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, request: Request) -> tuple[ImageSet, ImageSet | None]:
-        """The training images, and the test images where there are any.
+        """Returns the training images, and the test images or None.
 
         Raises:
             DataError: files are missing, damaged or cannot be fetched.
@@ -59,12 +59,12 @@ class Source(ABC):
 
 
 def cache_dir(name: str) -> Path:
-    """Where downloads go without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
+    """Returns the folder of downloads without a data_dir: <XDG_CACHE_HOME or ~/.cache>/mnclglf/<name>."""
     return cache_folder() / name
 
 
 def check_md5(path: Path, expected: str) -> None:
-    """DataError unless the file has this MD5."""
+    """Raises DataError unless the file has this MD5."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -75,7 +75,7 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def download(urls: Sequence[str], target: Path, md5: str) -> None:
-    """Fetches `target` from the first address that gives a file of this MD5; a file that is there is whole."""
+    """Fetches `target` from the first address whose file has this MD5. The file appears whole or not at all."""
     from torchvision.datasets import utils
 
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -94,7 +94,7 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
 
 
 def missing(title: str, looked_for: str, places: Sequence[Path], *, otherwise: str = "") -> DataError:
-    """The error that says what was looked for, where, and what to do."""
+    """Returns an error that names the missing files, the places searched and the remedy."""
     where = ", ".join(str(place) for place in places)
     return DataError(
         f"{title}'s files are missing: looked for {looked_for} in {where}; give the folder that holds them as "

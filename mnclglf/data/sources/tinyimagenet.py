@@ -31,13 +31,13 @@ ARCHIVE = "tiny-imagenet-200.zip"
 URL = f"http://cs231n.stanford.edu/{ARCHIVE}"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 SIDE = 64
-_VERIFIED_BYTES = 2**24  # at once
+_VERIFIED_BYTES = 2**24  # bytes read at once for the checksum
 
 
 class TinyImageNet(Source):
-    """100,000 + 10,000 pictures of 200 classes, 64 x 64; the published validation images are what is tested on.
+    """100,000 + 10,000 images of 200 classes, 64 x 64; the test images are the published validation images.
 
-    A smaller folder of the same form is read as well.
+    A smaller folder in the same format is read as well.
     """
 
     name = "tinyimagenet"
@@ -80,7 +80,7 @@ def _find(folder: Path) -> Path | None:
 
 
 def _classes(root: Path) -> list[str]:
-    """The wnids, sorted: the folders of train/."""
+    """Returns the wnids, which are the folders of train/, sorted."""
     found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
     if not found:
         raise damaged(root / "train", "holds no folder of a class")
@@ -96,7 +96,7 @@ def _class_files(root: Path, wnid: str) -> list[Path]:
 
 
 def _class_names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
-    """What words.txt calls the classes, the first of the names; a class that it does not have keeps its wnid."""
+    """Returns the first name of each class in words.txt; a class that is missing there keeps its wnid."""
     words: dict[str, str] = {}
     if (root / "words.txt").is_file():
         lines = _read_lines(root / "words.txt")
@@ -128,10 +128,10 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
-    """The images of these files, uint8 [n, 64, 64, 3], mapped into memory from a file that is made once.
+    """Returns the images of these files, uint8 [n, 64, 64, 3], mapped into memory from an array file.
 
-    It lies beside the files, or in `cache_dir` where their folder cannot be written to, with a note of what it was made
-    of and its checksum. Where either does not fit it is made anew.
+    The array file lies beside the image files, or in `cache_dir` if their folder is read-only. A note beside it names
+    its sources and its checksum. If either does not match, the array file is made again.
     """
     try:
         listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -164,7 +164,7 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
 
 
 class _Checksum:
-    """CRC-32 of what passes by."""
+    """Running CRC-32 of the data added."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -175,7 +175,7 @@ class _Checksum:
 
 def _write(file: BinaryIO, files: Sequence[Path], checksum: _Checksum) -> None:
     file.write(_header(len(files)))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL
         for pixels in threads.map(_read_square, files):
             data = pixels.tobytes()
             checksum.add(data)
@@ -183,7 +183,7 @@ def _write(file: BinaryIO, files: Sequence[Path], checksum: _Checksum) -> None:
 
 
 def _header(count: int) -> bytes:
-    """Of numpy's file of this many images."""
+    """Returns the header of a numpy file of this many images."""
     stream = io.BytesIO()
     description = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
     np.lib.format.write_array_header_1_0(stream, description)
@@ -191,7 +191,7 @@ def _header(count: int) -> bytes:
 
 
 def _map(array: Path, count: int) -> NDArray[np.uint8]:
-    """The images of the file; copies of pages are made where somebody writes."""
+    """Returns the images of the file, mapped copy-on-write."""
     return np.memmap(array, np.uint8, mode="c", offset=len(_header(count)), shape=(count, SIDE, SIDE, 3))
 
 
@@ -203,7 +203,7 @@ def _read_square(path: Path) -> NDArray[np.uint8]:
 
 
 def _mapped(array: Path, note: Path, made_of: str, count: int) -> NDArray[np.uint8] | None:
-    """The array if it is whole and of these files."""
+    """Returns the array if it is intact and made from these files, else None."""
     try:
         noted, header = json.loads(note.read_text()), _header(count)
         with array.open("rb") as file:
@@ -216,5 +216,5 @@ def _mapped(array: Path, note: Path, made_of: str, count: int) -> NDArray[np.uin
         for start in range(0, len(flat), _VERIFIED_BYTES):
             checksum.add(flat[start : start + _VERIFIED_BYTES])
         return images if checksum.value == noted["crc32"] else None
-    except Exception:  # not there, or damaged in any way: it is made again
+    except Exception:  # missing, or damaged in any way: it is made again
         return None
