@@ -1,4 +1,4 @@
-"""What is saved of a measured operator or training step. It needs no torch, so that draw.py starts quickly."""
+"""Saved measurements of operators and training steps. It needs no torch, so that draw.py starts quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP_HEADINGS = ("s per step", "images/s", "TFLOP/s", "ratio", "peak GiB")
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as a reference: median, least and greatest of the rounds."""
+    """Speed relative to a reference: median, least and greatest of the rounds."""
 
     median: float
     least: float
@@ -35,7 +35,7 @@ class JsonEntry:
     RATIOS: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def extra_info(self) -> dict[str, Any]:
-        """All fields but the seconds, which pytest-benchmark saves itself."""
+        """Returns all fields but the seconds, which pytest-benchmark saves itself."""
         return {name: value for name, value in asdict(self).items() if name != "seconds"}  # pyright: ignore
 
     @classmethod
@@ -56,9 +56,10 @@ class OperatorMeasurement(JsonEntry):
         backend: a backend of mnclglf_kernels, or REFERENCE.
         dtype: "fp32", or "bf16" under autocast.
         seconds: time per call in each round.
-        ratio: compared with the reference in fp32; None for that reference itself.
-        like_with_like: for a dtype other than fp32, compared with the reference in that dtype; None for the reference.
-        peak_bytes: most tensor memory during a call beyond what was there before; None where it cannot be seen.
+        ratio: speed relative to the reference in fp32; None for that reference itself.
+        like_with_like: for a dtype other than fp32, speed relative to the reference in that dtype; None for the
+            reference.
+        peak_bytes: peak tensor memory of a call beyond its start; None if it cannot be measured.
     """
 
     RATIOS: ClassVar[tuple[str, ...]] = ("ratio", "like_with_like")
@@ -82,7 +83,7 @@ class OperatorMeasurement(JsonEntry):
         return f"{self.backend} {self.dtype}"
 
     def cells(self) -> tuple[str, str, str, str]:
-        """The table cells under HEADINGS; a dash for no figure."""
+        """Returns the table cells under HEADINGS; a dash for no figure."""
         peak = "-" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.1f}"
         median = 1e3 * statistics.median(self.seconds)
         return f"{median:.3f}", str(self.ratio or "-"), str(self.like_with_like or "-"), peak
@@ -94,14 +95,14 @@ class StepMeasurement(JsonEntry):
 
     Attributes:
         kind: "ablation", where each variant has one optimization more, or "peers".
-        name: the variant or peer.
-        size: what was trained on, in words.
-        images: per batch.
+        name: name of the variant or peer.
+        size: size of the step, in words.
+        images: images per batch.
         seconds: time per step in each round.
-        tflop: floating-point operations per step (10^12) by PyTorch's counter; None where compiling hides them.
-        ratio: in the ablation, times as fast as the first variant. For a peer, how many times as fast ours is, each by
+        tflop: floating-point operations per step (10^12) by PyTorch's counter; None if compiling hides them.
+        ratio: in the ablation, speed relative to the first variant. For a peer, speed of ours relative to it, each with
             its own operations. None for the step that the others are compared with.
-        peak_bytes: most memory alive: tensors on a GPU, the whole process on a CPU.
+        peak_bytes: peak memory: of tensors on a GPU, of the whole process on a CPU.
     """
 
     kind: str
@@ -133,11 +134,11 @@ class StepMeasurement(JsonEntry):
 
     @property
     def tflop_per_second(self) -> float:
-        """0 where the operations are not known."""
+        """Returns 10^12 floating-point operations per second; 0 if the operations are not known."""
         return (self.tflop or 0.0) / statistics.median(self.seconds)
 
     def cells(self) -> tuple[str, str, str, str, str]:
-        """The table cells under STEP_HEADINGS; a dash for no figure."""
+        """Returns the table cells under STEP_HEADINGS; a dash for no figure."""
         median = statistics.median(self.seconds)
         rate = "-" if self.tflop is None else f"{self.tflop_per_second:.3f}"
         return (

@@ -41,10 +41,10 @@ class Shape(NamedTuple):
     """One shape to measure.
 
     Attributes:
-        name: in test ids and saved results.
-        sizes: the table's example inputs have these.
-        directions: to measure, see DIRECTIONS.
-        inputs: makes other inputs than the table's, in a dtype on a device.
+        name: name in test ids and saved results.
+        sizes: sizes of the table's example inputs.
+        directions: directions to measure, see DIRECTIONS.
+        inputs: function that makes inputs other than the table's, in a dtype on a device.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Shape(NamedTuple):
 
 
 class OperatorBench(NamedTuple):
-    """What to measure of an operator.
+    """Measurements of an operator.
 
     Attributes:
-        label: the operator's name in saved results.
-        reference: its plain form, called with the operator's keyword arguments.
-        shapes: those to measure; a quick run takes the first.
-        on_meta: whether `reference` can be counted on the meta device.
+        label: name of the operator in saved results.
+        reference: plain form of the operator, called with its keyword arguments.
+        shapes: shapes to measure; a quick run takes the first.
+        on_meta: True if `reference` can be counted on the meta device.
     """
 
     label: str

@@ -110,7 +110,7 @@ class Comparison:
     Attributes:
         kind: "ablation" or "peers", see StepMeasurement.
         names: keys of MAKERS; all are compared with the first.
-        size: what they train on.
+        size: size of the steps.
         rounds: every round calls each step once, on a GPU for STEPS_ON_A_GPU steps.
     """
 

@@ -1,7 +1,7 @@
-"""Makes .venv: looks at the machine, chooses the builds of torch, DALI and FAISS, installs and tries them.
+"""Makes .venv: detects the hardware, chooses the builds of torch, DALI and FAISS, installs and tests them.
 
-`make setup` runs it with the Python that .venv is to have; it needs the standard library only. The stamp in .venv is
-written last and names what was installed: without it a .venv counts as broken and is built anew.
+`make setup` runs it with the Python for .venv; it needs only the standard library. The stamp in .venv is written last
+and names the installed packages: a .venv without it counts as broken and is built again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKER = "made-by-make-setup"  # written first, with the choice of TORCH_INDEX: this .venv is ours to delete
-STAMP = "setup.json"  # written last: this .venv is complete
+MARKER = "made-by-make-setup"  # written first, with the choice of TORCH_INDEX: marks a .venv that we may delete
+STAMP = "setup.json"  # written last: marks a complete .venv
 PYPI = "pypi"
 
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -37,7 +37,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TAKE_CUDA12 = f"`make setup TORCH_INDEX={CUDA12_INDEX}` (not for an RTX 50 card: this build knows GPUs up to Hopper)"
 TAKE_CPU = f"`make setup TORCH_INDEX={CPU_INDEX}` to run on the CPU on purpose"
 
-# What .venv's Python reads from stdin; the last line it prints is JSON. A GPU counts once it has computed something.
+# Program that .venv's Python reads from stdin; the last line it prints is JSON. It runs a computation on the GPU, as a
+# GPU that torch only lists may still fail.
 PROBE = """
 import json, sys
 import torch, torchvision, faiss, mnclglf, mnclglf_kernels
@@ -56,7 +57,7 @@ print(json.dumps(found))
 
 
 class SetupError(Exception):
-    """What stops the setup: its text names what was found and the remedy."""
+    """Error that stops the setup; its text names the finding and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Machine:
     system: str  # as platform.system()
     architecture: str  # as platform.machine()
     gpu: Gpu | None = None
-    gpu_problem: str | None = None  # why a GPU that seems to be there cannot be used
+    gpu_problem: str | None = None  # why a detected GPU cannot be used
     cores: int = 1
     bf16_flags: tuple[str, ...] = ()
 
@@ -89,12 +90,12 @@ class Plan:
 
     @property
     def faiss_extra(self) -> str:
-        """faiss-gpu is for Linux on x86_64, as DALI is; both would install the same module."""
+        """Returns the FAISS extra, of which only one may be installed; faiss-gpu is for Linux on x86_64, as DALI is."""
         return "faiss-gpu" if self.expects_gpu and self.dali_extra else "faiss-cpu"
 
 
 def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
-    """Why this Python cannot make .venv, or None."""
+    """Returns why this Python cannot make .venv, or None."""
     found = ".".join(str(part) for part in version)
     if version < (3, 11):
         return f"Python {found} is too old; mnclglf needs 3.11: `make setup PYTHON=/path/to/python3.11`"
@@ -104,7 +105,10 @@ def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
 
 
 def parse_nvidia_smi(returncode: int, output: str) -> tuple[Gpu | None, str | None]:
-    """(Gpu, None) from `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`, or (None, the problem)."""
+    """Returns (Gpu, None) or (None, problem).
+
+    `output` is that of `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`.
+    """
     first = next((line.strip() for line in output.splitlines() if line.strip()), "no output")
     if returncode != 0:
         return None, f"nvidia-smi failed (exit code {returncode}): {first}"
@@ -115,7 +119,7 @@ def parse_nvidia_smi(returncode: int, output: str) -> tuple[Gpu | None, str | No
 
 
 def has_nvidia_display(pci_devices: Path) -> bool:
-    """Whether an NVIDIA (0x10de) display controller (class 0x03) is on the PCI bus."""
+    """Returns whether an NVIDIA (0x10de) display controller (class 0x03) is on the PCI bus."""
     for device in pci_devices.glob("*"):
         try:
             vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
@@ -127,7 +131,7 @@ def has_nvidia_display(pci_devices: Path) -> bool:
 
 
 def look_for_gpu() -> tuple[Gpu | None, str | None]:
-    """(Gpu or None, problem or None)."""
+    """Returns (Gpu or None, problem or None)."""
     wsl = Path("/usr/lib/wsl/lib/nvidia-smi")  # not on PATH in every shell
     command = shutil.which("nvidia-smi") or (str(wsl) if wsl.exists() else None)
     if command is None:
@@ -143,7 +147,7 @@ def look_for_gpu() -> tuple[Gpu | None, str | None]:
 
 
 def parse_bf16_flags(cpuinfo: str) -> tuple[str, ...]:
-    """The CPU's instructions that multiply bf16, from the text of /proc/cpuinfo."""
+    """Returns the CPU's instructions that multiply bf16, from the text of /proc/cpuinfo."""
     flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     return tuple(sorted({"avx512_bf16", "amx_bf16"} & set(flags.group(1).split()))) if flags else ()
 
@@ -156,7 +160,7 @@ def look_at_machine() -> Machine:
 
 
 def cuda_of_index(index: str | None) -> int | None:
-    """CUDA major version of the builds an index holds: 12 or 13; None for its CPU builds."""
+    """Returns the CUDA major version of the builds in an index, 12 or 13; None for CPU builds."""
     if index is None:
         return 13  # PyPI
     build = index.rstrip("/").rsplit("/", 1)[-1]
@@ -170,10 +174,10 @@ def cuda_of_index(index: str | None) -> int | None:
 
 
 def decide(machine: Machine, torch_index: str | None) -> Plan:
-    """What to install on this machine; `torch_index` None is PyPI.
+    """Returns the plan of packages for this machine; `torch_index` None is PyPI.
 
     Raises:
-        SetupError: a GPU is there, or seems to be, and this torch could not use it.
+        SetupError: a GPU was detected, and this torch could not use it.
     """
     cuda = cuda_of_index(torch_index)
     notes = []
@@ -196,7 +200,7 @@ def decide(machine: Machine, torch_index: str | None) -> Plan:
 
 
 def check_driver(machine: Machine, cuda: int) -> None:
-    """Raises SetupError where the machine has a GPU that torch for this CUDA version cannot use."""
+    """Raises SetupError if the machine has a GPU that torch for this CUDA version cannot use."""
     needed = MINIMUM_DRIVER[cuda]
     if machine.gpu_problem is not None:
         raise SetupError(
@@ -212,19 +216,19 @@ def check_driver(machine: Machine, cuda: int) -> None:
 
 
 def install_commands(plan: Plan, python: Path, constraints: str) -> list[list[str]]:
-    """The pip commands, in order. torch and torchvision come first where they have an index of their own."""
+    """Returns the pip commands, in order; torch and torchvision come first if they have an index of their own."""
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     extras = ",".join(["dev", "docs", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
     everything = [*pip, "-c", "constraints.txt", "-e", f".[{extras}]"]
     if plan.torch_index is None:
         return [everything]
-    # Pinned here by name: the other pins may not be on that index.
+    # Only these two pins: the index may lack the other packages.
     pins = re.findall(r"^torch(?:vision)?==\S+", constraints, re.MULTILINE)
     return [[*pip, "--index-url", plan.torch_index, *pins], everything]
 
 
 def check_installed(plan: Plan, found: dict[str, Any]) -> None:
-    """Raises SetupError unless what PROBE found is what the plan asked for."""
+    """Raises SetupError unless PROBE found the packages of the plan."""
     if plan.expects_gpu and found["cuda"] is None:
         raise SetupError(
             f"torch {found['torch']} was built without CUDA, but there is a GPU.\n"
@@ -246,19 +250,19 @@ def check_installed(plan: Plan, found: dict[str, Any]) -> None:
 
 
 def foundation(plan: Plan, root: Path) -> list[Any]:
-    """Where one of these changes, .venv is built anew: pip would keep the torch, or the paths, that it finds."""
+    """Returns the values whose change requires a new .venv, as pip would keep the installed torch or its paths."""
     return [plan.torch_index, plan.dali_extra, plan.faiss_extra, list(sys.version_info[:2]), str(root)]
 
 
 def stamp_key(plan: Plan, root: Path) -> str:
-    """Changes when what .venv should hold changes."""
+    """Returns a key that changes with the intended contents of .venv."""
     parts = [repr(foundation(plan, root)), repr(plan.expects_gpu)]
     parts += [(root / name).read_text() for name in ("setup.py", "constraints.txt")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def read_stamp(venv: Path) -> dict[str, Any]:
-    """What the last setup that ended wrote; empty where none did."""
+    """Returns the stamp of the last completed setup; empty if there is none."""
     try:
         stamp = json.loads((venv / STAMP).read_text())
     except (OSError, ValueError):
@@ -273,7 +277,7 @@ def write_stamp(venv: Path, stamp: dict[str, Any]) -> None:
 
 
 def remembered_choice(venv: Path) -> str | None:
-    """TORCH_INDEX of the last setup that got as far as installing, even if it was killed."""
+    """Returns the TORCH_INDEX of the last setup that began to install, even if it was killed."""
     try:
         return (venv / MARKER).read_text() or None
     except OSError:
@@ -281,7 +285,7 @@ def remembered_choice(venv: Path) -> str | None:
 
 
 def start_anew(venv: Path, run: Callable[..., Any]) -> None:
-    """An empty virtual environment in `venv`, which may be a link to a folder on another disk."""
+    """Makes an empty virtual environment in `venv`, which may be a link to a folder on another disk."""
     if venv.exists() and any(venv.iterdir()) and not (venv / MARKER).exists():
         raise SetupError(f"{venv} was not made by `make setup`; move it away, or `make clean` deletes it")
     venv.mkdir(exist_ok=True)
@@ -295,14 +299,14 @@ def start_anew(venv: Path, run: Callable[..., Any]) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Disk space of a folder, as du counts it."""
+    """Returns the disk space of a folder in bytes, as du counts it."""
     return sum(
         os.lstat(os.path.join(place, name)).st_blocks * 512 for place, _, names in os.walk(folder) for name in names
     )
 
 
 def run_command(command: Sequence[str], **options: Any) -> Any:
-    """subprocess.run, ending in SetupError where the command fails."""
+    """Runs subprocess.run; raises SetupError if the command fails."""
     print("$", *command, flush=True)
     try:
         return subprocess.run(command, check=True, **options)
@@ -315,13 +319,13 @@ def run_command(command: Sequence[str], **options: Any) -> Any:
 
 def probe(plan: Plan, python: Path, run: Callable[..., Any]) -> dict[str, Any]:
     wants = ["cuda" if plan.expects_gpu else "no-cuda", "dali" if plan.dali_extra else "no-dali"]
-    # Not from root: there mnclglf can be imported without being installed.
+    # Not from root, where mnclglf can be imported without being installed.
     answer = run([str(python), "-", *wants], cwd=python.parent, input=PROBE.encode(), stdout=subprocess.PIPE)
     return json.loads(answer.stdout.decode().splitlines()[-1])
 
 
 def set_up(root: Path, machine: Machine, torch_index: str | None, run: Callable[..., Any] = run_command) -> None:
-    """Brings root/.venv to what `decide` says. `torch_index` None keeps what the last setup chose, else PyPI."""
+    """Brings root/.venv to the plan of `decide`. `torch_index` None keeps the last setup's choice, else PyPI."""
     venv = root / ".venv"
     python = venv / "bin" / "python"
     stamp = read_stamp(venv)

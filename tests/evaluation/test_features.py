@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, and pixels."""
+"""Tests of a frozen encoder's features, and of raw pixels."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def features(
 
 @pytest.fixture
 def encoder() -> ResNet18:
-    """With running statistics that are not the initial ones, and one batch norm in evaluation mode already."""
+    """Returns an encoder with changed running statistics, and one batch norm in evaluation mode."""
     network = ResNet18(width=4).train()
     network(torch.randn(32, 3, 16, 16) * 2 + 1)
     network.layer2.eval()

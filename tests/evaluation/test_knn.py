@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification against loops, and its rules for ties, labels and chunks."""
+"""Tests of weighted k-NN classification against loops, and of its rules for ties, labels and chunks."""
 
 import math
 
@@ -14,7 +14,7 @@ from mnclglf.evaluation.knn import nearest_columns, weighted_knn
 
 
 def naive_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, temperature: float):
-    """The same by loops over Python floats: (top-1, top-5)."""
+    """Returns (top-1, top-5) by loops over Python floats."""
     right = [0, 0]
     for row, label in zip(test.tolist(), test_labels.tolist(), strict=True):
         similar = [(_cosine(row, other), -index) for index, other in enumerate(train.tolist())]

@@ -1,4 +1,4 @@
-"""The paper's linear evaluation against a transcription in numpy, fp64, with gradients by hand."""
+"""Tests of the paper's linear evaluation against a transcription in numpy, fp64, with gradients by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ from mnclglf.evaluation.linear import train_linear
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 
-IMAGES, BATCH, CLASSES, SEED = 22, 4, 3, 5  # 5 steps an epoch
+IMAGES, BATCH, CLASSES, SEED = 22, 4, 3, 5  # 5 steps per epoch
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def images() -> ImageArray:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(IMAGES) % CLASSES
-    pixels[np.arange(IMAGES), :, :, labels] //= 4  # each class lacks a colour
+    pixels[np.arange(IMAGES), :, :, labels] //= 4  # each class lacks a color
     return ImageArray(name="made", split="train", images=pixels, labels=labels, classes=("a", "b", "c"))
 
 
 @pytest.fixture
 def encoder() -> ResNet18:
-    """With running statistics that are not the initial ones."""
+    """Returns an encoder with changed running statistics."""
     network = ResNet18(width=2).train()
     network(torch.randn(32, 3, 8, 8) * 2 + 1)
     return network
@@ -63,7 +63,7 @@ def softmax(logits: NDArray) -> NDArray:
 
 
 def by_hand(features: list[NDArray], labels: list[NDArray], weights: list[NDArray], peak: float) -> list[NDArray]:
-    """[W, b] after one step a batch of features [N, F]: softmax regression by LARS, momentum 0.9, cosine to 0."""
+    """Returns [W, b] after one step per batch of features [N, F]: softmax regression by LARS, momentum 0.9, cosine."""
     weights = [weight.astype(np.float64) for weight in weights]
     momentum = [np.zeros_like(weight) for weight in weights]
     for step, (x, y) in enumerate(zip(features, labels, strict=True)):
@@ -90,7 +90,8 @@ def test_agrees_with_a_transcription(encoder: ResNet18, images: ImageArray):
     for result, by_formula, before in zip(classifier.parameters(), expected, initial.parameters(), strict=True):
         result, before = result.detach().numpy(), before.detach().numpy()
         np.testing.assert_allclose(result, by_formula, rtol=1e-4, atol=1e-5)  # fp32: 15 steps of sums of 2**-24
-        assert np.linalg.norm(result - before) > 0.05 * np.linalg.norm(before)  # or this would say little
+        # Otherwise the comparison would show little.
+        assert np.linalg.norm(result - before) > 0.05 * np.linalg.norm(before)
 
 
 def test_the_encoder_stays_as_it_was(encoder: ResNet18, images: ImageArray):

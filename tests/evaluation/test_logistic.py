@@ -1,4 +1,4 @@
-"""Logistic regression against torch's own solver, and the choice of few labels."""
+"""Tests of logistic regression against torch's own solver, and of the choice of few labels."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from mnclglf.evaluation.logistic import (
 
 
 def mixture(n: int, width: int, classes: int, seed: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Features around one centre a class (the same for every seed), in columns of very different scale."""
+    """Returns features around one center per class (the same for every seed), in columns of very different scale."""
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
@@ -33,7 +33,7 @@ def mixture(n: int, width: int, classes: int, seed: int, spread: float = 1.5) ->
 
 
 def solved_by_torch(train: Tensor, labels: Tensor, test: Tensor, classes: int, c: float) -> Tensor:
-    """Logits of the minimum of c * summed cross-entropy + |w|^2 / 2, columns as given, by torch in fp64."""
+    """Returns the logits that minimize c * summed cross-entropy + |w|^2 / 2, columns as given, by torch in fp64."""
     train, test = train.double(), test.double()
     weight = torch.zeros(classes, train.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
@@ -50,7 +50,7 @@ def solved_by_torch(train: Tensor, labels: Tensor, test: Tensor, classes: int, c
 
 
 def shares_of_hits(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 by sorting."""
+    """Returns top-1 and top-5 accuracy by sorting."""
     hits = logits.argsort(dim=1, descending=True) == labels[:, None]
     return hits[:, :1].any(1).double().mean().item(), hits[:, :5].any(1).double().mean().item()
 
@@ -170,7 +170,7 @@ def test_c_is_the_one_that_does_best_on_rows_the_fit_does_not_see():
     scores = {
         c: fit_logistic(wide[fit], labels[fit], wide[held_out], labels[held_out], classes=3, c=c).top1 for c in C_GRID
     }
-    assert len(set(scores.values())) > 1  # or any choice would do
+    assert len(set(scores.values())) > 1  # otherwise any choice would pass
     assert scores[choose_c(wide, labels, classes=3)] == max(scores.values())
 
 

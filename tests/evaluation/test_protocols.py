@@ -1,4 +1,4 @@
-"""Protocols over representations."""
+"""Tests of the protocols on several representations."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""Runs evaluated as a whole: which checkpoints, images and labels, and what evaluation.json then holds."""
+"""Tests of a run's whole evaluation: its checkpoints, images and labels, and the resulting evaluation.json."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ TINY = LinearConfig(epochs=2, batch_size=64, device="cpu")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs of five steps, with a milestone each."""
+    """Trains a run of two epochs of five steps, with one milestone per epoch."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     Trainer(CONFIG, folder).train()
     return folder
@@ -110,7 +110,7 @@ def test_the_untrained_encoder_is_another_when_asked_for(run: Path, monkeypatch:
 
 
 class Trained:
-    """What train_linear was given."""
+    """Recorder of train_linear's arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "train_linear", self)
@@ -166,7 +166,7 @@ def test_ten_labels_a_class_are_left_out_where_a_class_has_fewer(
 
 
 def first_of_class(labels: np.ndarray, label: int, count: int) -> np.ndarray:
-    """All rows but those of one class, of which the first few stay."""
+    """Returns the rows of all other classes, and the first `count` of this class."""
     return np.sort(np.concatenate([np.flatnonzero(labels != label), np.flatnonzero(labels == label)[:count]]))
 
 

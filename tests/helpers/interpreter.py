@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as a GPU does. Imported by conftest.py where kernels are interpreted."""
+"""Triton's interpreter, patched to round as a GPU does. conftest.py imports it if kernels are interpreted."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 
 def round_to_nearest_bf16() -> None:
-    """fp32 to bf16 rounds to the nearest on a GPU; triton 3.8's interpreter truncates, an error twice as large."""
+    """Makes fp32 to bf16 round to nearest, as on a GPU; triton 3.8's interpreter truncates, with twice the error."""
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, source, dtype):
@@ -26,7 +26,7 @@ def round_to_nearest_bf16() -> None:
 
 @dataclass
 class Counted:
-    """Bytes that interpreted kernels loaded and stored: all of them, and each address once (loads and stores apart)."""
+    """Bytes that interpreted kernels loaded and stored, in total and by unique address (loads and stores apart)."""
 
     issued_bytes: int = 0
     sizes: dict[str, dict[int, int]] = field(default_factory=lambda: {"load": {}, "store": {}})  # by address
@@ -44,7 +44,7 @@ class Counted:
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Counts the traffic of the kernels that are interpreted within."""
+    """Counts the traffic of the kernels interpreted inside its `with` block."""
     counted, builder = Counted(), interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -64,7 +64,7 @@ def counting() -> Iterator[Counted]:
 
 
 def are_elements(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """Which addresses are those of elements of the tensor, whose strides must not overlap but may be 0."""
+    """Returns a mask of the addresses of the tensor's elements; its strides must not overlap but may be 0."""
     offsets = addresses.astype(np.int64) - tensor.data_ptr()
     inside = (offsets >= 0) & (offsets % tensor.element_size() == 0) & (tensor.numel() > 0)
     offsets //= tensor.element_size()
@@ -77,7 +77,7 @@ def are_elements(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 @contextmanager
 def confined(tensors: Sequence[Tensor], kernel: str) -> Iterator[None]:
-    """Asserts that a kernel that is interpreted within touches elements of `tensors` alone, and stores each once."""
+    """Asserts that a kernel interpreted inside its `with` block touches only `tensors` and stores each element once."""
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     stored: list[np.ndarray] = []

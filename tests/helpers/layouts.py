@@ -1,4 +1,4 @@
-"""Tensors of equal values and unequal strides."""
+"""Tensors with equal values and different strides."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ LAYOUTS = ["contiguous", "transposed", "every second column", "every second row"
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """A tensor equal to x [M, D] in the named memory layout; the gaps of a strided one hold NaN."""
+    """Returns a tensor equal to x [M, D] in the named memory layout; the gaps of a strided one hold NaN."""
     rows, columns = x.shape
     if layout == "contiguous":
         return x.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""The methods of Table 3 beside MNCLGLF, transcribed as slowly and literally as their papers print them.
+"""Oracles of the methods of Table 3 except MNCLGLF, transcribed literally from their papers.
 
-And what the code that MNCLGLF's authors released computes, which their paper does not print.
-Loops over rows, no code shared with the project; what MNCLGLF's oracle has too, L and NN, comes from there.
-What is named as published has the matrix products of the papers' pseudo-code and code: bench/ measures against it.
+One more oracle, MNCLGLFOfficial, computes what the code released by MNCLGLF's authors does and their paper does not
+print. The oracles are loops over rows and share no code with the project; L and NN come from MNCLGLF's oracle.
+Functions "as published" use the matrix products of the papers' pseudo-code and code: bench/ measures against them.
 N images, D embedding width, K queue rows. Everything computes in the dtype of its input; tests feed fp64.
 """
 
@@ -19,12 +19,12 @@ from bench.reference import queue_loss_as_published as queue_loss_as_published
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """sim(u, v) = u . v / (|u| |v|) of two rows [D]."""
+    """Returns sim(u, v) = u . v / (|u| |v|) of two rows [D]."""
     return torch.dot(normalize_row(a), normalize_row(b))
 
 
 def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
-    """SimCLR, equation 1 and Algorithm 1: rows are interleaved as there, so that 2k - 1 and 2k are of one image."""
+    """SimCLR, equation 1 and Algorithm 1: rows are interleaved as there, so that 2k - 1 and 2k are from one image."""
     z = [row for pair in zip(first, second, strict=True) for row in pair]
 
     def ell(i: int, j: int) -> Tensor:
@@ -41,7 +41,7 @@ def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
 
 
 def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
-    """MoCo, equation 1 for each query: its own key against all rows of the queue, which are normalised when stored."""
+    """MoCo, equation 1 for each query: its own key against all rows of the queue, which are normalized when stored."""
     total = torch.zeros((), dtype=queries.dtype)
     for query, key in zip(queries, keys, strict=True):
         positive = torch.exp(cosine(query, key) / tau)
@@ -53,7 +53,7 @@ def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, tau: fl
 
 
 def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
-    """BYOL, equation 2: mean over images of the squared distance of the normalised rows."""
+    """BYOL, equation 2: mean over images of the squared distance of the normalized rows."""
     total = torch.zeros((), dtype=predictions.dtype)
     for prediction, target in zip(predictions, targets, strict=True):
         difference = normalize_row(prediction) - normalize_row(target)
@@ -62,10 +62,10 @@ def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class Transcription:
-    """Steps of a method, with real networks that each have parameters and BN buffers of their own.
+    """Steps of a method, with real networks that each have their own parameters and BN buffers.
 
-    `networks` are what f_o is made of, in order; the first `followed` of them are what f_m copies. `queue` [K, D] and
-    `pointer` are the queue's, where there is one. Settings are named as the project names them.
+    `networks` are the parts of f_o, in order; f_m copies the first `followed` of them. `queue` [K, D] and `pointer` are
+    the queue's, for a method with one. Settings have the project's names.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Transcription:
         self.velocity: dict[str, Tensor] = {}
 
     def losses(self, *views: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The loss, as "loss", and its terms; what is enqueued, [N, D]."""
+        """Returns the loss, as "loss", with its terms, and the rows to enqueue, [N, D]."""
         raise NotImplementedError
 
     def step(self, *views: Tensor) -> dict[str, float]:
-        """Forward, backward, SGD, momentum network, queue. Returns the loss and its terms."""
+        """Runs forward, backward, SGD, momentum network and queue; returns the loss and its terms."""
         losses, enqueued = self.losses(*views)
         self.f_o.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -120,16 +120,16 @@ class Transcription:
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """z = g(f(x)): [N, C, H, W] -> [N, D]."""
+        """Returns z = g(f(x)): [N, C, H, W] -> [N, D]."""
         return self.apply(self.f_o, ("encoder", "projector"), x)
 
     @torch.no_grad()
     def momentum_project(self, x: Tensor) -> Tensor:
-        """z = g_m(f_m(x)): [N, C, H, W] -> [N, D]."""
+        """Returns z = g_m(f_m(x)): [N, C, H, W] -> [N, D]."""
         return self.apply(self.f_m, ("encoder", "projector"), x)
 
     def predict(self, x: Tensor) -> Tensor:
-        """p = q(g(f(x))): [N, C, H, W] -> [N, D]."""
+        """Returns p = q(g(f(x))): [N, C, H, W] -> [N, D]."""
         return self.f_o["predictor"](self.project(x))
 
     def clip(self) -> None:
@@ -208,13 +208,13 @@ class SimSiam(Transcription):
         return {"loss": forth / 2 + back / 2, "loss_p1_z2": forth, "loss_p2_z1": back}, None
 
     def distance(self, p: Tensor, z: Tensor) -> Tensor:
-        """Algorithm 1, `def D(p, z)`: `z.detach()`, both normalised, `-(p*z).sum(dim=1).mean()`."""
+        """Algorithm 1, `def D(p, z)`: `z.detach()`, both normalized, `-(p*z).sum(dim=1).mean()`."""
         rows = zip(p, z.detach().clone(), strict=True)
         return -sum(cosine(prediction, target) for prediction, target in rows) / len(p)
 
 
 class FastMoCo(Transcription):
-    """Fast-MoCo: what the online network makes of combined patches against the whole other view; both ways."""
+    """Fast-MoCo: online embeddings of combined patches against the whole other view, both ways."""
 
     def losses(self, x1: Tensor, x2: Tensor) -> tuple[dict[str, Tensor], None]:
         c1, c2 = self.predict_combinations(x1), self.predict_combinations(x2)
@@ -230,11 +230,11 @@ class FastMoCo(Transcription):
 
 
 class MNCLGLFOfficial(Transcription):
-    """What the released code computes: candidates of loss_s are combinations, those of loss_m both sides."""
+    """MNCLGLF's released code: candidates of loss_s are combinations, those of loss_m are both sides."""
 
     def losses(self, x1: Tensor, x2: Tensor, x3: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         p1, p2, p3 = self.predict(x1), self.predict(x2), self.predict(x3)
-        with torch.no_grad():  # the online network, running statistics and all
+        with torch.no_grad():  # by the online network, which updates its running statistics
             c1, c2 = self.project_combinations(x1), self.project_combinations(x2)
         pairs = [(p.detach(), split) for p, c in ((p2, c1), (p1, c2)) for split in c.split(len(x1))]
         loss_s = sum(oracles.contrastive_loss(p, split, self.temperature) for p, split in pairs) / len(pairs)

@@ -1,4 +1,4 @@
-"""Steps of a method beside those of its oracle."""
+"""Comparison of a method's steps with its oracle's."""
 
 from typing import TypeVar
 
@@ -29,12 +29,12 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0, views: int = 
 
 
 def inputs_of(method: Method, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What the method's forward takes of a batch: its views, and the labels that Stepper has too."""
+    """Returns the forward's arguments from a batch: its views, and the labels, which are those of Stepper."""
     return batch.views, batch.indices % CLASSES if method.labelled else None
 
 
 def assert_one_view_trains(method: Method, trained: dict[str, int]) -> Losses:
-    """Each term's gradient reaches one of two views, the one that stands with it, and not the other."""
+    """Asserts that each term's gradient reaches only the one of two views that `trained` gives with it."""
     batch = make_batch()
     for view in batch.views:
         view.requires_grad_()
@@ -47,7 +47,7 @@ def assert_one_view_trains(method: Method, trained: dict[str, int]) -> Losses:
 
 
 def make_oracle(kind: type[Transcription], method: Method, optim: OptimConfig = OPTIM) -> Transcription:
-    """The oracle with a copy of what the method holds: its heads, and momentum network and queue where it has them."""
+    """Makes the oracle with a copy of the method's heads and, if it has them, its momentum network and queue."""
     names = [name for name in ("encoder", "projector", "predictor") if hasattr(method, name)]
     return kind(
         {name: getattr(method, name) for name in names},
@@ -65,7 +65,7 @@ def make_oracle(kind: type[Transcription], method: Method, optim: OptimConfig = 
 
 
 def oracle_state(oracle: Transcription) -> dict[str, Tensor]:
-    """Weights and running statistics of f_o and f_m, and the queue, under our names."""
+    """Returns weights and running statistics of f_o and f_m, and the queue, under our names."""
     state = dict(oracle.f_o.state_dict())
     for place, (name, network) in enumerate(oracle.f_m.items()):
         assert name == ("encoder", "projector")[place]
@@ -84,7 +84,7 @@ def assert_same_state(method: Method, oracle: Transcription) -> None:
 
 
 def compare(method: Method, oracle: Transcription, steps: int = 5, optim: OptimConfig = OPTIM) -> None:
-    """Losses and state after each step: an update shows the gradient, and the queue wraps in the fourth one."""
+    """Compares losses and state after each step: updates show the gradient, and the queue wraps in the fourth step."""
     ours = Stepper(method, optim=optim)
     for step in range(steps):
         batch = make_batch(first=step * N, views=method.views)

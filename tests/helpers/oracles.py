@@ -1,7 +1,7 @@
-"""The paper, transcribed as slowly and literally as it can be: loops over rows, no code shared with the project.
+"""Oracle of the paper, transcribed literally: loops over rows, and no code shared with the project.
 
 N images, S = C(4, k) subsets, M = S*N or any number of rows, F feature width, D embedding width, K queue rows.
-Everything computes in the dtype of its input; tests feed fp64 where they want the truth.
+Everything computes in the dtype of its input; tests feed fp64 for the reference values.
 """
 
 import itertools

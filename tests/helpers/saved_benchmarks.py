@@ -1,4 +1,4 @@
-"""Result files as `make bench` saves them, for the tests of what reads them."""
+"""Result files in the format of `make bench`, for the tests of their readers."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def step_row(name: str, *, kind: str = "ablation", seconds: float = 2.0, ratio: 
 
 
 def save(path: Path, rows: list[StepMeasurement], device: str = "somewhere") -> Path:
-    """Writes a file as pytest-benchmark does."""
+    """Writes a file in pytest-benchmark's format."""
     benchmarks = [{"extra_info": row.extra_info(), "stats": {"data": row.seconds}} for row in rows]
     saved = {
         "machine_info": {"device": device, "threads": 2, "versions": {"torch": "1", "lightly": "2"}},

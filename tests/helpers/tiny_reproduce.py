@@ -1,6 +1,6 @@
-"""`mnclglf reproduce` at a scale of seconds: 8 x 8 digits, a network of width 2; and finished runs written by hand.
+"""`mnclglf reproduce` at a scale of seconds (8 x 8 digits, a network of width 2), and finished runs written by hand.
 
-As a program this is mnclglf with that scale as `small`, for the subprocesses of tests.
+Run as a program it is mnclglf with that scale as `small`, for the subprocesses of tests.
 """
 
 import json
@@ -36,12 +36,12 @@ TINY = replace(SCALES["small"], configure=tiny)
 
 
 def tiny_table(name: str, *, seeds: int = 1) -> Table:
-    """A table at the scale that is `small`."""
+    """Returns a table at the scale `small`."""
     return make_table(Reproduce(table=name, scale="small", seeds=seeds))
 
 
 class HandMade:
-    """Writes what finished runs leave behind, with any accuracies."""
+    """Writes the files of finished runs, with any accuracies."""
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs

@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: never further than plain PyTorch in the same dtype, by more than rounding."""
+"""Tolerances: a result may exceed the error of plain PyTorch in the same dtype only by rounding."""
 
 import math
 
@@ -7,39 +7,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ULPS_FP32 = 8  # a sum taken in another order, and exp and log, differ from ours by a few units in the last place
+ULPS_FP32 = 8  # sums in another order, exp and log differ by a few units in the last place
 
 
 def working_epsilon(dtype: torch.dtype) -> float:
-    """Spacing at 1.0 of the dtype in which an operator accumulates: fp64 for fp64 input, fp32 for everything else."""
+    """Returns the spacing at 1.0 of an operator's accumulation dtype: fp64 for fp64 input, else fp32."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def row_maxima(x: Tensor) -> Tensor:
-    """[M, ...] -> [M], and a scalar -> [1]: one number a row, so that a row of 1e12 hides no error of a row of 1."""
+    """Returns the maximum per row: [M, ...] -> [M], a scalar -> [1]. So a row of 1e12 hides no error of a row of 1."""
     return x.double().abs().reshape(len(x) if x.dim() else 1, -1).amax(dim=1)
 
 
 def assert_as_accurate_as_plain(
     actual: Tensor, plain: Tensor, truth: Tensor, floor: float | Tensor, *, what: str
 ) -> None:
-    """Error of `actual` against fp64 `truth` <= 2 x the error of `plain` + floor, row by row; floor scalar or [M]."""
+    """Asserts that the error of `actual` against fp64 `truth` is at most 2 x the error of `plain` + floor, row by row.
+
+    `floor` is a scalar or [M].
+    """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(actual).all(), f"{what} is not finite"
     error = row_maxima(actual.double() - truth)
     allowed = 2 * row_maxima(plain.double() - truth) + floor
-    allowed = torch.where(torch.isnan(allowed), torch.inf, allowed)  # plain PyTorch has no number: any number will do
+    allowed = torch.where(torch.isnan(allowed), torch.inf, allowed)  # plain PyTorch is NaN: accept any value
     worst = int((error - allowed).argmax())
     assert (error <= allowed).all(), f"{what}: row {worst} is off by {error[worst]:.3e}, allowed {allowed[worst]:.3e}"
 
 
 def loss_floor(temperature: float, candidates: int, dtype: torch.dtype) -> float:
-    """Rounding of the contrastive loss: relative to logits of up to 1/tau, whatever log-sum-exp leaves of them."""
+    """Returns the rounding error of the contrastive loss, relative to logits of up to 1/tau."""
     return ULPS_FP32 * working_epsilon(dtype) * (1 + 1 / temperature + math.log(candidates))
 
 
 def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float, truth: Tensor) -> Tensor:
-    """Rounding of the contrastive loss's gradient of `rows` [M, D]: [M].
+    """Returns the rounding error [M] of the contrastive loss's gradient for `rows` [M, D].
 
     A logit of up to 1/tau carries an error of eps/tau into exp, the gradient of a row is a sum of coefficients of up to
     upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
@@ -52,22 +55,22 @@ def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float
 
 
 def combine_floor(features: Tensor, truth: Tensor) -> Tensor:
-    """[S*N]: one rounding to the dtype of the features at the store, and that of an fp32 sum of four terms."""
+    """Returns the rounding error [S*N] of one store in the dtype of the features and of an fp32 sum of four terms."""
     stored = torch.finfo(features.dtype).eps / 2 * truth.abs().amax(dim=1) + torch.finfo(features.dtype).tiny
     return stored + ULPS_FP32 * working_epsilon(features.dtype) * features.double().abs().max()
 
 
 def unit_scores(queries: Tensor, queue: Tensor) -> Tensor:
-    """[M, D] and [K, D] to [M, K] in fp64: products of the queries' directions, whatever their length, and the rows."""
+    """Returns products of normalized queries [M, D] and rows [K, D], as [M, K] in fp64."""
     queries = queries.double()
     queries = queries / queries.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return F.normalize(queries, dim=1) @ queue.double().t()
 
 
 def assert_nearest(index: Tensor, queries: Tensor, queue: Tensor, epsilon: float | None = None) -> None:
-    """No row of the queue is more similar than that at the index, but for rounding of the scores.
+    """Asserts that no row of the queue is more similar than the one at the index, up to rounding of the scores.
 
-    `epsilon` is the spacing of the scores at 1.0 where they are not fp32, or fp64 for an fp64 queue.
+    `epsilon` is the spacing of the scores at 1.0; None for fp32, or fp64 with an fp64 queue.
     """
     assert index.dtype == torch.int64
     assert index.shape == (len(queries),)

@@ -49,10 +49,10 @@ class Edit(NamedTuple):
 
 
 def edits_of(page: str) -> list[Edit]:
-    """The instructions of a page's text, in order.
+    """Returns the instructions of a page's text, in order.
 
     Raises:
-        ValueError: a `python` block has none.
+        ValueError: a `python` block has no instruction.
     """
     found: list[Edit] = []
     for fence in FENCE.finditer(page):
@@ -68,7 +68,7 @@ def edits_of(page: str) -> list[Edit]:
 
 
 def commands_of(page: str) -> list[str]:
-    """The lines of a page's `bash` blocks, comments and continuation marks removed."""
+    """Returns the lines of a page's `bash` blocks, without comments and continuation marks."""
     blocks = [fence["code"].replace("\\\n", " ") for fence in FENCE.finditer(page) if fence["language"] == "bash"]
     lines = [shlex.join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
@@ -76,7 +76,7 @@ def commands_of(page: str) -> list[str]:
 
 @dataclass(frozen=True)
 class TreeCopy:
-    """A copy of the tree, and what may be done in it."""
+    """A copy of the tree, and the operations on it."""
 
     root: Path
 
@@ -91,7 +91,7 @@ class TreeCopy:
         """Applies one instruction.
 
         Raises:
-            ValueError: the file is there already, or the place is not in it exactly once.
+            ValueError: the file exists already, or the place is not in it exactly once.
         """
         path = self.root / edit.file
         if edit.form == "write":
@@ -111,12 +111,12 @@ class TreeCopy:
         path.write_text(with_imports("".join(lines), imports))
 
     def environment(self) -> dict[str, str]:
-        """This process's environment with the copy's code first, a cache of its own, and no Triton interpreter."""
+        """Returns this process's environment with the copy's code first, its own cache, and no Triton interpreter."""
         own = {"PYTHONPATH": f"{self.root}:{self.root / 'kernels'}", "XDG_CACHE_HOME": str(self.root / ".cache")}
         return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | own
 
     def python(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs Python in the copy; unless `check` is off, an exit code other than 0 fails with what was printed."""
+        """Runs Python in the copy; unless `check` is off, a nonzero exit code fails with the output."""
         result = subprocess.run(
             [sys.executable, *arguments],
             cwd=self.root,
@@ -156,7 +156,7 @@ def copy_tree(destination: Path) -> TreeCopy:
 
 
 def split_imports(code: str) -> tuple[str, str]:
-    """The import statements that a block starts with, and the rest without the blank lines between."""
+    """Splits a block into its first import statements and the rest, without the blank lines between."""
     lines = code.splitlines(keepends=True)
     count = 0
     while count < len(lines) and (lines[count].startswith(("import ", "from ")) or not lines[count].strip()):
@@ -166,7 +166,7 @@ def split_imports(code: str) -> tuple[str, str]:
 
 
 def with_imports(source: str, imports: str) -> str:
-    """The source with these one-line imports, each after the last import of its own that sorts before it."""
+    """Returns the source with these one-line imports added, each after the last import that sorts before it."""
     lines = source.splitlines(keepends=True)
     for new in imports.splitlines(keepends=True):
         own = [node for node in ast.parse("".join(lines)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -178,7 +178,7 @@ def with_imports(source: str, imports: str) -> str:
 
 
 def end_of_table(source: str, name: str, file: str) -> int:
-    """Index of the line before which a row of the table (its closing bracket's line) or class `name` is added."""
+    """Returns the index of the line before which a row of the table or a line of the class `name` is added."""
     found: list[int] = []
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -194,7 +194,7 @@ def end_of_table(source: str, name: str, file: str) -> int:
 
 
 def line_of(lines: list[str], anchor: str, file: str) -> int:
-    """Index of the one line that reads `anchor`, indentation apart."""
+    """Returns the index of the only line that reads `anchor`, ignoring indentation."""
     found = [index for index, line in enumerate(lines) if line.strip() == anchor.strip()]
     if len(found) != 1:
         raise ValueError(f"the line {anchor!r} is {len(found)} times in {file}, and the page says to write after it")

@@ -1,4 +1,4 @@
-"""The two losses that contrast two views' embeddings [N, D], their equations in loops, and the check of one."""
+"""Two losses that contrast the embeddings [N, D] of two views, their equations as loops, and a check of a loss."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ K = 37  # rows of the queue
 
 
 class Loss(NamedTuple):
-    """Of two sides and a temperature: ours, PyTorch in the dtype of its input, and the equation in loops."""
+    """Functions of two sides and a temperature: ours, PyTorch in the dtype of its input, and the equation as loops."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
@@ -25,7 +25,7 @@ class Loss(NamedTuple):
 
 
 def queue_of(width: int, dtype: torch.dtype, size: int = K) -> Tensor:
-    """The same rows of unit norm each time."""
+    """Returns rows of unit norm, the same ones in each call."""
     rows = torch.randn(size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return F.normalize(rows).to(dtype)
 
@@ -43,7 +43,7 @@ def loss_of(name: str, queue: Tensor) -> Loss:
 def with_gradients(
     function: Callable[..., Tensor], sides: tuple[Tensor, Tensor], temperature: float, upstream=1.0, **how
 ):
-    """(loss, gradient of the first side, of the second) of detached copies, with `upstream` as dL/dloss."""
+    """Returns (loss, gradient of the first side, of the second) of detached copies, with `upstream` as dL/dloss."""
     leaves = [rows.detach().clone().requires_grad_() for rows in sides]
     loss = function(*leaves, temperature, **how)
     return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
@@ -52,7 +52,7 @@ def with_gradients(
 def check(
     name: str, sides: tuple[Tensor, Tensor], temperature: float, backend: str, upstream: float = 1.0, size: int = K
 ) -> None:
-    """Loss and both gradients against the loops in fp64 and against plain PyTorch in the dtype of the input."""
+    """Checks a loss and both gradients against loops in fp64 and plain PyTorch in the dtype of the input."""
     count, dtype = len(sides[0]), sides[0].dtype
     ours, plain, equation = loss_of(name, queue_of(sides[0].shape[1], dtype, size))
     if backend == "triton" and dtype == torch.float64:
@@ -76,6 +76,6 @@ def check(
 
 
 def sides_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Random rows of norms that are far from 1 and differ."""
+    """Returns random rows of different norms, far from 1."""
     first, second = (torch.randn(shape) * torch.rand(shape[0], 1).add(0.1) * 5 for _ in range(2))
     return first.to(dtype), second.to(dtype)
