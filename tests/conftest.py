@@ -1,4 +1,4 @@
-"""What every test shares: threads, one seed, hypothesis without a clock, the backends under test."""
+"""Setup of all tests: threads, one seed, hypothesis without a clock, the backends under test."""
 
 import importlib
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 # OpenMP's threads spin by default: on shared cores a step of 14 ms took 2 s. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread each, also in what tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: one thread each, also in subprocesses
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests are the same on every machine: on the CPU, with the Triton kernels in Triton's interpreter. `make test-gpu`
@@ -16,7 +16,7 @@ if os.environ.get("MNCLGLF_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-os.environ["MNCLGLF_TUNING"] = "/nonexistent/tuning.json"  # this user's own is not tested
+os.environ["MNCLGLF_TUNING"] = "/nonexistent/tuning.json"  # not the user's own file
 
 import hypothesis
 import pytest
@@ -32,7 +32,7 @@ BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-# No deadline: the first call of an operator pays for lazy initialisation. Derandomised: the same examples every run.
+# No deadline: the first call of an operator includes lazy initialization. Derandomized: the same examples every run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 
@@ -41,7 +41,7 @@ NOT_ON_GPU = pytest.StashKey[str]()  # the line that counts what was not run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked gpu, where there is none, and counts it."""
+    """Deselects tests marked gpu on a machine without one, and counts them."""
     waiting = [item for item in items if item.get_closest_marker("gpu")]
     if waiting and not (ON_GPU and torch.cuda.is_available()):
         reason = "torch sees no CUDA device" if ON_GPU else "they run with `make test-gpu`"
@@ -59,7 +59,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes over what one of several processes counted; all of them count the same."""
+    """Takes over the count of one of several processes; all of them have the same count."""
     if line := getattr(node, "workeroutput", {}).get("not on a GPU"):
         node.config.stash[NOT_ON_GPU] = line
 
@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def fused_sgd_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets PyTorch's fused SGD run on the meta device, and as a fake, where it has nothing to tell but that it ran."""
+    """Lets PyTorch's fused SGD run on the meta device, and as a fake, where it computes nothing."""
     optimizer = importlib.import_module("torch.optim.optimizer")  # torch.optim has no attribute of that name
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     library = torch.library.Library("aten", "IMPL")
@@ -91,5 +91,5 @@ def seed() -> int:
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; session-wide, so that a hypothesis test may use it."""
+    """Gives each backend in turn; session-wide, so that a hypothesis test may use it."""
     return request.param

@@ -1,4 +1,4 @@
-"""The Python API as a user meets it."""
+"""Tests of the Python API from a user's side."""
 
 import importlib
 import json
@@ -59,7 +59,7 @@ def test_the_encoder_is_in_eval_mode_with_the_runs_normalization(run: mnclglf.Ru
 
 
 def without_normalization(run: mnclglf.Run, folder: Path) -> Path:
-    """A copy of the run whose checkpoint is as before: without mean, std and side."""
+    """Copies the run with an earlier version's checkpoint, without mean, std and side."""
     shutil.copytree(run, folder)
     checkpoint = find_checkpoint(folder, "auto")
     state = torch.load(checkpoint, weights_only=True)

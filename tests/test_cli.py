@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Tests of the command line from a user's side."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TINY = (
 
 
 def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a wrong command line prints; it must exit with 2."""
+    """Returns the output of a wrong command line, which must exit with 2."""
     with pytest.raises(SystemExit) as caught:
         main(shlex.split(arguments))
     assert caught.value.code == 2
@@ -149,7 +149,7 @@ def text_of(run: Path) -> str:
 
 
 def nearest_one(encoder: torch.nn.Module | None) -> float:
-    """Accuracy on the test digits of scikit-learn's nearest neighbor by cosine; None is TINY's untrained encoder."""
+    """Returns scikit-learn's nearest-neighbor accuracy (cosine) on test digits; None is TINY's untrained encoder."""
     config = parse(shlex.split(TINY)).config
     encoder = (encoder or build_method(config, torch.float32).encoder).eval()
     train, test = load_dataset("digits")
@@ -194,12 +194,12 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the pictures of reports out, which take seconds a page."""
+    """Skips the pictures of reports, which take seconds per page."""
     monkeypatch.setattr("mnclglf.reports.page._picture", lambda _: Picture("", ""))
 
 
 def copied(run: Path, name: str, section: str | None, **changes: object) -> Path:
-    """The run under another name, with other settings in its config.json."""
+    """Copies the run to another name, with changed settings in its config.json."""
     copy = Path(shutil.copytree(run, run.with_name(name)))
     config = json.loads((run / "config.json").read_text())
     (config if section is None else config[section]).update(changes)
@@ -297,7 +297,7 @@ def test_help_does_not_load_torch() -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two classes of four images each, to train and to validate on."""
+    """Writes two classes of four images each, to train and to validate on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for part in ("train", "val"):

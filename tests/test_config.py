@@ -1,4 +1,4 @@
-"""The configuration: every bad value named, there and back through JSON."""
+"""Tests of the configuration: every invalid value is named, and JSON round trips."""
 
 import dataclasses
 import json

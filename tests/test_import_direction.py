@@ -1,4 +1,4 @@
-"""Imports go one way: cli -> {engine, evaluation, reports} -> methods -> models -> kernels; config is a leaf."""
+"""Tests that imports go one way: cli -> {training, evaluation, reports} -> methods -> models -> kernels."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What each part of the program may import of ours, besides itself.
+# Parts of the program that each part may import, besides itself.
 LEAVES = {"config", "runs"}
 MODELS = {"config", "mnclglf_kernels"}
 METHODS = MODELS | {"models"}
@@ -33,13 +33,13 @@ OURS = {"mnclglf", "mnclglf_kernels", "tests", "oracles"}
 
 
 def part_of(module: str) -> str:
-    """mnclglf.data.views -> data; mnclglf_kernels.queue -> mnclglf_kernels; mnclglf -> __init__."""
+    """Returns a module's part: mnclglf.data.views -> data; mnclglf_kernels.queue -> mnclglf_kernels."""
     top, _, rest = module.partition(".")
     return (rest.partition(".")[0] or "__init__") if top == "mnclglf" else top
 
 
 def imported_modules(source: str, package: str) -> set[str]:
-    """Every module that the source imports, wherever in it; `package` is what a leading dot stands for."""
+    """Returns every module that the source imports, anywhere in it; a leading dot stands for `package`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def imported_modules(source: str, package: str) -> set[str]:
 
 
 def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> list[str]:
-    """The imports of `source`, the text of `module`, that go against the direction."""
+    """Returns the imports of `source`, the text of `module`, that go against the direction."""
     part = part_of(module)
     assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
     package = module if is_package else module.rpartition(".")[0]
@@ -63,7 +63,7 @@ def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> 
 
 
 def source_files() -> dict[str, Path]:
-    """Path of every module of ours, by its dotted name."""
+    """Returns the path of every module of ours, by its dotted name."""
     files = {}
     for base in (ROOT, ROOT / "kernels"):
         for path in sorted(base.glob("mnclglf*/**/*.py")):

@@ -1,4 +1,4 @@
-"""What `pip install .` installs, and that the files around it agree with each other."""
+"""Tests of the contents of `pip install .`, and of the agreement of the project's files."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(s
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of this checkout, with a template in reports/, built in a copy."""
+    """Builds the wheel of this checkout in a copy, with a template in reports/."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
     copy.mkdir()

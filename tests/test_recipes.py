@@ -1,4 +1,4 @@
-"""The recipes: `paper` is Table 2 for every method, `tuned` is docs/reference/algorithm.md, each with its source."""
+"""Tests of the recipes: `paper` is Table 2 for every method, `tuned` is docs/reference/algorithm.md."""
 
 import re
 from dataclasses import asdict
@@ -70,7 +70,7 @@ def test_tuned_without_settings_of_a_method_says_where_they_go(monkeypatch: pyte
 
 
 def settings(config: RunConfig) -> dict[str, str]:
-    """Every setting that a recipe may change, as the documents write it; the views by their name."""
+    """Returns every setting that a recipe may change, as the documents write it; the views by their name."""
     values = asdict(config)
     flat = {f"{s}.{name}": str(v) for s in ("data", "model", "objective", "optim") for name, v in values[s].items()}
     names = [name for name, view in VIEWS.items() if view == config.view]

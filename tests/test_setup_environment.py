@@ -1,4 +1,4 @@
-"""The setup on made-up machines: what it installs, when it stops, and what a killed one leaves behind."""
+"""Tests of the setup on made-up machines: its packages, its errors, and the state after it was killed."""
 
 import json
 from pathlib import Path
@@ -210,7 +210,7 @@ def test_an_install_as_planned_passes(plan, installed):
 
 
 class Pip:
-    """Stands for venv, pip and the probe: makes bin/python, writes the commands down, is killed at `fail_at`."""
+    """Replacement of venv, pip and the probe: makes bin/python, records the commands, is killed at `fail_at`."""
 
     def __init__(self, venv, cuda="13.0"):
         self.venv, self.cuda = venv, cuda

@@ -1,4 +1,4 @@
-"""Images for the tests of the data package: real photographs, as noise hides shifts and smooth ramps hide order."""
+"""Photographs for the tests of the data package: noise would hide shifts, and smooth ramps would hide order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 @pytest.fixture(scope="session")
 def photos() -> Callable[..., np.ndarray]:
-    """A function of count, side and color that gives uint8 [count, side, side, 3], pieces of two photographs."""
+    """Returns a function of count, side and color that cuts uint8 [count, side, side, 3] from two photographs."""
     sources = [torch.tensor(load_sample_image(name)).permute(2, 0, 1) for name in ("china.jpg", "flower.jpg")]
 
     def cut(count: int, side: int, *, color: bool = True) -> np.ndarray:

@@ -86,13 +86,13 @@ def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
 
 
 def cifar_records(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [count, 3, 32, 32] and labels [count]."""
+    """Returns pixels [count, 3, 32, 32] and labels [count]."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, count)
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Writes strings and bytes as Python 2's str, which is what the published files hold."""
+    """Pickler that writes strings and bytes as Python 2's str, as in the published files."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
@@ -167,7 +167,7 @@ def test_cifar10_pickle_of_other_contents_is_refused(tmp_path: Path, batch: obje
 
 
 class _Calls:
-    """Pickles as a call of `function`."""
+    """Object that pickles as a call of `function`."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
@@ -296,7 +296,7 @@ def test_an_absolute_member_stays_in_the_folder_too(tmp_path: Path) -> None:
 
 
 def test_a_tar_takes_no_memory_that_it_only_promises(tmp_path: Path) -> None:
-    """A name of 8 GB, and the first bytes of an xz file with a dictionary of 4 GB."""
+    """Checks a name of 8 GB, and the first bytes of an xz file with a dictionary of 4 GB."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**30
     header = info.tobuf(tarfile.GNU_FORMAT)
@@ -378,7 +378,7 @@ def test_a_zip_with_a_link_or_a_bomb_or_a_password_is_refused(tmp_path: Path, mo
 
 
 def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its list promises a byte, and its contents are more: no more than a byte comes out, and the checksum differs."""
+    """Checks a file whose list promises one byte of many: only one byte is read, and the checksum differs."""
     path = zip_with(tmp_path / "lies.zip", ("made/one", bytes(50_000)))
     data = path.read_bytes().replace(struct.pack("<I", 50_000), struct.pack("<I", 1))
     path.write_bytes(data)

@@ -26,7 +26,7 @@ RECORDS = 4  # in each batch file of the small CIFAR-10 below
 
 @pytest.fixture(autouse=True)
 def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this machine is found or written, and nothing is fetched."""
+    """Hides this machine's data sets and caches, and forbids downloads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "no-debian-package")
 
@@ -74,7 +74,7 @@ def test_fashion_mnist_of_the_debian_package(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def write_fashion_mnist(folder: Path, *, suffix: str = ".gz", images: int = 60_000, labels: int = 60_000) -> None:
-    """All-black images, so that they are quickly packed; every tenth label is 3."""
+    """Writes black images, which compress quickly; every tenth label is 3."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, counts in (("train", (images, labels)), ("t10k", (10_000, 10_000))):
         sizes = struct.pack(">4B3I", 0, 0, 8, 3, counts[0], 28, 28), struct.pack(">4BI", 0, 0, 8, 1, counts[1])
@@ -126,13 +126,13 @@ def test_a_given_folder_is_the_only_one_that_is_looked_in(tmp_path: Path) -> Non
 
 @pytest.fixture
 def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The pixels [6, RECORDS, 3, 32, 32] of a small CIFAR-10, in which record r of file f has label f + r."""
+    """Returns pixels [6, RECORDS, 3, 32, 32] of a small CIFAR-10, in which record r of file f has label f + r."""
     monkeypatch.setattr(Cifar10, "records", (RECORDS, RECORDS))
     return np.random.default_rng(0).integers(0, 256, (6, RECORDS, 3, 32, 32), dtype=np.uint8)
 
 
 def write_cifar10(folder: Path, form: str, pixels: np.ndarray) -> Path:
-    """The batch files of one form in their own folder below `folder`."""
+    """Writes the batch files of one form in their own folder below `folder`."""
     batches = folder / {"bin": "cifar-10-batches-bin", "py": "cifar-10-batches-py"}[form]
     batches.mkdir(parents=True)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -208,7 +208,7 @@ def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cif
 
 @pytest.fixture
 def small_cifar100(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Pixels [6, 3, 32, 32]: four to train on, two to test on. Record r has fine label 90 + r and coarse label r."""
+    """Returns pixels [6, 3, 32, 32]: 4 train, 2 test. Record r has fine label 90 + r and coarse label r."""
     monkeypatch.setattr(Cifar100, "records", (4, 2))
     return np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
 

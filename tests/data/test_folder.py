@@ -1,4 +1,4 @@
-"""folder:PATH: what counts as an image, how it is labelled, what is found out about it, and what is wrong with it."""
+"""Tests of folder:PATH: its images, their labels, the findings about them, and damaged files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(path: Path, image: np.ndarray | None = None) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """cats: 2 images, one deeper; dogs: 3; and files that are none."""
+    """Makes cats with 2 images, one of them deeper, dogs with 3, and files that are no images."""
     made = tmp_path / "photos"
     for name in ("dogs/b.png", "dogs/a.JPG", "dogs/c.webp", "cats/x.jpeg", "cats/2019/y.Png"):
         write(made / name)
@@ -301,7 +301,7 @@ def test_one_image_and_odd_names(tmp_path: Path) -> None:
 
 
 def png_of_16_bits(path: Path, levels: np.ndarray) -> Path:
-    """A PNG of 16-bit levels [H, W, 3], which Pillow cannot write."""
+    """Writes a PNG of 16-bit levels [H, W, 3], which Pillow cannot write."""
     height, width, _ = levels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
 

@@ -1,6 +1,6 @@
-"""Today's random numbers of a view, frozen: a later version must draw the same, or old runs could not be repeated.
+"""Pinned random numbers of a view: a later version must draw the same ones, or old runs could not be repeated.
 
-A new augmentation draws from further words; its column is checked apart, and the hashes below stay as they are.
+A new augmentation draws from further words. Its column is checked separately, and the hashes below do not change.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HASHES = {
 
 
 def digest(p: ViewParameters) -> str:
-    """SHA-256 of the twelve columns, in their order; floats by value, so that no platform's byte order matters."""
+    """Returns the SHA-256 of the twelve columns, in order; floats by value, independent of the byte order."""
     text = repr([(name, getattr(p, name).tolist()) for name in COLUMNS])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
-"""Readers of downloaded and foreign files, given damaged ones: they read or raise DataError, and nothing else happens.
+"""Fuzzing of the file readers with damaged files: they read or raise DataError, and do nothing else.
 
-MNCLGLF_FUZZ_EXAMPLES sets how many inputs each reader gets (docs/data.md says how many it has had).
+MNCLGLF_FUZZ_EXAMPLES sets the number of inputs per reader (docs/reference/data.md has the numbers run so far).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def mapped(path: Path) -> object:
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Valid contents with some changes: bits flipped, bytes set, cut out, put in, doubled, or the end cut off."""
+    """Draws valid contents with changes: bits flipped, bytes set, removed, inserted, doubled, or the end cut off."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 5))):
         if not data:
@@ -154,7 +154,7 @@ heard: list[str] = []
 
 
 def listen(event: str, arguments: tuple[Any, ...]) -> None:
-    """Of the interpreter's audit events, what runs code. Modules that are imported late are code too, but installed."""
+    """Records the audit events that run code. Late imports run code too, but only installed code."""
     if armed and event in ALARMS:
         code = arguments[0] if event == "exec" else None
         installed = (sys.prefix, sys.base_prefix, "<frozen")
@@ -167,9 +167,9 @@ sys.addaudithook(listen)
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(place: Path) -> Iterator[None]:
-    """Each reader once: what it imports when it is first used is code, of its own.
+    """Runs each reader once, as its first use may import modules, which runs code.
 
-    Pillow's limit of pixels, which a user's photographs may come near, is lowered: an image takes what its header says.
+    Lowers Pillow's limit of pixels, as an image takes the memory that its header asks for.
     """
     Image.init()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2**20
@@ -242,7 +242,7 @@ def test_any_bytes_are_read_or_refused(name: str, place: Path) -> None:
 
 
 def test_the_alarm_rings(place: Path) -> None:
-    """The checks above can fail: a reader that runs code, and one that takes much memory, are found."""
+    """Checks that the checks above can fail, on a reader that runs code and one that takes much memory."""
     for read in (lambda p: os.system("true"), lambda p: exec("1"), lambda p: bytearray(2 * LARGEST)):
         READERS["broken"] = b"", "file", read
         try:

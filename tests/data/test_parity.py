@@ -1,4 +1,4 @@
-"""DALI's and the resident loader's views against torchvision's, image by image, in levels of 1 / 255.
+"""Tests of DALI's and the resident loader's views against torchvision's, image by image, in levels of 1 / 255.
 
 After the resize both compute in float32, so a change of color alone agrees to rounding. Rotation and resize end in
 whole levels, where a last bit makes one level. Two things differ by design and are bounded here: DALI repeats an
@@ -56,7 +56,7 @@ COLORS = {
 
 
 def render(images: np.ndarray, view: ViewConfig, side: int, backend: str, device: str = "cpu") -> torch.Tensor:
-    """Two views of each image in levels, [2 n, 3, side, side], on the CPU."""
+    """Returns two views per image in levels, [2 n, 3, side, side], on the CPU."""
     labels = np.zeros(len(images), np.int64)
     loader = make_loader(
         ImageArray(name="photos", split="train", images=images, labels=labels, classes=("any",)),
@@ -79,7 +79,7 @@ def both(images: np.ndarray, view: ViewConfig, side: int) -> tuple[torch.Tensor,
 
 
 def assert_changed(views: torch.Tensor, images: np.ndarray, view: ViewConfig, side: int) -> None:
-    """The operation under test does something to a fifth of the views or more."""
+    """Asserts that the operation under test changes at least a fifth of the views."""
     unchanged = render(images, replace(NONE, interpolation=view.interpolation), side, "reference")
     assert ((views - unchanged).abs().amax(dim=(1, 2, 3)) > 2).float().mean() > 0.2
 
@@ -174,7 +174,7 @@ def test_views_that_are_not_square_images(photos: Callable[..., np.ndarray]) -> 
 
 
 def test_the_gpu_pipeline_can_be_described_without_a_gpu() -> None:
-    """DALI checks operators, devices and arguments here; it builds nothing."""
+    """Has DALI check operators, devices and arguments, without building the pipeline."""
     made = view_pipeline(
         iter(()),
         ViewConfig(rotation_degrees=10),

@@ -1,4 +1,4 @@
-"""TinyImageNet's format, small: read, decoded once, and what is wrong with a copy of it."""
+"""Tests of TinyImageNet's format on a small copy: reading, decoding once, and damaged copies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_image(path: Path, seed: int, *, gray: bool = False, side: int = 64) ->
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder that holds tiny-imagenet-200/."""
+    """Makes a folder that holds tiny-imagenet-200/."""
     root = tmp_path / "data" / "tiny-imagenet-200"
     for label, wnid in enumerate(WNIDS):
         for number in range(PER_CLASS):
@@ -113,7 +113,7 @@ def test_a_damaged_or_stale_array_is_made_anew(data: Path, how: str, monkeypatch
 
 
 def test_an_array_is_whole_or_absent(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full, and a decoder that stops, half way."""
+    """Checks a full disk, and a decoder that fails half way."""
     root = data / "tiny-imagenet-200"
 
     def full(path: Path, count: list[int] = [0]) -> np.ndarray:  # noqa: B006  # counts over calls

@@ -108,7 +108,7 @@ def test_what_is_switched_off_is_off_and_what_is_certain_is_on() -> None:
 
 
 def test_no_two_numbers_are_related() -> None:
-    """A word of randomness that is used twice shows as a correlation."""
+    """Checks for random words that are used twice, which would show as a correlation."""
     p = draw(ViewConfig(rotation_degrees=10, jitter_probability=1, blur_probability=1, solarize_probability=0.5))
     columns = {name: column.astype(np.float64) for name, column in p.arrays().items()}
     # where a crop lies depends on its size, and its height on its width: compare where in its room it lies

@@ -1,4 +1,4 @@
-"""A run directory with made-up figures: what a report is tested on, and looked at."""
+"""Run directory with made-up figures, for the tests of the report and for looking at it."""
 
 import json
 import math
@@ -14,7 +14,7 @@ STEPS_PER_EPOCH, EPOCHS, BATCH = 39, 12, 128
 
 
 def records(steps: int, every: int = 2) -> list[dict]:
-    """Made-up metrics.jsonl up to `steps` of a run that learns."""
+    """Returns a made-up metrics.jsonl up to `steps` of a run that learns."""
     noise = np.random.default_rng(0)
     made = []
     for step in range(every, steps + 1, every):
@@ -43,7 +43,7 @@ def records(steps: int, every: int = 2) -> list[dict]:
 
 
 def results() -> list[dict]:
-    """Made-up evaluation.json: three protocols of three representations."""
+    """Returns a made-up evaluation.json: three protocols of three representations."""
     made = []
     for protocol, base in (("knn", 0.80), ("logistic", 0.86), ("logistic_10_labels", 0.62)):
         own = {"k": 20, "temperature": 0.07} if protocol == "knn" else {"solver": "logistic regression", "C": 0.01}
@@ -66,7 +66,7 @@ def results() -> list[dict]:
 
 
 def views(n: int = 6, side: int = 16) -> dict[str, np.ndarray]:
-    """Made-up views.npz: coloured discs, and three views that shift and fade them."""
+    """Returns a made-up views.npz: colored discs, and three views that shift and fade them."""
     rows, columns = np.mgrid[:side, :side] / (side - 1)
     images = []
     for i in range(n):
@@ -81,7 +81,7 @@ def views(n: int = 6, side: int = 16) -> dict[str, np.ndarray]:
 
 
 def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: str = "quick") -> Path:
-    """A whole run directory of `steps` steps."""
+    """Writes a whole run directory of `steps` steps."""
     folder.mkdir(parents=True, exist_ok=True)
     config = RunConfig(
         dataset="mnist5k",
@@ -107,7 +107,7 @@ def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: st
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """`write_run` in a folder of the test's own; takes its keywords."""
+    """Returns `write_run` for a temporary folder; it takes the same keywords."""
     return lambda **keywords: write_run(tmp_path / "run", **keywords)
 
 

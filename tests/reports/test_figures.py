@@ -1,4 +1,4 @@
-"""The pictures: valid PNG for any records, the right values drawn, nothing global touched."""
+"""Tests of the figures: valid PNG for any records, the right values drawn, no global state changed."""
 
 import io
 import math
@@ -32,14 +32,14 @@ VALUES = st.none() | st.floats() | st.integers(-(10**9), 10**9) | st.text(max_si
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """[H, W, 4] in [0, 1]."""
+    """Returns the pixels [H, W, 4] in [0, 1]."""
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     return imread(io.BytesIO(png))
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are made from here on, as they are before they become PNG."""
+    """Collects the figures made from here on, before they become PNG."""
     made: list[Figure] = []
 
     def keep(figure: Figure) -> bytes:

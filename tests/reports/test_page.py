@@ -1,4 +1,4 @@
-"""The report page: what it says of whole, partial, hostile and damaged run directories."""
+"""Tests of the report page for whole, partial, hostile and damaged run directories."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ FILES = ["config.json", "environment.json", "metrics.jsonl", "evaluation.json", 
 
 
 class Page(HTMLParser):
-    """Text and attributes of a page; fails on tags that are not closed."""
+    """Parser for the text and attributes of a page; fails on unclosed tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def real_pictures() -> None:
-    """Has the pictures drawn."""
+    """Requests that pictures are drawn."""
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the pictures out, which take two seconds a page, unless the test asks for `real_pictures`."""
+    """Skips the pictures, which take two seconds per page, unless the test asks for `real_pictures`."""
     if "real_pictures" not in request.fixturenames:
         monkeypatch.setattr(html, "_picture", lambda _: Picture("", ""))
 
@@ -173,7 +173,7 @@ def test_a_run_stopped_by_a_loss_that_is_not_finite(make_run):
     run = make_run(steps=100)
     (run / "nonfinite.json").write_text('{"step": 104, "terms": ["loss_s"], "images": [1, 2]}')
     assert "Stopped at step 104: a loss or a gradient was not finite" in report(run).words
-    make_run(steps=468)  # went on since
+    make_run(steps=468)  # trained on since
     assert "Finished: 468 of 468" in report(run).words
 
 

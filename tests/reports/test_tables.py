@@ -1,4 +1,4 @@
-"""The result table and its Markdown."""
+"""Tests of the result table and its Markdown."""
 
 import pytest
 

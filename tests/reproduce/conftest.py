@@ -1,4 +1,4 @@
-"""The tiny scale in place of `small`, and a folder for runs written by hand."""
+"""Fixtures: the tiny scale in place of `small`, and a folder for runs written by hand."""
 
 from pathlib import Path
 

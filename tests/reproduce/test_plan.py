@@ -1,4 +1,4 @@
-"""What each table asks for, against the paper and against each other."""
+"""Tests of each table's plan against the paper and against the other tables."""
 
 import shlex
 import subprocess
@@ -39,7 +39,7 @@ def table(name: str, **options: object):
 
 
 def columns(text: str, width: int) -> list[list[str]]:
-    """The words of a text, `width` of them a line."""
+    """Returns the words of a text, `width` per line."""
     words = text.split()
     return [words[start : start + width] for start in range(0, len(words), width)]
 
@@ -111,7 +111,7 @@ def test_the_paper_scale_is_the_paper_recipe_with_milestones() -> None:
 
 
 def test_supervised_runs_know_their_classes_before_the_images_are_loaded() -> None:
-    """As Trainer fills them in, so that a run directory's settings are the plan's."""
+    """Checks that the plan has the values that Trainer fills in: then a run directory's settings equal the plan's."""
     classes = {"cifar10": 10, "cifar100": 100, "tinyimagenet": 200, "fashion_mnist": 10}
     for scale in ("paper", "small"):
         for run in table("table3", scale=scale).runs():
@@ -214,7 +214,7 @@ def test_a_run_keeps_the_whole_path_of_its_images(tmp_path: Path, monkeypatch: p
 
 
 def test_the_slurm_script_runs_the_line_of_its_task(tmp_path) -> None:
-    """A task of the array runs one line, as one process that a signal reaches."""
+    """Checks that a task of the array runs one line, as one process that receives signals."""
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\nexec "$@"\n')
     srun.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Making runs: once, in their own processes, on from where they stopped, and on after one that failed."""
+"""Tests of making runs: once, in their own processes, resumed if stopped, and continued after a failed run."""
 
 import csv
 import fcntl
@@ -52,7 +52,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Lets a few lines of Python stand for mnclglf in the subprocesses; `name` is that of the run."""
+    """Replaces mnclglf in the subprocesses by a few lines of Python; `name` is the run's."""
     program = f"import os, signal, sys, time\nname = sys.argv[-1]\n{code}"
     monkeypatch.setattr(execute, "PROGRAM", (sys.executable, "-c", program))
 
@@ -145,7 +145,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(runs: Path, monkeypatch:
         assert "being made by another process" in printed(console)
         made = make_runs(Reproduce(table="table6", scale="small", out=runs.parent), table, runs, silent())
         assert (made.taken, first.name in made.failed, second.name in made.failed) == ([first.name], False, True)
-    with held(lock_of(first.name, runs)) as mine:  # it was given free
+    with held(lock_of(first.name, runs)) as mine:  # it was released
         assert mine
     assert not (runs / first.name).exists()
 
@@ -198,7 +198,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
 
 
 def test_a_log_and_a_path_may_hold_what_looks_like_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rich takes [/x] for the end of a style, and raises where none was begun."""
+    """Checks brackets in a log: rich takes [/x] for the end of a style, and raises if none was begun."""
     runs = tmp_path / "[" / "x]" / "runs"
     runs.mkdir(parents=True)
     line = "RuntimeError in [/opt/dali/x:123]"
@@ -238,7 +238,7 @@ def test_a_signal_stops_the_run_at_work_once_and_begins_no_other(runs: Path, mon
     made = make_runs(Reproduce(table="table6", scale="small", out=runs.parent), table, runs, console)
     assert (made.stopped, made.failed) == (signal.SIGINT, [])
     group = int((runs / f"{first}.ready").read_text())
-    assert group != os.getpgid(0)  # or a terminal's Ctrl-C, which goes to our group, would be the second signal
+    assert group != os.getpgid(0)  # otherwise a terminal's Ctrl-C, which goes to our group, would be the second signal
     assert sorted(path.name for path in runs.iterdir() if path.suffix in (".ready", ".saved")) == [
         f"{first}.ready", f"{first}.saved"
     ]  # fmt: skip

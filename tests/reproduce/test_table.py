@@ -1,4 +1,4 @@
-"""What is written of a table: the numbers of finished runs, and none besides."""
+"""Tests of the written table: the numbers of finished runs and no others."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 
 class Written:
-    """The four files of a table, read back."""
+    """Contents of the four files of a table."""
 
     def __init__(self, table: Table, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ class Written:
         self.picture = imread(paths[".png"])
 
     def cells(self, label: str) -> list[str]:
-        """Of the first line of the Markdown that begins with this label."""
+        """Returns the cells of the first line of the Markdown that begins with this label."""
         rows = [line.strip("| ").split(" | ") for line in self.markdown.splitlines() if line.startswith("| ")]
         return next([cell.strip() for cell in row] for row in rows if row[0] == label)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, every damage named, the right ones kept."""
+"""Tests of checkpoints: whole or absent, damage reported, the right ones kept."""
 
 import contextlib
 import errno
@@ -78,7 +78,7 @@ def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:
     for place in range(0, len(data), 7):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
         state = None
-        with contextlib.suppress(CheckpointError):  # anything else that is raised fails the test
+        with contextlib.suppress(CheckpointError):  # any other error fails the test
             state = load_checkpoint(path)
         assert state is None or torch.equal(state["weight"], torch.arange(8.0)), place
 

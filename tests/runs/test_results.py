@@ -1,4 +1,4 @@
-"""evaluation.json: one schema, and the files of before."""
+"""Tests of evaluation.json: its schema, and files of earlier versions."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def test_what_is_no_accuracy_is_refused(top1: float, top5: float):
 
 
 def former(protocol: str, **more: object) -> dict:
-    """An entry of a file without a version."""
+    """Returns an entry of a file without a version."""
     shared = {"representation": "pretrained", "split": "test", "top1": 0.5, "top5": 1.0, "settings": {"step": 7}}
     return {"protocol": protocol, **shared, **more}
 

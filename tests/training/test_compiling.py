@@ -1,4 +1,4 @@
-"""Compiling: one graph that stays one, decided and said once, with a way back."""
+"""Tests of compiling: one unbroken graph, decided and reported once, with a fallback to eager."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What torch.compile is asked for; Dynamo and autograd's tracing do their work, code generation is left out."""
+    """Records torch.compile's arguments; Dynamo and autograd's tracing run, code generation does not."""
     compiler, found = torch.compile, {}
 
     def record(method: object, **how: object) -> object:
@@ -65,7 +65,7 @@ def test_a_compiled_step_trains_as_the_eager_one(asked: dict[str, object]) -> No
 
 
 class FullPrecision(nn.Linear):
-    """A forward whose product is in fp32 also under autocast, as those of the losses are."""
+    """A forward whose product is in fp32 even under autocast, as the products of the losses are."""
 
     def forward(self, views: list[Tensor], labels: None = None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -73,7 +73,7 @@ class FullPrecision(nn.Linear):
 
 
 def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dict[str, object]) -> None:
-    """Autograd's tracing else puts the backward under the forward's autocast: fp32 products are off by 2^-9."""
+    """Checks a fix: autograd's tracing would put the backward under the forward's autocast, with errors of 2^-9."""
     method, views = FullPrecision(64, 32), [torch.randn(48, 64)]
     gradients = []
     for forward in (method, compiled(method, graphs=False)):
@@ -96,7 +96,7 @@ def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
-    """choose_compile with a compiler and a GPU that are not here."""
+    """Returns choose_compile with a pretended compiler and GPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "NVIDIA GeForce RTX 3090")
 
@@ -197,9 +197,9 @@ def test_an_error_of_the_eager_forward_is_not_hidden() -> None:
 @pytest.mark.parametrize("how", ["on", "graphs"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_compiled_step_trains_as_the_eager_one_on_the_gpu(how: str, dtype: torch.dtype) -> None:
-    """Every step on a batch of its own; a graph that is skipped or split is an error.
+    """Runs each step on its own batch; a skipped or split graph is an error.
 
-    In fp64, where PyTorch does the work of our kernels, all of the state is the same; in bf16, with them, the losses.
+    In fp64, where PyTorch replaces our kernels, the whole state is compared; in bf16, with them, the losses.
     """
     torch._dynamo.reset()
     with (
@@ -211,4 +211,4 @@ def test_a_compiled_step_trains_as_the_eager_one_on_the_gpu(how: str, dtype: tor
     if dtype == torch.float64:
         assert_same_training(ours, expected, **FP64)
     else:
-        assert ours[0][::2] == pytest.approx(expected[0][::2], rel=0.05)  # 2^-8 a rounding, 20 layers, five steps
+        assert ours[0][::2] == pytest.approx(expected[0][::2], rel=0.05)  # 2^-8 per rounding, 20 layers, five steps

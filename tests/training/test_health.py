@@ -1,4 +1,4 @@
-"""The health figures on batches whose answer is known."""
+"""Tests of the health figures on batches with a known answer."""
 
 import pytest
 import torch

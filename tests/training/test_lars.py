@@ -1,4 +1,4 @@
-"""LARS against its paper in numpy, and against torch's SGD on gradients that were scaled by hand."""
+"""Tests of LARS against its paper in numpy, and against torch's SGD on gradients scaled by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ TRUST = 0.001
 
 
 def local_rate(weight: NDArray, gradient: NDArray, decay: float, trust: float) -> float:
-    """You et al. 2017, equation 6; 1 where a norm is 0."""
+    """You et al. 2017, equation 6; 1 if a norm is 0."""
     norm, gradient_norm = math.sqrt((weight**2).sum()), math.sqrt((gradient**2).sum())
     return 1.0 if norm == 0 or gradient_norm == 0 else trust * norm / (gradient_norm + decay * norm)
 
@@ -35,7 +35,7 @@ def algorithm_1(
 
 
 def drawn(seed: int, steps: int, *shapes: tuple[int, ...]) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """fp64 weights, and gradients [step][weight], of very different sizes."""
+    """Draws fp64 weights, and gradients [step][weight], of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...], scale: float) -> Tensor:
@@ -117,6 +117,6 @@ def test_a_step_asks_the_device_for_no_value():
     weight.grad = torch.empty_like(weight)
     optimizer = LARS([weight], lr=0.8)
     for _ in range(2):
-        optimizer.step()  # on the meta device a value that is asked for raises
+        optimizer.step()  # on the meta device, reading a value raises
     with pytest.raises(RuntimeError, match="meta"):
         weight.norm().item()

@@ -1,4 +1,4 @@
-"""Whole runs on a handful of 8 x 8 digits: what they leave behind, how they stop, how they go on."""
+"""Tests of whole runs on a few 8 x 8 digits: their files, stopping and resuming."""
 
 import dataclasses
 import io
@@ -61,7 +61,7 @@ def final_state(out: Path) -> dict[str, object]:
 
 
 def assert_identical(first: object, second: object, name: str = "state") -> None:
-    """Bit for bit, through nested dicts and lists."""
+    """Asserts equality to the bit, through nested dicts and lists."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), name
     elif isinstance(first, dict):
@@ -77,14 +77,14 @@ def assert_identical(first: object, second: object, name: str = "state") -> None
 
 
 def figures(out: Path) -> list[dict[str, object]]:
-    """The records of the run less those that tell the time."""
+    """Returns the records of the run without the figures that depend on time."""
     records = read_records(out / "metrics.jsonl")[0]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
+    """Trains a run without interruptions."""
     out = tmp_path_factory.mktemp("straight") / "run"
     assert trainer(out).train() is None
     return out
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(straight: Path, t
 
 
 class LoaderThat:
-    """A loader that does something when it hands out the batch of one step."""
+    """A loader that calls a function at the batch of one step."""
 
     def __init__(self, loader: Loader, step: int, act: Callable[[Batch], object]) -> None:
         self.loader, self.step, self.act = loader, step, act
@@ -158,7 +158,7 @@ class LoaderThat:
 
 
 def signalled(out: Path, step: int, number: int) -> Trainer:
-    """A trainer whose process gets a signal while it waits for the batch of a step."""
+    """Makes a trainer whose process gets a signal while it waits for the batch of a step."""
     made = trainer(out)
     made.loader = LoaderThat(made.loader, step, lambda batch: os.kill(os.getpid(), number))
     return made
@@ -220,7 +220,7 @@ trainer.train()
 def test_killed_and_resumed_equals_straight(straight: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_AT_STEP_5, str(tmp_path), *ARGUMENTS]
     root = Path(__file__).resolve().parents[2]
-    threads = str(torch.get_num_threads())  # another number sums in another order
+    threads = str(torch.get_num_threads())  # another number of threads sums in another order
     environment = {
         **os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"
     }  # fmt: skip
@@ -395,7 +395,7 @@ def test_another_run_s_checkpoint_is_refused_and_both_are_named(straight: Path, 
             load_trained(other, own)
     moved = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, log_every=7))
     (other / "config.json").write_text(json.dumps(to_dict(moved)))
-    assert load_trained(other, own)[2] == STEPS  # how a run is executed is free to change
+    assert load_trained(other, own)[2] == STEPS  # engine settings may change
 
 
 def test_a_trained_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Moves when it is told to."""
+    """Clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -485,7 +485,7 @@ def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> No
     run = trainer(tmp_path / "run", **changes)
     assert run.train() is None
     records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
-    assert len(records) == 2  # 1 step an epoch, 3 epochs
+    assert len(records) == 2  # 1 step per epoch, 3 epochs
     assert all((record["neighbor_agreement"] is None) != labelled for record in records)
     with np.load(tmp_path / "run" / "views.npz") as arrays:
         assert arrays["images"].shape == (6, 8, 8, 3)

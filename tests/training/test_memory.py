@@ -1,4 +1,4 @@
-"""The memory that a step is said to need, against what it had."""
+"""Tests of a step's estimated memory against what it uses."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def make_step(config: RunConfig) -> tuple[TrainStep, Batch]:
 
 
 def saved_bytes(config: RunConfig) -> int:
-    """Of what autograd saves in a real forward, each memory once, without weights and buffers."""
+    """Returns the bytes that autograd saves in a real forward, each storage once, without weights and buffers."""
     step, batch = make_step(config)
     own = {x.untyped_storage().data_ptr() for x in (*step.method.parameters(), *step.method.buffers())}
     saved: dict[int, Tensor] = {}
@@ -69,7 +69,7 @@ def test_a_step_has_as_much_alive_as_is_estimated(config: RunConfig) -> None:
     step(0, batch, lr=0.1, momentum=0.9)
     alive = peak_bytes(lambda: step(1, batch, lr=0.1, momentum=0.9))
     estimate = step_memory(config, IMAGES, SIDE, torch.float32).for_step
-    # What passes by is three times the largest activation only about, and oneDNN keeps weights in formats of its own.
+    # `passing` is only a rough estimate, and oneDNN keeps weights in its own formats.
     assert 0.75 * alive < estimate < 1.35 * alive
 
 

@@ -1,4 +1,4 @@
-"""The least time of a step: what is counted, against arithmetic by hand and PyTorch's own counter."""
+"""Tests of the roofline's counts against arithmetic by hand and PyTorch's own counter."""
 
 import dataclasses
 import weakref
@@ -34,7 +34,7 @@ def test_a_small_network_by_hand():
     forward, backward = (counter.parts[f"convolutions, {direction}"] for direction in ("forward", "backward"))
     assert forward.flops == 2 * pixels * 8 * 3 * 9
     assert forward.unique_bytes == 4 * (pixels * 3 + 8 * 3 * 9 + pixels * 8)
-    assert backward.flops == forward.flops  # of the weights only: the images need no gradient
+    assert backward.flops == forward.flops  # only of the weights: the images need no gradient
     # Batch norm: 3 passes forward and 5 backward; ReLU: one, backward.
     assert counter.parts["batch norm and element-wise"].unique_bytes == 4 * pixels * 8 * (3 + 5 + 1)
 
@@ -42,7 +42,7 @@ def test_a_small_network_by_hand():
 def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
     monkeypatch.setattr(
         "mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False
-    )  # the screened lookup is counted by nobody
+    )  # PyTorch's counter does not know the screened lookup
     parts = step_parts(SMALL, 16, "fp32")
     method = build_method(SMALL, torch.float32).train()
     with FlopCounterMode(display=False) as counter:
@@ -94,7 +94,7 @@ def test_products_with_the_zeros_around_an_image_can_be_left_out(kernel: int, st
     flops = []
     for pads in (False, True):
         with Counter(pads=pads) as counter:
-            products = convolution(images)  # each output is how many of its products are with the image
+            products = convolution(images)  # each output counts its products with the image
             products.sum().backward()
         flops.append([counter.parts[f"convolutions, {way}"].flops for way in ("forward", "backward")])
     (inside, inside_back), (padded, padded_back) = flops
@@ -120,7 +120,7 @@ def test_this_cpu_is_measured():
 
 
 def test_a_gpu_has_its_memory_back_once_it_is_measured(monkeypatch):
-    """On a GPU that is not there: what is multiplied and copied is gone when the allocator's cache is emptied."""
+    """Checks, without a GPU, that the tensors are freed before the allocator's cache is emptied."""
     alive, left = [], []
 
     def note(call, device):

@@ -1,4 +1,4 @@
-"""The closed-form schedule against torch's own schedulers, stepped."""
+"""Tests of the closed-form schedule against torch's own schedulers, stepped."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which backend each operator of a run gets, and what is said where a kernel is not used."""
+"""Tests of the choice of each operator's backend, and of the messages about kernels that are not used."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ CONFIG = RunConfig(
 
 
 def choose(**engine: object) -> tuple[Backends, str]:
-    """(backends, what was printed) with the kernels interpreted on the CPU."""
+    """Returns (backends, printed text) with the kernels interpreted on the CPU."""
     config = dataclasses.replace(CONFIG, engine=EngineConfig(**engine))
     console = Console(file=io.StringIO())
     return choose_backends(config, 16, 16, Machine(CPU, torch.float32), console), console.file.getvalue()
@@ -30,7 +30,7 @@ def choose(**engine: object) -> tuple[Backends, str]:
 
 @pytest.fixture
 def wrong_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lookup kernel that finds the row after the nearest one."""
+    """Breaks the lookup kernel: it finds the row after the nearest one."""
 
     right = launch.run
 

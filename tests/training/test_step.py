@@ -1,4 +1,4 @@
-"""A training step leaves the host free, and each optimisation leaves the step what it is."""
+"""Tests that a training step never waits for the device, and that no optimization changes its result."""
 
 import copy
 import ctypes
@@ -32,7 +32,7 @@ READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_no
 
 
 class NoReadBack(TorchDispatchMode):
-    """Fails on operators whose result the host must wait for, and on copies from a device to the host."""
+    """Raises on operators whose result the host must wait for, and on copies from a device to the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
@@ -57,7 +57,7 @@ def make_method(
 
 
 def make_batch(device: torch.device = CPU, dtype: torch.dtype = torch.float32, first: int = 0) -> Batch:
-    """Noise that is the same on every device."""
+    """Returns a batch of noise, the same on every device."""
     views = torch.randn(3, 16, 3, 16, 16).to(device, dtype).unbind()
     views = tuple(view.to(memory_format=torch.channels_last) for view in views)
     return Batch(views, torch.arange(first, first + 16, device=device))
@@ -71,9 +71,9 @@ def trained(
     steps: int = 2,
     device: torch.device = CPU,
 ) -> tuple[list[float], dict[str, Tensor], list[Tensor]]:
-    """Losses and gradient norms, state and SGD's momentum after steps from one start, each on a batch of its own.
+    """Returns losses and gradient norms, state and SGD's momentum after steps from one start, each on its own batch.
 
-    In float64 without autocast: what is left of two orders of a sum after some batch norms of 16 images is small there.
+    In float64 without autocast, so that two orders of a sum differ little after batch norms of 16 images.
     """
     memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
     method = make_method(device, dtype=dtype, memory_format=memory_format)
@@ -94,7 +94,7 @@ def trained(
 def test_no_operator_of_a_step_reads_back(dtype: torch.dtype) -> None:
     step = TrainStep(make_method(dtype=dtype, one_embedding=True), OptimConfig(clip_norm=1.0), EngineConfig(), dtype)
     batch = make_batch(dtype=dtype)
-    step(0, batch, lr=0.1, momentum=0.99)  # the loss scale is made
+    step(0, batch, lr=0.1, momentum=0.99)  # makes the loss scale
     with NoReadBack():
         losses, gradient_norm = step(1, batch, lr=0.1, momentum=0.99)
     assert losses.total.isfinite()
@@ -104,7 +104,7 @@ def test_no_operator_of_a_step_reads_back(dtype: torch.dtype) -> None:
 
 
 def test_nothing_of_a_step_comes_to_the_host(fused_sgd_on_meta: None) -> None:
-    """On the meta device, which autocast does not know, there is nothing that could be copied or read."""
+    """Runs on the meta device, where no value can be copied or read; autocast does not support it."""
     meta = torch.device("meta")
     method = make_method(meta)
     method.backends = Backends.all("triton")
@@ -131,7 +131,7 @@ def test_a_labelled_method_trains_without_reading_back() -> None:
 def test_a_gradient_is_clipped_as_pytorch_clips_it(clip_norm: float) -> None:
     method, batch = make_method(), make_batch()
     plain = copy.deepcopy(method)
-    torch.manual_seed(3)  # of the one embedding
+    torch.manual_seed(3)  # chooses the one embedding
     step = TrainStep(method, OptimConfig(clip_norm=clip_norm, weight_decay=0.01), PLAIN, torch.float32)
     _, norm = step(0, batch, lr=0.5, momentum=0.99)
     torch.manual_seed(3)
@@ -151,7 +151,7 @@ def assert_same_training(first: Any, second: Any, *, rtol: float, atol: float) -
 
 
 FP64 = {"rtol": 1e-9, "atol": 1e-10}
-"""2^-53 a rounding, a millionfold for twenty layers of batch norms of 16 images and the steps."""
+"""Tolerance: 2^-53 per rounding, times a million for twenty layers of batch norms of 16 images and the steps."""
 SWITCHES = {
     "channels_last": dataclasses.replace(PLAIN, channels_last=True),
     "activation_checkpointing": dataclasses.replace(PLAIN, activation_checkpointing=True),
@@ -161,13 +161,13 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_changes_no_number(name: str) -> None:
-    """The same operations, summed in another order."""
+    """Checks the same operations with sums in another order."""
     assert_same_training(trained(SWITCHES[name], dtype=torch.float64), trained(PLAIN, dtype=torch.float64), **FP64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the second with casts that are shared
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the second with shared casts
 def test_a_checkpointed_step_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
-    """The second forward of a block computes what the first did, and leaves the running statistics alone."""
+    """Checks that a block's second forward repeats the first and does not change the running statistics."""
     assert_same_training(
         trained(SWITCHES["activation_checkpointing"], dtype=dtype), trained(PLAIN, dtype=dtype), rtol=0, atol=0
     )
@@ -199,7 +199,7 @@ def test_checkpointing_saves_less_and_computes_again() -> None:
 
 
 def names_of_casts(method: MNCLGLF, forward: Callable[..., Any], batch: Batch) -> Counter[str]:
-    """How often each weight is cast to bf16 in a forward under autocast."""
+    """Returns the number of casts to bf16 per weight in a forward under autocast."""
     names, casts = {p.data_ptr(): name for name, p in method.named_parameters()}, Counter()
 
     class Watch(TorchDispatchMode):
@@ -223,7 +223,7 @@ def test_a_weight_is_cast_once_a_step() -> None:
         for name, _ in module.named_parameters(recurse=False)
     }
     assert names_of_casts(method, share_casts(method, torch.bfloat16), batch) == dict.fromkeys(multiplied, 1)
-    assert names_of_casts(method, method, batch)["momentum.0.conv1.weight"] == 2  # what autocast does by itself
+    assert names_of_casts(method, method, batch)["momentum.0.conv1.weight"] == 2  # plain autocast
     assert share_casts(method, torch.float32) is method
 
 
@@ -264,7 +264,7 @@ def test_the_learning_rate_on_a_gpu_is_in_fp32(dtype: torch.dtype) -> None:
 
 
 def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -> dict[str, Tensor]:
-    """Weights after steps of torch's plain SGD at these learning rates, the predictor's always at `optim.lr`."""
+    """Returns weights after steps of torch's plain SGD at these learning rates, the predictor's at `optim.lr`."""
     predictor = [*method.predictor.parameters()]
     rest = [*method.encoder.parameters(), *method.projector.parameters()]
     optimizer = torch.optim.SGD(
@@ -283,13 +283,13 @@ def sgd_in_two_groups(method: MNCLGLF, rates: list[float], optim: OptimConfig) -
 
 
 def test_a_predictor_at_a_constant_rate_is_another_group_of_sgd_and_goes_on_after_a_checkpoint() -> None:
-    """The same steps in fp32, fused or not: a few ulps, which the batch norms of two steps amplify."""
+    """Compares steps in fp32, fused or not: they differ by a few ulps, amplified by the batch norms of two steps."""
     optim, rates = OptimConfig(lr=0.1, weight_decay=0.01, constant_predictor_lr=True), [0.1, 0.06, 0.02]
     expected = sgd_in_two_groups(make_method(), rates, optim)
     method = make_method()
     step = TrainStep(method, optim, EngineConfig(), torch.float32)
     for number, rate in enumerate(rates):
-        if number == 2:  # as a run does that goes on from a checkpoint
+        if number == 2:  # as a resumed run does
             state, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(method.state_dict())
             method = make_method()
             method.load_state_dict(weights)
@@ -357,8 +357,8 @@ def test_an_fp16_gradient_that_is_never_finite_is_an_error() -> None:
 def test_fp16_trains_as_fp32_within_its_precision() -> None:
     losses, _, _ = trained(PLAIN, dtype=torch.float16)
     expected, _, _ = trained(PLAIN)
-    # The first gradients overflow, which is how the loss scale is found.
-    assert losses[::2] == pytest.approx(expected[::2], rel=2e-2)  # 2^-11 a rounding, through 20 layers and two steps
+    # The first gradients overflow until the loss scale is small enough.
+    assert losses[::2] == pytest.approx(expected[::2], rel=2e-2)  # 2^-11 per rounding, through 20 layers and two steps
 
 
 def test_the_state_goes_on_where_it_was() -> None:
@@ -369,14 +369,14 @@ def test_the_state_goes_on_where_it_was() -> None:
     other.load_state_dict(copy.deepcopy(step.state_dict()))
     assert other.scaler.state_dict() == step.scaler.state_dict()
     assert isinstance(other.optimizer.param_groups[0]["lr"], Tensor)
-    older = step.state_dict()["optimizer"]  # as it was when the learning rate was a number
+    older = step.state_dict()["optimizer"]  # as earlier versions saved it, with a float as learning rate
     older["param_groups"][0]["lr"] = 0.25
     other.load_state_dict({"optimizer": older})
     assert other.optimizer.param_groups[0]["lr"] == torch.tensor(0.25)
 
 
 def test_the_state_goes_on_in_another_memory_format() -> None:
-    """The fused kernel goes through weights and momentum as they lie in memory."""
+    """Checks memory formats: the fused kernel assumes the same memory order for weights and momentum."""
     formats = {True: torch.channels_last, False: torch.contiguous_format}
     steps = {
         on: TrainStep(
@@ -404,16 +404,16 @@ def test_fast_math_is_switched_by_one_interface() -> None:
             use_fast_math(dataclasses.replace(PLAIN, tf32=on, cudnn_benchmark=on), torch.float32)
             assert matmul.fp32_precision == convolution.fp32_precision == ("tf32" if on else "ieee")
             assert torch.backends.cudnn.benchmark is on
-            torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # the older interface would raise here
+            torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # torch's older interface would raise here
             use_fast_math(dataclasses.replace(PLAIN, tf32=on), torch.bfloat16)
-            assert matmul.fp32_precision == "ieee"  # the losses, whose products alone are in fp32
+            assert matmul.fp32_precision == "ieee"  # the losses, whose products are the only ones in fp32
     finally:
         matmul.fp32_precision, convolution.fp32_precision, torch.backends.cudnn.benchmark = before
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="there is no glibc")
 def test_freed_memory_stays_with_the_process() -> None:
-    """In a process of its own, as the setting holds for all of it: page faults of ten large tensors in turn."""
+    """Counts the page faults of ten large tensors in turn, in a subprocess, as the setting is per process."""
     script = """
 import resource, sys, torch
 from mnclglf.training.speedups import keep_freed_memory
@@ -469,7 +469,7 @@ def test_a_step_on_the_gpu_never_synchronises(dtype: torch.dtype) -> None:
     device = torch.device("cuda")
     step = TrainStep(make_method(device, dtype=dtype), OptimConfig(), EngineConfig(), dtype)
     batch = make_batch(device, dtype)
-    step(0, batch, lr=0.1, momentum=0.99)  # libraries initialise themselves
+    step(0, batch, lr=0.1, momentum=0.99)  # libraries initialize
     torch.cuda.set_sync_debug_mode("error")
     try:
         losses, _ = step(1, batch, lr=0.1, momentum=0.99)

@@ -1,4 +1,4 @@
-"""Times of steps: without warm-up, logging and saving."""
+"""Tests of step times, without warm-up, logging and saving."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be set."""
+    """Returns a settable clock: a list with the time."""
     at = [100.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: at[0])
     return at

@@ -34,7 +34,7 @@ try:
 except ImportError:
     BACKENDS = ["reference", "resident"]
 needs_dali = pytest.mark.skipif("dali" not in BACKENDS, reason="the extra dali-cuda13 is not installed")
-IMAGES, BATCH, SIDE = 23, 4, 12  # 5 steps an epoch and 3 images left over
+IMAGES, BATCH, SIDE = 23, 4, 12  # 5 steps per epoch and 3 images left over
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_threads_do_not_change_the_batches(images: ImageArray) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_outlives_the_batches_after_it(images: ImageArray, backend: str) -> None:
-    """DALI's memory is handed over without a copy: it must not be written again while a tensor uses it."""
+    """Checks that DALI's memory, which is not copied, is not written again while a tensor uses it."""
     loader = loader_of(images, backend)
     copies = [tuple(view.clone() for view in batch.views) for batch in loader.batches(0, 9)]
     kept = list(loader.batches(0, 9))
@@ -225,7 +225,7 @@ def test_a_run_that_is_left_early_leaves_no_thread(images: ImageArray) -> None:
     runs = [loader.batches(0, 1000) for _ in range(3)]
     for run in runs:
         next(run)
-    assert threads() >= before + 12  # or the count below would show nothing
+    assert threads() >= before + 12  # otherwise the count below would show nothing
     for run in runs:
         run.close()
     stop = time.monotonic() + 5
@@ -297,7 +297,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(images: ImageArray) -> Non
 
 @pytest.fixture
 def files(photos: Callable[..., np.ndarray], tmp_path: Path) -> ImageFiles:
-    """PNG files of many sizes, of which none is square."""
+    """Writes PNG files of many sizes, none of them square."""
     sizes = [(14 + row % 5, 12 + 2 * (row % 7) + 5 * (row % 2)) for row in range(IMAGES)]
     pixels = [image[:height, :width] for image, (height, width) in zip(photos(IMAGES, 40), sizes, strict=True)]
     for row, image in enumerate(pixels):
@@ -318,7 +318,7 @@ def files(photos: Callable[..., np.ndarray], tmp_path: Path) -> ImageFiles:
 
 
 def test_files_give_the_views_of_their_pixels(files: ImageFiles) -> None:
-    """The reference's view of a file is torchvision's of the array that it holds."""
+    """Checks the reference's view of a file against torchvision's of the same array."""
     loader = loader_of(files, "reference")
     rows = np.array([5, 0, 22])
     for number, row in enumerate(rows):
@@ -363,7 +363,7 @@ def test_a_file_that_is_replaced_while_a_run_reads_is_named(files: ImageFiles) -
 
 
 def save_kinds(folder: Path, image: np.ndarray) -> list[str]:
-    """The same picture in every kind of file; their names."""
+    """Saves the same picture in every kind of file and returns the names."""
     picture, gray = Image.fromarray(image), Image.fromarray(image[..., 0])
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -414,7 +414,7 @@ def test_dali_decodes_every_kind_as_the_reference_does(
 
 @needs_dali
 def test_a_file_that_dali_cannot_read_ends_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lossless WebP with EXIF, which Pillow reads."""
+    """Checks lossless WebP with EXIF, which Pillow reads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "odd").mkdir()
     exif = Image.Exif()

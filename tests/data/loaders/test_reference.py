@@ -1,4 +1,4 @@
-"""What the numbers of a view mean, on images where the result is known without torchvision."""
+"""Tests of the parameters' meaning, on images whose views are known without torchvision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALF = np.float32(0.5 / 255)  # half a level
 
 
 def parameters(**changes: object) -> ViewParameters:
-    """One view: the whole image with everything off but `changes`."""
+    """Returns the parameters of one view: the whole image with everything off except `changes`."""
     p = draw_parameters(0, 0, [0], 0, OFF, SIDE, SIDE).arrays()
     whole = {"top": 0, "left": 0, "crop_height": SIDE, "crop_width": SIDE}
     return ViewParameters(
@@ -27,7 +27,7 @@ def parameters(**changes: object) -> ViewParameters:
 
 
 def render(image: np.ndarray, side: int = SIDE, **changes: object) -> np.ndarray:
-    """The view as [side, side, 3] in [0, 1]."""
+    """Returns the view as [side, side, 3] in [0, 1]."""
     mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
     view = render_view(image, parameters(**changes), 0, side=side, config=OFF, mean=mean, std=std)
     assert view.shape == (3, side, side)
