@@ -60,7 +60,7 @@ def proven(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Returns a function that adds a line to what is printed at the end of the run."""
+    """Returns a function that adds a line to the summary at the end of the run."""
     return request.config.stash.setdefault(LINES, []).append
 
 

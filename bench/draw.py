@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 
 
 def read(path: Path) -> Saved:
-    """Reads what was measured and saved.
+    """Reads saved measurements.
 
     Raises:
         SystemExit: the file is not one that make bench wrote.

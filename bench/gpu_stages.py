@@ -31,18 +31,18 @@ SIZES = PAPER
 STEPS = 50
 REPEATS = 100
 BATCHES = 4  # batches of noise in turn: a CUDA graph that reads an old one computes wrong losses
-WRONG = "wrong"  # the figure that makes a stage fail where it is not empty
+WRONG = "wrong"  # figure that makes a stage fail if it is not empty
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """Stage of the GPU report.
 
     Attributes:
-        title: for the reader.
+        title: title in the report.
         work: returns figures, or raises.
-        limit: seconds until it is stopped.
-        needs_gpu: without one, the stage is left out.
+        limit: seconds after which the stage is stopped.
+        needs_gpu: True if the stage is skipped without a GPU.
     """
 
     title: str

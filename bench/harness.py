@@ -79,7 +79,7 @@ def by_implementation(cases: Sequence[BenchCase]) -> pytest.MarkDecorator:
 
 
 def implementations(kind: Kind) -> list[Implementation]:
-    """The implementations that run here, the reference first; the others go to `left_out`."""
+    """Returns the implementations that run here, the reference first; adds the others to `left_out`."""
     dtypes = list(dict.fromkeys((torch.float32, AUTOCAST)))
     if len(dtypes) == 1:
         left_out["bf16"] = f"{DEVICE} does not multiply it in hardware, so training does not use it here"
@@ -212,13 +212,13 @@ def line(name: str, cells: Sequence[str] = HEADINGS) -> str:
 
 
 class Clock:
-    """A clock that shows what it was set to."""
+    """Clock that shows a set time."""
 
     now = 0.0
 
 
 def replayed_seconds() -> float:
-    """The timer that pytest-benchmark uses."""
+    """Returns the set time, as the timer of pytest-benchmark."""
     return Clock.now
 
 

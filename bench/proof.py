@@ -1,4 +1,4 @@
-"""Runs the tests of what is measured before anything is measured: no speed is reported for wrong code.
+"""Runs the tests of the measured code before anything is measured: no speed is reported for wrong code.
 
 A run that passed is remembered by a digest of the sources, so that only a change runs the tests again.
 """
@@ -38,7 +38,7 @@ def require_proof(config: pytest.Config, tests: Sequence[str] = (*STEP_TESTS, *O
     cache = getattr(config, "cache", None)  # none with -p no:cacheprovider
     if now in (cache and cache.get(KEPT, None), os.environ.get("MNCLGLF_BENCH_PROVEN")):
         return
-    # On a CPU the interpreted kernels are not what is measured; on a GPU the tests marked gpu are what counts.
+    # A CPU run does not measure the interpreted kernels; on a GPU the tests marked gpu are the relevant ones.
     cuda = torch.cuda.is_available()
     chosen = ["-m", "gpu"] if cuda else ["-m", "not slow and not aot", "-k", "not triton"]
     tests = [*tests, *GPU_TESTS] if cuda else tests

@@ -1,4 +1,4 @@
-"""Plain PyTorch forms of what the operators and the step compute: the baselines that bench/ measures against.
+"""Plain PyTorch forms of the operators and the step: the baselines that bench/ measures against.
 
 Algorithm 1 has the matrix products of its pseudo-code; the losses of SimCLR and MoCo those of their authors' code.
 Nothing here comes from mnclglf or mnclglf_kernels. tests/helpers/oracles.py has the same as loops over rows.

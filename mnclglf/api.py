@@ -53,19 +53,20 @@ RunPath = str | os.PathLike[str]
 
 
 def train(config: RunConfig | None = None, *, out: RunPath | None = None, resume: str = "auto", **settings: Any) -> Run:
-    """Pre-trains an encoder, and writes the run directory with its checkpoints and report.
+    """Pre-trains an encoder and writes the run directory with its checkpoints and report.
 
     Args:
-        config: the whole run; or None, and `settings`.
+        config: configuration of the run; None to give `settings` instead.
         out: run directory; None is runs/METHOD-DATASET-RECIPE-seedSEED.
-        resume: "auto" resumes from the newest checkpoint of `out`, "never" refuses one, a path names another.
-        settings: by their names on the command line, as method="simsiam", dataset="digits", recipe="quick", epochs=2,
-            batch_size=64, lambda_=4; the others start from the recipe's values.
+        resume: "auto" resumes from the newest checkpoint in `out`; "never" raises if `out` holds a run; a path names
+            the checkpoint to resume from.
+        settings: settings by their names on the command line, e.g. method="simsiam", dataset="digits", recipe="quick",
+            epochs=2, batch_size=64, lambda_=4; all others have the recipe's values.
 
     Raises:
-        ValueError: a setting that does not exist or cannot work; the message has the remedy.
+        ValueError: a setting does not exist or is invalid; the message names the remedy.
         TrainingError: a loss, gradient or embedding was not finite.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the run is saved, and the same call resumes it.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived; the run is saved, and the same call resumes it.
     """
     require(
         config is None or not settings,
@@ -82,15 +83,16 @@ def train(config: RunConfig | None = None, *, out: RunPath | None = None, resume
 
 
 def evaluate(run: RunPath, protocol: Literal["knn", "linear", "logistic"] = "knn", **settings: Any) -> list[Result]:
-    """Evaluates a run's encoder, and merges the results into RUN/evaluation.json.
+    """Evaluates a run's encoder and merges the results into RUN/evaluation.json.
 
     Args:
-        run: run directory, or what `train` returned.
+        run: run directory, or the result of `train`.
         protocol: "knn" is weighted k-NN, "linear" the paper's linear evaluation, "logistic" logistic regression.
         settings: settings of KnnConfig, LinearConfig or LogisticConfig, e.g. neighbors=5 or label_share=0.1.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: what is asked for is not there; the message has the remedy.
+        FileNotFoundError, ValueError, CheckpointError: a run, image set or checkpoint is missing or unusable; the
+            message names the remedy.
     """
     require(protocol in EVALUATIONS, f"protocol {protocol!r} is none of {', '.join(EVALUATIONS)}")
     config = EVALUATIONS[protocol]
@@ -103,24 +105,24 @@ def evaluate(run: RunPath, protocol: Literal["knn", "linear", "logistic"] = "knn
 def load_encoder(run: RunPath, checkpoint: RunPath | None = None) -> ResNet18:
     """Loads the pretrained encoder of a run, on the CPU in evaluation mode.
 
-    It maps [n, 3, side, side] images, less `mean` and over `std`, to [n, features]. Its parameters are named as
-    torchvision names them: `torchvision.models.resnet18().load_state_dict(encoder.state_dict(), strict=False)` takes
-    those of stem imagenet and width 64.
+    It maps images [n, 3, side, side], normalized with `mean` and `std`, to [n, features]. Its parameters have
+    torchvision's names: `torchvision.models.resnet18().load_state_dict(encoder.state_dict(), strict=False)` loads those
+    of stem imagenet and width 64.
 
     Args:
-        run: run directory, or what `train` returned.
-        checkpoint: one of RUN/checkpoints; None is the newest.
+        run: run directory, or the result of `train`.
+        checkpoint: file in RUN/checkpoints; None is the newest.
 
     Returns:
-        A plain nn.Module, with `features` (width F of the output), `mean` and `std` (fp32 [3, 1, 1], buffers that
-        state_dict leaves out, of images in [0, 1]) and `side` (pixels of the views that it was trained on).
+        A plain nn.Module, with `features` (width F of the output), `mean` and `std` (fp32 [3, 1, 1], for images in
+        [0, 1]; buffers that are not in state_dict) and `side` (side in pixels of the views that it was trained on).
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: the run or the checkpoint is not there, or damaged.
+        FileNotFoundError, ValueError, CheckpointError: the run or the checkpoint is missing or damaged.
     """
     folder = Path(run)
     config, state = load_state(folder, None if checkpoint is None else Path(checkpoint))
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
+    with torch.random.fork_rng(devices=[]):  # does not change the caller's random numbers
         method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     encoder = method.encoder.eval()

@@ -53,7 +53,7 @@ class Train:
     out: Path | None = None
     """Run directory; None is runs/METHOD-DATASET-RECIPE-seedSEED."""
     resume: str = "auto"
-    """auto: resume from the newest checkpoint in --out; never: start anew; or the path of a checkpoint."""
+    """auto: resume from the newest checkpoint in --out. never: start a new run. Or the path of a checkpoint."""
     print_config: bool = False
     """Print the resolved configuration as JSON and stop."""
     config: RunConfig

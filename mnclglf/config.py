@@ -235,7 +235,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Execution of the run: no setting here changes what is computed, up to rounding."""
+    """Execution of the run: no setting here changes the results, up to rounding."""
 
     device: Device = "auto"
     """auto is cuda if torch sees a GPU."""
@@ -245,11 +245,11 @@ class EngineConfig:
     channels_last: bool = True
     """Store weights and images with channels innermost, the layout that tensor cores read."""
     tf32: bool = True
-    """On a GPU, multiply in TF32 in a run in fp32 (cuDNN and cuBLAS)."""
+    """Multiply in TF32 in an fp32 run on a GPU (cuDNN and cuBLAS)."""
     cudnn_benchmark: bool = True
-    """On a GPU, let cuDNN time its algorithms for each convolution and take the fastest."""
+    """Let cuDNN time its algorithms for each convolution and take the fastest, on a GPU."""
     keep_memory: bool = True
-    """On a CPU, keep the memory that a step freed for the next step (Linux)."""
+    """Keep the memory that a step freed for the next step, on a CPU (Linux)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the encoder's residual blocks and recompute the rest in backward: a third more forward
     work, for a larger batch."""

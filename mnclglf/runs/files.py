@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from mnclglf.config import RunConfig, from_dict, to_dict
 
-# Settings that may change between training and resuming: they do not change what is computed.
+# Settings that may differ when a run is resumed, as they do not change the results.
 FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "data.loader_threads"}
 
 
@@ -90,7 +90,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
-    """Returns the settings that differ and change what is computed, as `name: saved -> asked`."""
+    """Returns the settings that differ and change the results, as `name: saved -> asked`."""
 
     def flatten(config: RunConfig) -> dict[str, Any]:
         flat: dict[str, Any] = {}

@@ -150,7 +150,7 @@ class Trainer:
         return None
 
     def _open(self) -> None:
-        """Writes the run's files and prints what was decided, before the first step."""
+        """Writes the run's files and prints the decisions of the start, before the first step."""
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # from a process that was killed while it saved
             left_over.unlink()
         write_run_files(self.started, self.out)
@@ -159,7 +159,7 @@ class Trainer:
         if self.start:
             self._say(f"resuming after step {self.start} of {total}")
         if self.start < total:
-            with torch.random.fork_rng():  # the run's random numbers do not depend on what is estimated here
+            with torch.random.fork_rng():  # the estimates do not change the run's random numbers
                 self.least_seconds = describe_limits(self.config, self.side, self.started.machine, self._say)
             if self.compile != "off":
                 self._say("compiling the forward, which takes minutes ...")

@@ -76,7 +76,7 @@ class Start:
     compile: Compile
 
     def describe(self) -> str:
-        """Returns one line that says what was decided."""
+        """Returns one line with the decisions."""
         config, data = self.config, self.data
         return (
             f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
@@ -396,6 +396,6 @@ def proven_on(device: torch.device) -> str:
 def _proven() -> set[str]:
     try:
         found = json.loads(proof_path().read_text())
-    except (OSError, ValueError):  # not there, or not whole: nothing is proven, and the next report writes it anew
+    except (OSError, ValueError):  # missing or damaged: nothing is proven, and the next report writes it again
         return set()
     return set(cast("list[str]", found)) if isinstance(found, list) else set()

@@ -21,7 +21,7 @@ STEP = StepMeasurement(
 
 
 def entry(measured: OperatorMeasurement | StepMeasurement) -> dict:
-    """As pytest-benchmark writes it, tuples as lists."""
+    """Returns an entry in pytest-benchmark's format, with tuples as lists."""
     info = {name: list(value) if isinstance(value, tuple) else value for name, value in measured.extra_info().items()}
     return {"extra_info": info, "stats": {"data": measured.seconds}}
 

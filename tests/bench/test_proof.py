@@ -9,7 +9,7 @@ from bench import proof
 
 
 class Cache:
-    """As pytest's."""
+    """Stand-in for pytest's cache."""
 
     def __init__(self) -> None:
         self.kept: dict[str, str] = {}

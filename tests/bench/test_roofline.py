@@ -35,7 +35,7 @@ def test_what_was_measured_stands_beside_its_least():
 
 
 def test_every_part_of_a_step_is_found(monkeypatch):
-    """On the CPU; an operator's backward belongs to it, as its forward does."""
+    """Checks the parts of a step on the CPU; an operator's part includes its backward."""
     monkeypatch.setattr(roofline, "keep_freed_memory", lambda: True)
     measured = measured_parts(config_of(Size(images=8, side=16, width=8)), 16, torch.device("cpu"))
     operators = {"divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue", "moving average"}

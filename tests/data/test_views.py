@@ -127,7 +127,7 @@ def test_every_part_of_the_counter_matters(changed: str) -> None:
     other = base | {changed: base[changed] + 1}
     one, two = (draw_parameters(**where, config=ViewConfig(), height=32, width=32) for where in (base, other))
     both = (one.brightness != 1) & (two.brightness != 1)
-    if changed == "indices":  # the neighbour's numbers, nothing else
+    if changed == "indices":  # the neighbor's numbers, nothing else
         np.testing.assert_array_equal(one.brightness[1:], two.brightness[:-1])
     assert abs(np.corrcoef(one.brightness[both], two.brightness[both])[0, 1]) < 5 / math.sqrt(both.sum())
 

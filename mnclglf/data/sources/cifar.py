@@ -31,7 +31,7 @@ class Cifar(Source):
 
     Attributes:
         title: common name of the set.
-        classes: by label.
+        classes: names of the classes, by label.
         records: number of records in a training file, and in the test file.
         label_bytes: bytes of labels per record in the binary form; the last one is the label.
         labels_key: key of the labels in the pickled form.
