@@ -45,8 +45,8 @@ def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory, for the whole process; returns False without glibc.
 
-    By default glibc returns large tensors to the system, and the next step on a CPU faults them in again, page by page:
-    measured at 0.9 million page faults and a sixth of the time (docs/lab/performance.md).
+    By default glibc returns large tensors to the system, and the next step on a CPU faults them in again, page by page.
+    Measured: 940,000 page faults and 2.6 s of system time per step on two cores (docs/lab/performance.md).
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -103,8 +103,9 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
 def compiled(method: Method, *, graphs: bool) -> Forward:
     """Returns the method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
 
-    The alternative, one compiled encoder called several times, is as fast and compiles in 1/1.6 of the time (measured:
-    docs/lab/performance.md). One graph is needed for CUDA graphs, and it merges equal casts of a weight.
+    The alternative, a compiled encoder that each forward calls, is as fast on a CPU, and its first step took 77 s there
+    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph, and one graph merges equal casts of a
+    weight.
     """
     from torch._functorch import config  # takes a second, which an eager run need not wait for
 
