@@ -29,6 +29,7 @@ from mnclglf.evaluation import run as module
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.recipes import view_of
 from mnclglf.runs.results import Result, load_results
+from mnclglf.training import start
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method, load_trained
 
@@ -242,13 +243,13 @@ def test_a_run_trained_by_dali_is_evaluated_without_it(
     config = json.loads((run / "config.json").read_text())
     config["data"]["loader"] = "dali"
     (run / "config.json").write_text(json.dumps(config))
-    real, asked = module.make_loader, []
+    real, asked = start.make_loader, []
 
     def make_loader(*args: object, backend: str, **settings: object) -> Loader:
         asked.append(backend)
         return real(*args, backend="reference" if installed else backend, **settings)
 
-    monkeypatch.setattr(module, "make_loader", make_loader)
+    monkeypatch.setattr(start, "make_loader", make_loader)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it fails
     Trained(monkeypatch)
     (found,) = evaluate_run(run, TINY)

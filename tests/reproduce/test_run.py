@@ -101,15 +101,15 @@ def test_missing_evaluations_take_their_images_from_where_they_lie_now(
         asked.append((data_dir, download))
         return load(name, data_dir, download=download, **options)
 
-    monkeypatch.setattr("mnclglf.evaluation.run.load_dataset", noted)
+    monkeypatch.setattr("mnclglf.training.start.load_dataset", noted)
     first = Reproduce(table="table6", scale="small", data_dir=Path("/a"))
     then = Reproduce(table="table5", scale="small", data_dir=Path("/b"), download=True)
     for request in (first, then):
         table = make_table(request)
         scale = replace(table.scale, protocols={"knn": {}})  # the fastest
         assert make_run(table.run("mnclglf-digits-seed0"), runs, scale, silent()) == 0
-    # table5 has the last epoch from table6, and lacks the three before it.
-    assert asked == [(Path("/a"), False)] + 3 * [(Path("/b"), True)]
+    # One training and one evaluation; then table5 has the last epoch from table6, and lacks the three before it.
+    assert asked == 2 * [(Path("/a"), False)] + 3 * [(Path("/b"), True)]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(runs: Path, monkeypatch: pytes
     assert set(missing_evaluations(run, runs, table.scale)) == {EPOCHS}
     console = silent()
     assert make_run(run, runs, table.scale, console) == 0
-    assert "going on after step 6 of 12" in printed(console)
+    assert "resuming after step 6 of 12" in printed(console)
     assert missing_evaluations(run, runs, table.scale) == {}
 
 
