@@ -87,7 +87,7 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --lr fast", "fast"),
         ("knn", "no run directory is named; give one or more"),
         ("linear runs/x --fast", "Unrecognized options: --fast"),
-        ("logistic runs/x --epochs 9", "Unrecognized options: --epochs"),
+        ("logistic runs/x --epochs 9", "--epochs (applied to mnclglf logistic)"),
         ("knn runs/x --k 0", "neighbors 0 must be at least 1"),
         ("knn runs/x --vote-temperature 0", "vote_temperature 0.0 must be positive and finite, as in 0.07"),
         ("linear runs/x --label-share 0", "label_share 0.0 must lie in (0, 1], as in 0.1"),
