@@ -50,6 +50,8 @@ def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float
     norms = rows.double().norm(dim=1).clamp(min=oracles.NORM_FLOOR)
     scale = abs(upstream) / (terms * temperature * norms)
     rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature) * scale
+    if rows.dtype == torch.float64:
+        rounding = 2 * rounding  # the truth is computed in fp64 too, so it rounds as much as the result
     stored = torch.finfo(rows.dtype).eps * truth.abs().amax(dim=1) + torch.finfo(rows.dtype).tiny
     return rounding + stored
 

@@ -51,12 +51,12 @@ def test_a_gradient_reaches_the_query_only() -> None:
 
 def test_every_operator_gets_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    for module in ("queue", "queue_contrastive"):
+    for module in ("enqueue", "queue_contrastive_loss"):
 
         def record(backend: str, *tensors: Tensor, module: str = module, kind: str = "") -> str:
             asked.append((module, backend))
             return backend
 
-        monkeypatch.setattr(f"mnclglf_kernels.{module}.resolve", record)
+        monkeypatch.setattr(f"mnclglf_kernels.ops.{module}.resolve", record)
     Stepper(make_method(MoCoV2, backend="torch"))(make_batch())
-    assert sorted(asked) == [("queue", "torch"), ("queue_contrastive", "torch")]
+    assert sorted(asked) == [("enqueue", "torch"), ("queue_contrastive_loss", "torch")]

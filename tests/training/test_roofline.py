@@ -41,7 +41,7 @@ def test_a_small_network_by_hand():
 
 def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
     # Switches the screened lookup off, which PyTorch's counter does not know.
-    monkeypatch.setattr("mnclglf_kernels.neighbor.CPU_MULTIPLIES_BF16", False)
+    monkeypatch.setattr("mnclglf_kernels.ops.nearest_neighbor.CPU_MULTIPLIES_BF16", False)
     parts = step_parts(SMALL, 16, "fp32")
     method = build_method(SMALL, torch.float32).train()
     with FlopCounterMode(display=False) as counter:
