@@ -258,7 +258,7 @@ def test_a_batch_larger_than_the_queue_is_refused_where_there_is_a_queue(method:
 
 
 def test_never_refuses_a_directory_that_holds_a_run(straight: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds a run of 12 steps; go on with --resume auto"):
+    with pytest.raises(CheckpointError, match=r"holds a run of 12 steps; .*--resume auto"):
         trainer(straight, resume="never")
 
 
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(straight: Path
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         data = path.read_bytes()
         (tmp_path / "checkpoints" / path.name).write_bytes(data if step == 10 else data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete it to go on from an earlier"):
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete it to .*an earlier"):
         trainer(tmp_path)
     (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
     trainer(tmp_path).train()
