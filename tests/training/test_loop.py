@@ -362,10 +362,10 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     text = console.file.getvalue()
     assert "mnclglf on digits: 128 images of side 8, 3 epochs of 4 steps, device cpu" in text
     assert "estimated time: 0:00:" in text
-    assert re.search(r"a step takes at least [\d.e-]+ s: this CPU, [\d.]+ TFLOP/s, [\d.]+ GB/s", text)
-    assert re.search(r"a step needs about [\d.e-]+ GiB, .* the largest batch for 24 GiB is about [\d,]+", text)
+    assert re.search(r"roofline: [\d.e-]+ s per step \(this CPU, [\d.]+ TFLOP/s, [\d.]+ GB/s\)", text)
+    assert re.search(r"estimated memory per step: [\d.e-]+ GiB .*largest batch for 24 GiB: about [\d,]+", text)
     assert "step 12/12  epoch 3.0  loss " in text
-    assert re.search(r"\d images/s \(slowest .*, without the warm-up: \d+% of this machine's limit; peak memory", text)
+    assert re.search(r"\d images/s \(slowest .*, without the warm-up; \d+% of the roofline; peak memory", text)
     assert "images/s  0:00:00 left" in text
 
 
