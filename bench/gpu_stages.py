@@ -215,8 +215,9 @@ def training(**engine: Any) -> Figures:
     from mnclglf.data.loader import Batch
     from mnclglf.recipes import paper
     from mnclglf.training.roofline import least_seconds, peaks_of
+    from mnclglf.training.speedups import use_fast_math
     from mnclglf.training.start import autocast_dtype, build_method, choose_backends, choose_compile, describe_backends
-    from mnclglf.training.step import TrainStep, use_fast_math
+    from mnclglf.training.step import TrainStep
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
     dtype = autocast_dtype(config.engine, DEVICE)

@@ -26,8 +26,8 @@ from mnclglf.methods import METHODS
 from mnclglf.models.momentum import update_momentum
 from mnclglf.recipes import paper
 from mnclglf.training.roofline import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.training.speedups import keep_freed_memory
 from mnclglf.training.start import autocast_dtype, choose_device
-from mnclglf.training.step import keep_freed_memory
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.operators import OPERATORS
 

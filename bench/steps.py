@@ -22,8 +22,9 @@ from mnclglf.config import EngineConfig, MethodName, RunConfig
 from mnclglf.data.loader import Batch
 from mnclglf.models.batch_norm import batch_statistics_only
 from mnclglf.recipes import paper
+from mnclglf.training.speedups import keep_freed_memory, use_fast_math
 from mnclglf.training.start import Compile, autocast_dtype, build_method
-from mnclglf.training.step import TrainStep, keep_freed_memory, use_fast_math
+from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backends
 
 Step = Callable[[], object]
