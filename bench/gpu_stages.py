@@ -216,13 +216,20 @@ def training(**engine: Any) -> Figures:
     from mnclglf.recipes import paper
     from mnclglf.training.roofline import least_seconds, peaks_of
     from mnclglf.training.speedups import use_fast_math
-    from mnclglf.training.start import autocast_dtype, build_method, choose_backends, choose_compile, describe_backends
+    from mnclglf.training.start import (
+        Machine,
+        autocast_dtype,
+        build_method,
+        choose_backends,
+        choose_compile,
+        describe_backends,
+    )
     from mnclglf.training.step import TrainStep
 
     config = replace(paper("mnclglf", "cifar10"), engine=EngineConfig(**engine))
     dtype = autocast_dtype(config.engine, DEVICE)
     method = build_method(config, dtype).to(DEVICE).train()
-    method.backends = choose_backends(config, SIZES.source, SIZES.side, dtype, DEVICE, Console(stderr=True))
+    method.backends = choose_backends(config, SIZES.source, SIZES.side, Machine(DEVICE, dtype), Console(stderr=True))
     use_fast_math(config.engine, dtype)
     chosen = choose_compile(config.engine, DEVICE, print)
     assert (chosen != "off") == (config.engine.compile == "on"), "there is no compiler; see the lines above"
