@@ -1,11 +1,13 @@
 """Tests of the operators on a GPU: against PyTorch in fp64 on the CPU and in the same dtype, repeated and compiled."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import method_oracles
 import oracles
 import pytest
 import torch
+from table import SMALL, arguments_of, outcomes, tensors_in
 from tolerance import (
     ULPS_FP32,
     assert_as_accurate_as_plain,
@@ -27,9 +29,12 @@ from mnclglf_kernels import (
     nearest_neighbor,
     nt_xent,
     queue_contrastive_loss,
+    self_check,
 )
 from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.operators import OPERATORS, Arguments
 from mnclglf_kernels.ops.augment import ViewFormat
+from mnclglf_kernels.sizes import PAPER, Sizes
 
 pytestmark = pytest.mark.gpu
 
@@ -243,48 +248,31 @@ def test_a_queue_of_more_than_2_to_the_31_elements():
     assert nearest_neighbor(queries, queue, backend="triton").tolist() == [rows - 2, rows - 1]
 
 
-def every_operator(images: Tensor, features: Tensor, rows: Tensor, views: Tensor, queue: Tensor) -> tuple[Tensor, ...]:
-    """Returns (four losses, patches, combined, neighbors), with nothing between them that a compiler could fuse."""
-    combined = combine(features, 2, backend="triton")
-    index = nearest_neighbor(rows.detach(), queue, backend="triton")
-    first, second = contrastive_losses([(combined, rows), (queue[index], rows)], 0.2, backend="triton")
-    x1, x2 = views.chunk(2)
-    of_views = nt_xent(x1, x2, 0.2, backend="triton")
-    of_queue = queue_contrastive_loss(x1, x2.detach(), queue, 0.2, backend="triton")
-    return first, second, of_views, of_queue, divide(images, backend="triton"), combined, index
+SIZES = Sizes(images=65, side=16, features=300, k=2, width=300, queue=1000, source=20)
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Returns images, features, rows, rows of two views, and queue, with the same numbers each time."""
-    torch.manual_seed(7)
-    values = (
-        torch.randn(65, 3, 16, 16),
-        torch.randn(520, 300),
-        torch.randn(130, 300),
-        torch.randn(130, 300),
-        F.normalize(torch.randn(1000, 300)),
-    )
-    return on_gpu([x.to(dtype) for x in values])
+def every_operator(**arguments: Arguments) -> dict[str, Any]:
+    """Returns the result of each operator, with nothing between them that a compiler could fuse."""
+    return {name: OPERATORS[name].function(**given, backend="triton") for name, given in arguments.items()}
 
 
-def step(function: Callable[..., tuple[Tensor, ...]], values: list[Tensor]) -> list[Tensor]:
-    """Returns the results of every_operator, the gradients, and queue and pointer after an enqueue."""
-    *values, queue = (x.detach().clone() for x in values)
-    leaves = [x.requires_grad_() for x in values]
-    *losses, patches, combined, index = function(*leaves, queue)
-    upstream = [i * torch.ones_like(loss) for i, loss in enumerate(losses, start=1)]
-    gradients = torch.autograd.grad([*losses, patches], leaves, [*upstream, patches.detach()])
-    pointer = torch.full((), 950, device=DEVICE)
-    enqueue(queue, pointer, leaves[2], should_update=patches[0, 0, 0, 0] < 100, backend="triton")
-    return [x.detach() for x in (*losses, patches, combined, index, *gradients, queue, pointer)]
+def arguments_of_all(dtype: torch.dtype, device: str | torch.device = DEVICE) -> dict[str, Arguments]:
+    return {name: arguments_of(name, dtype, device, SIZES) for name in OPERATORS}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("sizes", [SMALL, SIZES, PAPER], ids=["small", "uneven", "paper"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_self_check_passes(dtype, sizes, name):
+    assert not self_check.failures(sizes, dtype, dtype, DEVICE, operators=[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_launches_are_equal_bit_by_bit(dtype):
-    values = inputs(dtype)
-    first = step(every_operator, values)
+    arguments = arguments_of_all(dtype)
+    first = tensors_in(outcomes(every_operator, arguments))
     for _ in range(LAUNCHES - 1):
-        for again, result in zip(step(every_operator, values), first, strict=True):
+        for again, result in zip(tensors_in(outcomes(every_operator, arguments)), first, strict=True):
             assert torch.equal(again, result)
 
 
@@ -292,17 +280,19 @@ def test_repeated_launches_are_equal_bit_by_bit(dtype):
 def test_the_operators_compile_into_one_graph(dtype):
     torch._dynamo.reset()
     compiled = torch.compile(every_operator, fullgraph=True)
-    for result, eager in zip(step(compiled, inputs(dtype)), step(every_operator, inputs(dtype)), strict=True):
-        # The gradients of rows are added, and the queue's loss is a mean of 65 numbers.
-        torch.testing.assert_close(result, eager, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+    arguments = arguments_of_all(dtype)
+    ours, eager = (tensors_in(outcomes(function, arguments)) for function in (compiled, every_operator))
+    for actual, expected in zip(ours, eager, strict=True):
+        # The queue's loss is a mean of 65 numbers.
+        torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
 
 
 def test_nothing_waits_for_the_gpu():
-    values = inputs(torch.bfloat16)
-    step(every_operator, values)  # compiles the kernels
+    arguments = arguments_of_all(torch.bfloat16)
+    outcomes(every_operator, arguments)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(every_operator, values)
+        outcomes(every_operator, arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -310,9 +300,9 @@ def test_nothing_waits_for_the_gpu():
 def test_a_device_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    values = inputs(torch.bfloat16)
-    moved = [x.to("cuda:1") for x in values]
-    for there, here in zip(every_operator(*moved), every_operator(*values), strict=True):
-        assert there.device == torch.device("cuda:1")
-        assert there.shape == here.shape
-        assert not there.isnan().any()
+    there, here = (every_operator(**arguments_of_all(torch.bfloat16, device)) for device in ("cuda:1", "cuda:0"))
+    for name in OPERATORS:
+        for x, same in zip(tensors_in(there[name]), tensors_in(here[name]), strict=True):
+            assert x.device == torch.device("cuda:1")
+            assert x.shape == same.shape
+            assert not x.isnan().any()
