@@ -29,10 +29,10 @@ from mnclglf.data.loaders import make_loader
 from mnclglf.data.views import blur_window
 from mnclglf.recipes import VIEWS
 from mnclglf.training.loop import Waiting
-from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.start import choose_machine
 
-DEVICE = choose_device(EngineConfig())
-DTYPE = autocast_dtype(EngineConfig(), DEVICE)
+MACHINE = choose_machine(EngineConfig())
+DEVICE, DTYPE = MACHINE.device, MACHINE.dtype
 VIEW: ViewConfig = VIEWS["paper"]
 ROUNDS = 5
 SECONDS = 1.5  # per loader and round

@@ -15,7 +15,7 @@ from bench.harness import AUTOCAST, DEVICE, QUICK
 from bench.roofline import measured_parts, small_share, table
 from bench.rounds import Comparison
 from bench.steps import COMPILED, GRAPHS, Size, config_of, variants
-from mnclglf.training.roofline import name_of, peaks_of, step_parts
+from mnclglf.training.roofline import peaks_of, short_name, step_parts
 from mnclglf.training.start import compiler_problem
 
 SIZE = Size(images=32) if QUICK else Size()
@@ -36,7 +36,7 @@ def test_parts(say: Callable[[str], None]) -> None:
     config = config_of(SIZE)
     measured = measured_parts(config, SIZE.side, DEVICE)
     peaks = peaks_of(DEVICE, AUTOCAST, tf32=True)
-    parts = step_parts(config, SIZE.side, name_of(AUTOCAST), pads=peaks.pads)
+    parts = step_parts(config, SIZE.side, short_name(AUTOCAST), pads=peaks.pads)
     say(f"parts of our eager step, {SIZE}, beside their roofline times on {peaks.name}")
     for line in table(parts, peaks, SIZE.images, measured).splitlines():
         say(f"  {line}")

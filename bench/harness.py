@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measurement import HEADINGS, REFERENCE, OperatorMeasurement, StepMeasurement, ratio
 from mnclglf.config import EngineConfig
-from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.start import choose_machine
 from mnclglf_kernels import resolve
 from mnclglf_kernels.backend import INTERPRETED, Kind
 
@@ -30,8 +30,8 @@ Direction = Literal["forward", "backward", "forward + backward"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 BOTH = DIRECTIONS[-1]
 
-DEVICE = choose_device(EngineConfig())
-AUTOCAST = autocast_dtype(EngineConfig(), DEVICE)
+MACHINE = choose_machine(EngineConfig())
+DEVICE, AUTOCAST = MACHINE.device, MACHINE.dtype
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CASE_SECONDS = 1.5  # spent on the rounds of a case, unless LEAST_ROUNDS take longer
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100

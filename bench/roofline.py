@@ -25,9 +25,9 @@ from mnclglf.config import EngineConfig, RunConfig
 from mnclglf.methods import METHODS
 from mnclglf.models.momentum import update_momentum
 from mnclglf.recipes import paper
-from mnclglf.training.roofline import Part, Peaks, name_of, nominal_peaks, peaks_of, step_parts
+from mnclglf.training.roofline import Part, Peaks, nominal_peaks, peaks_of, short_name, step_parts
 from mnclglf.training.speedups import keep_freed_memory
-from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.start import choose_machine
 from mnclglf_kernels.backend import TRITON_DTYPES as DTYPES
 from mnclglf_kernels.operators import OPERATORS
 
@@ -183,10 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config, dtype, measured = config_of(options.method, options.batch_size), options.dtype, None
     if options.gpu == "this":
-        device = choose_device(EngineConfig())
-        autocast = autocast_dtype(EngineConfig(), device)
-        dtype, peaks = name_of(autocast), peaks_of(device, autocast, tf32=True)
-        measured = measured_parts(config, options.side, device)
+        machine = choose_machine(EngineConfig())
+        dtype, peaks = short_name(machine.dtype), peaks_of(machine.device, machine.dtype, tf32=True)
+        measured = measured_parts(config, options.side, machine.device)
     else:
         peaks = nominal_peaks(GPU_OPTIONS[options.gpu], dtype)
     arch = GPU_OPTIONS.get(options.gpu, 86)

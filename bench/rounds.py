@@ -27,7 +27,7 @@ from bench.measurement import Ratio, StepMeasurement, ratio
 from bench.steps import COMPILED, GRAPHS, KEEPING, MAKERS, Size, Step
 from mnclglf.config import EngineConfig
 from mnclglf.training.roofline import best_seconds
-from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.start import choose_machine
 from mnclglf.training.timing import forget_peak_memory, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +122,9 @@ class Comparison:
     def measure(self) -> tuple[dict[str, StepMeasurement], list[float]]:
         """Returns each step's measurement, and this process's matrix-product rate (FLOP/s) of each round."""
         rates: list[float] = []
-        give_back(choose_device(EngineConfig()))  # this process may still hold memory of what it measured before
+        give_back(
+            choose_machine(EngineConfig()).device
+        )  # this process may still hold memory of what it measured before
         with contenders(self.names, self.size) as started:
             seconds: dict[str, list[float]] = {contender.name: [] for contender in started}
             for _ in range(self.rounds):
@@ -163,9 +165,9 @@ class Comparison:
 
 def matmul_rate() -> float:
     """Measures the FLOP/s of a large matrix product in the autocast dtype."""
-    device = choose_device(EngineConfig())
-    square = torch.randn(MATMUL, MATMUL, device=device).to(autocast_dtype(EngineConfig(), device))
-    return 2 * MATMUL**3 / best_seconds(lambda: square @ square, device, rounds=2)
+    machine = choose_machine(EngineConfig())
+    square = torch.randn(MATMUL, MATMUL, device=machine.device).to(machine.dtype)
+    return 2 * MATMUL**3 / best_seconds(lambda: square @ square, machine.device, rounds=2)
 
 
 def timed(step: Step, device: torch.device, *, keeps: bool) -> float:
@@ -198,7 +200,7 @@ def give_back(device: torch.device) -> None:
 
 def main() -> None:
     name, *numbers = sys.argv[1:]
-    device = choose_device(EngineConfig())
+    device = choose_machine(EngineConfig()).device
     step = MAKERS[name](Size(*map(int, numbers)), device)
     since, tflop = time.perf_counter(), None
     if name in (COMPILED, GRAPHS):

@@ -35,7 +35,7 @@ class Method(nn.Module, ABC):
 
     Attributes:
         views: number of views per image that `forward` takes.
-        labelled: whether `forward` needs the images' labels.
+        needs_labels: whether `forward` needs the images' labels.
         operators: names of the operators of mnclglf_kernels that a step calls.
         encoder: f_o, the online encoder, which is evaluated and exported after pre-training.
         projector: g_o, where `build` makes one.
@@ -45,7 +45,7 @@ class Method(nn.Module, ABC):
     """
 
     views: int
-    labelled: bool = False
+    needs_labels: bool = False
     operators: tuple[OperatorName, ...] = ()
     projector: nn.Module
     momentum: nn.Module
@@ -83,7 +83,7 @@ class Method(nn.Module, ABC):
 
         Args:
             views: [N, 3, H, W] each, row n of all of the same image.
-            labels: [N] int64, of a labelled method.
+            labels: [N] int64, of a method that needs them.
         """
 
     def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, should_update: Tensor) -> None:

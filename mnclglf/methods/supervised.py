@@ -27,7 +27,7 @@ class Supervised(Method):
     """
 
     views = 1
-    labelled = True
+    needs_labels = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         if model.classes is None:

@@ -48,7 +48,7 @@ from mnclglf.runs.files import read_config
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
 from mnclglf.training.schedule import Schedule
-from mnclglf.training.start import autocast_dtype, choose_device
+from mnclglf.training.start import choose_machine
 from mnclglf.training.stop import StopRequest
 from mnclglf_kernels.backend import HAS_TRITON
 
@@ -106,7 +106,7 @@ def reproduce(request: Reproduce, console: Console) -> int:
 def check_settings(runs: Sequence[Run], folder: Path) -> None:
     """Raises ValueError if a run cannot be made on this machine, or its directory holds another run."""
     for run in runs:
-        choose_device(run.config.engine)
+        choose_machine(run.config.engine)
         changed = other_settings(folder / run.name, run.config)
         require(
             not changed,
@@ -186,9 +186,8 @@ def _least_seconds(config: RunConfig, side: int) -> float:
     """Returns the roofline time of a step on this machine."""
     from mnclglf.training.roofline import least_seconds, peaks_of  # imports triton, which not every system has
 
-    device = choose_device(config.engine)
-    dtype = autocast_dtype(config.engine, device)
-    return least_seconds(config, side, dtype, peaks_of(device, dtype, tf32=config.engine.tf32))
+    machine = choose_machine(config.engine)
+    return least_seconds(config, side, machine.dtype, peaks_of(machine.device, machine.dtype, tf32=config.engine.tf32))
 
 
 @dataclass(kw_only=True)

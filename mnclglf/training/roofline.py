@@ -138,7 +138,7 @@ def inputs_on_meta(method: Method, images: int, side: int, dtype: torch.dtype) -
     """Returns the views and labels of a batch on the meta device."""
     shape = (images, 3, side, side)
     views = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(method.views)]
-    return views, torch.empty(images, dtype=torch.int64, device="meta") if method.labelled else None
+    return views, torch.empty(images, dtype=torch.int64, device="meta") if method.needs_labels else None
 
 
 def step_parts(config: RunConfig, side: int, dtype: str, arch: int = 86, *, pads: bool = True) -> dict[str, Part]:
@@ -223,16 +223,16 @@ def peaks_of(device: torch.device, dtype: torch.dtype, *, tf32: bool) -> Peaks:
         name = torch.cuda.get_device_name(device)
         for known, arch in GPU_NAMES.items():
             if name.endswith(known):
-                return nominal_peaks(arch, name_of(dtype), tf32=tf32)
+                return nominal_peaks(arch, short_name(dtype), tf32=tf32)
     return measured_peaks(device, dtype)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype) -> str:
     """Returns "bf16", "fp16" or "fp32"."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def least_seconds(config: RunConfig, side: int, dtype: torch.dtype, peaks: Peaks) -> float:
     """Returns the roofline time of a step in seconds."""
-    parts = step_parts(config, side, name_of(dtype), pads=peaks.pads)
+    parts = step_parts(config, side, short_name(dtype), pads=peaks.pads)
     return sum(part.seconds(peaks)[0] for part in parts.values())

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.config import Device, EngineConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, view_side
 from mnclglf.data.loader import Loader
@@ -126,19 +126,24 @@ def start_training(config: RunConfig, console: Console, *, loader: str | None = 
 
 def start_machine(engine: EngineConfig) -> Machine:
     """Chooses device and precision, and sets fast math (on a GPU) or kept memory (on a CPU) for this process."""
-    device = choose_device(engine)
-    machine = Machine(device, autocast_dtype(engine, device))
-    if device.type == "cuda":
+    machine = choose_machine(engine)
+    if machine.device.type == "cuda":
         use_fast_math(engine, machine.dtype)
     elif engine.keep_memory:
         keep_freed_memory()
     return machine
 
 
-def elsewhere(engine: EngineConfig, device: str) -> EngineConfig:
+def choose_machine(engine: EngineConfig) -> Machine:
+    """Chooses device and precision without changing anything in this process."""
+    device = choose_device(engine)
+    return Machine(device, autocast_dtype(engine, device))
+
+
+def elsewhere(engine: EngineConfig, device: Device) -> EngineConfig:
     """Returns a run's engine settings for an evaluation, whose machine may lack what the training had."""
     kernels = "off" if engine.kernels == "off" else "auto"
-    return replace(engine, device=cast(Any, device), graphs="auto", lookup="auto", kernels=kernels)
+    return replace(engine, device=device, graphs="auto", lookup="auto", kernels=kernels)
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
@@ -225,7 +230,7 @@ def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     Raises:
         ValueError: the images have no labels, or more classes than the run's setting.
     """
-    if not METHODS[config.method].labelled:
+    if not METHODS[config.method].needs_labels:
         return config
     require(
         images.labeled,

@@ -46,7 +46,7 @@ class TrainStep:
     ) -> None:
         self.method = method
         self.dtype = dtype
-        self.labels = labels if method.labelled else None
+        self.labels = labels if method.needs_labels else None
         self.optim = optim
         self.clip_norm = optim.clip_norm
         self.device = next(method.parameters()).device

@@ -30,7 +30,7 @@ def make_batch(dtype: torch.dtype = torch.float64, first: int = 0, views: int = 
 
 def inputs_of(method: Method, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Returns the forward's arguments from a batch: its views, and the labels, which are those of Stepper."""
-    return batch.views, batch.indices % CLASSES if method.labelled else None
+    return batch.views, batch.indices % CLASSES if method.needs_labels else None
 
 
 def assert_one_view_trains(method: Method, trained: dict[str, int]) -> Losses:

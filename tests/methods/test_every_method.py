@@ -132,7 +132,7 @@ def test_a_step_calls_the_operators_that_its_method_names(name: MethodName, fuse
         method = make_method(METHODS[name], torch.float32, backend="triton")
         with Called() as called:
             views = [torch.empty(4, 3, 16, 16) for _ in range(method.views)]
-            losses = method(views, torch.zeros(4, dtype=torch.int64) if method.labelled else None)
+            losses = method(views, torch.zeros(4, dtype=torch.int64) if method.needs_labels else None)
             method.after_step(losses, torch.arange(4), momentum=0.5, should_update=torch.tensor(True))
     assert called.names == set(method.operators)
 

@@ -37,7 +37,7 @@ def make(name: str, backend: str, **objective: object) -> Method:
 def step(method: Method) -> dict[str, Tensor]:
     """Forward, guard, moving average and queue (a backward asks for a driver); gives every tensor that came of it."""
     views = [torch.randn(N, 3, SIDE, SIDE, device=CUDA) for _ in range(method.views)]
-    losses = method(views, torch.zeros(N, dtype=torch.int64, device=CUDA) if method.labelled else None)
+    losses = method(views, torch.zeros(N, dtype=torch.int64, device=CUDA) if method.needs_labels else None)
     keys = {} if losses.keys is None else {"keys": losses.keys}
     keep = Guard(CUDA).check(0, {**losses.terms, **keys})
     method.after_step(losses, torch.arange(N, device=CUDA), momentum=0.9, should_update=keep)

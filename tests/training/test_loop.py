@@ -471,12 +471,12 @@ def test_a_run_with_loader_auto_goes_on_with_the_loader_that_it_had(tmp_path: Pa
     assert trainer(tmp_path / "new", data=automatic).loader.name != "reference"
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 @pytest.mark.parametrize("loader", ["reference", "auto"])
-def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> None:
+def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> None:
     folder = tmp_path / "photos"
     for number in range(40):
-        path = folder / (("ab"[number % 2]) if labelled else "") / f"{number:02}.png"
+        path = folder / (("ab"[number % 2]) if labeled else "") / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 11 + number % 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
@@ -486,10 +486,10 @@ def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> No
     assert run.train() is None
     records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
     assert len(records) == 2  # 1 step per epoch, 3 epochs
-    assert all((record["neighbor_agreement"] is None) != labelled for record in records)
+    assert all((record["neighbor_agreement"] is None) != labeled for record in records)
     with np.load(tmp_path / "run" / "views.npz") as arrays:
         assert arrays["images"].shape == (6, 8, 8, 3)
-    if not labelled:
+    if not labeled:
         with pytest.raises(ValueError, match=r"supervised trains on labels, and .*photos has none; give each class a"):
             trainer(tmp_path / "none", method="supervised", **changes)
         assert not (tmp_path / "none").exists()
@@ -499,7 +499,7 @@ def test_a_run_on_image_files(tmp_path: Path, labelled: bool, loader: str) -> No
         broken.train()
 
 
-def test_a_labelled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> None:
+def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> None:
     run = trainer(tmp_path, method="supervised")
     forward, seen = run.step.forward, []
 

@@ -117,7 +117,7 @@ def test_nothing_of_a_step_comes_to_the_host(fused_sgd_on_meta: None) -> None:
         losses.total.to("cpu")
 
 
-def test_a_labelled_method_trains_without_reading_back() -> None:
+def test_a_method_with_labels_trains_without_reading_back() -> None:
     method = Supervised(dataclasses.replace(MODEL, classes=4), ObjectiveConfig()).train()
     step = TrainStep(method, OptimConfig(), EngineConfig(), torch.bfloat16, labels=torch.arange(16) % 4)
     batch = Batch(make_batch(dtype=torch.bfloat16).views[:1], torch.arange(16))
