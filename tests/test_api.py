@@ -92,7 +92,9 @@ def test_a_former_checkpoint_resumes(run: mnclglf.Run, tmp_path: Path) -> None:
 
 
 def test_torchvision_takes_the_weights(tmp_path: Path) -> None:
-    settings = TINY | dict(width=64, stem="imagenet", image_size=16, train_images=64, batch_size=32, projector_width=8)
+    settings: dict[str, Any] = TINY | dict(
+        width=64, stem="imagenet", image_size=16, train_images=64, batch_size=32, projector_width=8
+    )
     encoder = mnclglf.load_encoder(mnclglf.train(out=tmp_path / "run", **settings))
     network = torchvision.models.resnet18().eval().to(memory_format=torch.channels_last)  # as the encoder lies
     keys = network.load_state_dict(encoder.state_dict(), strict=False)
