@@ -95,7 +95,7 @@ def plain_training(
     torch.manual_seed(seed)
     data = [(images.pixels(row), int(label)) for row, label in enumerate(images.labels)]
     loader = torch.utils.data.DataLoader(
-        data,  # pyright: ignore
+        data,  # pyright: ignore[reportArgumentType]  # any sequence will do, which its types leave out
         optim.batch_size,
         shuffle=True,
         drop_last=True,
