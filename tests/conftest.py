@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if NOT_ON_GPU in session.config.stash and hasattr(session.config, "workeroutput"):  # one of several processes
-        session.config.workeroutput["not on a GPU"] = session.config.stash[NOT_ON_GPU]
+    workeroutput: dict[str, str] | None = getattr(session.config, "workeroutput", None)  # in one of several processes
+    if NOT_ON_GPU in session.config.stash and workeroutput is not None:
+        workeroutput["not on a GPU"] = session.config.stash[NOT_ON_GPU]
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and NOT_ON_GPU in session.config.stash:
         session.exitstatus = pytest.ExitCode.OK  # all there was to run needs a GPU, and the line below says so
 

@@ -7,9 +7,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from mnclglf import cli
 from mnclglf.cli import Knn, Linear, Logistic, Train, main, parse
 from mnclglf.config import KnnConfig, LinearConfig, LogisticConfig, from_dict, to_dict, with_whole_paths
 from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import ImageArray
 from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import VIEWS, paper, quick, tuned
@@ -33,6 +36,15 @@ TINY = (
     "--predictor-width 8 --queue-size 80 --epochs 2 --batch-size 64 --device cpu --validation-images 64 "
     "--precision fp32 --seed 1"
 )
+
+C = TypeVar("C")
+
+
+def parse_as(kind: type[C], arguments: Sequence[str]) -> C:
+    """Returns the command that the arguments ask for, which must be of this kind."""
+    command = parse(arguments)
+    assert isinstance(command, kind)
+    return command
 
 
 def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -56,7 +68,7 @@ def test_options_start_from_the_recipe() -> None:
 
 @pytest.mark.parametrize("arguments", ["--dataset=cifar10 --recipe=paper", "--recipe paper --dataset cifar10", ""])
 def test_the_paper_recipe_on_cifar10_is_the_default(arguments: str) -> None:
-    assert parse(["train", *shlex.split(arguments)]).config == paper("mnclglf", "cifar10")
+    assert parse_as(Train, ["train", *shlex.split(arguments)]).config == paper("mnclglf", "cifar10")
 
 
 def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +151,7 @@ def test_commands_know_their_settings() -> None:
 
 
 def test_the_papers_linear_evaluation_is_the_default() -> None:
-    config = parse(["linear", "runs/x"]).config
+    config = parse_as(Linear, ["linear", "runs/x"]).config
     assert (config.epochs, config.batch_size, config.lr) == (90, 256, 0.8)  # section 4.1
     assert (config.label_share, config.split, config.milestones) == (1.0, "test", False)
 
@@ -150,10 +162,12 @@ def text_of(run: Path) -> str:
 
 def nearest_one(encoder: torch.nn.Module | None) -> float:
     """Returns scikit-learn's nearest-neighbor accuracy (cosine) on test digits; None is TINY's untrained encoder."""
-    config = parse(shlex.split(TINY)).config
+    config = parse_as(Train, shlex.split(TINY)).config
     encoder = (encoder or build_method(config, torch.float32).encoder).eval()
     train, test = load_dataset("digits")
     train, _ = split_train(train, config.data)
+    assert isinstance(train, ImageArray)
+    assert isinstance(test, ImageArray)
     mean, std = train.statistics()
     with torch.no_grad():
         features = [encoder(whole_views(s.images, 8, mean, std, torch.float32)).numpy() for s in (train, test)]
@@ -328,7 +342,9 @@ def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     for pair in ("resident and", "reference and") if find_spec("nvidia.dali") else ("reference and resident",):
         (line,) = [line for line in printed.splitlines() if line.startswith(pair)]
-        assert float(re.search(r": (\S+) levels", line)[1]) < 1
+        levels = re.search(r": (\S+) levels", line)
+        assert levels is not None
+        assert float(levels[1]) < 1
     with Image.open("digits-views.png") as picture:
         assert picture.size[0] > picture.size[1]
     assert main(shlex.split("data views folder:photos --images 2 --side 16")) == 0
@@ -380,9 +396,11 @@ def test_a_run_keeps_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/of/somebody")
     for given, whole in (("a/b", tmp_path / "a/b"), ("~/b", Path("/home/of/somebody/b"))):
-        config = with_whole_paths(parse(shlex.split(f"train --dataset folder:{given} --data-dir {given}")).config)
+        command = shlex.split(f"train --dataset folder:{given} --data-dir {given}")
+        config = with_whole_paths(parse_as(Train, command).config)
         assert (config.dataset, config.data.data_dir) == (f"folder:{whole}", whole)
-    assert with_whole_paths(parse(["train"]).config) == parse(["train"]).config
+    config = parse_as(Train, ["train"]).config
+    assert with_whole_paths(config) == config
 
 
 def test_corrupt_images_end_a_run_before_it_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def test_dali_is_asked_for_on_linux_only(metadata):
     assert {requirement.name for requirement in dali} == {"nvidia-dali-cuda120", "nvidia-dali-cuda130"}
     for requirement in dali:
         extra = "dali-cuda13" if requirement.name.endswith("130") else "dali-cuda12"
+        assert requirement.marker is not None
         assert requirement.marker.evaluate({"sys_platform": "linux", "extra": extra})
         assert not requirement.marker.evaluate({"sys_platform": "darwin", "extra": extra})
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mnclglf.config import METHOD_NAMES, MethodName, ModelConfig, RunConfig
+from mnclglf.config import METHOD_NAMES, MethodName, ModelConfig, RecipeName, RunConfig
 from mnclglf.data.sources import SOURCES
 from mnclglf.recipes import RECIPES, TUNED, VIEWS, paper, tuned
 
 METHOD_PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "algorithm.md"
 NAMES = METHOD_NAMES
 OF_THE_PAPER = ("cifar10", "cifar100", "tinyimagenet")
-RUNS = [
+RUNS: list[tuple[RecipeName, MethodName, str]] = [
     (recipe, method, dataset)
     for recipe in RECIPES
     for method in NAMES

@@ -107,6 +107,7 @@ def test_parse_nvidia_smi(returncode, output, gpu):
     assert found == gpu
     assert (problem is None) == (gpu is not None)
     if returncode:
+        assert problem is not None
         assert str(returncode) in problem
         assert output.strip() in problem
 
@@ -122,7 +123,7 @@ def test_asks_the_nvidia_smi_on_the_path(tmp_path, monkeypatch, script, found):
     monkeypatch.setenv("PATH", str(tmp_path))
     gpu, problem = setup.look_for_gpu()
     assert gpu == (Gpu("NVIDIA H100", "580.65.06") if found else None)
-    assert found or "exit code 18): Driver/library version mismatch" in problem
+    assert found or "exit code 18): Driver/library version mismatch" in (problem or "")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_pypi_is_one_command_and_no_dali_is_no_extra():
     assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,faiss-cpu]"]
 
 
-def found(cuda="13.0", gpu=None, gpu_error=None):
+def found(cuda: str | None = "13.0", gpu: str | None = None, gpu_error: str | None = None) -> dict[str, str | None]:
     return {"torch": "2.14.1", "cuda": cuda, "gpu": gpu, "gpu_error": gpu_error, "dali": "2.4.0"}
 
 
@@ -212,10 +213,10 @@ def test_an_install_as_planned_passes(plan, installed):
 class Pip:
     """Replacement of venv, pip and the probe: makes bin/python, records the commands, is killed at `fail_at`."""
 
-    def __init__(self, venv, cuda="13.0"):
+    def __init__(self, venv: Path, cuda: str | None = "13.0") -> None:
         self.venv, self.cuda = venv, cuda
-        self.commands = []
-        self.fail_at = None
+        self.commands: list[str] = []
+        self.fail_at: str | None = None
 
     def __call__(self, command, **_):
         kind = {"venv": "venv", "pip": "pip"}.get(command[2], "probe")

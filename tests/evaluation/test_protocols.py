@@ -70,4 +70,4 @@ def test_errors_name_protocol_and_representation():
     with pytest.raises(ValueError, match=r"knn of pretrained: k 500 must lie in 1\.\.120"):
         evaluate_features(sets, TRAIN_LABELS, TEST_LABELS, 4, ["knn"], neighbors=500)
     with pytest.raises(ValueError, match="protocol 'nearest' is not one of knn, logistic, logistic_10_labels"):
-        evaluate_features(sets, TRAIN_LABELS, TEST_LABELS, 4, ["nearest"])
+        evaluate_features(sets, TRAIN_LABELS, TEST_LABELS, 4, ["nearest"])  # pyright: ignore[reportArgumentType]  # a wrong name

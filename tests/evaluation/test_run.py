@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mnclglf.config import (
     EngineConfig,
     KnnConfig,
     LinearConfig,
+    LoaderName,
     LogisticConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -22,11 +24,13 @@ from mnclglf.config import (
     RunConfig,
 )
 from mnclglf.data.datasets import load_dataset
+from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Loader
 from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation import run as module
 from mnclglf.evaluation.run import evaluate_run
+from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 from mnclglf.runs.results import Result, load_results
 from mnclglf.training import start
@@ -69,6 +73,7 @@ def test_the_test_images_are_classified_whole_by_the_classifier(run: Path, monke
     monkeypatch.setattr(module, "train_linear", lambda *_, **__: classifier)
     (result,) = evaluate_run(run, TINY)
     train, test = load_dataset("digits")
+    assert isinstance(test, ImageArray)
     mean, std = split_train(train, CONFIG.data)[0].statistics()
     encoder = load_trained(run)[1].encoder.eval()
     with torch.no_grad():
@@ -98,7 +103,7 @@ def test_the_papers_protocol_is_of_the_pretrained_encoder(run: Path, capsys: pyt
 def test_the_untrained_encoder_is_another_when_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[torch.Tensor] = []
 
-    def train_linear(encoder: nn.Module, *_: object, **__: object) -> nn.Linear:
+    def train_linear(encoder: ResNet18, *_: object, **__: object) -> nn.Linear:
         seen.append(encoder.conv1.weight.detach().clone())
         return nn.Linear(16, 10)
 
@@ -245,7 +250,7 @@ def test_a_run_trained_by_dali_is_evaluated_without_it(
     (run / "config.json").write_text(json.dumps(config))
     real, asked = start.make_loader, []
 
-    def make_loader(*args: object, backend: str, **settings: object) -> Loader:
+    def make_loader(*args: Any, backend: LoaderName, **settings: Any) -> Loader:
         asked.append(backend)
         return real(*args, backend="reference" if installed else backend, **settings)
 

@@ -11,6 +11,7 @@ from torch._inductor import config as inductor
 from mnclglf.config import Stem
 from mnclglf.methods import MNCLGLF
 from mnclglf.models.batch_norm import without_batch_counters
+from mnclglf_kernels import Backend
 
 BACKENDS = ["torch", "triton"]
 
@@ -37,9 +38,11 @@ def two_steps(method: MNCLGLF, compiler: str | None) -> list[Tensor]:
         batch = make_batch(torch.float32, first=step * N)
         losses = forward(batch.views)
         losses.total.backward()
+        assert losses.neighbors is not None
         results += [losses.total.detach(), losses.neighbors.clone()]
         with torch.no_grad():
             for parameter in method.trained_parameters():
+                assert parameter.grad is not None
                 results.append(parameter.grad)
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
@@ -47,7 +50,7 @@ def two_steps(method: MNCLGLF, compiler: str | None) -> list[Tensor]:
     return results + [value.clone() for value in method.state_dict().values()]
 
 
-def assert_compiled_equals_eager(backend: str, compiler: str) -> None:
+def assert_compiled_equals_eager(backend: Backend, compiler: str) -> None:
     torch._dynamo.reset()
     method = make_method(torch.float32, backend=backend)
     expected, compiled = two_steps(copy.deepcopy(method), None), two_steps(copy.deepcopy(method), compiler)

@@ -90,9 +90,11 @@ def two_steps(method: Method, *, compiled: bool) -> list[Tensor]:
         batch = make_batch(torch.float32, views=method.views)
         losses = forward(*inputs_of(method, batch))
         losses.total.backward()
-        results += [losses.total.detach(), *(p.grad.clone() for p in method.trained_parameters())]
+        results.append(losses.total.detach())
         with torch.no_grad():
             for parameter in method.trained_parameters():
+                assert parameter.grad is not None
+                results.append(parameter.grad)
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
         method.after_step(losses, batch.indices, momentum=0.5, should_update=torch.tensor(True))

@@ -1,5 +1,7 @@
 """A step on CUDA tensors that are not there: every tensor of it is on the GPU, and the host is asked for none."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,19 +10,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.methods import METHODS, Method
 from mnclglf.training.guard import Guard
-from mnclglf_kernels import Backends
+from mnclglf_kernels import Backend, Backends
 
 N, SIDE, K = 6, 16, 20
 CUDA = torch.device("cuda")
 
 
 @pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fused_sgd_on_meta: None) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fused_sgd_on_meta: None) -> Backend:
     monkeypatch.setattr("mnclglf_kernels.backend.triton_problem", lambda tensors, kind: None)  # it asks the driver
     return request.param
 
 
-def make(name: str, backend: str, **objective: object) -> Method:
+def make(name: str, backend: Backend, **objective: Any) -> Method:
     """A method with its tensors replaced by fake ones on CUDA; to be called in FakeTensorMode."""
     with unset_fake_temporarily():
         settings = ObjectiveConfig(queue_size=K, **objective)

@@ -1,6 +1,7 @@
 """Fast-MoCo against a transcription of its equation on real copies of its networks."""
 
 import copy
+from typing import Any
 
 import method_oracles
 import pytest
@@ -22,7 +23,7 @@ def test_five_steps_equal_the_equation_in_fp64() -> None:
     [{"k": 1}, {"k": 3}, {"k": 4}, {"temperature": 1.0}, {"temperature": 0.05}, {"ema_momentum": 0.0}],
     ids=str,
 )
-def test_settings_equal_the_equation(setting: dict[str, float]) -> None:
+def test_settings_equal_the_equation(setting: dict[str, Any]) -> None:
     method = make_method(FastMoCo, **setting)
     compare(method, make_oracle(method_oracles.FastMoCo, method), steps=2)
 

@@ -1,16 +1,18 @@
 """MNCLGLF against the literal transcription of Algorithm 1, and each decision of docs/reference/algorithm.md alone."""
 
 import copy
+from typing import Any
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from mnclglf.data.loader import Batch
 from mnclglf.methods import MNCLGLF, Method
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backend, Backends
@@ -22,7 +24,7 @@ OPTIM = OptimConfig(lr=0.1, batch_size=N)
 
 # Both compute in fp64 but sum in another order (rows one by one against matmul). Five steps of SGD through 30 batch
 # norms amplify 1e-16 to at most about 1e-11 here; a wrong term or order is off by more than 1e-3.
-FP64 = dict(rtol=1e-8, atol=1e-10)
+FP64: dict[str, Any] = dict(rtol=1e-8, atol=1e-10)
 
 
 def make_method(dtype: torch.dtype = torch.float64, backend: Backend = "auto", **objective: object) -> MNCLGLF:
@@ -140,7 +142,7 @@ def test_fp32_steps_are_as_accurate_as_algorithm_1_in_fp32() -> None:
     ],
     ids=lambda setting: "-".join(f"{name}={value}" for name, value in setting.items()),
 )
-def test_settings_equal_algorithm_1(setting: dict[str, object]) -> None:
+def test_settings_equal_algorithm_1(setting: dict[str, Any]) -> None:
     compare(make_method(**setting), steps=3)
 
 
@@ -214,11 +216,12 @@ def test_every_term_trains_encoder_and_heads(term: str, dtype: torch.dtype) -> N
 
 def test_momentum_network_follows_after_the_optimizer_step() -> None:
     method = make_method(ema_momentum=0.75)
-    before = method.momentum[0].conv1.weight.clone()
+    follower = method.momentum.get_parameter("0.conv1.weight")
+    before = follower.clone()
     Stepper(method)(make_batch())
     after_step = method.encoder.conv1.weight.detach()
     assert not torch.equal(after_step, before)
-    torch.testing.assert_close(method.momentum[0].conv1.weight, 0.75 * before + 0.25 * after_step, **FP64)
+    torch.testing.assert_close(follower, 0.75 * before + 0.25 * after_step, **FP64)
 
 
 def state_of(stepper: Stepper) -> dict[str, Tensor]:
@@ -252,7 +255,7 @@ def test_nothing_is_kept_of_a_non_finite_step_or_any_after_it() -> None:
 
 def test_non_finite_keys_with_finite_losses_are_kept_out_of_the_queue() -> None:
     stepper = Stepper(make_method())
-    last: nn.BatchNorm1d = stepper.method.momentum[1][-1]
+    last = batch_norms(stepper.method.momentum)[-1]
     last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0 and the losses are finite
     before_rows = stepper.method.queue.rows.clone()
     losses = stepper(make_batch())

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import method_oracles
 import pytest
@@ -22,7 +23,7 @@ CLIPPED = replace(OPTIM, clip_norm=1.0)
 
 def make_oracle(method: MNCLGLFOfficial, optim: OptimConfig) -> method_oracles.Transcription:
     oracle = make_transcription(method_oracles.MNCLGLFOfficial, method, optim)
-    for ours, network in zip(method.momentum, oracle.f_m.values(), strict=True):
+    for ours, network in zip(method.momentum.children(), oracle.f_m.values(), strict=True):
         network.load_state_dict(ours.state_dict())
     return oracle
 
@@ -36,26 +37,28 @@ def test_five_steps_equal_the_released_code_s_in_fp64(optim: OptimConfig) -> Non
 @pytest.mark.parametrize(
     "setting", [{"k": 1}, {"k": 3}, {"temperature": 1.0}, {"lambda_": 2.0}, {"queue_size": N}], ids=str
 )
-def test_settings_equal_the_released_code_s(setting: dict[str, float]) -> None:
+def test_settings_equal_the_released_code_s(setting: dict[str, Any]) -> None:
     method = make_method(MNCLGLFOfficial, **setting)
     compare(method, make_oracle(method, OPTIM), steps=2)
 
 
 def test_weights_start_as_in_the_released_code() -> None:
     method = make_method(MNCLGLFOfficial, torch.float32)
-    online, follower = dict(method.encoder.named_parameters()), dict(method.momentum[0].named_parameters())
+    momentum_encoder, momentum_projector = method.momentum.children()
+    online, follower = dict(method.encoder.named_parameters()), dict(momentum_encoder.named_parameters())
     convolutions = [name for name, weight in online.items() if weight.dim() == 4]
     assert not any(torch.equal(online[name], follower[name]) for name in convolutions)
-    assert not torch.equal(method.projector[0].weight, method.momentum[1][0].weight)
-    for head in (method.projector, method.predictor, method.momentum[1]):
+    first = "0.weight"
+    assert not torch.equal(method.projector.get_parameter(first), momentum_projector.get_parameter(first))
+    for head in (method.projector, method.predictor, momentum_projector):
         for layer in batch_norms(head):
             assert 0 <= layer.weight.min() < 0.4  # the chance of no draw of twelve below it is 0.6^12, 0.2%
             assert 0.6 < layer.weight.max() < 1
             assert not layer.bias.any()
     blocks = [module for module in method.modules() if isinstance(module, BasicBlock)]
     assert len(blocks) == 2 * 8
-    assert not any(block.bn2.weight.any() for block in blocks)
-    assert all((block.bn1.weight == 1).all() for block in blocks)
+    assert not any(block.get_parameter("bn2.weight").any() for block in blocks)
+    assert all((block.get_parameter("bn1.weight") == 1).all() for block in blocks)
 
 
 def after_a_step(first: int = 0) -> tuple[MNCLGLFOfficial, Batch]:

@@ -1,6 +1,7 @@
 """MoCo v2 against a literal transcription of MoCo's Algorithm 1."""
 
 import copy
+from typing import Any
 
 import method_oracles
 import pytest
@@ -20,7 +21,7 @@ def test_five_steps_equal_algorithm_1_in_fp64() -> None:
 @pytest.mark.parametrize(
     "setting", [{"temperature": 0.05}, {"ema_momentum": 0.0}, {"ema_momentum": 1.0}, {"queue_size": N}], ids=str
 )
-def test_settings_equal_algorithm_1(setting: dict[str, float]) -> None:
+def test_settings_equal_algorithm_1(setting: dict[str, Any]) -> None:
     method = make_method(MoCoV2, **setting)
     compare(method, make_oracle(method_oracles.MoCoV2, method), steps=2)
 

@@ -1,6 +1,7 @@
 """NNCLR against a literal transcription of its equation 3, both ways, with a predictor."""
 
 import copy
+from typing import Any
 
 import method_oracles
 import pytest
@@ -18,10 +19,11 @@ from method_steps import (
     make_method,
     make_oracle,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import ObjectiveConfig
 from mnclglf.methods import NNCLR
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.training.guard import NonFiniteError
 
 
@@ -31,7 +33,7 @@ def test_five_steps_equal_equation_3_in_fp64() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 1.0}, {"temperature": 0.05}, {"queue_size": N}], ids=str)
-def test_settings_equal_equation_3(setting: dict[str, float]) -> None:
+def test_settings_equal_equation_3(setting: dict[str, Any]) -> None:
     method = make_method(NNCLR, **setting)
     compare(method, make_oracle(method_oracles.NNCLR, method), steps=2)
 
@@ -83,14 +85,14 @@ def test_a_projection_that_is_not_finite_is_kept_out_of_the_queue(view: int) -> 
 
 
 def test_keys_that_are_not_finite_are_found_though_the_losses_are() -> None:
-    stepper = Stepper(make_method(NNCLR))
-    last: nn.BatchNorm1d = stepper.method.projector[-1]
+    method = make_method(NNCLR)
+    stepper, last = Stepper(method), batch_norms(method.projector)[-1]
     last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0
-    before, predict = stepper.method.queue.rows.clone(), stepper.method.predictor.forward
-    stepper.method.predictor.forward = lambda z: predict(z.nan_to_num())
+    before, predict = method.queue.rows.clone(), method.predictor.forward
+    method.predictor.forward = lambda input: predict(input.nan_to_num())
     losses = stepper(make_batch())
     assert all(value.isfinite() for value in losses.values())
-    assert torch.equal(stepper.method.queue.rows, before)
+    assert torch.equal(method.queue.rows, before)
     with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
         stepper.guard.raise_if_failed()
 

@@ -34,7 +34,7 @@ def torchvision_resnet18() -> nn.Module:
     """As it is usually made for CIFAR: a 3 x 3 stem of stride 1 without max-pool."""
     network = torchvision.models.resnet18(num_classes=CLASSES)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    network.set_submodule("maxpool", nn.Identity())
     return network.double().train()
 
 
@@ -81,7 +81,9 @@ def plain_training(
     transform = v2.Compose(
         [
             v2.ToImage(),
-            v2.RandomRotation(view.rotation_degrees, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomRotation(
+                (-view.rotation_degrees, view.rotation_degrees), interpolation=v2.InterpolationMode.BILINEAR
+            ),
             v2.RandomResizedCrop(side, view.crop_scale, view.crop_ratio, antialias=True),
             v2.RandomHorizontalFlip(view.flip_probability),
             v2.RandomApply([v2.ColorJitter(view.brightness, view.contrast, view.saturation)], view.jitter_probability),
@@ -93,7 +95,7 @@ def plain_training(
     torch.manual_seed(seed)
     data = [(images.pixels(row), int(label)) for row, label in enumerate(images.labels)]
     loader = torch.utils.data.DataLoader(
-        data,  # pyright: ignore
+        data,  # pyright: ignore[reportArgumentType]  # any sequence will do, which its types leave out
         optim.batch_size,
         shuffle=True,
         drop_last=True,
@@ -136,10 +138,13 @@ def test_it_reaches_what_plain_training_reaches(tmp_path: Path) -> None:
         engine=EngineConfig(device="cpu", precision="fp32"),
     )
     train, test = load_dataset("digits", None, download=False)
+    assert isinstance(train, ImageArray)
+    assert isinstance(test, ImageArray)
     whole = whole_views(test.read(np.arange(len(test))), 8, *train.statistics(), torch.float32)
     labels = torch.from_numpy(test.labels)
     Trainer(config, tmp_path, console=Console(file=io.StringIO())).train()
     method = load_trained(tmp_path)[1].eval()
+    assert isinstance(method, Supervised)
     network = nn.Sequential(ResNet18("cifar", 8), nn.Linear(64, CLASSES))
     plain = plain_training(network, train, side=8, optim=config.optim, view=config.view, seed=0)
     with torch.inference_mode():
@@ -150,12 +155,13 @@ def test_it_reaches_what_plain_training_reaches(tmp_path: Path) -> None:
 
 
 def test_it_learns_the_labels() -> None:
-    stepper = Stepper(make_method(Supervised))
-    batch = make_batch(views=1)
+    method = make_method(Supervised)
+    stepper, batch = Stepper(method), make_batch(views=1)
     losses = [stepper(batch)["loss"].item() for _ in range(30)]
     assert losses[-1] < 0.1 * losses[0]
-    logits = stepper.method.classifier(stepper.method.encoder(batch.views[0]))
-    assert torch.equal(logits.argmax(dim=1), inputs_of(stepper.method, batch)[1])
+    (view,), labels = inputs_of(method, batch)
+    assert labels is not None
+    assert torch.equal(method.classifier(method.encoder(view)).argmax(dim=1), labels)
 
 
 def test_there_is_nothing_but_the_network() -> None:

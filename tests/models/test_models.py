@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 
+from mnclglf.config import Stem
 from mnclglf.models.batch_norm import batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.heads import predictor, projector
@@ -11,7 +12,7 @@ from mnclglf.models.momentum import momentum_copy, update_momentum
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 16), ("imagenet", 64)])
-def test_resnet_equals_torchvision(stem: str, side: int) -> None:
+def test_resnet_equals_torchvision(stem: Stem, side: int) -> None:
     reference = oracles.reference_resnet18(stem=stem).double().train()
     ours = ResNet18(stem).double().train()
     state = reference.state_dict()
@@ -44,24 +45,26 @@ def test_feature_width_is_eight_times_the_width(width: int) -> None:
 def test_gradients_of_images_of_one_pixel_are_not_what_memory_held(dtype: torch.dtype) -> None:
     """Views of 8 pixels have patches of 4, of which the last stage strides over 1: eight taps in nine see padding."""
     network = ResNet18(width=4).to(memory_format=torch.channels_last)
-    weight = network.layer4[0].conv1.weight
+    name = "layer4.0.conv1.weight"
     for _ in range(10):
         left_over = [torch.full((2**16,), torch.nan) for _ in range(8)]
         del left_over
-        weight.grad = None
+        network.get_parameter(name).grad = None
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             features = network(torch.randn(16, 3, 4, 4).to(memory_format=torch.channels_last))
         features.float().square().sum().backward()
-        assert weight.grad.count_nonzero() == weight.grad[:, :, 1, 1].count_nonzero() > 0
+        gradient = network.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.count_nonzero() == gradient[:, :, 1, 1].count_nonzero() > 0
 
 
 def test_heads_equal_the_paper() -> None:
-    for ours, reference in [
-        (projector(512, 96), oracles.reference_projector(512, 96)),
-        (predictor(96, 24), oracles.reference_predictor(96, 24)),
+    for width, ours, reference in [
+        (512, projector(512, 96), oracles.reference_projector(512, 96)),
+        (96, predictor(96, 24), oracles.reference_predictor(96, 24)),
     ]:
         reference.load_state_dict(ours.state_dict(), strict=False)
-        rows = torch.randn(8, reference[0].in_features)
+        rows = torch.randn(8, width)
         torch.testing.assert_close(ours(rows), reference(rows))
 
 
@@ -84,11 +87,13 @@ def test_momentum_copy_is_its_own_network() -> None:
     follower = momentum_copy(online)
     assert not any(parameter.requires_grad for parameter in follower.parameters())
     follower(torch.randn(2, 3, 16, 16))
-    assert not torch.equal(follower.bn1.running_mean, online.bn1.running_mean)
+    name = "bn1.running_mean"
+    assert not torch.equal(follower.get_buffer(name), online.get_buffer(name))
 
 
 def test_update_momentum_keeps_still_where_told() -> None:
     online, follower = ResNet18(width=4), momentum_copy(ResNet18(width=4))
+    assert isinstance(follower, ResNet18)
     before = follower.conv1.weight.clone()
     update_momentum(follower, online, 0.9, torch.tensor(False))
     assert torch.equal(follower.conv1.weight, before)

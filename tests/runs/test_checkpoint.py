@@ -5,6 +5,7 @@ import errno
 import resource
 import signal
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -114,8 +115,8 @@ def test_another_format_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, step=3)
 
-    def full(value: object, file: object) -> None:
-        file.write(b"half of it")  # type: ignore[attr-defined]
+    def full(value: object, file: BinaryIO) -> None:
+        file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)

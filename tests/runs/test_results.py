@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 
 
-def result(protocol: Protocol = "knn", representation: str = "pretrained", top1: float = 0.5, **more: object) -> Result:
+def result(protocol: Protocol = "knn", representation: str = "pretrained", top1: float = 0.5, **more: Any) -> Result:
     return Result(protocol=protocol, representation=representation, split="test", top1=top1, top5=1.0, **more)
 
 
@@ -34,7 +35,8 @@ def test_saving_merges_by_protocol_representation_and_split(tmp_path: Path):
 
 def test_shares_of_labels_and_milestones_do_not_replace_one_another(tmp_path: Path):
     path = tmp_path / "evaluation.json"
-    found = [result("linear", **own) for own in ({}, {"label_share": 0.1}, {"epoch": 50.0}, {"epoch": 100.0})]
+    own: list[dict[str, Any]] = [{}, {"label_share": 0.1}, {"epoch": 50.0}, {"epoch": 100.0}]
+    found = [result("linear", **more) for more in own]
     save_results(path, found[:2])
     assert save_results(path, found[2:]) == found
     better = dataclasses.replace(found[2], top1=0.9)

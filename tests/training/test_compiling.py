@@ -1,7 +1,8 @@
 """Tests of compiling: one unbroken graph, decided and reported once, with a fallback to eager."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from training.test_step import (
     FP64,
     assert_same_training,
@@ -35,9 +37,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Records torch.compile's arguments; Dynamo and autograd's tracing run, code generation does not."""
-    compiler, found = torch.compile, {}
+    found: dict[str, object] = {}
+    compiler = torch.compile
 
-    def record(method: object, **how: object) -> object:
+    def record(method: Callable[..., object], **how: object) -> object:
         found.update(how)
         return compiler(method, fullgraph=True, dynamic=False, backend="aot_eager")
 
@@ -74,9 +77,10 @@ class FullPrecision(nn.Linear):
 
 def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dict[str, object]) -> None:
     """Checks a fix: autograd's tracing would put the backward under the forward's autocast, with errors of 2^-9."""
-    method, views = FullPrecision(64, 32), [torch.randn(48, 64)]
-    gradients = []
-    for forward in (method, compiled(method, graphs=False)):
+    method: Any = FullPrecision(64, 32)  # all that `compiled` asks of a method is its forward
+    views, gradients = [torch.randn(48, 64)], []
+    forwards: list[Any] = [method, compiled(method, graphs=False)]
+    for forward in forwards:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             total = forward(views)
         gradients += torch.autograd.grad(total, [method.weight])
@@ -89,7 +93,7 @@ def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatc
         "torch.compile", lambda method, **how: calls.append(how) or (lambda *inputs: calls.append(inputs))
     )
     monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: calls.append("begin"))
-    forward = compiled(make_method(), graphs=True)
+    forward: Any = compiled(make_method(), graphs=True)  # called with words for tensors
     forward(["views"], "labels")
     assert calls == [{"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}, "begin", (["views"], "labels")]
 
@@ -100,7 +104,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "NVIDIA GeForce RTX 3090")
 
-    def choose(device: torch.device, *, problem: str | None = None, **engine: object) -> str:
+    def choose(device: torch.device, *, problem: str | None = None, **engine: Any) -> str:
         monkeypatch.setattr(compiling, "compiler_problem", lambda device: problem)
         said: list[str] = []
         return choose_compile(EngineConfig(**engine), device, said.append) + "".join(f"; {text}" for text in said)
@@ -135,19 +139,19 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "needs a C++ compiler (apt install g++)" in compiler_problem(CPU)
-    assert "needs a C compiler (apt install gcc)" in compiler_problem(CUDA)
+    assert "needs a C++ compiler (apt install g++)" in (compiler_problem(CPU) or "")
+    assert "needs a C compiler (apt install gcc)" in (compiler_problem(CUDA) or "")
     for name in ("g++", "gcc"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
     headers = tmp_path / "include"
     headers.mkdir()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(headers))
-    assert "there is no Python.h" in compiler_problem(CPU)
+    assert "there is no Python.h" in (compiler_problem(CPU) or "")
     (headers / "Python.h").write_text("")
     assert compiler_problem(CPU) is None
     monkeypatch.setattr(compiling, "HAS_TRITON", False)
-    assert "triton is not installed" in compiler_problem(CUDA)
+    assert "triton is not installed" in (compiler_problem(CUDA) or "")
 
 
 def test_a_proof_holds_for_its_machine_and_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -167,13 +171,22 @@ def test_a_proof_holds_for_its_machine_and_versions(monkeypatch: pytest.MonkeyPa
     assert graphs_proven(CPU)
 
 
-def failing(views: object) -> None:
+def failing(views: Sequence[int]) -> NoReturn:
     raise BackendCompilerFailed(compiling, ValueError("no such instruction"), None)
+
+
+def total(views: Sequence[int]) -> Any:
+    """Takes the place of a forward, with a number for its losses."""
+    return sum(views)
+
+
+def faulty(views: Sequence[int]) -> Any:
+    return 1 / 0
 
 
 def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
     said: list[str] = []
-    forward = or_eager(failing, lambda views: sum(views), said.append)
+    forward = or_eager(failing, total, said.append)
     assert [forward([1, 2]), forward([3, 4])] == [3, 7]
     assert len(said) == 1
     assert said[0].startswith("torch.compile failed, the step stays eager: ")
@@ -181,16 +194,17 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
 
 
 def test_graphs_and_checkpointing_exclude_each_other() -> None:
-    for switch in ("compile", "graphs"):
+    switches: list[dict[str, Any]] = [{"compile": "on"}, {"graphs": "on"}]
+    for switch in switches:
         with pytest.raises(ValueError, match="leave --compile on and --graphs on out"):
-            EngineConfig(activation_checkpointing=True, **{switch: "on"})
+            EngineConfig(activation_checkpointing=True, **switch)
 
 
 def test_an_error_of_the_eager_forward_is_not_hidden() -> None:
     with pytest.raises(BackendCompilerFailed):
         or_eager(failing, failing, print)([1])
     with pytest.raises(ZeroDivisionError):
-        or_eager(lambda views: 1 / 0, lambda views: 1, print)([1])
+        or_eager(faulty, total, print)([1])
 
 
 @pytest.mark.gpu
@@ -203,7 +217,7 @@ def test_a_compiled_step_trains_as_the_eager_one_on_the_gpu(how: str, dtype: tor
     """
     torch._dynamo.reset()
     with (
-        torch._inductor.config.patch({"triton.cudagraph_or_error": True, "graph_partition": False}),
+        inductor.patch({"triton.cudagraph_or_error": True, "graph_partition": False}),
         torch._dynamo.config.patch(error_on_recompile=True),
     ):
         ours = trained(EngineConfig(), dtype=dtype, compile=how, steps=5, device=CUDA)

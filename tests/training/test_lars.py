@@ -55,7 +55,9 @@ def trained(
             parameter.grad = gradient.clone()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, step, strict=True))
+        for parameter, gradient in zip(parameters, step, strict=True):
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, gradient)
     return [parameter.detach() for parameter in parameters]
 
 

@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
 
-from mnclglf.cli import parse
+from mnclglf.cli import Train, parse
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
-from mnclglf.data.loader import Batch, Loader, batch_indices
-from mnclglf.methods import METHODS, Losses
+from mnclglf.data.images import ImageArray
+from mnclglf.data.loader import Batch, batch_indices
+from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.metrics import read_records
@@ -39,7 +42,9 @@ ARGUMENTS = shlex.split(
     "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
     "--one-embedding --epochs 3 --batch-size 32 --lr 0.05 --device cpu --log-every 2 --save-every 0.5"
 )
-CONFIG = parse(["train", *ARGUMENTS]).config
+COMMAND = parse(["train", *ARGUMENTS])
+assert isinstance(COMMAND, Train)
+CONFIG = COMMAND.config
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +56,27 @@ def silent() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def trainer(out: Path, *, resume: str = "auto", console: Console | None = None, **changes: object) -> Trainer:
+def printed(console: Console) -> str:
+    """Returns what a silent console was told."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def digits() -> Bunch:
+    """scikit-learn's digits, as they are published."""
+    return cast(Bunch, load_digits())
+
+
+def trainer(out: Path, *, resume: str = "auto", console: Console | None = None, **changes: Any) -> Trainer:
     config = dataclasses.replace(CONFIG, **changes)
     return Trainer(config, out, resume=resume, console=console or silent())
 
 
-def final_state(out: Path) -> dict[str, object]:
+def final_state(out: Path) -> dict[str, Any]:
     return load_checkpoint(list_checkpoints(out / "checkpoints")[-1][1])
 
 
-def assert_identical(first: object, second: object, name: str = "state") -> None:
+def assert_identical(first: object, second: Any, name: str = "state") -> None:
     """Asserts equality to the bit, through nested dicts and lists."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), name
@@ -121,7 +137,7 @@ def test_the_momentum_network_follows_the_schedule(tmp_path: Path) -> None:
     run, taken = trainer(tmp_path / "run", method="byol", objective=objective), []
     after_step = run.method.after_step
 
-    def watched(*args: object, momentum: float, **kwargs: object) -> None:
+    def watched(*args: Any, momentum: float, **kwargs: Any) -> None:
         taken.append(momentum)
         after_step(*args, momentum=momentum, **kwargs)
 
@@ -141,26 +157,23 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(straight: Path, t
     assert figures(tmp_path / "other") != figures(straight)
 
 
-class LoaderThat:
-    """A loader that calls a function at the batch of one step."""
+def at_batch(run: Trainer, step: int, act: Callable[[Batch], object]) -> None:
+    """Makes the run's loader call a function at the batch of one step."""
+    batches = run.loader.batches
 
-    def __init__(self, loader: Loader, step: int, act: Callable[[Batch], object]) -> None:
-        self.loader, self.step, self.act = loader, step, act
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)
-
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        for step, batch in enumerate(self.loader.batches(start, stop), start):
-            if step == self.step:
-                self.act(batch)
+    def acting(start: int, stop: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(start, stop), start):
+            if number == step:
+                act(batch)
             yield batch
+
+    run.loader.batches = acting
 
 
 def signalled(out: Path, step: int, number: int) -> Trainer:
     """Makes a trainer whose process gets a signal while it waits for the batch of a step."""
     made = trainer(out)
-    made.loader = LoaderThat(made.loader, step, lambda batch: os.kill(os.getpid(), number))
+    at_batch(made, step, lambda batch: os.kill(os.getpid(), number))
     return made
 
 
@@ -179,13 +192,13 @@ def test_stopped_and_resumed_equals_straight(straight: Path, tmp_path: Path, num
 
 def test_stopped_and_resumed_equals_straight_with_dali_in_bf16(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
-    settings = {
+    settings: dict[str, Any] = {
         "data": dataclasses.replace(CONFIG.data, loader="dali"),
         "engine": dataclasses.replace(CONFIG.engine, precision="bf16"),
     }
     trainer(tmp_path / "straight", **settings).train()
     stopped = trainer(tmp_path / "stopped", **settings)
-    stopped.loader = LoaderThat(stopped.loader, 6, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+    at_batch(stopped, 6, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped.train() == signal.SIGTERM
     trainer(tmp_path / "stopped", **settings).train()
     assert_identical(final_state(tmp_path / "stopped"), final_state(tmp_path / "straight"))
@@ -247,7 +260,8 @@ def test_a_finished_run_is_not_trained_again(straight: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_larger_than_the_queue_is_refused_where_there_is_a_queue(method: MethodName, tmp_path: Path) -> None:
     engine = dataclasses.replace(CONFIG.engine, precision="fp32")  # oneDNN's bf16 gradients of 1 x 1 images have NaN
-    small = dict(method=method, objective=dataclasses.replace(CONFIG.objective, queue_size=31), engine=engine)
+    objective = dataclasses.replace(CONFIG.objective, queue_size=31)
+    small: dict[str, Any] = dict(method=method, objective=objective, engine=engine)
     if hasattr(METHODS[method](ModelConfig(width=2, classes=10), ObjectiveConfig(queue_size=31)), "queue"):
         with pytest.raises(
             ValueError, match=r"batch_size 32 is more than queue_size 31: .*raise --queue-size or lower"
@@ -328,7 +342,7 @@ def test_milestones_stay(tmp_path: Path) -> None:
 
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
-    broken.loader = LoaderThat(broken.loader, 5, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 5, lambda batch: batch.views[1].fill_(torch.nan))
     with pytest.raises(
         TrainingError, match=r"step 6: loss_m, gradient, keys not finite; the batch holds the data set's"
     ):
@@ -337,8 +351,9 @@ def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None
     assert [record["step"] for record in figures(tmp_path)] == [2, 4]
     failure = json.loads((tmp_path / "nonfinite.json").read_text())
     assert (failure["step"], failure["terms"]) == (6, ["loss_m", "gradient", "keys"])
+    assert isinstance(broken.images, ImageArray)
     pixels = broken.images.images[next(broken.loader.batches(5, 6)).indices.numpy()]
-    published = np.rint(load_digits().images[failure["images"]] * (255 / 16))
+    published = np.rint(digits().images[failure["images"]] * (255 / 16))
     assert np.array_equal(published, pixels[..., 0])
     for name, value in broken.method.named_parameters():
         assert value.isfinite().all(), name
@@ -348,9 +363,11 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
 
     def spoil(batch: Batch) -> None:
-        broken.method.momentum[0].bn1.running_var[0] = torch.inf  # the batch norms still train on finite values
+        broken.method.momentum.get_buffer("0.bn1.running_var")[0] = (
+            torch.inf
+        )  # the batch norms still train on finite values
 
-    broken.loader = LoaderThat(broken.loader, 3, spoil)
+    at_batch(broken, 3, spoil)
     with pytest.raises(TrainingError, match=r"after step 4 momentum\.0\.bn1\.running_var hold values .* not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
@@ -359,7 +376,7 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     console = silent()
     trainer(tmp_path, console=console).train()
-    text = console.file.getvalue()
+    text = printed(console)
     assert "mnclglf on digits: 128 images of side 8, 3 epochs of 4 steps, device cpu" in text
     assert "estimated time: 0:00:" in text
     assert re.search(r"roofline: [\d.e-]+ s per step \(this CPU, [\d.]+ TFLOP/s, [\d.]+ GB/s\)", text)
@@ -430,7 +447,8 @@ def test_waiting_is_the_time_between_a_step_and_its_batch() -> None:
                 yield f"batch {number}"
 
     waiting, waits = Waiting(clock), []
-    for step, batch, wait in waiting.timed(Slow(), 3, 7):
+    slow: Any = Slow()  # in the place of a loader, with words for batches
+    for step, batch, wait in waiting.timed(slow, 3, 7):
         assert batch == f"batch {step}"
         waits.append(wait)
         clock.now += 2.0  # the step
@@ -442,9 +460,7 @@ def test_waiting_is_the_time_between_a_step_and_its_batch() -> None:
 def test_the_time_waited_for_data_is_said_and_kept(straight: Path, tmp_path: Path) -> None:
     console = silent()
     trainer(tmp_path, console=console).train()
-    assert re.search(
-        r"waited \d+\.\d% of the time for data, and \d+\.\d s for the first batch", console.file.getvalue()
-    )
+    assert re.search(r"waited \d+\.\d% of the time for data, and \d+\.\d s for the first batch", printed(console))
     assert all(record["data_wait_seconds"] >= 0 for record in read_records(straight / "metrics.jsonl")[0])
 
 
@@ -481,7 +497,7 @@ def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> Non
         pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 11 + number % 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
     data = dataclasses.replace(CONFIG.data, train_images=None, loader=loader)
-    changes = dict(dataset=f"folder:{folder}", data=data)
+    changes: dict[str, Any] = dict(dataset=f"folder:{folder}", data=data)
     run = trainer(tmp_path / "run", **changes)
     assert run.train() is None
     records = read_records(tmp_path / "run" / "metrics.jsonl")[0]
@@ -494,7 +510,7 @@ def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> Non
             trainer(tmp_path / "none", method="supervised", **changes)
         assert not (tmp_path / "none").exists()
     broken = trainer(tmp_path / "broken", **changes)
-    broken.loader = LoaderThat(broken.loader, 1, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 1, lambda batch: batch.views[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"the batch holds the data set's images (a/|b/|)\d\d\.png"):
         broken.train()
 
@@ -503,7 +519,7 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     run = trainer(tmp_path, method="supervised")
     forward, seen = run.step.forward, []
 
-    def watched(views: list[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
+    def watched(views: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
         seen.append((len(views), labels))
         return forward(views, labels)
 
@@ -513,11 +529,13 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     for step, (views, labels) in enumerate(seen):
         rows = batch_indices(CONFIG.seed, step, 128, 32)
         assert views == 1
-        assert labels.tolist() == load_digits().target[run.images.published_rows(rows)].tolist()
+        assert labels is not None
+        assert labels.tolist() == digits().target[run.images.published_rows(rows)].tolist()
     records = read_records(tmp_path / "metrics.jsonl")[0]
     assert all(record["cross_entropy"] == record["loss"] for record in records)
     assert all(record["queue_fill"] is None and record["neighbor_agreement"] is None for record in records)
     config, method, _ = load_trained(tmp_path)
+    assert isinstance(method, Supervised)
     assert config.model.classes == method.classifier.out_features == 10
     assert trainer(tmp_path, method="supervised").start == STEPS  # the saved number of classes is the data set's
     assert write_report(tmp_path).exists()
@@ -534,7 +552,8 @@ def test_a_folder_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02}.png")
-    changes = dict(dataset=f"folder:{tmp_path / 'photos'}", data=dataclasses.replace(CONFIG.data, train_images=None))
+    data = dataclasses.replace(CONFIG.data, train_images=None)
+    changes: dict[str, Any] = dict(dataset=f"folder:{tmp_path / 'photos'}", data=data)
     trainer(tmp_path / "run", **changes).train()
     (tmp_path / "photos" / "07.png").unlink()
     with pytest.raises(CheckpointError, match="other images"):

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from training.test_step import FP64, MODEL, NoReadBack, make_batch, make_method
 
-from mnclglf.cli import main, parse
+from mnclglf.cli import Train, main, parse
 from mnclglf.config import EngineConfig, ObjectiveConfig, OptimConfig, RunConfig, from_dict, to_dict
+from mnclglf.data.loader import Batch
 from mnclglf.methods import SimSiam
 from mnclglf.runs.checkpoint import list_checkpoints, load_checkpoint
 from mnclglf.runs.files import differences, read_config
 from mnclglf.training.guard import NonFiniteError
+from mnclglf.training.lars import LARS
 from mnclglf.training.loop import Trainer
 from mnclglf.training.optim import OPTIMIZERS, make_optimizer
 from mnclglf.training.step import TrainStep
@@ -38,7 +41,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def optim(name: str, **changes: object) -> OptimConfig:
+def configuration(arguments: list[str]) -> RunConfig:
+    command = parse(arguments)
+    assert isinstance(command, Train)
+    return command.config
+
+
+def optim(name: str, **changes: Any) -> OptimConfig:
     return OptimConfig(optimizer=name, weight_decay=0.01, **changes)
 
 
@@ -46,7 +55,7 @@ def state_of(step: TrainStep) -> dict[str, Tensor]:
     """Every number that a step may change: weights, momentum network, queue and the optimizer's state."""
     found = {name: value.clone() for name, value in step.method.state_dict().items() if "running" not in name}
     found = {name: value for name, value in found.items() if "num_batches" not in name}
-    names = {parameter: name for name, parameter in step.method.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in step.method.named_parameters()}
     for parameter, kept in step.optimizer.state.items():
         found |= {f"{names[parameter]}: {key}": value.clone() for key, value in kept.items()}
     return found
@@ -180,13 +189,13 @@ def test_a_run_trains_resumes_and_tells_its_optimizer(name: str, tmp_path: Path)
     arguments = [*RUN, "--optimizer", name]
     assert main([*arguments, "--out", str(tmp_path / "straight")]) == 0
     assert read_config(tmp_path / "straight").optim.optimizer == name
-    config = parse(arguments).config
+    config = configuration(arguments)
     run = Trainer(config, tmp_path / "halved", console=Console(file=io.StringIO()))
     end = run.schedule.total_steps
     run.schedule = dataclasses.replace(run.schedule, total_steps=end)  # the same rates
     batches = run.loader.batches
 
-    def first_half(start: int, stop: int) -> Iterator[object]:
+    def first_half(start: int, stop: int) -> Iterator[Batch]:
         for step, batch in enumerate(batches(start, stop), start):
             if step == end // 2:
                 raise KeyboardInterrupt
@@ -207,7 +216,7 @@ def test_a_run_trains_resumes_and_tells_its_optimizer(name: str, tmp_path: Path)
 
 
 def test_an_optimizer_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    config = parse([*RUN, "--optimizer", "adagrad"]).config
+    config = configuration([*RUN, "--optimizer", "adagrad"])
     with pytest.raises(ValueError, match=r"optimizer 'adagrad'.*sgd, lars"):
         Trainer(config, tmp_path / "run", console=Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
@@ -261,6 +270,7 @@ def test_lars_of_a_network_agrees_with_loops_over_its_numbers(decay: float) -> N
     parameters = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
     config = OptimConfig(optimizer="lars", weight_decay=decay)
     optimizer = OPTIMIZERS["lars"]([[*parameters.values()]], config)
+    assert isinstance(optimizer, LARS)
     rates = [0.8 * math.cos(step / 4) for step in range(6)]
     gradients = {name: [draw(*weight.shape) for _ in rates] for name, weight in weights.items()}
     for step, rate in enumerate(rates):
@@ -286,6 +296,7 @@ def test_lars_adapts_and_decays_weights_but_neither_biases_nor_norms() -> None:
     """By the kind of module that a parameter belongs to."""
     method = SimSiam(MODEL, ObjectiveConfig()).train()
     optimizer = make_optimizer(method, optim("lars"))
+    assert isinstance(optimizer, LARS)
     multiplied = {
         module.weight for module in method.modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }  # fmt: skip
@@ -312,6 +323,7 @@ def test_lars_adapts_and_decays_weights_but_neither_biases_nor_norms() -> None:
 def test_lars_on_the_meta_device_asks_for_no_value() -> None:
     parameters = [nn.Parameter(torch.empty(4, 3, device="meta")), nn.Parameter(torch.empty(4, device="meta"))]
     optimizer = OPTIMIZERS["lars"]([parameters], OptimConfig(optimizer="lars"))
+    assert isinstance(optimizer, LARS)
     optimizer.found_inf = torch.empty((), device="meta")
     for group in optimizer.param_groups:
         group["lr"] = torch.empty((), device="meta")

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig
+from mnclglf.methods import MNCLGLF
 from mnclglf.recipes import paper
 from mnclglf.training import roofline as limit
 from mnclglf.training.roofline import Counter, Part, Peaks, measured_peaks, nominal_peaks, peaks_of, step_parts
@@ -25,8 +26,9 @@ SMALL = dataclasses.replace(
 
 def test_a_small_network_by_hand():
     with torch.device("meta"):
-        network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        network[1].num_batches_tracked = None
+        norm = nn.BatchNorm2d(8)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU())
+        norm.num_batches_tracked = None
         images = torch.empty(2, 3, 6, 4)
     with Counter(pads=True) as counter:
         network(images).sum().backward()
@@ -68,6 +70,7 @@ def test_an_operator_counts_at_the_sizes_of_the_method_that_calls_it():
 def test_updates_move_their_weights():
     parts = step_parts(SMALL, 16, "bf16")
     method = build_method(SMALL, torch.bfloat16)
+    assert isinstance(method, MNCLGLF)
     trained = sum(p.numel() for p in (*method.encoder.parameters(), *method.projector.parameters()))
     trained += sum(p.numel() for p in method.predictor.parameters())
     followed = sum(p.numel() for p in method.momentum.parameters())

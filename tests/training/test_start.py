@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ CONFIG = RunConfig(
 )
 
 
-def choose(**engine: object) -> tuple[Backends, str]:
+def choose(**engine: Any) -> tuple[Backends, str]:
     """Returns (backends, printed text) with the kernels interpreted on the CPU."""
     config = dataclasses.replace(CONFIG, engine=EngineConfig(**engine))
-    console = Console(file=io.StringIO())
-    return choose_backends(config, 16, 16, Machine(CPU, torch.float32), console), console.file.getvalue()
+    said = io.StringIO()
+    return choose_backends(config, 16, 16, Machine(CPU, torch.float32), Console(file=said)), said.getvalue()
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def make_method(
 ) -> MNCLGLF:
     torch.manual_seed(0)
     method = MNCLGLF(MODEL, ObjectiveConfig(queue_size=40, one_embedding=one_embedding), queue_dtype=dtype)
-    return method.to(device, torch.promote_types(dtype, torch.float32), memory_format=memory_format).train()
+    method.to(device, torch.promote_types(dtype, torch.float32))
+    return method.to(memory_format=memory_format).train()
 
 
 def make_batch(device: torch.device = CPU, dtype: torch.dtype = torch.float32, first: int = 0) -> Batch:
@@ -141,6 +142,7 @@ def test_a_gradient_is_clipped_as_pytorch_clips_it(clip_norm: float) -> None:
     assert 0.1 < unclipped < 1e6
     torch.testing.assert_close(norm, unclipped)
     for ours, parameter in zip(method.trained_parameters(), parameters, strict=True):
+        assert parameter.grad is not None
         expected = parameter - 0.5 * (parameter.grad + 0.01 * parameter)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # fp32: the same products, fused or not
 
@@ -150,7 +152,7 @@ def assert_same_training(first: Any, second: Any, *, rtol: float, atol: float) -
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-FP64 = {"rtol": 1e-9, "atol": 1e-10}
+FP64: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 """Tolerance: 2^-53 per rounding, times a million for twenty layers of batch norms of 16 images and the steps."""
 SWITCHES = {
     "channels_last": dataclasses.replace(PLAIN, channels_last=True),
@@ -397,7 +399,8 @@ def test_the_state_goes_on_in_another_memory_format() -> None:
 
 
 def test_fast_math_is_switched_by_one_interface() -> None:
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
+    matmul, convolution = torch.backends.cuda.matmul, cudnn.conv
     before = matmul.fp32_precision, convolution.fp32_precision, torch.backends.cudnn.benchmark
     try:
         for on in (True, False):
