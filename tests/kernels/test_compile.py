@@ -1,11 +1,14 @@
 """Tests of each operator under torch.compile(fullgraph=True), forward and backward, against eager mode."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import (
+    Backend,
     augment,
     combine,
     contrastive_loss,
@@ -28,9 +31,9 @@ NAMES = (
     "queue_contrastive_loss",
 )
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-FP32 = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
+FP32: dict[str, Any] = dict(rtol=1e-5, atol=1e-6)  # a compiler may fuse and reorder fp32 sums of up to 60 terms
 # One unit in the last place of bf16 at 1.0 and at 0.5: a product may round differently.
-BF16 = dict(rtol=2**-7, atol=2**-8)
+BF16: dict[str, Any] = dict(rtol=2**-7, atol=2**-8)
 
 CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 
@@ -40,7 +43,7 @@ def uninitialised_memory_is_filled() -> None:
     """Overrides the fixture of conftest.py: deterministic algorithms would change the code that Inductor generates."""
 
 
-def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> dict[str, Tensor]:
+def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: Backend) -> dict[str, Tensor]:
     """Returns a scalar of each operator by name. It is one function because each graph costs Inductor seconds."""
     rows = images.flatten(1) @ weight
     index = nearest_neighbor(rows, queue, backend=backend)
@@ -57,7 +60,7 @@ def operators(images: Tensor, weight: Tensor, queue: Tensor, backend: str) -> di
     }
 
 
-def with_gradients(function, name: str, backend: str, autocast: bool) -> tuple[Tensor, ...]:
+def with_gradients(function, name: str, backend: Backend, autocast: bool) -> tuple[Tensor, ...]:
     """Returns (result, gradient of images, gradient of weight) of one operator, on the same numbers each time."""
     torch.manual_seed(5)
     images, weight, queue = torch.randn(5, 2, 4, 4), torch.randn(32, 7), F.normalize(torch.randn(17, 7))
@@ -65,6 +68,8 @@ def with_gradients(function, name: str, backend: str, autocast: bool) -> tuple[T
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         result = function(*leaves, queue, backend)[name]
     result.backward()
+    assert images.grad is not None
+    assert weight.grad is not None
     return result.detach(), images.grad, weight.grad
 
 
@@ -132,7 +137,7 @@ def test_augment(compiler, backend):
     )
 
     def brightest(*tensors: Tensor) -> Tensor:
-        return augment(*tensors, ViewFormat(6, rotates=True), backend=backend).amax((2, 3))
+        return augment(*tensors, view_format=ViewFormat(6, rotates=True), backend=backend).amax((2, 3))
 
     compiled = torch.compile(brightest, fullgraph=True, backend=compiler)
     # A sum at a half may become another whole level, up to 3 of 255 away after the jitter.
