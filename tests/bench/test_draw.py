@@ -16,7 +16,8 @@ def row(backend: str, *, dtype: str = "fp32", operator: str = "divide", **change
     known: dict[str, Any] = dict(
         operator=operator, shape="N 1", direction="forward", backend=backend, dtype=dtype, seconds=[0.002]
     )
-    return OperatorMeasurement(**(known | dict(ratio=None, like_with_like=None, peak_bytes=3 * MIB) | changes))
+    known |= dict(ratio=None, like_with_like=None, peak_bytes=3 * MIB)
+    return OperatorMeasurement(**(known | changes))
 
 
 def test_table_has_no_figure_for_what_was_not_measured():

@@ -11,7 +11,7 @@ import pytest
 
 from bench import gpu_report
 from bench.gpu_report import MARK, main, markdown, report
-from bench.gpu_stages import STAGES, Stage
+from bench.gpu_stages import STAGES, Figures, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 # What each injected stage does in its process.
@@ -89,7 +89,10 @@ def test_without_a_gpu_its_stages_are_named_and_not_run(program, tmp_path, monke
 
 
 def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
-    injected = {"raises": Stage("Raises", lambda: 1 / 0, 60, needs_gpu=False)}
+    def raises() -> Figures:
+        raise ZeroDivisionError
+
+    injected = {"raises": Stage("Raises", raises, 60, needs_gpu=False)}
     monkeypatch.setitem(STAGES, "wrong", Stage("Wrong", lambda: {gpu_report.WRONG: ["a"]}, 60, needs_gpu=False))
     assert main(["--stage", "wrong"]) == 1
     for name, code in (("environment", 0), ("raises", 1)):
@@ -102,7 +105,7 @@ def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
 def test_what_has_passed_is_remembered(failing, monkeypatch, tmp_path):
     remembered = []
     monkeypatch.setattr(gpu_report, "remember_proof", remembered.append)
-    outcomes = {name: "failed" if name == failing else "passed" for name in STAGES}
+    outcomes: dict[str, gpu_report.Outcome] = {name: "failed" if name == failing else "passed" for name in STAGES}
     results = [gpu_report.Result(name, name, outcome) for name, outcome in outcomes.items()]
     monkeypatch.setattr(gpu_report, "report", lambda *_: results)
     main(["--out", str(tmp_path / "report")])

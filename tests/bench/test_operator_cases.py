@@ -1,6 +1,7 @@
 """bench/operator_cases.py: every operator of the table has cases, and its implementations compute the same."""
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bench import harness, operator_cases
 from bench.harness import BOTH, DEVICE, DIRECTIONS, BenchCase, Implementation
 from bench.operator_cases import BENCHES, Shape, all_cases, bench_of, cases, contrastive_inputs, enqueue_inputs
-from mnclglf_kernels import combine
+from mnclglf_kernels import Backend, combine
 from mnclglf_kernels.operators import OPERATORS, Operator
 from mnclglf_kernels.sizes import Sizes
 
@@ -42,6 +43,7 @@ def computed(case: BenchCase, implementation: Implementation) -> torch.Tensor:
     """Returns everything that one call computes, from the same inputs each time."""
     torch.manual_seed(0)
     results = harness.call(case, implementation)()
+    assert isinstance(results, Sequence)
     return torch.cat([result.detach().double().flatten() for result in results])
 
 
@@ -95,7 +97,7 @@ def test_every_operator_of_the_table_is_measured():
 def test_an_operator_without_an_entry_is_measured_against_its_pytorch_form(monkeypatch):
     """A new row of the table needs no edit in bench/."""
 
-    def toy(features: torch.Tensor, k: int, *, backend: str) -> torch.Tensor:
+    def toy(features: torch.Tensor, k: int, *, backend: Backend) -> torch.Tensor:
         return combine(features, k, backend=backend)
 
     row = Operator(function=toy, kind="elementwise", inputs=OPERATORS["combine"].inputs)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -32,12 +33,13 @@ def failing_and_passing(tmp_path: Path) -> list[str]:
 def test_no_speed_is_reported_when_the_tests_fail(failing_and_passing, monkeypatch):
     monkeypatch.delenv("MNCLGLF_BENCH_PROVEN", raising=False)
     failing, passing = failing_and_passing
-    config = SimpleNamespace(cache=Cache())
+    cache = Cache()
+    config = cast(pytest.Config, SimpleNamespace(cache=cache))
     with pytest.raises(pytest.exit.Exception, match="tests fail"):
         proof.require_proof(config, [failing])
-    assert not config.cache.kept
+    assert not cache.kept
     proof.require_proof(config, [passing])
-    assert config.cache.kept == {proof.KEPT: proof.digest()}
+    assert cache.kept == {proof.KEPT: proof.digest()}
     proof.require_proof(config, [failing])  # not run again: nothing has changed
 
 

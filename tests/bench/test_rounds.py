@@ -17,10 +17,14 @@ def test_steps_run_in_rounds_in_processes_of_their_own():
     for row in rows.values():
         assert len(row.seconds) == len(rates) == 2
         assert min(row.seconds) > 0
+        assert row.tflop is not None
         assert row.tflop > 0
+        assert row.peak_bytes is not None
         assert row.peak_bytes > 2**20
     assert rows[REFERENCE].ratio is None
-    assert rows[EAGER].ratio.least > 0
+    ratio = rows[EAGER].ratio
+    assert ratio is not None
+    assert ratio.least > 0
 
 
 def test_a_process_that_ends_is_named():

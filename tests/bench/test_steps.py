@@ -23,7 +23,11 @@ def states(name: str) -> list[float]:
     step, found = ABLATION[name](TINY, CPU), []
     for _ in range(2):
         result = step()
-        found.append(result["loss"] if isinstance(result, dict) else result[0].total.item())
+        if isinstance(result, dict):  # as the step as printed returns
+            found.append(result["loss"])
+        else:
+            assert isinstance(result, tuple)
+            found.append(result[0].total.item())
     return found
 
 

@@ -98,8 +98,9 @@ class _Python2Pickler(pickle._Pickler):
 
     def save_str2(self, value: str | bytes) -> None:
         data = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
-        self.memoize(value)
+        pickler: Any = self  # the stubs leave out the methods that _Pickler calls
+        pickler.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        pickler.memoize(value)
 
     dispatch[str] = dispatch[bytes] = save_str2
 

@@ -36,9 +36,17 @@ def no_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "download_url", refuse)
 
 
+def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> tuple[ImageArray, ImageArray]:
+    """Returns the training and the test images of a data set that has both, and in memory."""
+    train, test = load_dataset(name, data_dir, download=download)
+    assert isinstance(train, ImageArray)
+    assert isinstance(test, ImageArray)
+    return train, test
+
+
 @pytest.mark.parametrize(("name", "train", "test", "side"), [("mnist5k", 4000, 1000, 28), ("digits", 1447, 350, 8)])
 def test_digits_are_split_evenly_and_for_good(name: str, train: int, test: int, side: int) -> None:
-    sets = load_dataset(name)
+    sets = load(name)
     assert [len(part) for part in sets] == [train, test]
     for part, split in zip(sets, ("train", "test"), strict=True):
         assert (part.name, part.split, part.classes) == (name, split, tuple("0123456789"))
@@ -53,7 +61,7 @@ def test_digits_are_split_evenly_and_for_good(name: str, train: int, test: int, 
 
 
 def test_no_image_is_in_both_parts_and_labels_stay_with_images() -> None:
-    train, test = load_dataset("digits")
+    train, test = load("digits")
     whole = np.concatenate([train.images, test.images])[..., 0].reshape(-1, 64)
 
     pixels, labels = load_digits(return_X_y=True)
@@ -66,7 +74,7 @@ def test_no_image_is_in_both_parts_and_labels_stay_with_images() -> None:
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_the_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion_mnist, "DEBIAN", DEBIAN)
-    train, test = load_dataset("fashion_mnist")
+    train, test = load("fashion_mnist")
     assert train.images.shape == (60_000, 28, 28, 3)
     assert test.images.shape == (10_000, 28, 28, 3)
     assert set(np.bincount(train.labels)) == {6000}
@@ -88,7 +96,7 @@ def write_fashion_mnist(folder: Path, *, suffix: str = ".gz", images: int = 60_0
 @pytest.mark.parametrize("where", ["files", "FashionMNIST/raw"])
 def test_fashion_mnist_in_a_folder(tmp_path: Path, where: str) -> None:
     write_fashion_mnist(tmp_path / "d" / where, suffix="" if where == "files" else ".gz")
-    train, test = load_dataset("fashion_mnist", tmp_path / "d" / where if where == "files" else tmp_path / "d")
+    train, test = load("fashion_mnist", tmp_path / "d" / where if where == "files" else tmp_path / "d")
     assert (len(train), len(test)) == (60_000, 10_000)
     assert (train.labels[:11] == [3] + [0] * 9 + [3]).all()
     assert (train.name, train.split, test.split) == ("fashion_mnist", "train", "test")
@@ -162,7 +170,7 @@ def assert_is_small_cifar10(sets: tuple[ImageArray, ImageArray], pixels: np.ndar
 @pytest.mark.parametrize("place", ["folder", "inside"])
 def test_cifar10_in_a_folder(tmp_path: Path, small_cifar10: np.ndarray, form: str, place: str) -> None:
     batches = write_cifar10(tmp_path, form, small_cifar10)
-    assert_is_small_cifar10(load_dataset("cifar10", tmp_path if place == "folder" else batches), small_cifar10)
+    assert_is_small_cifar10(load("cifar10", tmp_path if place == "folder" else batches), small_cifar10)
 
 
 @pytest.mark.parametrize("form", ["bin", "py"])
@@ -179,9 +187,9 @@ def test_cifar10_in_an_archive(
         load_dataset("cifar10", folder)
     md5 = hashlib.md5((folder / version.archive).read_bytes()).hexdigest()
     monkeypatch.setattr(Cifar10, "forms", (replace(version, md5=md5),))
-    assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)
+    assert_is_small_cifar10(load("cifar10", folder), small_cifar10)
     (folder / version.archive).unlink()
-    assert_is_small_cifar10(load_dataset("cifar10", folder), small_cifar10)  # extracted for good
+    assert_is_small_cifar10(load("cifar10", folder), small_cifar10)  # extracted for good
 
 
 def test_cifar10_that_another_process_unpacks_meanwhile_is_read(
@@ -189,7 +197,7 @@ def test_cifar10_that_another_process_unpacks_meanwhile_is_read(
 ) -> None:
     (tmp_path / Cifar10.forms[0].archive).touch()
     monkeypatch.setattr(cifar, "check_md5", lambda *_: write_cifar10(tmp_path, "bin", small_cifar10))
-    assert_is_small_cifar10(load_dataset("cifar10", tmp_path), small_cifar10)
+    assert_is_small_cifar10(load("cifar10", tmp_path), small_cifar10)
 
 
 def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cifar10: np.ndarray) -> None:
@@ -230,7 +238,7 @@ def write_cifar100(folder: Path, form: str, pixels: np.ndarray) -> Path:
 @pytest.mark.parametrize("form", ["bin", "py"])
 def test_cifar100_has_fine_labels(tmp_path: Path, small_cifar100: np.ndarray, form: str) -> None:
     write_cifar100(tmp_path, form, small_cifar100)
-    train, test = load_dataset("cifar100", tmp_path)
+    train, test = load("cifar100", tmp_path)
     assert (train.labels.tolist(), test.labels.tolist()) == ([90, 91, 92, 93], [94, 95])
     assert (len(train.classes), train.classes[0], train.classes[91], train.classes[99]) == (
         100,
@@ -293,10 +301,10 @@ def test_cifar10_is_fetched_into_the_cache_once(
         (root / filename).write_bytes(archive.read_bytes())
 
     monkeypatch.setattr(utils, "download_url", fetch)
-    assert_is_small_cifar10(load_dataset("cifar10", download=True), small_cifar10)
+    assert_is_small_cifar10(load("cifar10", download=True), small_cifar10)
     assert fetched == [("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md5)]
-    assert_is_small_cifar10(load_dataset("cifar10", download=True), small_cifar10)
-    assert_is_small_cifar10(load_dataset("cifar10"), small_cifar10)
+    assert_is_small_cifar10(load("cifar10", download=True), small_cifar10)
+    assert_is_small_cifar10(load("cifar10"), small_cifar10)
     assert len(fetched) == 1
     assert not list(cache_dir("cifar10").glob("*.part"))
 

@@ -18,6 +18,7 @@ from mnclglf.data import images as images_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageFiles, ImageSet
 from mnclglf.data.sources import cache_dir, folder
 
 
@@ -49,8 +50,10 @@ def root(tmp_path: Path) -> Path:
     return made
 
 
-def load(root: Path, **options: bool):
-    return load_dataset(f"folder:{root}", **options)
+def load(root: Path, *, skip_corrupt: bool = False) -> tuple[ImageFiles, ImageSet | None]:
+    train, test = load_dataset(f"folder:{root}", skip_corrupt=skip_corrupt)
+    assert isinstance(train, ImageFiles)
+    return train, test
 
 
 def test_subfolders_are_classes(root: Path) -> None:
@@ -83,6 +86,7 @@ def test_train_and_val_are_a_split(root: Path, tmp_path: Path, caplog: pytest.Lo
             for number in range(count):
                 write(tmp_path / "split" / part / name / f"{number}.png")
     train, test = load(tmp_path / "split")
+    assert test is not None
     assert (len(train), len(test), train.split, test.split) == (6, 4, "train", "test")
     assert train.classes == test.classes == ("cats", "dogs")
     assert "evaluating on val" in caplog.text

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def cifar(key: bytes) -> bytes:
     return pickle.dumps({b"data": np.zeros((3, 3072), np.uint8), key: [1, 2, 3]}, protocol=2)
 
 
-def tar(mode: str) -> bytes:
+def tar(mode: Literal["w", "w:gz"]) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as file:
         for name in ("made/a.txt", "made/b/c.txt"):

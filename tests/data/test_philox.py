@@ -24,7 +24,7 @@ def test_known_answers(counter: tuple[int, ...], key: int, words: str) -> None:
 
 def test_arrays_of_counters_give_the_words_of_each() -> None:
     rows = np.arange(5)
-    many = philox((1, rows[:, None], np.array([7, 9]), 3), 12345)
+    many = philox((1, rows[:, None].astype(np.uint64), np.array([7, 9], np.uint64), 3), 12345)
     assert many.shape == (4, 5, 2)
     for row in rows:
         for column, word in enumerate((7, 9)):

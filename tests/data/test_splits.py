@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_all_images_stay_in_order_when_none_is_left_out() -> None:
 
 @pytest.mark.parametrize("settings", [{"train_images": 51}, {"validation_images": 50}, {"validation_images": 51},
                                       {"train_images": 31, "validation_images": 20}])  # fmt: skip
-def test_more_images_than_there_are_is_an_error(settings: dict[str, int]) -> None:
+def test_more_images_than_there_are_is_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="made has 50 training images") as raised:
         split_train(numbered(50), DataConfig(**settings))
     for value in settings.values():
@@ -78,10 +79,15 @@ def test_every_class_gives_its_share_of_labels(counts: list[int], share: float, 
 
 
 def test_labels_are_another_choice_for_another_seed() -> None:
-    choices = {tuple(with_labels(image_set(300), 0.1, seed=seed).origin) for seed in range(5)}
+    def chosen(share: float, seed: int) -> list[int]:
+        origin = with_labels(image_set(300), share, seed=seed).origin
+        assert origin is not None
+        return origin.tolist()
+
+    choices = {tuple(chosen(0.1, seed)) for seed in range(5)}
     assert len(choices) == 5
     # pinned, as a later version's choice must be the same
-    assert with_labels(image_set(300), 0.01, seed=0).origin.tolist() == [164, 186, 283]
+    assert chosen(0.01, seed=0) == [164, 186, 283]
 
 
 def test_a_class_without_images_has_no_label_to_take() -> None:

@@ -15,6 +15,7 @@ from mnclglf.cli import main
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageArray
 from mnclglf.data.sources import cache_dir, tinyimagenet
 
 WNIDS = ("n01443537", "n01629819", "n01641577")
@@ -51,8 +52,11 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def load(folder: Path):
-    return load_dataset("tinyimagenet", folder)
+def load(folder: Path) -> tuple[ImageArray, ImageArray]:
+    train, test = load_dataset("tinyimagenet", folder)
+    assert isinstance(train, ImageArray)
+    assert isinstance(test, ImageArray)
+    return train, test
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 from scipy.stats import ks_2samp
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
@@ -24,6 +26,12 @@ OFF = ViewConfig(flip_probability=0, jitter_probability=0, gray_probability=0, b
 
 def draw(config: ViewConfig, height: int = 32, width: int = 32) -> ViewParameters:
     return draw_parameters(5, 2, np.arange(DRAWS), 1, config, height, width)
+
+
+def ks_distance(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Returns the Kolmogorov-Smirnov distance of two samples."""
+    result: Any = ks_2samp(ours, theirs)
+    return result.statistic
 
 
 def assert_rate(share: float, probability: float) -> None:
@@ -51,7 +59,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
         "right": lambda box: box[:, 1] + box[:, 3],
     }
     for name, statistic in statistics.items():
-        distance = ks_2samp(statistic(ours), statistic(theirs)).statistic
+        distance = ks_distance(statistic(ours), statistic(theirs))
         assert distance < KS_LIMIT, f"{name}: {distance:.4f}"
 
 
@@ -69,15 +77,16 @@ def test_factors_are_distributed_as_torchvisions() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(OFF, jitter_probability=1, rotation_degrees=15, blur_probability=1)
     jitter = transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-    ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    # Pairs of numbers, as get_params takes them, though it is annotated for lists.
+    ranges: tuple[Any, ...] = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     theirs = np.array([transforms.ColorJitter.get_params(*ranges)[1:] for _ in range(DRAWS)], dtype=np.float64)
     p = draw(config)
     for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        assert ks_2samp(getattr(p, name), theirs[:, column]).statistic < KS_LIMIT, name
+        assert ks_distance(getattr(p, name), theirs[:, column]) < KS_LIMIT, name
     angles = [transforms.RandomRotation.get_params([-15, 15]) for _ in range(DRAWS)]
-    assert ks_2samp(p.angle, angles).statistic < KS_LIMIT
+    assert ks_distance(p.angle, angles) < KS_LIMIT
     sigmas = [transforms.GaussianBlur.get_params(*config.blur_sigma) for _ in range(DRAWS)]
-    assert ks_2samp(p.sigma, sigmas).statistic < KS_LIMIT
+    assert ks_distance(p.sigma, sigmas) < KS_LIMIT
 
 
 def test_each_operation_is_as_frequent_as_configured() -> None:
@@ -190,7 +199,7 @@ def test_blur_kernel_is_the_odd_number_nearest_a_tenth(side: int, kernel: int) -
 def test_whole_views_normalize_and_keep_the_image() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
     images.flags.writeable = False  # as read from a file
-    mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 0.25, 0.125])
+    mean, std = np.array([0.1, 0.2, 0.3], np.float32), np.array([0.5, 0.25, 0.125], np.float32)
     made = whole_views(images, 12, mean, std, torch.float32)
     assert made.is_contiguous(memory_format=torch.channels_last)
     expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
@@ -205,7 +214,7 @@ def test_whole_views_resize(shape: tuple[int, int]) -> None:
     assert made.dtype == torch.bfloat16
     assert made.is_contiguous(memory_format=torch.channels_last)
     pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    expected = F.resize(pixels, 12, F.InterpolationMode.BICUBIC, antialias=True)  # of the shorter side
+    expected = F.resize(pixels, [12], F.InterpolationMode.BICUBIC, antialias=True)  # of the shorter side
     expected = F.center_crop(expected, [12, 12]) / 255
     torch.testing.assert_close(made.float(), expected, rtol=2**-8, atol=0)  # bfloat16's rounding
 

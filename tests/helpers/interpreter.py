@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,11 +16,11 @@ def round_to_nearest_bf16() -> None:
     """Makes fp32 to bf16 round to nearest, as on a GPU; triton 3.8's interpreter truncates, with twice the error."""
     cast = interpreter.InterpreterBuilder.cast_impl
 
-    def cast_impl(self, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
-            rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
-            return interpreter.TensorHandle(rounded, dtype.scalar)
-        return cast(self, source, dtype)
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.tensor(src.data).to(torch.bfloat16).view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, dst_type.scalar)
+        return cast(self, src, dst_type)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
@@ -56,11 +57,8 @@ def counting() -> Iterator[Counted]:
         counted.add("store", pointers, mask)
         return store(self, pointers, value, mask, *rest, **named)
 
-    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-    try:
+    with mock.patch.multiple(builder, create_masked_load=counted_load, create_masked_store=counted_store):
         yield counted
-    finally:
-        builder.create_masked_load, builder.create_masked_store = load, store
 
 
 def are_elements(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
@@ -99,10 +97,7 @@ def confined(tensors: Sequence[Tensor], kernel: str) -> Iterator[None]:
         stored.append(touched(pointers, mask))
         return store(self, pointers, value, mask, *rest, **named)
 
-    builder.create_masked_load, builder.create_masked_store = confined_load, confined_store
-    try:
+    with mock.patch.multiple(builder, create_masked_load=confined_load, create_masked_store=confined_store):
         yield
-    finally:
-        builder.create_masked_load, builder.create_masked_store = load, store
     addresses = np.concatenate(stored)
     assert np.unique(addresses).size == addresses.size, f"{kernel} stores an element twice: it has two owners"

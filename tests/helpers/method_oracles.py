@@ -134,8 +134,8 @@ class Transcription:
 
     def clip(self) -> None:
         """torch.nn.utils.clip_grad_norm_ as it is documented."""
-        gradients = [parameter.grad for parameter in self.f_o.parameters()]
-        norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        gradients = [parameter.grad for parameter in self.f_o.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
         if self.clip_norm is not None and norm > self.clip_norm:
             for gradient in gradients:
                 gradient.mul_(self.clip_norm / (norm + 1e-6))
@@ -210,7 +210,7 @@ class SimSiam(Transcription):
     def distance(self, p: Tensor, z: Tensor) -> Tensor:
         """Algorithm 1, `def D(p, z)`: `z.detach()`, both normalized, `-(p*z).sum(dim=1).mean()`."""
         rows = zip(p, z.detach().clone(), strict=True)
-        return -sum(cosine(prediction, target) for prediction, target in rows) / len(p)
+        return -torch.stack([cosine(prediction, target) for prediction, target in rows]).mean()
 
 
 class FastMoCo(Transcription):
@@ -237,7 +237,7 @@ class MNCLGLFOfficial(Transcription):
         with torch.no_grad():  # by the online network, which updates its running statistics
             c1, c2 = self.project_combinations(x1), self.project_combinations(x2)
         pairs = [(p.detach(), split) for p, c in ((p2, c1), (p1, c2)) for split in c.split(len(x1))]
-        loss_s = sum(oracles.contrastive_loss(p, split, self.temperature) for p, split in pairs) / len(pairs)
+        loss_s = torch.stack([oracles.contrastive_loss(p, split, self.temperature) for p, split in pairs]).mean()
 
         z1, z3 = self.momentum_project(x1), self.momentum_project(x3)
         assert self.queue is not None

@@ -106,8 +106,8 @@ def reference_resnet18(width: int = 64, stem: str = "cifar") -> nn.Module:
     if stem == "cifar":
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        network.maxpool = nn.Identity()
-    network.fc = nn.Identity()
+        network.set_submodule("maxpool", nn.Identity())
+    network.set_submodule("fc", nn.Identity())
     return network
 
 

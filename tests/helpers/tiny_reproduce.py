@@ -7,13 +7,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mnclglf.config import DataConfig, EngineConfig, ModelConfig, RunConfig, to_dict
 from mnclglf.recipes import quick
 from mnclglf.reproduce import run as execute
-from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table, run_name
+from mnclglf.reproduce.plan import SCALES, Reproduce, Table, TableName, make_table, run_name
 from mnclglf.reproduce.results import results_path
-from mnclglf.runs.results import Result, save_results
+from mnclglf.runs.results import Protocol, Result, save_results
 
 IMAGES, BATCH, EPOCHS = 96, 32, 4
 PER_EPOCH = IMAGES // BATCH
@@ -35,7 +36,7 @@ def tiny(method: str, dataset: str) -> RunConfig:
 TINY = replace(SCALES["small"], configure=tiny)
 
 
-def tiny_table(name: str, *, seeds: int = 1) -> Table:
+def tiny_table(name: TableName, *, seeds: int = 1) -> Table:
     """Returns a table at the scale `small`."""
     return make_table(Reproduce(table=name, scale="small", seeds=seeds))
 
@@ -61,13 +62,14 @@ class HandMade:
         (folder / "checkpoints" / f"step-{steps:08d}.pt").touch()
         return folder
 
-    def evaluate(self, config: RunConfig, top1: float, *, epoch: int | None = None, **changes: object) -> None:
+    def evaluate(self, config: RunConfig, top1: float, *, epoch: int | None = None, **changes: Any) -> None:
         """Writes top1 for the linear protocol and half of it for k-NN; top5 is halfway from top1 to 1."""
         epoch = epoch or config.optim.epochs
+        accuracies: dict[Protocol, float] = {"logistic": top1, "knn": top1 / 2}
         results = []
-        for protocol, value in (("logistic", top1), ("knn", top1 / 2)):
+        for protocol, value in accuracies.items():
             settings = {"step": PER_EPOCH * epoch, **SCALES["small"].protocols[protocol]}
-            usual = {"representation": "pretrained", "split": "test", "settings": settings}
+            usual: dict[str, Any] = {"representation": "pretrained", "split": "test", "settings": settings}
             results.append(Result(protocol=protocol, top1=value, top5=(1 + value) / 2, **(usual | changes)))
         save_results(results_path(self.runs / run_name(config), config, epoch), results)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnclglf_kernels import (
+    Backend,
     augment,
     combine,
     contrastive_losses,
@@ -75,9 +76,9 @@ def test_augment(dtype, rotates, cubic, source, side):
     view_format = ViewFormat(side, cubic, 5, rotates)
     given = on_gpu([images, rows, parameters, mean, std])
     doubles = in_fp64([parameters, mean, std])
-    truth = augment(images, rows, *doubles, view_format, dtype=torch.float64, backend="torch")
+    truth = augment(images, rows, *doubles, view_format=view_format, dtype=torch.float64, backend="torch")
     ours, plain = (
-        (augment(*given, view_format, dtype=dtype, backend=backend).cpu().double() - truth).abs()
+        (augment(*given, view_format=view_format, dtype=dtype, backend=backend).cpu().double() - truth).abs()
         for backend in ("triton", "torch")
     )
     ours, plain = (255 * std.view(3, 1, 1) * (x - torch.finfo(dtype).eps * truth.abs()) for x in (ours, plain))
@@ -123,7 +124,7 @@ def test_contrastive_losses(dtype, size):
     temperature, subsets, upstream = 0.1, (6, 2, 1), torch.tensor([1.0, -3.0, 0.5])
     inputs = [torch.randn(rows * images, width).to(dtype) for s in subsets for rows in (s, 1)]
 
-    def losses(*rows: Tensor, backend: str) -> Tensor:
+    def losses(*rows: Tensor, backend: Backend) -> Tensor:
         return torch.stack(
             contrastive_losses(list(zip(rows[::2], rows[1::2], strict=True)), temperature, backend=backend)
         )
@@ -179,7 +180,7 @@ def test_queue_contrastive_loss(dtype, queue_dtype, size):
     sides = [torch.randn(images, width).to(dtype) for _ in range(2)]
     queue = F.normalize(torch.randn(rows, width)).to(queue_dtype)
 
-    def ours(queries: Tensor, keys: Tensor, temperature: float, *, backend: str) -> Tensor:
+    def ours(queries: Tensor, keys: Tensor, temperature: float, *, backend: Backend) -> Tensor:
         return queue_contrastive_loss(queries, keys, queue.to(queries.device), temperature, backend=backend)
 
     def published(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -220,8 +221,9 @@ def test_faiss(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_enqueue(dtype, row_dtype):
     before, rows = torch.randn(1000, 2048).to(dtype), (torch.randn(256, 2048) * 5).to(row_dtype)
-    results = []
-    for queue, device, backend in ((before, DEVICE, "triton"), (before.double(), "cpu", "torch")):
+    cpu, results = torch.device("cpu"), []
+    runs: list[tuple[Tensor, torch.device, Backend]] = [(before, DEVICE, "triton"), (before.double(), cpu, "torch")]
+    for queue, device, backend in runs:
         ring, pointer = queue.to(device, copy=True), torch.tensor(900, device=device)
         values = rows.to(device) if backend == "triton" else rows.double()
         enqueue(ring, pointer, values, should_update=torch.tensor(True, device=device), backend=backend)

@@ -86,7 +86,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     [
         (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
         (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
-        (lambda: augment(*stored(), ViewFormat(6), backend="triton"), 1),
+        (lambda: augment(*stored(), view_format=ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
         (lambda: contrastive_losses([(torch.randn(6, 4), torch.randn(3, 4))], 0.5, backend="triton"), 2),

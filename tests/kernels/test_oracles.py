@@ -3,6 +3,7 @@
 import itertools
 import math
 from copy import deepcopy
+from typing import Any
 
 import method_oracles
 import oracles
@@ -92,7 +93,9 @@ def test_reference_networks_have_the_paper_s_sizes():
     with torch.no_grad():
         encoder = oracles.reference_resnet18()
         maps = []
-        encoder.layer4.register_forward_hook(lambda _module, _inputs, output: maps.append(output.shape))
+        encoder.get_submodule("layer4").register_forward_hook(
+            lambda _module, _inputs, output: maps.append(output.shape)
+        )
         assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 512)
         assert maps == [(2, 512, 4, 4)]
     with pytest.raises(ValueError, match="32"):
@@ -106,8 +109,7 @@ def small_networks() -> tuple[nn.Module, nn.Module, nn.Module]:
     encoder = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    networks = encoder, oracles.reference_projector(8, 6), oracles.reference_predictor(6, 4)
-    return tuple(network.double() for network in networks)
+    return encoder.double(), oracles.reference_projector(8, 6).double(), oracles.reference_predictor(6, 4).double()
 
 
 def small_run(**changes) -> tuple[oracles.Algorithm1, list[Tensor]]:
@@ -188,9 +190,9 @@ def test_step_updates_what_algorithm_1_says():
 def test_each_network_counts_its_own_batches():
     run, views = small_run()
     run.step(*views)
-    counts = [network["encoder"][1].num_batches_tracked.item() for network in (run.f_o, run.f_s, run.f_m)]
+    counts = [network.get_buffer("encoder.1.num_batches_tracked").item() for network in (run.f_o, run.f_s, run.f_m)]
     assert counts == [3, 2, 2]
-    means = [network["encoder"][1].running_mean for network in (run.f_o, run.f_s, run.f_m)]
+    means = [network.get_buffer("encoder.1.running_mean") for network in (run.f_o, run.f_s, run.f_m)]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(means, 2))
 
 
@@ -224,17 +226,16 @@ def test_the_printed_matrix_forms_equal_the_loops(k):
     loops, printed = oracles.Algorithm1, oracles.Algorithm1AsPrinted
     images, features = torch.randn(3, 2, 6, 4, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
     assert torch.equal(printed.divide(images), loops.divide(images))
-    exact = dict(rtol=1e-12, atol=1e-12)  # fp64 sums in another order
+    exact: dict[str, Any] = dict(rtol=1e-12, atol=1e-12)  # fp64 sums in another order
     torch.testing.assert_close(printed.combine(features, k), loops.combine(features, k), **exact)
     h, p = torch.randn(6, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(printed.contrastive_loss(h, p, 0.5), loops.contrastive_loss(h, p, 0.5), **exact)
     assert torch.equal(printed.nearest_neighbor(h, features), loops.nearest_neighbor(h, features))
     first, second, queue = h[:3], h[3:], F.normalize(features)
-    for published, equation, given in (
-        (method_oracles.nt_xent_as_published, method_oracles.nt_xent, (first, second)),
-        (method_oracles.queue_loss_as_published, method_oracles.queue_contrastive_loss, (first, second, queue)),
-    ):
-        torch.testing.assert_close(published(*given, 0.5), equation(*given, 0.5), **exact)
+    published = method_oracles.nt_xent_as_published(first, second, 0.5)
+    torch.testing.assert_close(published, method_oracles.nt_xent(first, second, 0.5), **exact)
+    published = method_oracles.queue_loss_as_published(first, second, queue, 0.5)
+    torch.testing.assert_close(published, method_oracles.queue_contrastive_loss(first, second, queue, 0.5), **exact)
     ours, pointer = loops.enqueue(features, 10, p)
     theirs, their_pointer = printed.enqueue(features.clone(), 10, p)
     torch.testing.assert_close(theirs, ours, **exact)

@@ -161,8 +161,9 @@ def test_what_the_self_check_launches_is_what_the_run_launches(one_embedding, mo
     """Checks the rows that one embedding contrasts, and the pairs that a queue of another dtype splits."""
     launched = []
     monkeypatch.setattr(launch, "run", lambda launches, _: launched.extend(launches))
-    settings = dict(one_embedding=one_embedding, operators=("contrastive_losses",))
-    self_check.failures(SIZES, torch.bfloat16, torch.float32, CPU, **settings)
+    self_check.failures(
+        SIZES, torch.bfloat16, torch.float32, CPU, one_embedding=one_embedding, operators=("contrastive_losses",)
+    )
     forward = [x.arguments for x in launched if x.kernel.__name__ == "contrastive_losses_forward_kernel"]
     subsets = 1 if one_embedding else 6
     assert [x["FIRST_ROWS"] for x in forward] == [(0, 6 * subsets, 12 * subsets), (0, 6, 12)]

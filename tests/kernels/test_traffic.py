@@ -27,8 +27,8 @@ def augment_launches() -> list[launch.Launch]:
         images = torch.randint(256, (4, 3, height, width), dtype=torch.uint8)
         numbers = view_parameters(6, 7, **CHANGES, top=1, left=2).repeat(8, 1)
         given = images, torch.randperm(4), numbers, torch.zeros(3), torch.ones(3)
-        settings = dict(cubic=True, blur_window=window, rotates=False)
-        found += augment.augment_launches(*given, augment.empty_views(numbers, side, torch.float16), **settings)
+        views = augment.empty_views(numbers, side, torch.float16)
+        found += augment.augment_launches(*given, views, cubic=True, blur_window=window, rotates=False)
     return found
 
 
@@ -78,7 +78,7 @@ def contrastive_launches() -> list[launch.Launch]:
             for t in TILES:
                 found += contrastive.forward_launches(targets, predictions, 1.0, results, t)
                 shared = (targets, predictions, 1.0, results, torch.ones(len(subsets)))
-                found += contrastive.backward_launches(*shared, *gradients, t, t)
+                found += contrastive.backward_launches(*shared, *gradients, t=t, gradient_tile=t)
     return found
 
 
@@ -104,7 +104,7 @@ def queue_launches() -> list[launch.Launch]:
             for t in TILES:
                 shared = (queries, keys, rows, 1.0, results)
                 found += queue_contrastive.queue_forward_launches(*shared, t)
-                found += queue_contrastive.queue_backward_launches(*shared, torch.ones(n), *gradients, t, t)
+                found += queue_contrastive.queue_backward_launches(*shared, torch.ones(n), *gradients, t=t, sum_tile=t)
     return found
 
 

@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mnclglf.config import DataConfig, OptimConfig, RunConfig, to_dict
+from mnclglf.config import DataConfig, OptimConfig, RecipeName, RunConfig, to_dict
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 39, 12, 128
 
@@ -80,7 +81,7 @@ def views(n: int = 6, side: int = 16) -> dict[str, np.ndarray]:
     return {"images": (255 * pixels).astype(np.uint8), "views": normalised, "mean": mean, "std": std}
 
 
-def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: str = "quick") -> Path:
+def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: RecipeName = "quick") -> Path:
     """Writes a whole run directory of `steps` steps."""
     folder.mkdir(parents=True, exist_ok=True)
     config = RunConfig(
@@ -101,7 +102,8 @@ def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: st
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(steps)))
     (folder / "evaluation.json").write_text(json.dumps({"version": 2, "results": results()}))
-    np.savez(folder / "views.npz", **views())
+    arrays: dict[str, Any] = views()
+    np.savez(folder / "views.npz", **arrays)
     return folder
 
 

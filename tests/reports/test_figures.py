@@ -139,7 +139,7 @@ def test_running_mean_is_the_mean_of_what_is_near(values, window):
 
 
 def test_patches_are_the_quarters_with_a_gap():
-    image = np.arange(8 * 8 * 3, dtype=np.float32).reshape(8, 8, 3) / 192
+    image = (np.arange(8 * 8 * 3).reshape(8, 8, 3) / 192).astype(np.float32)
     result = divided(image)
     gap = result.shape[0] - 8
     assert gap >= 1
@@ -191,12 +191,14 @@ def test_dots_show_means_deviations_and_absent_rows(drawn: list[Figure]) -> None
     paper = Dots("paper", [[80.0], [81.0], []], color=1)
     dot_chart(["a", "b", "c"], [DotPanel("both", [ours, paper]), DotPanel("none", [Dots("ours", [[], [], []], 0)])])
     both, none = drawn[0].axes
-    means = [(line.get_xdata()[0], line.get_ydata()[0]) for line in both.lines if line.get_marker() in ("o", "D")]
+    means = [tuple(np.asarray(line.get_xydata())[0]) for line in both.lines if line.get_marker() in ("o", "D")]
     assert means == [(72.0, 0), (60.0, 2), (80.0, 0), (81.0, 1)]
-    spans = [tuple(line.get_xdata()) for line in both.lines if line.get_linestyle() == "-"]
+    spans = [tuple(np.asarray(line.get_xdata())) for line in both.lines if line.get_linestyle() == "-"]
     assert spans[0] == pytest.approx((72 - 8**0.5, 72 + 8**0.5))  # deviations from 72 are 2 and 2, over n - 1 = 1
     assert [(text.get_text(), text.get_position()[1]) for text in both.texts if text.get_text()] == [("not run", 1)]
-    assert [text.get_text() for text in both.get_legend().get_texts()] == ["ours", "paper"]
+    legend = both.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "paper"]
     assert [tick.get_text() for tick in both.get_yticklabels()] == ["a", "b", "c"]
     assert none.get_legend() is None
     assert not none.lines

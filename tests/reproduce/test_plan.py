@@ -5,12 +5,13 @@ import subprocess
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mnclglf.cli import main, parse
 from mnclglf.recipes import paper
-from mnclglf.reproduce.plan import Reproduce, make_table, run_name
+from mnclglf.reproduce.plan import PaperResult, Reproduce, Row, ScaleName, Table, TableName, make_table, run_name
 from mnclglf.reproduce.run import PROGRAM
 
 # Typed from the paper a second time, line by line: CIFAR10, CIFAR100, TinyImageNet, top-1 and top-5 each.
@@ -31,11 +32,17 @@ one_embedding 80.75 87.47 89.36 89.84
 mnclglf       80.55 87.77 90.17 90.18
 """
 TABLE6 = "1 89.54 99.73 2 90.18 99.78 3 89.79 99.73 4 89.61 99.72"
-TABLES = ("table3", "table4", "table5", "table6")
+TABLES: tuple[TableName, ...] = ("table3", "table4", "table5", "table6")
 
 
-def table(name: str, **options: object):
+def table(name: TableName, **options: Any) -> Table:
     return make_table(Reproduce(table=name, **options))
+
+
+def paper_of(row: Row) -> PaperResult:
+    """Returns the paper's result of a row that has one."""
+    assert row.paper is not None
+    return row.paper
 
 
 def columns(text: str, width: int) -> list[list[str]]:
@@ -51,14 +58,14 @@ def test_table3_has_the_papers_numbers_and_runs() -> None:
         for place, dataset in enumerate(("cifar10", "cifar100", "tinyimagenet"))
         for method, *numbers in columns(TABLE3, 7)
     ]
-    assert [(row.configs[0].method, row.dataset, row.paper.top1, row.paper.top5) for row in rows] == expected
+    assert [(row.configs[0].method, row.dataset, paper_of(row).top1, paper_of(row).top5) for row in rows] == expected
     assert all(row.epoch == 200 and row.paper_dataset == row.dataset for row in rows)
 
 
 def test_table4_has_the_papers_numbers_and_runs() -> None:
     rows = table("table4").rows
     expected = [(float(value), float(top1), None) for value, top1 in columns(TABLE4, 2)]
-    assert [(row.configs[0].objective.lambda_, row.paper.top1, row.paper.top5) for row in rows] == expected
+    assert [(row.configs[0].objective.lambda_, paper_of(row).top1, paper_of(row).top5) for row in rows] == expected
 
 
 def test_table5_has_the_papers_numbers_and_runs() -> None:
@@ -69,7 +76,7 @@ def test_table5_has_the_papers_numbers_and_runs() -> None:
         for epoch, top1 in zip((50, 100, 150, 200), numbers, strict=True)
     ]
     assert [
-        (row.configs[0].method, row.configs[0].objective.one_embedding, row.epoch, row.paper.top1) for row in rows
+        (row.configs[0].method, row.configs[0].objective.one_embedding, row.epoch, paper_of(row).top1) for row in rows
     ] == expected
     assert {tuple(run.asked) for run in table("table5").runs()} == {(50, 100, 150, 200)}
 
@@ -77,7 +84,7 @@ def test_table5_has_the_papers_numbers_and_runs() -> None:
 def test_table6_has_the_papers_numbers_and_runs() -> None:
     rows = table("table6").rows
     expected = [(int(k), float(top1), float(top5)) for k, top1, top5 in columns(TABLE6, 3)]
-    assert [(row.configs[0].objective.k, row.paper.top1, row.paper.top5) for row in rows] == expected
+    assert [(row.configs[0].objective.k, paper_of(row).top1, paper_of(row).top5) for row in rows] == expected
 
 
 def test_equal_runs_are_one_across_the_tables() -> None:
@@ -120,10 +127,12 @@ def test_supervised_runs_know_their_classes_before_the_images_are_loaded() -> No
 
 
 @pytest.mark.parametrize(("scale", "name"), [*product(("paper", "small"), TABLES)])
-def test_every_epoch_that_is_asked_for_is_a_milestone(scale: str, name: str) -> None:
+def test_every_epoch_that_is_asked_for_is_a_milestone(scale: ScaleName, name: TableName) -> None:
     for run in table(name, scale=scale).runs():
-        assert all(epoch > 0 and epoch % run.config.engine.keep_every == 0 for epoch in run.asked)
-        assert run.config.optim.epochs % run.config.engine.keep_every == 0
+        keep_every = run.config.engine.keep_every
+        assert keep_every is not None
+        assert all(epoch > 0 and epoch % keep_every == 0 for epoch in run.asked)
+        assert run.config.optim.epochs % keep_every == 0
 
 
 def test_the_small_scale_shares_every_setting_among_the_methods() -> None:
@@ -155,13 +164,13 @@ def test_the_untrained_encoder_is_evaluated_once_a_seed() -> None:
         ({"table": "table6", "seeds": 0}, "seeds 0 must be at least 1"),
     ],
 )
-def test_what_a_table_does_not_have_is_refused(options: dict[str, object], named: str) -> None:
+def test_what_a_table_does_not_have_is_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make_table(Reproduce(**options))
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_takes_its_own_data_set_by_name_and_once(name: str) -> None:
+def test_a_table_takes_its_own_data_set_by_name_and_once(name: TableName) -> None:
     expected = [row for row in table(name).rows if row.dataset == "cifar10"]
     assert [*table(name, dataset=("cifar10",)).rows] == expected
     assert [*table(name, dataset=("cifar10", "cifar10")).rows] == expected
@@ -177,14 +186,17 @@ def test_the_lines_of_a_plan_make_each_run_by_itself(tmp_path, capsys, monkeypat
     asked = "reproduce table3 --dataset cifar100 cifar10 --seeds 2 --out a\\ b --data-dir images --download"
     assert main([*shlex.split(asked), "--plan"]) == 0
     whole = parse(shlex.split(asked))
+    assert isinstance(whole, Reproduce)
     lines = capsys.readouterr().out.splitlines()
     names = []
     for line in lines:
         words = shlex.split(line)
         assert tuple(words[: len(PROGRAM)]) == PROGRAM
         request = parse(words[len(PROGRAM) :])
+        assert isinstance(request, Reproduce)
         assert request.folder == tmp_path / "a b"
         assert (request.data_dir, request.download) == (tmp_path / "images", True)
+        assert request.only is not None
         names.append(request.only)
         # Whatever folder the line runs in, it makes the run that the whole command would.
         monkeypatch.chdir("/")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from mnclglf.cli import main
 from mnclglf.config import RunConfig
 from mnclglf.data.datasets import load_dataset
 from mnclglf.reproduce import run as execute
-from mnclglf.reproduce.plan import SCALES, Reproduce, Table, make_table
+from mnclglf.reproduce.plan import SCALES, Reproduce, Run, Table, make_table
 from mnclglf.reproduce.results import missing_evaluations
 from mnclglf.reproduce.run import TAKEN, held, lock_of, make_run, make_runs
 from mnclglf.reproduce.table import DATASET_TITLES
@@ -164,6 +165,7 @@ def test_a_lock_ends_with_its_process(runs: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True, env=environment(runs)
     )
+    assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "True\n"
         with held(lock) as mine:
@@ -345,7 +347,7 @@ def test_exit_codes_and_what_is_said_at_the_end(tmp_path: Path, monkeypatch, cap
 def test_the_images_are_given_free_before_the_runs_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, loaded = execute.load_images, []
 
-    def noted(runs: object) -> object:
+    def noted(runs: Sequence[Run]) -> object:
         images = load(runs)
         loaded.extend(map(weakref.ref, images.values()))
         return images

@@ -6,12 +6,13 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
 from tiny_reproduce import HandMade, tiny_table
 
-from mnclglf.reproduce.plan import Reproduce, Table, make_table
+from mnclglf.reproduce.plan import Reproduce, ScaleName, Table, TableName, make_table
 from mnclglf.reproduce.table import write_table
 
 pytestmark = pytest.mark.usefixtures("tiny_scale")
@@ -39,7 +40,7 @@ class Written:
 @pytest.mark.parametrize(
     ("name", "scale"), [(f"table{n}", scale) for n in (3, 4, 5, 6) for scale in ("paper", "small")]
 )
-def test_without_runs_no_number_is_ours(name: str, scale: str, tmp_path: Path) -> None:
+def test_without_runs_no_number_is_ours(name: TableName, scale: ScaleName, tmp_path: Path) -> None:
     table = make_table(Reproduce(table=name, scale=scale, seeds=2))
     written = Written(table, tmp_path / "out")
     for line in written.csv:
@@ -98,7 +99,7 @@ def test_a_run_counts_for_every_table_that_needs_it(tmp_path: Path, hand_made: H
     hand_made.evaluate(config, 0.7)
     hand_made.evaluate(config, 0.6, epoch=1)
     hand_made.evaluate(config, 0.1, representation="untrained")
-    labels = {
+    labels: dict[TableName, str] = {
         "table3": "MNCLGLF",
         "table4": "lambda 6",
         "table6": "k = 2",
@@ -127,9 +128,7 @@ def test_a_run_counts_for_every_table_that_needs_it(tmp_path: Path, hand_made: H
         {"representation": "raw pixels"},
     ],
 )
-def test_a_number_of_something_else_is_not_taken(
-    changes: dict[str, object], tmp_path: Path, hand_made: HandMade
-) -> None:
+def test_a_number_of_something_else_is_not_taken(changes: dict[str, Any], tmp_path: Path, hand_made: HandMade) -> None:
     table = tiny_table("table6")
     config = table.rows[0].configs[0]
     hand_made.train(config)

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from mnclglf.config import ViewConfig
 from mnclglf.data import loaders as loader_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.errors import DataError
-from mnclglf.data.images import ImageArray, ImageFiles
+from mnclglf.data.images import ImageArray, ImageFiles, ImageSet
 from mnclglf.data.loader import Batch, Loader, batch_indices
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.loaders.reference import render_view
+from mnclglf.data.loaders.resident import ResidentLoader
 from mnclglf.data.views import draw_parameters
 from mnclglf.recipes import VIEWS
 
@@ -43,8 +45,8 @@ def images(photos: Callable[..., np.ndarray]) -> ImageArray:
     return ImageArray(name="photos", split="train", images=made, labels=np.zeros(IMAGES, np.int64), classes=("any",))
 
 
-def loader_of(images: ImageArray, backend: str, **changes: object) -> Loader:
-    arguments = {
+def loader_of(images: ImageSet, backend: str, **changes: Any) -> Loader:
+    arguments: dict[str, Any] = {
         "view": ViewConfig(rotation_degrees=10),
         "views": 3,
         "side": SIDE,
@@ -55,7 +57,7 @@ def loader_of(images: ImageArray, backend: str, **changes: object) -> Loader:
         "backend": backend,
         "threads": 2,
     }
-    return make_loader(images, **arguments | changes)
+    return make_loader(images, **(arguments | changes))
 
 
 def assert_same(one: Batch, two: Batch) -> None:
@@ -227,6 +229,7 @@ def test_a_run_that_is_left_early_leaves_no_thread(images: ImageArray) -> None:
         next(run)
     assert threads() >= before + 12  # otherwise the count below would show nothing
     for run in runs:
+        assert isinstance(run, Generator)
         run.close()
     stop = time.monotonic() + 5
     while threads() > before and time.monotonic() < stop:
@@ -401,6 +404,7 @@ def test_dali_decodes_every_kind_as_the_reference_does(
     (tmp_path / "kinds").mkdir()
     names = save_kinds(tmp_path / "kinds", np.ascontiguousarray(photos(1, 41)[0, :, :27]))
     kinds, _ = load_dataset(f"folder:{tmp_path / 'kinds'}")
+    assert isinstance(kinds, ImageFiles)
     assert list(kinds.paths) == names
     whole = replace(VIEWS["eval"], crop_ratio=(0.1, 10))
     ours, truth = (
@@ -479,6 +483,7 @@ def test_resident_holds_images_that_cannot_be_written_to(images: ImageArray) -> 
 
 def test_resident_draws_no_further_than_the_run(images: ImageArray) -> None:
     loader = loader_of(images, "resident")
+    assert isinstance(loader, ResidentLoader)
     drawn: list[int] = []
     numbers = loader._numbers
     loader._numbers = lambda step: (drawn.append(step), numbers(step))[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,16 +16,17 @@ OFF = ViewConfig(
     interpolation="bilinear", flip_probability=0, jitter_probability=0, gray_probability=0, blur_probability=0
 )
 CUBIC = ViewConfig()
-HALF = np.float32(0.5 / 255)  # half a level
+HALF = float(np.float32(0.5 / 255))  # half a level
 
 
 def parameters(**changes: object) -> ViewParameters:
     """Returns the parameters of one view: the whole image with everything off except `changes`."""
     p = draw_parameters(0, 0, [0], 0, OFF, SIDE, SIDE).arrays()
     whole = {"top": 0, "left": 0, "crop_height": SIDE, "crop_width": SIDE}
-    return ViewParameters(
-        **{name: np.array([(whole | changes).get(name, value[0])], value.dtype) for name, value in p.items()}
-    )
+    arrays: dict[str, Any] = {
+        name: np.array([(whole | changes).get(name, value[0])], value.dtype) for name, value in p.items()
+    }
+    return ViewParameters(**arrays)
 
 
 def render(image: np.ndarray, side: int = SIDE, **changes: object) -> np.ndarray:
@@ -106,6 +109,6 @@ def test_blur_is_a_gaussian_of_sigma_pixels_in_a_window_of_five() -> None:
 
 
 def test_the_last_step_normalizes(image: np.ndarray) -> None:
-    mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 0.25, 0.125])
+    mean, std = np.array([0.1, 0.2, 0.3], np.float32), np.array([0.5, 0.25, 0.125], np.float32)
     view = render_view(image, parameters(), 0, side=SIDE, config=CUBIC, mean=mean, std=std)
     np.testing.assert_allclose(view.permute(1, 2, 0), (image / 255 - mean) / std, atol=1e-5)

@@ -1,5 +1,7 @@
 """augment against torchvision, one view and one operation after the other, and its two forms against each other."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,8 +69,8 @@ def torchvision_view(image: Tensor, numbers: list[float], view_format: ViewForma
     p = dict(zip(PARAMETERS, numbers, strict=True))
     mode = F.InterpolationMode.BICUBIC if view_format.cubic else F.InterpolationMode.BILINEAR
     pixels = F.rotate(image, p["angle"], F.InterpolationMode.BILINEAR) if view_format.rotates else image
-    box = [int(p[name]) for name in ("top", "left", "crop_height", "crop_width")]
-    pixels = F.resized_crop(pixels, *box, [view_format.side, view_format.side], mode, antialias=True)
+    top, left, height, width = (int(p[name]) for name in ("top", "left", "crop_height", "crop_width"))
+    pixels = F.resized_crop(pixels, top, left, height, width, [view_format.side] * 2, mode, antialias=True)
     pixels = F.to_dtype(pixels, torch.float32, scale=True)
     for name in ("brightness", "contrast", "saturation", "hue"):
         if p[name] != OFF[name]:
@@ -98,7 +100,7 @@ def in_levels(views: Tensor) -> Tensor:
     return (views.double() * STD.double().view(3, 1, 1) + MEAN.double().view(3, 1, 1)) * 255
 
 
-def ours(images: Tensor, rows: Tensor, parameters: Tensor, view_format: ViewFormat, **how: object) -> Tensor:
+def ours(images: Tensor, rows: Tensor, parameters: Tensor, view_format: ViewFormat, **how: Any) -> Tensor:
     return augment(images, rows, parameters, MEAN, STD, view_format, **how)
 
 
@@ -212,7 +214,7 @@ def test_any_shape(height, width, side, count, views, cubic, rotates, window, ba
     parameters = random_parameters(views * count, height, width, degrees=180)
     made = in_levels(ours(images, rows, parameters, view_format, backend=backend))
     doubles = (x.double() for x in (parameters, MEAN, STD))
-    truth = in_levels(augment(images, rows, *doubles, view_format, dtype=torch.float64, backend="torch"))
+    truth = in_levels(augment(images, rows, *doubles, view_format=view_format, dtype=torch.float64, backend="torch"))
     assert made.shape == (views * count, 3, side, side)
     # Sums that end at a half are frequent where sizes are small or whole multiples: two levels, then the jitter.
     assert (made - truth).abs().max() < 8
@@ -265,7 +267,8 @@ def test_strided_rows_parameters_and_statistics(backend):
     images, rows, parameters = smooth(4, 16, 16), torch.arange(4), random_parameters(8, 16, 16)
     expected = ours(images, rows, parameters, ViewFormat(16), backend=backend)
     spread = [x.repeat_interleave(2, 0)[::2] for x in (rows, MEAN, STD)]
-    made = augment(images, spread[0], parameters.t().contiguous().t(), *spread[1:], ViewFormat(16), backend=backend)
+    spread.insert(1, parameters.t().contiguous().t())
+    made = augment(images, *spread, view_format=ViewFormat(16), backend=backend)
     assert torch.equal(made, expected)
 
 
@@ -331,7 +334,7 @@ def test_large_sides_are_pytorch_s_work():
             ours(images, torch.tensor([0]), parameters, view_format, backend="triton")
     doubles = [x.double() for x in (parameters, MEAN, STD)]
     with pytest.raises(TypeError, match="fp32"):
-        augment(images[:, :, :20], torch.tensor([0]), *doubles, ViewFormat(16), backend="triton")
+        augment(images[:, :, :20], torch.tensor([0]), *doubles, view_format=ViewFormat(16), backend="triton")
 
 
 def test_autocast_changes_nothing(backend):

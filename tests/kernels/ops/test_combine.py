@@ -75,6 +75,7 @@ def test_combine_of_no_elements(images, dtype, backend):
     assert combined.shape == (6 * images, features.shape[1])
     assert combined.dtype == dtype
     combined.sum().backward()
+    assert features.grad is not None
     assert features.grad.shape == features.shape
 
 

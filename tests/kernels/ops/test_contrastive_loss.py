@@ -33,7 +33,8 @@ def plain_contrastive_loss(targets: Tensor, predictions: Tensor, temperature: fl
     predictions = F.normalize(predictions, dim=1)
     labels = torch.arange(len(predictions))
     splits = F.normalize(targets, dim=1).split(len(predictions))
-    return sum(F.cross_entropy(split @ predictions.t() / temperature, labels) for split in splits) / len(splits)
+    losses = (F.cross_entropy(split @ predictions.t() / temperature, labels) for split in splits)
+    return sum(losses, torch.zeros((), dtype=targets.dtype)) / len(splits)
 
 
 def with_gradients(function, targets: Tensor, predictions: Tensor, temperature: float, upstream: float, **settings):
@@ -164,6 +165,7 @@ def test_gradient_through_both_sides_of_one_tensor(backend):
     ours, oracle = rows.clone().requires_grad_(), rows.double().requires_grad_()
     contrastive_loss(ours, ours, 0.3, backend=backend).backward()
     oracles.contrastive_loss(oracle, oracle, 0.3).backward()
+    assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double(), oracle.grad, rtol=1e-5, atol=1e-7)  # fp32, sums of 8 and 12 terms
 
 
@@ -314,9 +316,9 @@ def test_confident_rows(temperature, backend):
 
 def test_autocast_does_not_round_the_logits(backend):
     leaves = [rows.requires_grad_() for rows in rows_of((2, 17, 33), torch.bfloat16)]
-    outside = contrastive_loss(*leaves, 0.05, backend=backend)
+    outside = contrastive_loss(*leaves, temperature=0.05, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = contrastive_loss(*leaves, 0.05, backend=backend)
+        inside = contrastive_loss(*leaves, temperature=0.05, backend=backend)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
     # Backward runs outside autocast, as PyTorch requires.
@@ -365,4 +367,4 @@ def test_wrong_dtype_is_named(wrong, backend):
     rows = [torch.randn(3, 4), torch.randn(3, 4)]
     rows[wrong] = torch.ones(3, 4, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"(targets|predictions).*int64"):
-        contrastive_loss(*rows, 1.0, backend=backend)
+        contrastive_loss(*rows, temperature=1.0, backend=backend)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tolerance import gradient_floor, loss_floor
 from torch import Tensor
 
-from mnclglf_kernels import contrastive_loss, contrastive_losses
+from mnclglf_kernels import Backend, contrastive_loss, contrastive_losses
 from mnclglf_kernels._triton.tiles import Tile
 
 UPSTREAM = torch.tensor([1.0, -2.5, 0.0, 3e3, 0.125, 7.0])
@@ -21,7 +21,7 @@ def pair(subsets: int, images: int, width: int, dtype: torch.dtype = torch.float
     return targets, predictions
 
 
-def check_pair_by_pair(pairs: list[tuple[Tensor, Tensor]], temperature: float, backend: str) -> None:
+def check_pair_by_pair(pairs: list[tuple[Tensor, Tensor]], temperature: float, backend: Backend) -> None:
     """Compares losses and gradients with one call per pair, under one upstream gradient per pair."""
     losses = contrastive_losses(pairs, temperature, backend=backend)
     assert len(losses) == len(pairs)
@@ -60,7 +60,7 @@ def test_triton_s_tiles_need_not_be_square(logits, gradients, dtype, monkeypatch
     leaves = [rows for both in pairs for rows in both]
     gradients = torch.autograd.grad(torch.stack(losses) @ upstream, leaves)
     doubled = [rows.detach().double().requires_grad_() for rows in leaves]
-    truth = [oracles.contrastive_loss(*doubled[i : i + 2], 0.3) for i in (0, 2, 4)]
+    truth = [oracles.contrastive_loss(*doubled[i : i + 2], tau=0.3) for i in (0, 2, 4)]
     true_gradients = torch.autograd.grad(torch.stack(truth) @ upstream.double(), doubled)
     for loss, true_loss in zip(losses, truth, strict=True):
         assert loss.item() == pytest.approx(true_loss.item(), abs=loss_floor(0.3, 37, dtype))
@@ -85,6 +85,7 @@ def test_one_pair_of_two_dtypes(backend):
     half = targets.detach().half().requires_grad_()
     first, second = contrastive_losses([(half, predictions), (targets, predictions)], 0.5, backend=backend)
     (first + second).backward()
+    assert half.grad is not None
     assert half.grad.dtype == torch.float16
     truth = oracles.contrastive_loss(half.double(), predictions.double(), 0.5)
     assert first.item() == pytest.approx(truth.item(), abs=loss_floor(0.5, 9, torch.float32))
@@ -96,7 +97,7 @@ def test_any_pairs(data, backend):
     shapes = st.tuples(st.integers(1, 6), st.sampled_from([1, 11]), st.sampled_from([3, 17]))
     dtypes = st.sampled_from([torch.float32, torch.bfloat16])
     drawn = data.draw(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=5), label="pairs")
-    check_pair_by_pair([pair(*shape, dtype) for shape, dtype in drawn], 0.4, backend)
+    check_pair_by_pair([pair(*shape, dtype=dtype) for shape, dtype in drawn], 0.4, backend)
 
 
 def test_gradients_of_a_tensor_in_several_pairs_add_up(backend):
@@ -139,8 +140,9 @@ def test_a_loss_that_is_not_used_adds_no_gradient(backend):
     first, second = pair(2, 9, 21), pair(1, 9, 21)
     contrastive_losses([first, second], 0.5, backend=backend)[1].backward()
     expected = torch.autograd.grad(contrastive_loss(*second, 0.5, backend=backend), second)
-    assert torch.equal(second[0].grad, expected[0])
-    assert torch.equal(second[1].grad, expected[1])
+    for rows, gradient in zip(second, expected, strict=True):
+        assert rows.grad is not None
+        assert torch.equal(rows.grad, gradient)
     for rows in first:
         assert rows.grad is None or not rows.grad.any()
 
@@ -151,6 +153,7 @@ def test_upstream_gradients_of_stride_zero(backend):
     for both in pairs:
         expected = torch.autograd.grad(contrastive_loss(*both, 0.5, backend=backend), both)
         for rows, gradient in zip(both, expected, strict=True):
+            assert rows.grad is not None
             assert torch.equal(rows.grad, gradient)
 
 

@@ -12,12 +12,12 @@ from tolerance import ULPS_FP32, assert_as_accurate_as_plain, working_epsilon
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import enqueue
+from mnclglf_kernels import Backend, enqueue
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def check(queue: Tensor, start: int, rows: Tensor, backend: str) -> None:
+def check(queue: Tensor, start: int, rows: Tensor, backend: Backend) -> None:
     """Compares pointer, written rows and untouched rows with the oracle on fp64 copies."""
     before = queue.clone()
     pointer = torch.tensor(start)
@@ -101,8 +101,8 @@ def test_a_row_that_is_not_finite_is_stored_as_f_normalize_has_it(value, dtype, 
     assert torch.equal(queue[3].isnan(), expected[2].isnan())
     assert queue[3].isnan().any()
     # Tolerance of the other rows: one unit in the last place of the queue, and a norm of 7 terms in fp32.
-    tolerance = dict(rtol=torch.finfo(dtype).eps + ULPS_FP32 * working_epsilon(dtype), atol=0)
-    torch.testing.assert_close(queue[[1, 2, 4, 5]], expected[[0, 1, 3, 4]], **tolerance)
+    rtol = torch.finfo(dtype).eps + ULPS_FP32 * working_epsilon(dtype)
+    torch.testing.assert_close(queue[[1, 2, 4, 5]], expected[[0, 1, 3, 4]], rtol=rtol, atol=0)
 
 
 def test_duplicated_rows_are_stored_twice(backend):

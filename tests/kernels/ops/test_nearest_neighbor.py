@@ -12,7 +12,7 @@ from tolerance import assert_nearest, working_epsilon
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import nearest_neighbor
+from mnclglf_kernels import Backend, nearest_neighbor
 from mnclglf_kernels._triton.tiles import Tile
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +20,7 @@ LOOKUP_BACKENDS = ["torch", "triton", "faiss"]
 
 
 @pytest.fixture(scope="session", params=LOOKUP_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Backend:
     """Returns each backend in turn, with FAISS, which has only this operator."""
     return request.param
 
@@ -30,7 +30,7 @@ def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
 
 
-def check(queries: Tensor, queue: Tensor, backend: str) -> None:
+def check(queries: Tensor, queue: Tensor, backend: Backend) -> None:
     """Checks that the row at the index is as similar as any. The index may differ where rounding makes a tie."""
     if backend == "triton" and torch.float64 in (queries.dtype, queue.dtype):
         with pytest.raises(TypeError, match="float64"):
