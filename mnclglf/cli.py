@@ -32,7 +32,7 @@ from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
 from mnclglf.runs.console import say
 
-MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+MARKERS = (tyro.conf.OmitArgPrefixes,)
 Run = Annotated[Path, tyro.conf.Positional]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 

@@ -51,7 +51,7 @@ def _require_probability(name: str, value: float) -> None:
 class ViewConfig:
     """Settings of one random view of an image.
 
-    The operations, in this order: rotation, random resized crop, flip, jitter, gray, blur, solarize.
+    The operations, in this order: rotation, random resized crop, jitter, gray, flip, blur, solarize.
 
     A value of 0 for a probability, a strength or the rotation switches that operation off. data/views.py draws the
     numbers of each image.

@@ -16,13 +16,13 @@ OF_THE_PAPER = ("cifar10", "cifar100", "tinyimagenet")
 RUNS: list[tuple[RecipeName, MethodName, str]] = [
     (recipe, method, dataset)
     for recipe in RECIPES
-    for method in NAMES
+    for method in (TUNED if recipe == "tuned" else NAMES)
     for dataset in (OF_THE_PAPER if recipe == "tuned" else SOURCES)
 ]
 
 
 def test_every_method_of_table_3_has_a_name() -> None:
-    assert set(NAMES) == {
+    assert set(NAMES) >= {
         "supervised", "mocov2", "simsiam", "simclr", "byol", "nnclr", "fast_moco", "mnclglf", "mnclglf_official"
     }  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_the_documents_list_each_tuned_value_that_differs_from_table_2(dataset: 
     documented = {(method, name): (value, other) for method, name, value, other, _ in rows}
     assert len(documented) == len(rows), "a value is listed twice"
     differing = {}
-    for method in NAMES:
+    for method in TUNED:
         ours, theirs = settings(tuned(method, dataset)), settings(paper(method, dataset))
         differing |= {(method, name): (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
     assert documented == differing

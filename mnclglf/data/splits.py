@@ -36,7 +36,8 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
     if kept < 1 or held_out + kept > len(train):
         raise DataError(
             f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
-            f"{held_out} do not fit; lower one of them"
+            f"{held_out} do not fit; lower --validation-images, or --train-images to at most "
+            f"{max(1, len(train) - held_out)}"
         )
     # epoch=1, as epoch 0 draws the test set of data sets that have none (sources/digits.py)
     order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)

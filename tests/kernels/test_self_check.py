@@ -46,8 +46,43 @@ def those_that_launch(kernels: set[str]) -> set[str]:
     return {op for op, row in OPERATORS.items() if kernels & {x.kernel.__name__ for x in row.launches(example)}}
 
 
-def test_every_operator_has_a_kernel_that_is_spoiled():
-    assert those_that_launch({kernel for kernel, _, _ in WRITTEN}) == set(OPERATORS)
+def tensors_of(x: launch.Launch) -> dict[str, torch.Tensor]:
+    """Returns the tensors among a launch's arguments by name; of a tuple of tensors the last."""
+    last = {name: value[-1] if isinstance(value, tuple) and value else value for name, value in x.arguments.items()}
+    return {name: value for name, value in last.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_kernel_of_an_operator_is_checked(operator, monkeypatch):
+    """Spoils one element of one tensor that a kernel writes, until the self-check finds it: once per kernel."""
+    run, written = launch.run, set()
+
+    def note(launches, device):
+        for x in launches:
+            before = {name: tensor.clone() for name, tensor in tensors_of(x).items()}
+            run([x], device)
+            written.update(
+                (x.kernel.__name__, name)
+                for name, tensor in tensors_of(x).items()
+                if not torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+            )
+
+    monkeypatch.setattr(launch, "run", note)
+    assert self_check.failures(SIZES, torch.float32, torch.float32, CPU, operators=[operator]) == {}
+    found = set()
+    for kernel, argument in sorted(written):
+
+        def spoil(launches, device, kernel=kernel, argument=argument):
+            for x in launches:
+                run([x], device)
+                if x.kernel.__name__ == kernel:
+                    result = tensors_of(x)[argument]
+                    result[(0,) * result.dim()] += 3
+
+        monkeypatch.setattr(launch, "run", spoil)
+        if self_check.failures(SIZES, torch.float32, torch.float32, CPU, operators=[operator]):
+            found.add(kernel)
+    assert found == {x.kernel.__name__ for x in OPERATORS[operator].launches(Example(sizes=SIZES))}
 
 
 @pytest.mark.parametrize(("kernel", "argument", "operator"), WRITTEN)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mnclglf.config import DataConfig
 from mnclglf.data.archives import extract, read_cifar_binary, read_cifar_pickle
 from mnclglf.data.images import ImageArray
 from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
@@ -39,6 +40,7 @@ class Cifar(Source):
     """
 
     tuned = True
+    quick_data = DataConfig(image_size=16, train_images=10_000)
 
     title: str
     classes: tuple[str, ...]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mnclglf.config import DataConfig
 from mnclglf.data.archives import read_idx
 from mnclglf.data.errors import damaged
 from mnclglf.data.images import ImageArray, to_color
@@ -32,6 +33,7 @@ class FashionMnist(Source):
     """60,000 + 10,000 images of clothes, 28 x 28."""
 
     name = "fashion_mnist"
+    quick_data = DataConfig(image_size=16, train_images=10_000)
 
     def load(self, request: Request) -> tuple[ImageArray, ImageArray]:
         folders = [request.data_dir] if request.data_dir else [cache_dir(self.name), DEBIAN]

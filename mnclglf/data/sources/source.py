@@ -45,7 +45,7 @@ class Source(ABC):
     class_count: int = 10
     flips: bool = True
     tuned: bool = False
-    quick_data: DataConfig = DataConfig(image_size=16, train_images=10_000)
+    quick_data: DataConfig = DataConfig(image_size=16)
     quick_epochs: int = 16
     quick_view: Mapping[str, float] = MappingProxyType({})
 
