@@ -15,7 +15,7 @@ BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/ben
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-gpu bench bench-compare gpu-report check-aot check docs clean
+.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-report check-aot check docs clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -34,8 +34,11 @@ train: setup ## pre-train, then k-NN and logistic regression; DATASET, RECIPE, S
 report: setup ## write the report of a run again; RUN
 	$(BIN)/mnclglf report "$(RUN)"
 
-test: setup ## run the tests, one process a core; ARGS go to pytest
+test: setup ## run the tests, one process per core; ARGS go to pytest
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-slow: setup ## run the tests marked slow (over ten seconds), which `make test` leaves out
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not aot" $(ARGS)
 
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
 	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
