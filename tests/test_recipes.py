@@ -58,7 +58,7 @@ def test_a_recipe_says_what_it_was_made_for() -> None:
 
 @pytest.mark.parametrize("dataset", ["mnist5k", "digits", "fashion_mnist", "folder:photos"])
 def test_tuned_names_the_data_sets_that_it_is_for(dataset: str) -> None:
-    with pytest.raises(ValueError, match=f"tuned is for cifar10, cifar100, tinyimagenet, not '{dataset}'; take"):
+    with pytest.raises(ValueError, match=f"cifar10, cifar100, tinyimagenet.*'{dataset}'"):
         tuned("simclr", dataset)
 
 

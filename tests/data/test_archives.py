@@ -141,7 +141,7 @@ def test_cifar10_images_come_back_in_either_form(tmp_path: Path, form: str) -> N
 @pytest.mark.parametrize("size", [0, 3073 * 6 - 1, 3073 * 6 + 1, 3073 * 5])
 def test_cifar10_binary_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
     path = write(tmp_path / "data_batch_1.bin", bytes(size))
-    with pytest.raises(DataError, match=f"data_batch_1.bin: has {size:,} bytes where 18,438 are expected"):
+    with pytest.raises(DataError, match=f"data_batch_1.bin.*{size:,}.*18,438"):
         read_cifar_binary(path, 6)
 
 
@@ -391,7 +391,7 @@ def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path, monkeypatch:
 def test_a_folder_that_is_there_is_not_unpacked_over(tmp_path: Path) -> None:
     archive = zip_with(tmp_path / "a.zip", ("made/one", b"1"))
     (tmp_path / "made").mkdir()
-    with pytest.raises(DataError, match=r"made is there and not whole; remove it, so that a\.zip can be unpacked"):
+    with pytest.raises(DataError, match=r"made.*remove.*a\.zip"):
         extract(archive, tmp_path, "made", ["one"])
     assert list((tmp_path / "made").iterdir()) == []
 
@@ -414,6 +414,6 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(archives, "_unpack_zip", full)
-    with pytest.raises(DataError, match=r"a\.zip cannot be extracted into .*No space left.*make room there"):
+    with pytest.raises(DataError, match=r"a\.zip.*No space left.*room"):
         extract(archive, tmp_path, "made", ["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

@@ -204,7 +204,7 @@ def test_cifar10_with_a_missing_or_short_file_names_it(tmp_path: Path, small_cif
     batches = write_cifar10(tmp_path, "bin", small_cifar10)
     short = batches / "data_batch_3.bin"
     short.write_bytes(short.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"data_batch_3\.bin: has 12,291 bytes where 12,292 are expected"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin.*12,291.*12,292"):
         load_dataset("cifar10", tmp_path)
     short.unlink()
     with pytest.raises(DataError, match=r"data_batch_3\.bin: cannot be read"):
@@ -264,7 +264,7 @@ def test_another_version_is_not_taken_for_it(
     tmp_path: Path, small_cifar10: np.ndarray, small_cifar100: np.ndarray
 ) -> None:
     write_cifar10(tmp_path, "bin", small_cifar10)
-    with pytest.raises(DataError, match=r"CIFAR-100's files are missing: looked for cifar-100-binary/"):
+    with pytest.raises(DataError, match=r"CIFAR-100.*missing.*cifar-100-binary/"):
         load_dataset("cifar100", tmp_path)
     made = write_cifar100(tmp_path / "other", "py", small_cifar100)
     batch = pickle.loads((made / "train").read_bytes())

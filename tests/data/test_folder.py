@@ -179,9 +179,7 @@ def test_a_corrupt_image_among_good_ones_is_named_or_left_out(
 ) -> None:
     spoil(root / name, how)
     for _ in range(2):  # the second time from the index
-        with pytest.raises(
-            DataError, match=f"1 of 5 image files of .* cannot be used: {name} cannot be read"
-        ) as raised:
+        with pytest.raises(DataError, match=f"1 of 5 .*{name}") as raised:
             load(root)
         assert "--skip-corrupt" in str(raised.value)
     train, _ = load(root, skip_corrupt=True)
@@ -204,10 +202,10 @@ def test_many_corrupt_images_are_counted_and_the_first_named(tmp_path: Path) -> 
 
 
 def test_what_is_no_folder_of_images_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent is not a folder; give the folder of your images as folder:PATH"):
+    with pytest.raises(DataError, match=r"absent.*folder:PATH"):
         load(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no image; \.jpg, \.jpeg, \.png, \.webp are read"):
+    with pytest.raises(DataError, match=r"empty.*\.jpg, \.jpeg, \.png, \.webp"):
         load(tmp_path / "empty")
     (root / "birds").mkdir()
     with pytest.raises(DataError, match=r"birds holds no image .*; fill it or remove it"):
@@ -254,7 +252,7 @@ def test_links_are_followed_and_circles_end(root: Path) -> None:
         "cats/2019/y.Png", "cats/linked.png", "cats/x.jpeg", "dogs/a.JPG", "dogs/b.png", "dogs/c.webp",
     )  # fmt: skip
     (root / "cats" / "broken.png").symlink_to(root / "nowhere.png")
-    with pytest.raises(DataError, match=r"cats/broken\.png cannot be read as an image \(FileNotFoundError"):
+    with pytest.raises(DataError, match=r"cats/broken\.png.*FileNotFoundError"):
         load(root)
 
 

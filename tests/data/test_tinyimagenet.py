@@ -127,7 +127,7 @@ def test_an_array_is_whole_or_absent(data: Path, monkeypatch: pytest.MonkeyPatch
         return read_image(path)
 
     monkeypatch.setattr(tinyimagenet, "read_image", full)
-    with pytest.raises(DataError, match=r"decoded-train\.npy cannot be written .*No space left.*147,456 bytes"):
+    with pytest.raises(DataError, match=r"decoded-train\.npy.*No space left.*147,456 bytes"):
         load(data)
     assert not [path.name for path in root.iterdir() if "decoded" in path.name]
     monkeypatch.undo()
@@ -168,7 +168,7 @@ def test_what_another_process_unpacks_meanwhile_is_read(data: Path, monkeypatch:
 
 
 def test_missing_files_name_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"TinyImageNet's files are missing: .*tiny-imagenet-200\.zip .*--download"):
+    with pytest.raises(DataError, match=r"missing.*tiny-imagenet-200\.zip .*--download"):
         load(tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_what_is_wrong_is_named(data: Path, path: str, content: bytes | None, pr
 def test_images_of_another_size_and_empty_classes_are_refused(data: Path) -> None:
     root = data / "tiny-imagenet-200"
     write_image(root / "val/images/val_1.JPEG", 0, side=32)
-    with pytest.raises(DataError, match=r"val_1\.JPEG: is an image of 32 x 32 where 64 x 64 is expected"):
+    with pytest.raises(DataError, match=r"val_1\.JPEG.*32 x 32.*64 x 64"):
         load(data)
     (root / "train" / "n09999999").mkdir()
     with pytest.raises(DataError, match=r"n09999999/images: holds no \*\.JPEG"):

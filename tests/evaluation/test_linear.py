@@ -129,9 +129,7 @@ def test_features_that_are_not_finite_are_named(encoder: ResNet18, images: Image
         return output * math.nan
 
     encoder.register_forward_hook(spoilt)
-    with pytest.raises(
-        ValueError, match=r"loss was nan after epoch 1: the encoder's features are not finite, or lr 0\.8"
-    ):
+    with pytest.raises(ValueError, match=r"nan after epoch 1.*not finite.*lr 0\.8"):
         train(encoder, images)
 
 

@@ -215,10 +215,10 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
         raise AssertionError("began")
 
     monkeypatch.setattr(module, "train_linear", train_linear)
-    with pytest.raises(ValueError, match="batch_size 321 is more than the 320 training images; lower --batch-size"):
+    with pytest.raises(ValueError, match="321 .* 320 .*--batch-size"):
         evaluate_run(run, tiny(batch_size=321))
     monkeypatch.setattr(module, "load_trained", train_linear)
-    with pytest.raises(ValueError, match=r"neighbors 99 .* \d\d training images.*lower --neighbors"):
+    with pytest.raises(ValueError, match=r"99 .* \d\d .*--neighbors"):
         evaluate_run(run, KnnConfig(neighbors=99, label_share=0.1, device="cpu"))
     (run / "evaluation.json").write_text("[{")
     with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
@@ -227,7 +227,7 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     config["engine"]["keep_every"] = None
     (run / "config.json").write_text(json.dumps(config))
     (run / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match="has kept no milestone; train with --keep-every N, which is None there"):
+    with pytest.raises(ValueError, match="milestone.*--keep-every.*None"):
         evaluate_run(run, tiny(milestones=True))
     with pytest.raises(ValueError, match="milestones are of the pretrained encoder alone"):
         tiny(milestones=True, untrained=True)

@@ -263,9 +263,7 @@ def test_a_batch_larger_than_the_queue_is_refused_where_there_is_a_queue(method:
     objective = dataclasses.replace(CONFIG.objective, queue_size=31)
     small: dict[str, Any] = dict(method=method, objective=objective, engine=engine)
     if hasattr(METHODS[method](ModelConfig(width=2, classes=10), ObjectiveConfig(queue_size=31)), "queue"):
-        with pytest.raises(
-            ValueError, match=r"batch_size 32 is more than queue_size 31: .*raise --queue-size or lower"
-        ):
+        with pytest.raises(ValueError, match=r"batch_size 32 .*queue_size 31.*--queue-size"):
             trainer(tmp_path, **small)
     else:
         assert trainer(tmp_path, optim=dataclasses.replace(CONFIG.optim, epochs=1), **small).train() is None
@@ -291,7 +289,7 @@ def test_a_finished_checkpoint_of_another_run_is_taken_over(straight: Path, tmp_
 
 def test_an_earlier_checkpoint_does_not_run_into_later_ones(straight: Path) -> None:
     earlier = list_checkpoints(straight / "checkpoints")[0][1]
-    with pytest.raises(CheckpointError, match=r"holds step-00000012\.pt, which is later than .*; give another --out"):
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt.*later.*--out"):
         trainer(straight, resume=str(earlier))
 
 
@@ -327,7 +325,7 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(straight: Path
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         data = path.read_bytes()
         (tmp_path / "checkpoints" / path.name).write_bytes(data if step == 10 else data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete it to .*an earlier"):
+    with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete"):
         trainer(tmp_path)
     (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
     trainer(tmp_path).train()
@@ -343,9 +341,7 @@ def test_milestones_stay(tmp_path: Path) -> None:
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
     at_batch(broken, 5, lambda batch: batch.views[1].fill_(torch.nan))
-    with pytest.raises(
-        TrainingError, match=r"step 6: loss_m, gradient, keys not finite; the batch holds the data set's"
-    ):
+    with pytest.raises(TrainingError, match=r"step 6: loss_m, gradient, keys not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
     assert [record["step"] for record in figures(tmp_path)] == [2, 4]
@@ -368,7 +364,7 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
         )  # the batch norms still train on finite values
 
     at_batch(broken, 3, spoil)
-    with pytest.raises(TrainingError, match=r"after step 4 momentum\.0\.bn1\.running_var hold values .* not finite"):
+    with pytest.raises(TrainingError, match=r"step 4.*momentum\.0\.bn1\.running_var.*not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
@@ -406,9 +402,7 @@ def test_another_run_s_checkpoint_is_refused_and_both_are_named(straight: Path, 
         ({"recipe": "paper", "seed": 3}, "recipe: quick -> paper; seed"),
     ):
         (other / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(CONFIG, **change))))
-        with pytest.raises(
-            CheckpointError, match=rf"{own} is not of {other}.*\({named}.*give one of {other}/checkpoints"
-        ):
+        with pytest.raises(CheckpointError, match=rf"{own}.*{other}.*{named}.*{other}/checkpoints"):
             load_trained(other, own)
     moved = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, log_every=7))
     (other / "config.json").write_text(json.dumps(to_dict(moved)))
@@ -418,7 +412,7 @@ def test_another_run_s_checkpoint_is_refused_and_both_are_named(straight: Path, 
 def test_a_trained_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: Path) -> None:
     state = final_state(straight)
     torch.save({**state, "config": json.dumps({**json.loads(state["config"]), "mood": 1})}, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match=r"odd\.pt holds settings that this version does not know: .*mood"):
+    with pytest.raises(CheckpointError, match=r"odd\.pt.*mood"):
         load_trained(straight, tmp_path / "odd.pt")
 
 
@@ -471,7 +465,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(straight: Path, tmp_pa
     assert state["images"] == trainer(tmp_path / "other").images.fingerprint()
     state.pop("step")
     save_checkpoint(path.parent, STEPS, state | {"images": "of another set"})
-    with pytest.raises(CheckpointError, match=r"was trained on other images than digits now holds \(128 of them\)"):
+    with pytest.raises(CheckpointError, match=r"other images.*digits.*128"):
         trainer(tmp_path / "run")
     del state["images"], state["loader"]  # as an earlier version wrote it
     save_checkpoint(path.parent, STEPS, state)
@@ -506,12 +500,12 @@ def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> Non
     with np.load(tmp_path / "run" / "views.npz") as arrays:
         assert arrays["images"].shape == (6, 8, 8, 3)
     if not labeled:
-        with pytest.raises(ValueError, match=r"supervised trains on labels, and .*photos has none; give each class a"):
+        with pytest.raises(ValueError, match=r"supervised.*labels.*photos.*class"):
             trainer(tmp_path / "none", method="supervised", **changes)
         assert not (tmp_path / "none").exists()
     broken = trainer(tmp_path / "broken", **changes)
     at_batch(broken, 1, lambda batch: batch.views[1].fill_(torch.nan))
-    with pytest.raises(TrainingError, match=r"the batch holds the data set's images (a/|b/|)\d\d\.png"):
+    with pytest.raises(TrainingError, match=r"images (a/|b/|)\d\d\.png"):
         broken.train()
 
 

@@ -239,7 +239,7 @@ def test_a_run_that_is_left_early_leaves_no_thread(images: ImageArray) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_too_few_images_are_an_error_before_the_run(images: ImageArray, backend: str) -> None:
-    with pytest.raises(ValueError, match="photos has 23 training images, fewer than one batch of 24") as raised:
+    with pytest.raises(ValueError, match="23 training images.*24") as raised:
         loader_of(images, backend, batch_size=24)
     assert "--batch-size" in str(raised.value)
     assert loader_of(images, backend, batch_size=23).steps_per_epoch == 1
@@ -361,7 +361,7 @@ def test_a_file_that_breaks_while_a_run_reads_is_named(files: ImageFiles) -> Non
 @needs_dali
 def test_a_file_that_is_replaced_while_a_run_reads_is_named(files: ImageFiles) -> None:
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(files.root / files.paths[7])
-    with pytest.raises(DataError, match=r"07 é\.png is 9 x 9 pixels, and was 16 x 17 when the run started"):
+    with pytest.raises(DataError, match=r"07 é\.png.*9 x 9.*16 x 17"):
         loader_of(files, "dali").render(np.array([7]), 0)
 
 
@@ -427,7 +427,7 @@ def test_a_file_that_dali_cannot_read_ends_with_a_remedy(tmp_path: Path, monkeyp
         picture = Image.fromarray(np.full((20, 20, 3), number, np.uint8))
         picture.save(tmp_path / "odd" / f"{number}.webp", lossless=True, exif=exif)
     odd, _ = load_dataset(f"folder:{tmp_path / 'odd'}")
-    with pytest.raises(DataError, match=r"DALI cannot read one of 0\.webp, .*3\.webp \(.*--loader reference"):
+    with pytest.raises(DataError, match=r"0\.webp, .*3\.webp.*--loader reference"):
         loader_of(odd, "dali").render(np.arange(4), 0)
     assert loader_of(odd, "reference").render(np.arange(4), 0)[0].shape == (4, 3, SIDE, SIDE)
 
