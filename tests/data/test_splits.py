@@ -93,7 +93,7 @@ def test_labels_are_another_choice_for_another_seed() -> None:
 def test_a_class_without_images_has_no_label_to_take() -> None:
     images = replace(image_set(20), classes=("a", "b", "c", "d"))
     assert with_labels(images, 1.0, seed=0) is images
-    with pytest.raises(DataError, match="class d .*train on more"):
+    with pytest.raises(DataError, match=r"class d .*train on more"):
         with_labels(images, 0.5, seed=0)
 
 

@@ -69,5 +69,5 @@ def test_errors_name_protocol_and_representation():
     sets = {"pretrained": representation(8, 1.0)}
     with pytest.raises(ValueError, match=r"knn of pretrained: k 500 must lie in 1\.\.120"):
         evaluate_features(sets, TRAIN_LABELS, TEST_LABELS, 4, ["knn"], neighbors=500)
-    with pytest.raises(ValueError, match="'nearest'.*knn, logistic, logistic_10_labels"):
+    with pytest.raises(ValueError, match=r"'nearest'.*knn, logistic, logistic_10_labels"):
         evaluate_features(sets, TRAIN_LABELS, TEST_LABELS, 4, ["nearest"])  # pyright: ignore[reportArgumentType]  # a wrong name

@@ -215,7 +215,7 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
         raise AssertionError("began")
 
     monkeypatch.setattr(module, "train_linear", train_linear)
-    with pytest.raises(ValueError, match="321 .* 320 .*--batch-size"):
+    with pytest.raises(ValueError, match=r"321 .* 320 .*--batch-size"):
         evaluate_run(run, tiny(batch_size=321))
     monkeypatch.setattr(module, "load_trained", train_linear)
     with pytest.raises(ValueError, match=r"99 .* \d\d .*--neighbors"):
@@ -227,7 +227,7 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     config["engine"]["keep_every"] = None
     (run / "config.json").write_text(json.dumps(config))
     (run / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match="milestone.*--keep-every.*None"):
+    with pytest.raises(ValueError, match=r"milestone.*--keep-every.*None"):
         evaluate_run(run, tiny(milestones=True))
     with pytest.raises(ValueError, match="milestones are of the pretrained encoder alone"):
         tiny(milestones=True, untrained=True)

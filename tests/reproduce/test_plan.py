@@ -177,7 +177,7 @@ def test_a_table_takes_its_own_data_set_by_name_and_once(name: TableName) -> Non
 
 
 def test_an_unknown_run_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="'x'.*table6.*mnclglf-cifar10-k1-seed0, "):
+    with pytest.raises(ValueError, match=r"'x'.*table6.*mnclglf-cifar10-k1-seed0, "):
         table("table6").run("x")
 
 

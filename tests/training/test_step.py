@@ -309,7 +309,7 @@ def test_a_predictor_at_a_constant_rate_is_another_group_of_sgd_and_goes_on_afte
 
 def test_a_constant_rate_needs_a_predictor() -> None:
     method = SimCLR(MODEL, ObjectiveConfig(), queue_dtype=torch.float32)
-    with pytest.raises(ValueError, match="SimCLR.*--constant-predictor-lr"):
+    with pytest.raises(ValueError, match=r"SimCLR.*--constant-predictor-lr"):
         TrainStep(method, OptimConfig(constant_predictor_lr=True), EngineConfig(), torch.float32)
 
 

@@ -239,7 +239,7 @@ def test_a_run_that_is_left_early_leaves_no_thread(images: ImageArray) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_too_few_images_are_an_error_before_the_run(images: ImageArray, backend: str) -> None:
-    with pytest.raises(ValueError, match="23 training images.*24") as raised:
+    with pytest.raises(ValueError, match=r"23 training images.*24") as raised:
         loader_of(images, backend, batch_size=24)
     assert "--batch-size" in str(raised.value)
     assert loader_of(images, backend, batch_size=23).steps_per_epoch == 1
