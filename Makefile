@@ -67,6 +67,7 @@ check: setup ## format, lint and types
 
 docs: setup ## build the documentation into build/docs/; warnings are errors
 	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(ARGS)
+	@echo 'documentation: $(CURDIR)/build/docs/index.html'
 
 clean: ## delete .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

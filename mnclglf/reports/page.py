@@ -106,7 +106,8 @@ def state_line(run: RunFiles) -> str:
     if reached.total is None or reached.epoch is None:
         return f"{reached.step:,} steps logged; how many the run has is not known without config.json."
     if reached.finished:
-        return f"Finished: {reached.step:,} of {reached.total:,} steps, {reached.epochs} epochs."
+        epochs = "1 epoch" if reached.epochs == 1 else f"{reached.epochs} epochs"
+        return f"Finished: {reached.step:,} of {reached.total:,} steps, {epochs}."
     return (
         f"Not finished, interrupted or still training: {reached.step:,} of {reached.total:,} steps, "
         f"epoch {reached.epoch:.1f} of {reached.epochs}."
@@ -159,6 +160,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "path": str(run.folder),
         "state": state_line(run),
         "speed": speed_lines(run),
+        "roofline": bool(series(run.records, "roofline_fraction")[1]),
         "table": result_table(results) if results else None,
         "classes": _classes(results),
         "measured": _measured_at(run),

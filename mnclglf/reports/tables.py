@@ -23,12 +23,13 @@ SETTING_NAMES = {
     "C": "C",
     "batch_size": "batches of",
     "draws": "draws of labels",
-    "subset": "subsets by",
+    "subset": "labels drawn by the generator",
     "train_images": "training images",
     "test_images": "images classified",
     "step": "checkpoint after step",
 }
 COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
+SINGULAR = {"epochs": "epoch", "runs": "run", "draws of labels": "draw of labels"}
 UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
     "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
@@ -193,6 +194,8 @@ def _describe(settings: Mapping[str, Any]) -> str:
             continue
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         label = SETTING_NAMES.get(name, name.replace("_", " "))
+        if value == 1:
+            label = SINGULAR.get(label, label)
         parts.append(f"{text} {label}" if name in COUNTED else f"{label} {text}".strip())
     return ", ".join(parts)
 

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -214,8 +215,7 @@ def test_a_reader_follows_the_page(page: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     make_tiny(monkeypatch)
     shown = [block for block in blocks_of(page) if not block.needs and not block.tested_by]
-    if any("runs/digits" in block.text for block in shown):  # the run that the page starts from
-        assert main(["train", "--dataset", "digits", "--recipe", "quick", "--out", "runs/digits", *TINY]) == 0
+    shutil.copy(ROOT / "docs" / "images" / "folder-views.png", "photo.png")  # the reader's picture file
     names: dict[str, object] = {}
     ran = 0
     for block in shown:

@@ -241,6 +241,19 @@ def test_progress_counts_the_steps_of_all_epochs(make_run):
     assert state_line(RunFiles(folder=Path("."))) == "Nothing logged yet."
 
 
+def test_one_epoch_is_not_several():
+    records = [{"step": 7, "epoch": 1.0}]
+    run = RunFiles(folder=Path("."), records=records, config={"optim": {"epochs": 1}})
+    assert state_line(run) == "Finished: 7 of 7 steps, 1 epoch."
+
+
+def test_the_share_of_the_roofline_is_explained_where_it_is_shown(tmp_path):
+    for logged in ({}, {"roofline_fraction": 0.5}):
+        record = {"step": 3, "images_per_second": 9.0} | logged
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        assert ("the least time that a step can take" in report(tmp_path).words) == bool(logged)
+
+
 def test_speed_is_the_median_and_waiting_a_share():
     records = [
         {

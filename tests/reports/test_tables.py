@@ -78,6 +78,11 @@ def test_the_papers_protocol_says_its_settings():
     assert row.details == "LARS, 90 epochs, batches of 256, lr 0.8"
 
 
+def test_one_of_a_kind_is_not_several():
+    (row,) = result_table([result("linear", settings={"epochs": 1, "draws": 1, "subset": "philox"})]).rows
+    assert row.details == "1 epoch, 1 draw of labels, labels drawn by the generator philox"
+
+
 def test_means_are_over_the_runs_that_all_have_a_result():
     first = [
         result(top1=0.5, top5=0.7, settings={"k": 20, "step": 8, "note": "odd"}),
