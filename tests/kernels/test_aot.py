@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,17 +49,9 @@ def variants(request):
 def test_every_kernel_of_every_operator_is_there(variants):
     found = {(v["op"], v["kernel"]) for v in variants}
     assert {op for op, _ in found} == set(OPERATORS)
-    assert {kernel for _, kernel in found} == MATMULS | {
-        "augment_kernel",
-        "divide_kernel",
-        "combine_kernel",
-        "contrastive_losses_merge_kernel",
-        "nearest_neighbor_merge_kernel",
-        "enqueue_write_kernel",
-        "enqueue_advance_kernel",
-        "queue_contrastive_loss_merge_kernel",
-        "queue_contrastive_loss_gradient_kernel",
-    }
+    sources = [path.read_text() for path in (ROOT / "kernels" / "mnclglf_kernels" / "_triton").glob("*.py")]
+    written = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)}
+    assert {kernel for _, kernel in found} == written >= MATMULS
     assert {v["dtype"] for v in variants} == {"bf16", "fp16", "fp32"}
 
 
@@ -140,7 +133,7 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", JIT]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(printed) == 24
+    assert len(printed) >= 24  # launches of the operators that there are today
     assert set(printed) >= MATMULS
 
 
