@@ -132,7 +132,7 @@ class Views(Look):
     """Draw the views that each loader makes of some images, side by side, and their patches."""
 
     view: str = "paper"
-    """Recipe of the views: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
+    """Named view: paper, simclr, mocov2, byol, simsiam, supervised, linear_train, eval or quick."""
     side: int | None = None
     """Side of a view in pixels; None is the images' own side, 224 for a folder."""
     images: int = 6

@@ -57,7 +57,7 @@ def view_of(name: str, dataset: str) -> ViewConfig:
     Raises:
         ValueError: there is no view of this name.
     """
-    require(name in VIEWS, f"recipe {name!r} is none of {', '.join(VIEWS)}")
+    require(name in VIEWS, f"view {name!r} is none of {', '.join(VIEWS)}")
     view = VIEWS[name]
     source = source_of(dataset)
     if not source.flips:
