@@ -80,7 +80,8 @@ class Start:
         config, data = self.config, self.data
         return (
             f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
-            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, device {self.machine.device}, "
+            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, "
+            f"device {self.machine.device}, "
             f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
             f"kernels {describe_backends(self.method.backends)}"
             + ("" if self.compile == "off" else f", compiled{' with CUDA graphs' * (self.compile == 'graphs')}")
