@@ -212,5 +212,5 @@ def test_it_is_trained_on_from_the_command_line(data: Path, tmp_path: Path, caps
     assert main(["train", "--dataset", "tinyimagenet", "--data-dir", str(data), *small.split()]) == 0
     assert main(["knn", str(tmp_path / "run"), "--k", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "mnclglf on tinyimagenet: 12 images of side 32, 1 epochs of 2 steps" in printed
+    assert "mnclglf on tinyimagenet: 12 images of side 32, 1 epoch of 2 steps" in printed
     assert "12 training images, 5 images classified" in printed

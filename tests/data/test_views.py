@@ -118,7 +118,9 @@ def test_what_is_switched_off_is_off_and_what_is_certain_is_on() -> None:
 
 def test_no_two_numbers_are_related() -> None:
     """Checks for random words that are used twice, which would show as a correlation."""
-    p = draw(ViewConfig(rotation_degrees=10, jitter_probability=1, blur_probability=1, solarize_probability=0.5))
+    probabilities = {f.name: 0.5 for f in dataclasses.fields(ViewConfig) if f.name.endswith("_probability")}
+    config = dataclasses.replace(ViewConfig(rotation_degrees=10), **probabilities)
+    p = draw(dataclasses.replace(config, jitter_probability=1, blur_probability=1))
     columns = {name: column.astype(np.float64) for name, column in p.arrays().items()}
     # where a crop lies depends on its size, and its height on its width: compare where in its room it lies
     columns["top"] = (columns["top"] + 0.5) / (33 - columns["crop_height"])
