@@ -134,7 +134,7 @@ def checkpoints(run: Path, config: RunConfig, evaluation: Evaluation, steps_per_
     if not evaluation.milestones:
         return [evaluation.checkpoint]
     every = config.engine.keep_every
-    kept = [] if every is None else list_milestones(run / "checkpoints", every * steps_per_epoch)
+    kept = list_milestones(run / "checkpoints", every and every * steps_per_epoch)
     require(bool(kept), f"{run} has kept no milestone; train with --keep-every N, which is {every} there, to have some")
     return kept
 

@@ -227,10 +227,19 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     config["engine"]["keep_every"] = None
     (run / "config.json").write_text(json.dumps(config))
     (run / "evaluation.json").unlink()
+    (run / "checkpoints" / "milestones.json").unlink()
     with pytest.raises(ValueError, match=r"milestone.*--keep-every.*None"):
         evaluate_run(run, tiny(milestones=True))
     with pytest.raises(ValueError, match="milestones are of the pretrained encoder alone"):
         tiny(milestones=True, untrained=True)
+
+
+def test_milestones_are_those_recorded_whatever_the_settings_say_now(run: Path):
+    config = json.loads((run / "config.json").read_text())
+    config["engine"]["keep_every"] = None  # as after a resumption without --keep-every
+    (run / "config.json").write_text(json.dumps(config))
+    found = evaluate_run(run, KnnConfig(device="cpu", milestones=True))
+    assert [r.epoch for r in found] == [1.0, 2.0]
 
 
 def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path, monkeypatch: pytest.MonkeyPatch):

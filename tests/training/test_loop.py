@@ -338,6 +338,37 @@ def test_milestones_stay(tmp_path: Path) -> None:
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 12]
 
 
+def until(out: Path, step: int, **changes: Any) -> None:
+    """Trains as far as a step, with one checkpoint kept besides the milestones."""
+    run = trainer(out, engine=dataclasses.replace(CONFIG.engine, keep_last=1, save_every=0.25, **changes))
+    at_batch(run, step - 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    run.train()
+
+
+@pytest.mark.parametrize(("later", "kept"), [(None, [4, 12]), (2, [4, 8, 12]), (3, [4, 12])])
+def test_milestones_stay_when_a_run_resumes_with_another_keep_every(
+    tmp_path: Path, later: int | None, kept: list[int]
+) -> None:
+    until(tmp_path, 6, keep_every=1)
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1, keep_every=later)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == kept
+
+
+def test_what_one_process_keeps_no_later_one_deletes(tmp_path: Path) -> None:
+    until(tmp_path, 4)  # a checkpoint that was no milestone when it was saved
+    until(tmp_path, 6, keep_every=1)
+    until(tmp_path, 9)
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 12]
+
+
+def test_milestones_of_an_earlier_version_stay(tmp_path: Path) -> None:
+    until(tmp_path, 6, keep_every=1)
+    (tmp_path / "checkpoints" / "milestones.json").unlink()
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 12]
+
+
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
     at_batch(broken, 5, lambda batch: batch.views[1].fill_(torch.nan))
