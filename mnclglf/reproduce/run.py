@@ -5,7 +5,6 @@ Each run has its own process, and two processes never make the same run.
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import signal
 import statistics
@@ -14,12 +13,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -45,6 +42,7 @@ from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
 from mnclglf.runs.console import say
 from mnclglf.runs.files import read_config
+from mnclglf.runs.locks import held
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
 from mnclglf.training.schedule import Schedule
@@ -55,7 +53,6 @@ from mnclglf_kernels.backend import HAS_TRITON
 PROGRAM = (sys.executable, "-m", "mnclglf")
 TAKEN = 75  # exit code if another process is making the run: EX_TEMPFAIL of sysexits.h
 POLL_SECONDS = 1.0
-LOCK_TRIES = 5  # attempts, a tenth of a second apart
 LOG_LINES = 12  # lines shown of the log of a failed run
 ASSUMED_SHARE = 0.6  # assumed fraction of the roofline, until a run of the folder is finished
 
@@ -199,32 +196,6 @@ class Made:
     """Names of the runs that other processes are making."""
     stopped: int | None = None
     """Signal that ended the work; None if none did."""
-
-
-@contextmanager
-def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
-    """Holds a lock file, which the system releases when this process ends, even if it is killed.
-
-    Args:
-        lock: the file; made if missing, and never deleted, as that would be a race.
-        wait: wait for the holder of the lock; else the result is False if somebody holds it.
-    """
-    with lock.open("w") as file:
-        if wait:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield wait or _try_lock(file)
-
-
-def _try_lock(file: TextIO) -> bool:
-    """Returns whether the lock was acquired. It tries several times, as a process that only asks holds it briefly."""
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        else:
-            return True
-    return False
 
 
 def lock_of(name: str, runs: Path) -> Path:

@@ -28,6 +28,7 @@ from mnclglf.runs.checkpoint import (
 )
 from mnclglf.runs.console import say
 from mnclglf.runs.files import write_json
+from mnclglf.runs.locks import training_in
 from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
@@ -67,6 +68,10 @@ class Trainer:
         self.out = out
         self.console = console or Console()
         self.checkpoints = out / "checkpoints"
+        if self.checkpoints.is_dir():
+            with training_in(out):  # raises now if another process holds it; `train` takes it for the whole training
+                pass
+        self.found = list_checkpoints(self.checkpoints)[-1:]
         # Read first, so that a damaged checkpoint is reported before a minute of work.
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -100,8 +105,20 @@ class Trainer:
 
         Raises:
             TrainingError: a loss, gradient or embedding was not finite.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written, or another process has trained here since the start.
+            TakenError: another process is training in the run directory.
         """
+        with training_in(self.out):
+            newest = list_checkpoints(self.checkpoints)[-1:]
+            if newest != self.found:
+                raise CheckpointError(
+                    f"{self.out} was trained by another process meanwhile, and now ends with "
+                    f"{newest[0][1].name if newest else 'no checkpoint'}; give the same command again to resume there"
+                )
+            return self._train()
+
+    def _train(self) -> int | None:
+        """Trains while this process holds the run directory."""
         self._open()
         total = self.schedule.total_steps
         began = time.perf_counter()

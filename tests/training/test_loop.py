@@ -29,6 +29,7 @@ from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.start import load_trained
@@ -308,6 +309,27 @@ def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
     left_over.touch()
     trainer(tmp_path).train()
     assert not left_over.exists()
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    first, second = trainer(tmp_path / "run"), trainer(tmp_path / "run")
+    left_over = tmp_path / "run" / "checkpoints" / ".step-00000002.pt.4242.tmp"
+
+    def meanwhile(_: Batch) -> None:
+        left_over.touch()  # as if the first were just saving
+        with pytest.raises(TakenError, match=r"run is being trained by process \d+ on .*--out"):
+            second.train()
+        with pytest.raises(TakenError, match=r"run is being trained"):
+            trainer(tmp_path / "run")
+        assert left_over.exists()
+        left_over.unlink()
+
+    at_batch(first, 3, meanwhile)
+    assert first.train() is None
+    before = figures(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"run was trained by another process.*step-00000012.*command"):
+        second.train()  # was made before there was a checkpoint: it would begin at step 0
+    assert figures(tmp_path / "run") == before
 
 
 def test_other_settings_are_refused_by_name(straight: Path) -> None:
