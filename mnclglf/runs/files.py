@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,10 +18,36 @@ from mnclglf.config import RunConfig, from_dict, to_dict
 # Settings that may differ when a run is resumed, as they do not change the results.
 FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "data.loader_threads"}
 
+logger = logging.getLogger(__name__)
+
 
 def cache_folder() -> Path:
-    """Returns the folder for files that can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnclglf"
+    """Returns the folder for files that can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf.
+
+    If there is no home, or nothing can be made there, as in a container under a user number that it does not know, it
+    is mnclglf-<user number> in the temporary folder, and a warning says so.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "mnclglf"
+    try:
+        usual = Path.home() / ".cache" / "mnclglf"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        usual = None
+    if usual is not None and (usual.exists() or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
+        return usual
+    folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+    _warn_once(f"there is no home to keep caches in: they are in {folder}; set XDG_CACHE_HOME to choose their place")
+    return folder
+
+
+def nearest_folder(path: Path) -> Path:
+    """Returns the path, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pytest
 
 from mnclglf.runs import files
-from mnclglf.runs.files import write_atomically
+from mnclglf.runs.files import cache_folder, write_atomically
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, *, of_folders: bool) -> None:
@@ -73,3 +73,40 @@ def test_two_processes_of_one_number_do_not_write_into_one_temporary_file(tmp_pa
 
     write_atomically(tmp_path / "x", inner)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"outer")]
+
+
+@pytest.fixture
+def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user number that the system does not know, without HOME; returns the temporary folder."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    files._warn_once.cache_clear()
+    return tmp_path
+
+
+def test_without_a_home_caches_are_in_the_temporary_folder(
+    without_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [cache_folder() for _ in range(3)] == 3 * [without_home / "mnclglf-4000000001"]
+    assert caplog.text.count("mnclglf-4000000001; set XDG_CACHE_HOME") == 1
+
+
+def test_a_home_where_nothing_can_be_made_is_no_home(without_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setattr(files.os, "access", lambda path, _: Path(path) != Path("/"))
+    assert cache_folder() == without_home / "mnclglf-4000000001"
+    home = without_home / "home"
+    (home / ".cache" / "mnclglf").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    assert cache_folder() == home / ".cache" / "mnclglf"  # can only be read, and holds what was fetched
+
+
+def test_the_usual_places_of_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "mnclglf"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert cache_folder() == tmp_path / "c" / "mnclglf"
