@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,7 @@ from mnclglf.reproduce.results import (
 from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
 from mnclglf.runs.console import say
-from mnclglf.runs.files import read_config
+from mnclglf.runs.files import check_writable, read_config
 from mnclglf.runs.locks import held
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
@@ -73,7 +72,8 @@ def reproduce(request: Reproduce, console: Console) -> int:
     check_settings(wanted, runs)
     lines_of(whole_table(request, runs), runs)  # raises for a damaged file of any run before work is done
     images = load_images(missing) if request.only is None else {}  # a single run loads its own
-    check_writable(runs)
+    check_writable(runs, "give another --out")
+    runs.mkdir(parents=True, exist_ok=True)
     if request.only is not None:
         code = make_run(wanted[0], runs, table.scale, console)
         _write(request)
@@ -325,9 +325,3 @@ def last_lines(log: Path, count: int) -> list[str]:
     """Returns the last lines of a text file."""
     with log.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque(file, maxlen=count)]
-
-
-def check_writable(runs: Path) -> None:
-    """Raises OSError unless files can be written into the folder, which is made if missing."""
-    runs.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=runs).close()

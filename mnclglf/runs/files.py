@@ -45,6 +45,15 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
+def check_writable(folder: Path, remedy: str) -> None:
+    """Raises OSError, with the remedy, unless files can be written into the folder or, if missing, where it is made."""
+    nearest = nearest_folder(folder)
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: nothing can be written there; {remedy}", str(nearest)) from error
+
+
 @cache
 def _warn_once(text: str) -> None:
     logger.warning(text)

@@ -27,7 +27,7 @@ from mnclglf.runs.checkpoint import (
     save_checkpoint,
 )
 from mnclglf.runs.console import say
-from mnclglf.runs.files import write_json
+from mnclglf.runs.files import check_writable, write_json
 from mnclglf.runs.locks import training_in
 from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.guard import NonFiniteError
@@ -68,6 +68,7 @@ class Trainer:
         self.out = out
         self.console = console or Console()
         self.checkpoints = out / "checkpoints"
+        check_writable(self.checkpoints, "give another --out")
         if self.checkpoints.is_dir():
             with training_in(out):  # raises now if another process holds it; `train` takes it for the whole training
                 pass

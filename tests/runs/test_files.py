@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pytest
 
 from mnclglf.runs import files
-from mnclglf.runs.files import cache_folder, write_atomically
+from mnclglf.runs.files import cache_folder, check_writable, write_atomically
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, *, of_folders: bool) -> None:
@@ -110,3 +110,20 @@ def test_the_usual_places_of_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cache_folder() == tmp_path / ".cache" / "mnclglf"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
     assert cache_folder() == tmp_path / "c" / "mnclglf"
+
+
+def test_where_nothing_can_be_written_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "a" / "b", "give another --out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"give another --out: '.*/file'"):
+        check_writable(tmp_path / "file" / "run", "give another --out")
+
+    def refuse(*_: object, dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / "x"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match=rf"Permission denied.*give another --out: '{tmp_path}'"):
+        check_writable(tmp_path / "a" / "b", "give another --out")

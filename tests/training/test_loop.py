@@ -31,6 +31,7 @@ from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
+from mnclglf.training import loop
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
@@ -330,6 +331,16 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run was trained by another process.*step-00000012.*command"):
         second.train()  # was made before there was a checkpoint: it would begin at step 0
     assert figures(tmp_path / "run") == before
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loop, "start_training", lambda *_, **__: pytest.fail("began"))
+    with pytest.raises(NotADirectoryError, match=r"another --out.*file"):
+        trainer(tmp_path / "file" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_settings_are_refused_by_name(straight: Path) -> None:
