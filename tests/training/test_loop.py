@@ -433,6 +433,26 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
+def test_a_figure_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "effective_rank", lambda _: float("nan"))  # as in a step of fp16 that overflows
+    until(tmp_path, 4)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert '"effective_rank": null' in text
+    (tmp_path / "metrics.jsonl").write_text(text.replace("null", "NaN"))  # as earlier versions wrote it
+    trainer(tmp_path).train()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("given", ["", ', "elapsed_seconds": null', ', "elapsed_seconds": "long"'])
+def test_a_record_without_its_time_is_gone_on_from(straight: Path, tmp_path: Path, given: str) -> None:
+    until(tmp_path, 6)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(re.sub(r', "elapsed_seconds": [0-9.]+', given, text))
+    trainer(tmp_path).train()
+    assert figures(tmp_path) == figures(straight)
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     console = silent()
     trainer(tmp_path, console=console).train()
