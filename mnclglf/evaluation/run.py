@@ -26,7 +26,7 @@ from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
-from mnclglf.runs.console import say
+from mnclglf.runs.console import LastingConsole, say
 from mnclglf.runs.files import check_writable, differences, read_config
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.start import (
@@ -77,7 +77,7 @@ def evaluate_run(
     config, file = config or read_config(run), file or run / "evaluation.json"
     load_results(file)  # raises for a damaged file before any work is done
     check_writable(file.parent, "make it writable, or copy the run to where you can write")
-    context = prepare(run, config, evaluation, console or Console())
+    context = prepare(run, config, evaluation, console or LastingConsole())
     chosen = checkpoints(run, config, evaluation, context.steps_per_epoch)
     names = representations or default_representations(evaluation)
     if isinstance(evaluation, LinearConfig):

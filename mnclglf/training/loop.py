@@ -26,7 +26,7 @@ from mnclglf.runs.checkpoint import (
     record_milestones,
     save_checkpoint,
 )
-from mnclglf.runs.console import say
+from mnclglf.runs.console import LastingConsole, say
 from mnclglf.runs.files import check_writable, write_json
 from mnclglf.runs.locks import training_in
 from mnclglf.training.describe import describe_limits, write_run_files
@@ -66,7 +66,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
         self.out = out
-        self.console = console or Console()
+        self.console = console or LastingConsole()
         self.checkpoints = out / "checkpoints"
         check_writable(self.checkpoints, "give another --out")
         if self.checkpoints.is_dir():
@@ -99,7 +99,9 @@ class Trainer:
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:
-        """Trains to the end, or to SIGINT or SIGTERM; a checkpoint holds the state either way.
+        """Trains to the end, or to SIGINT, SIGTERM or SIGHUP; a checkpoint holds the state either way.
+
+        Outside the main thread no signal is caught.
 
         Returns:
             The signal's number; None at the end.

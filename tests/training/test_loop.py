@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.runs.console import LastingConsole
 from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
 from mnclglf.training import loop
@@ -310,6 +312,21 @@ def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
     left_over.touch()
     trainer(tmp_path).train()
     assert not left_over.exists()
+
+
+def test_a_run_outside_the_main_thread_is_the_same(straight: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: trainer(tmp_path).train()).result() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(straight: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        run = trainer(tmp_path, console=LastingConsole(file=file, width=200))
+        at_batch(run, 3, lambda _: os.close(reading))
+        assert run.train() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
