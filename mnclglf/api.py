@@ -66,7 +66,8 @@ def train(config: RunConfig | None = None, *, out: RunPath | None = None, resume
     Raises:
         ValueError: a setting does not exist or is invalid; the message names the remedy.
         TrainingError: a loss, gradient or embedding was not finite.
-        KeyboardInterrupt: SIGINT or SIGTERM arrived; the run is saved, and the same call resumes it.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP arrived; the run is saved, and the same call resumes it. In another
+            thread than the main one, no signal is caught.
     """
     require(
         config is None or not settings,

@@ -30,7 +30,7 @@ from mnclglf.config import (
 from mnclglf.data.sources import SOURCES, is_dataset, source_of
 from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
-from mnclglf.runs.console import say
+from mnclglf.runs.console import LastingConsole, say
 
 MARKERS = (tyro.conf.OmitArgPrefixes,)
 Run = Annotated[Path, tyro.conf.Positional]
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        return run(parse(sys.argv[1:] if arguments is None else arguments), Console())
+        return run(parse(sys.argv[1:] if arguments is None else arguments), LastingConsole())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, OSError, RuntimeError, ImportError) as error:

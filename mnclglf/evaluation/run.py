@@ -26,8 +26,8 @@ from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
 from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
-from mnclglf.runs.console import say
-from mnclglf.runs.files import differences, read_config
+from mnclglf.runs.console import LastingConsole, say
+from mnclglf.runs.files import check_writable, differences, read_config
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.start import (
     Machine,
@@ -76,7 +76,8 @@ def evaluate_run(
     """
     config, file = config or read_config(run), file or run / "evaluation.json"
     load_results(file)  # raises for a damaged file before any work is done
-    context = prepare(run, config, evaluation, console or Console())
+    check_writable(file.parent, "make it writable, or copy the run to where you can write")
+    context = prepare(run, config, evaluation, console or LastingConsole())
     chosen = checkpoints(run, config, evaluation, context.steps_per_epoch)
     names = representations or default_representations(evaluation)
     if isinstance(evaluation, LinearConfig):
@@ -90,7 +91,12 @@ def evaluate_run(
         results = [
             replace(result, label_share=evaluation.label_share, epoch=epoch) for result in measure(method.encoder, step)
         ]
-        save_results(file, results)
+        try:
+            save_results(file, results)
+        except OSError:  # a disk that is full by now: what took minutes to measure is at least printed
+            for r in results:
+                context.say(f"{r.protocol}, {r.representation}, {r.split}: top-1 {r.top1:.2%}, top-5 {r.top5:.2%}")
+            raise
         found += results
     return found
 
@@ -134,7 +140,7 @@ def checkpoints(run: Path, config: RunConfig, evaluation: Evaluation, steps_per_
     if not evaluation.milestones:
         return [evaluation.checkpoint]
     every = config.engine.keep_every
-    kept = [] if every is None else list_milestones(run / "checkpoints", every * steps_per_epoch)
+    kept = list_milestones(run / "checkpoints", every and every * steps_per_epoch)
     require(bool(kept), f"{run} has kept no milestone; train with --keep-every N, which is {every} there, to have some")
     return kept
 

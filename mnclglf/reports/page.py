@@ -27,6 +27,7 @@ from mnclglf.reports.figures import (
 from mnclglf.reports.run_files import RunFiles, finite, read_run
 from mnclglf.reports.tables import percent, result_table
 from mnclglf.runs.files import write_atomically
+from mnclglf.runs.locks import writing_in
 
 OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N if all N candidates look alike
 
@@ -71,9 +72,10 @@ def write_report(run_dir: Path) -> Path:
         NotADirectoryError: there is no such directory.
         ValueError: a file is there but damaged; the message names it.
     """
-    page = render(read_run(run_dir))
     path = run_dir / "report.html"
-    write_atomically(path, lambda file: file.write(page.encode()))
+    with writing_in(run_dir):  # a process that read before another one wrote would overwrite a newer report
+        page = render(read_run(run_dir))
+        write_atomically(path, lambda file: file.write(page.encode()))
     return path
 
 

@@ -12,7 +12,7 @@ from mnclglf.config import RunConfig
 from mnclglf.reproduce.plan import Reproduce, Row, Run, Scale, Table, make_table, run_name
 from mnclglf.runs.checkpoint import checkpoint_path, list_checkpoints
 from mnclglf.runs.files import differences, read_config
-from mnclglf.runs.metrics import Record, read_records
+from mnclglf.runs.metrics import elapsed_seconds, read_records
 from mnclglf.runs.results import Result, load_results
 
 
@@ -32,7 +32,8 @@ class Measurement:
     """Settings of the evaluation."""
     environment: dict[str, Any]
     """Contents of environment.json, of the process that trained last: device, commit, precision, versions."""
-    training_seconds: float
+    training_seconds: float | None
+    """None if the metrics do not say it."""
 
 
 def whole_table(request: Reproduce, runs: Path) -> Table:
@@ -58,8 +59,9 @@ def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:
 
 def step_of_epoch(folder: Path, epoch: int) -> int | None:
     """Returns the number of steps after `epoch` epochs of a run; None if nothing has been logged."""
-    last = _last_record(folder)
-    return None if last is None else epoch * round(last["step"] / last["epoch"])
+    records, _ = read_records(folder / "metrics.jsonl")
+    known = [record for record in records if isinstance(record.get("epoch"), int | float) and record["epoch"] > 0]
+    return epoch * round(known[-1]["step"] / known[-1]["epoch"]) if known else None
 
 
 def steps_done(folder: Path) -> int:
@@ -134,8 +136,9 @@ def roofline_fractions(runs: Path) -> list[float]:
 def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measurement | None:
     folder = runs / run_name(config)
     found = find_results(folder, config, row.epoch, row.representation, scale)
-    shown, knn, last = next(iter(found.values())), found.get("knn"), _last_record(folder)
-    if shown is None or last is None or None in found.values():
+    shown, knn = next(iter(found.values())), found.get("knn")
+    records, _ = read_records(folder / "metrics.jsonl")
+    if shown is None or not records or None in found.values():
         return None
     return Measurement(
         run=folder.name,
@@ -147,10 +150,5 @@ def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measu
         knn_top1=None if knn is None else knn.top1,
         settings=shown.settings,
         environment=json.loads((folder / "environment.json").read_text()),
-        training_seconds=last["elapsed_seconds"],
+        training_seconds=elapsed_seconds(records),
     )
-
-
-def _last_record(folder: Path) -> Record | None:
-    records, _ = read_records(folder / "metrics.jsonl")
-    return records[-1] if records else None

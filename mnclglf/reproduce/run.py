@@ -5,21 +5,17 @@ Each run has its own process, and two processes never make the same run.
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -44,7 +40,8 @@ from mnclglf.reproduce.results import (
 from mnclglf.reproduce.table import lines_of, write_table
 from mnclglf.runs.checkpoint import checkpoint_path
 from mnclglf.runs.console import say
-from mnclglf.runs.files import read_config
+from mnclglf.runs.files import check_writable, read_config
+from mnclglf.runs.locks import held
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
 from mnclglf.training.schedule import Schedule
@@ -55,7 +52,6 @@ from mnclglf_kernels.backend import HAS_TRITON
 PROGRAM = (sys.executable, "-m", "mnclglf")
 TAKEN = 75  # exit code if another process is making the run: EX_TEMPFAIL of sysexits.h
 POLL_SECONDS = 1.0
-LOCK_TRIES = 5  # attempts, a tenth of a second apart
 LOG_LINES = 12  # lines shown of the log of a failed run
 ASSUMED_SHARE = 0.6  # assumed fraction of the roofline, until a run of the folder is finished
 
@@ -76,7 +72,8 @@ def reproduce(request: Reproduce, console: Console) -> int:
     check_settings(wanted, runs)
     lines_of(whole_table(request, runs), runs)  # raises for a damaged file of any run before work is done
     images = load_images(missing) if request.only is None else {}  # a single run loads its own
-    check_writable(runs)
+    check_writable(runs, "give another --out")
+    runs.mkdir(parents=True, exist_ok=True)
     if request.only is not None:
         code = make_run(wanted[0], runs, table.scale, console)
         _write(request)
@@ -199,32 +196,6 @@ class Made:
     """Names of the runs that other processes are making."""
     stopped: int | None = None
     """Signal that ended the work; None if none did."""
-
-
-@contextmanager
-def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
-    """Holds a lock file, which the system releases when this process ends, even if it is killed.
-
-    Args:
-        lock: the file; made if missing, and never deleted, as that would be a race.
-        wait: wait for the holder of the lock; else the result is False if somebody holds it.
-    """
-    with lock.open("w") as file:
-        if wait:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield wait or _try_lock(file)
-
-
-def _try_lock(file: TextIO) -> bool:
-    """Returns whether the lock was acquired. It tries several times, as a process that only asks holds it briefly."""
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        else:
-            return True
-    return False
 
 
 def lock_of(name: str, runs: Path) -> Path:
@@ -354,9 +325,3 @@ def last_lines(log: Path, count: int) -> list[str]:
     """Returns the last lines of a text file."""
     with log.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque(file, maxlen=count)]
-
-
-def check_writable(runs: Path) -> None:
-    """Raises OSError unless files can be written into the folder, which is made if missing."""
-    runs.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=runs).close()

@@ -6,15 +6,17 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mnclglf.config import RunConfig, from_dict
-from mnclglf.runs.files import differences, read_config, write_atomically
+from mnclglf.runs.files import differences, read_config, read_object, write_atomically, write_json
 
 FORMAT = 1
+MILESTONES = "milestones.json"  # beside the checkpoints: the steps whose checkpoints are never deleted
 
 
 class CheckpointError(RuntimeError):
@@ -128,13 +130,56 @@ def load_state(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, di
     return config, state
 
 
-def list_milestones(folder: Path, milestone_steps: int) -> list[Path]:
-    """Returns the checkpoints after a multiple of `milestone_steps` steps, oldest first."""
-    return [path for step, path in list_checkpoints(folder) if step % milestone_steps == 0]
+def list_milestones(folder: Path, milestone_steps: int | None = None) -> list[Path]:
+    """Returns the milestones in `folder`, oldest first.
+
+    Args:
+        folder: folder of the checkpoints.
+        milestone_steps: steps between two milestones, for a run of an earlier version, which did not record them.
+
+    Raises:
+        ValueError: milestones.json is damaged.
+    """
+    recorded = read_milestones(folder)
+    return [
+        path
+        for step, path in list_checkpoints(folder)
+        if (bool(milestone_steps) and step % milestone_steps == 0 if recorded is None else step in recorded)
+    ]
 
 
-def delete_old_checkpoints(folder: Path, *, keep_last: int, milestone_steps: int | None) -> None:
-    """Deletes all but the newest `keep_last` and the milestones (steps that are multiples of `milestone_steps`)."""
+def read_milestones(folder: Path) -> set[int] | None:
+    """Returns the steps that were promised to be kept; None if the run has no record of them.
+
+    Raises:
+        ValueError: milestones.json is damaged; the message names the remedy.
+    """
+    path = folder / MILESTONES
+    remedy = 'write the steps to keep into it, as {"steps": [400, 800]}, or remove it and give --keep-every'
+    try:
+        content = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if content is None:
+        return None
+    steps = content.get("steps")
+    if not isinstance(steps, list) or not all(type(step) is int for step in cast("list[object]", steps)):
+        raise ValueError(f"{path} is damaged: steps {steps!r} are no list of whole numbers; {remedy}")
+    return set(cast("list[int]", steps))
+
+
+def record_milestones(folder: Path, steps: Iterable[int]) -> None:
+    """Adds steps to those whose checkpoints are never deleted, whatever --keep-every is given later."""
+    recorded = read_milestones(folder)
+    both = {*(recorded or ()), *steps}
+    if both != recorded:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MILESTONES, {"steps": sorted(both)})
+
+
+def delete_old_checkpoints(folder: Path, *, keep_last: int) -> None:
+    """Deletes all but the newest `keep_last` and the recorded milestones."""
+    recorded = read_milestones(folder) or set()
     for step, path in list_checkpoints(folder)[:-keep_last]:
-        if milestone_steps is None or step % milestone_steps:
+        if step not in recorded:
             path.unlink()

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
+
 from rich.console import Console
+
+
+class LastingConsole(Console):
+    """A console whose reader may go away, as in `mnclglf train ... | head -1`; rich's own ends the process then."""
+
+    def on_broken_pipe(self) -> None:
+        """Stops printing, and says so on stderr; whoever prints goes on."""
+        self.quiet = True
+        # What Python still holds of the output is written at its end, and must not fail there.
+        with suppress(OSError, ValueError):  # a stream without a file
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.file.fileno())
+            os.close(null)
+        with suppress(OSError, ValueError):
+            sys.stderr.write("mnclglf: nothing reads the output any more; going on without it\n")
+            sys.stderr.flush()
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:

@@ -32,11 +32,13 @@ def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout that this code runs from; None for an installed package."""
+    """Returns the commit of the checkout that this code runs from; None for an installed package, or without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    result = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git on PATH, or one that cannot run; a slow network file system
+        return None
     return result.stdout.strip() or None

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import secrets
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -13,29 +18,77 @@ from mnclglf.config import RunConfig, from_dict, to_dict
 # Settings that may differ when a run is resumed, as they do not change the results.
 FREE_TO_CHANGE = {"engine", "data.data_dir", "data.download", "data.loader", "data.loader_threads"}
 
+logger = logging.getLogger(__name__)
+
 
 def cache_folder() -> Path:
-    """Returns the folder for files that can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnclglf"
+    """Returns the folder for files that can be made again: <XDG_CACHE_HOME or ~/.cache>/mnclglf.
+
+    If there is no home, or nothing can be made there, as in a container under a user number that it does not know, it
+    is mnclglf-<user number> in the temporary folder, and a warning says so.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "mnclglf"
+    try:
+        usual = Path.home() / ".cache" / "mnclglf"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        usual = None
+    if usual is not None and (usual.exists() or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
+        return usual
+    folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+    _warn_once(f"there is no home to keep caches in: they are in {folder}; set XDG_CACHE_HOME to choose their place")
+    return folder
+
+
+def nearest_folder(path: Path) -> Path:
+    """Returns the path, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def check_writable(folder: Path, remedy: str) -> None:
+    """Raises OSError, with the remedy, unless files can be written into the folder or, if missing, where it is made."""
+    nearest = nearest_folder(folder)
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: nothing can be written there; {remedy}", str(nearest)) from error
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces `path` by the output of `write`, whole or not at all: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces `path` by the output of `write`, whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
+    # Containers that share a folder may have the same process number, hence the random part.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename is None and error.errno is not None:  # of a write or an fsync, which name no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # The rename outlives a power failure once the folder is on disk too. Some file systems cannot do that (EINVAL, EIO
+    # and ENOTSUP were seen, on network and FUSE mounts); the file itself is whole there all the same.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,8 +1,13 @@
-"""Reader of metrics.jsonl: one JSON object per line with the figures of a step. Imports nothing of ours."""
+"""Lines of metrics.jsonl: one JSON object per line with the figures of a step. Imports nothing of ours.
+
+JSON has no NaN and no infinity. Such a figure, as of a step of fp16 that overflowed, is null. Earlier versions wrote
+NaN.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +15,17 @@ Record = dict[str, Any]
 
 FORMER_KEYS = {"limit_share": "roofline_fraction"}
 """Keys in files of earlier versions, and their present names."""
+
+
+def line_of(record: Record) -> str:
+    """Returns the line of a record, with its newline."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def elapsed_seconds(records: list[Record]) -> float | None:
+    """Returns the newest elapsed_seconds of the records; None if none has a number there."""
+    values = (record.get("elapsed_seconds") for record in reversed(records))
+    return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), None)
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
@@ -47,4 +63,8 @@ def _parse_record(line: str) -> Record | None:
         return None
     if not isinstance(record, dict) or step_of(cast("Record", record)) is None:
         return None
-    return {FORMER_KEYS.get(key, key): value for key, value in cast("Record", record).items()}
+    return _finite({FORMER_KEYS.get(key, key): value for key, value in cast("Record", record).items()})
+
+
+def _finite(record: Record) -> Record:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

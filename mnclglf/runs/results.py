@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mnclglf.runs.files import read_json, write_json
+from mnclglf.runs.locks import writing_in
 
 Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels"]
 """linear is the paper's linear evaluation, trained by LARS; logistic is logistic regression on stored features."""
@@ -85,15 +86,16 @@ def load_results(path: Path) -> list[Result]:
 def save_results(path: Path, results: Iterable[Result]) -> list[Result]:
     """Merges `results` into an evaluation.json and returns all its results.
 
-    A result replaces the one with the same key, in its place; new ones are appended. The file is whole at any time, but
-    if two processes merge at the same moment, one of them loses its results.
+    A result replaces the one with the same key, in its place; new ones are appended. The file is whole at any time;
+    processes that merge at the same moment do so one after the other.
 
     Raises:
         ValueError: the existing file does not hold results.
     """
-    merged = {result.key: result for result in load_results(path)}
-    merged.update({result.key: result for result in results})
-    write_json(path, {"version": VERSION, "results": [dataclasses.asdict(result) for result in merged.values()]})
+    with writing_in(path.parent):
+        merged = {result.key: result for result in load_results(path)}
+        merged.update({result.key: result for result in results})
+        write_json(path, {"version": VERSION, "results": [dataclasses.asdict(result) for result in merged.values()]})
     return list(merged.values())
 
 

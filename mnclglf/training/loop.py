@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mnclglf.config import RunConfig, to_dict
+from mnclglf.config import RunConfig, from_dict, to_dict
 from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import Losses
 from mnclglf.runs.checkpoint import (
@@ -22,10 +22,13 @@ from mnclglf.runs.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_milestones,
+    record_milestones,
     save_checkpoint,
 )
-from mnclglf.runs.console import say
-from mnclglf.runs.files import write_json
+from mnclglf.runs.console import LastingConsole, say
+from mnclglf.runs.files import check_writable, write_json
+from mnclglf.runs.locks import training_in
 from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
@@ -63,8 +66,13 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: Path, *, resume: str = "auto", console: Console | None = None) -> None:
         self.out = out
-        self.console = console or Console()
+        self.console = console or LastingConsole()
         self.checkpoints = out / "checkpoints"
+        check_writable(self.checkpoints, "give another --out")
+        if self.checkpoints.is_dir():
+            with training_in(out):  # raises now if another process holds it; `train` takes it for the whole training
+                pass
+        self.found = list_checkpoints(self.checkpoints)[-1:]
         # Read first, so that a damaged checkpoint is reported before a minute of work.
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -86,19 +94,34 @@ class Trainer:
         )
         if self.compile != "off":  # a failing compiler makes the run slower, it does not end it
             self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
+        self.milestones: set[int] = set()  # steps of checkpoints that are there, and are never deleted
         self.least_seconds: float | None = None  # the roofline step time, once it is known
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:
-        """Trains to the end, or to SIGINT or SIGTERM; a checkpoint holds the state either way.
+        """Trains to the end, or to SIGINT, SIGTERM or SIGHUP; a checkpoint holds the state either way.
+
+        Outside the main thread no signal is caught.
 
         Returns:
             The signal's number; None at the end.
 
         Raises:
             TrainingError: a loss, gradient or embedding was not finite.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written, or another process has trained here since the start.
+            TakenError: another process is training in the run directory.
         """
+        with training_in(self.out):
+            newest = list_checkpoints(self.checkpoints)[-1:]
+            if newest != self.found:
+                raise CheckpointError(
+                    f"{self.out} was trained by another process meanwhile, and now ends with "
+                    f"{newest[0][1].name if newest else 'no checkpoint'}; give the same command again to resume there"
+                )
+            return self._train()
+
+    def _train(self) -> int | None:
+        """Trains while this process holds the run directory."""
         self._open()
         total = self.schedule.total_steps
         began = time.perf_counter()
@@ -153,6 +176,7 @@ class Trainer:
         """Writes the run's files and prints the decisions of the start, before the first step."""
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # from a process that was killed while it saved
             left_over.unlink()
+        record_milestones(self.checkpoints, self.milestones)
         write_run_files(self.started, self.out)
         self._say(self.started.describe())
         total = self.schedule.total_steps
@@ -183,6 +207,13 @@ class Trainer:
                 f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
                 "them); put the old ones back, or start anew in another --out"
             )
+        # A run of an earlier version has no record of its milestones; its settings say what was promised to be kept.
+        every = {self.config.engine.keep_every}
+        if read_milestones(self.checkpoints) is None:
+            every.add(from_dict(json.loads(state["config"])).engine.keep_every)
+        self.milestones = {
+            step for step, _ in list_checkpoints(self.checkpoints) if any(self._is_milestone(step, n) for n in every)
+        }
         self.method.load_state_dict(state["method"])
         self.step.load_state_dict(state)
         torch.set_rng_state(state["rng"])
@@ -193,12 +224,15 @@ class Trainer:
     def _save_due(self, done: int) -> bool:
         """Returns whether a checkpoint or a milestone is due after `done` steps."""
         config = self.config.engine
-        epoch = self.schedule.steps_per_epoch
-        milestone = config.keep_every is not None and done % (config.keep_every * epoch) == 0
-        return milestone or done % max(1, round(config.save_every * epoch)) == 0 or done == self.schedule.total_steps
+        regular = done % max(1, round(config.save_every * self.schedule.steps_per_epoch)) == 0
+        return regular or self._is_milestone(done, config.keep_every) or done == self.schedule.total_steps
+
+    def _is_milestone(self, done: int, keep_every: int | None) -> bool:
+        """Returns whether the checkpoint after `done` steps is never deleted."""
+        return keep_every is not None and done % (keep_every * self.schedule.steps_per_epoch) == 0
 
     def _save(self, done: int) -> None:
-        """Writes the checkpoint after `done` steps, then deletes the old ones that are not milestones."""
+        """Writes the checkpoint after `done` steps, then deletes the old ones that are no milestones."""
         cuda = self.device.type == "cuda"
         method = self.method.state_dict()
         # The guard keeps non-finite steps out of the state. This catches what it does not see, as running statistics.
@@ -220,13 +254,10 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
-        keep_every = self.config.engine.keep_every
+        if self._is_milestone(done, self.config.engine.keep_every):
+            record_milestones(self.checkpoints, [done])  # first: a kill between the two must not lose it
         save_checkpoint(self.checkpoints, done, state)
-        delete_old_checkpoints(
-            self.checkpoints,
-            keep_last=self.config.engine.keep_last,
-            milestone_steps=keep_every and keep_every * self.schedule.steps_per_epoch,
-        )
+        delete_old_checkpoints(self.checkpoints, keep_last=self.config.engine.keep_last)
 
     def _check(self) -> None:
         """Waits for the device; raises TrainingError if a step since the last check was not finite."""

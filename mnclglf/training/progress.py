@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from mnclglf.runs.files import write_atomically
-from mnclglf.runs.metrics import read_records
+from mnclglf.runs.metrics import elapsed_seconds, line_of, read_records
 
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines without a terminal, so that a log file stays short
 
@@ -33,9 +32,9 @@ class RunLog:
         self.path, self.start, self.total, self.console = folder / "metrics.jsonl", start, total, console
         # A killed process may have logged steps after its last checkpoint; this process takes them again.
         kept = [record for record in read_records(self.path)[0] if record["step"] <= start]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        text = "".join(map(line_of, kept))
         write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.earlier_seconds = kept[-1]["elapsed_seconds"] if kept else 0.0
+        self.earlier_seconds = elapsed_seconds(kept) or 0.0
         self.started = time.perf_counter()
         self.last_line = float("-inf")
         self.file = self.path.open("a")
@@ -60,7 +59,7 @@ class RunLog:
         elapsed = time.perf_counter() - self.started
         step = record["step"]
         record = {**record, "elapsed_seconds": round(self.earlier_seconds + elapsed, 3)}
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(line_of(record))
         self.file.flush()  # a killed process loses no record
         for name, value in record.items():
             if name != "step" and value is not None:

@@ -29,7 +29,7 @@ from mnclglf.data.splits import split_train
 from mnclglf.methods import METHODS, Method
 from mnclglf.runs.checkpoint import load_state
 from mnclglf.runs.console import say
-from mnclglf.runs.files import cache_folder, write_atomically
+from mnclglf.runs.files import cache_folder, nearest_folder, write_atomically
 from mnclglf.training.optim import check_optimizer
 from mnclglf.training.speedups import keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends, resolve, self_check
@@ -130,9 +130,16 @@ def start_machine(engine: EngineConfig) -> Machine:
     machine = choose_machine(engine)
     if machine.device.type == "cuda":
         use_fast_math(engine, machine.dtype)
+        keep_kernels_in_cache()
     elif engine.keep_memory:
         keep_freed_memory()
     return machine
+
+
+def keep_kernels_in_cache() -> None:
+    """Gives Triton a folder for its compiled kernels if there is no home: it would make one of the name ~ here."""
+    if os.path.expanduser("~") == "~" or not os.access(nearest_folder(Path.home()), os.W_OK | os.X_OK):
+        os.environ.setdefault("TRITON_HOME", str(cache_folder()))
 
 
 def choose_machine(engine: EngineConfig) -> Machine:

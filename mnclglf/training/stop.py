@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM inside its `with` block; a second signal ends the process as usual."""
+    """Catches SIGINT, SIGTERM and SIGHUP (a terminal that is closed) inside its `with` block.
+
+    A second signal ends the process as usual. SIGHUP stays ignored under nohup. Only a process's main thread can catch
+    signals; in another thread none is caught, and the main thread gets them as usual.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self.earlier: dict[int, Any] = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        if threading.current_thread() is threading.main_thread():
+            caught = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                caught.append(signal.SIGHUP)
+            self.earlier = {number: signal.signal(number, self._handle) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -24,7 +32,8 @@ class StopRequest:
 
     def _put_back(self) -> None:
         for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+            # None: not set from Python, and not to be put back from there.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -1,5 +1,6 @@
 """Tests of a run's whole evaluation: its checkpoints, images and labels, and the resulting evaluation.json."""
 
+import errno
 import json
 import shutil
 import sys
@@ -32,6 +33,7 @@ from mnclglf.evaluation import run as module
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
+from mnclglf.runs import files
 from mnclglf.runs.results import Result, load_results
 from mnclglf.training import start
 from mnclglf.training.loop import Trainer
@@ -227,10 +229,47 @@ def test_what_is_wrong_shows_before_any_work(run: Path, monkeypatch: pytest.Monk
     config["engine"]["keep_every"] = None
     (run / "config.json").write_text(json.dumps(config))
     (run / "evaluation.json").unlink()
+    (run / "checkpoints" / "milestones.json").unlink()
     with pytest.raises(ValueError, match=r"milestone.*--keep-every.*None"):
         evaluate_run(run, tiny(milestones=True))
     with pytest.raises(ValueError, match="milestones are of the pretrained encoder alone"):
         tiny(milestones=True, untrained=True)
+
+
+def test_milestones_are_those_recorded_whatever_the_settings_say_now(run: Path):
+    config = json.loads((run / "config.json").read_text())
+    config["engine"]["keep_every"] = None  # as after a resumption without --keep-every
+    (run / "config.json").write_text(json.dumps(config))
+    found = evaluate_run(run, KnnConfig(device="cpu", milestones=True))
+    assert [r.epoch for r in found] == [1.0, 2.0]
+
+
+def test_a_run_directory_that_cannot_be_written_is_named_before_any_work(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir / "x"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)  # root may write where chmod says that none may
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("began"))
+    with pytest.raises(OSError, match=rf"Read-only file system.*copy the run.*{run}") as raised:
+        evaluate_run(run, KnnConfig(device="cpu"))
+    assert raised.value.errno == errno.EROFS
+
+
+def test_results_that_cannot_be_saved_are_printed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found = evaluate_run(run, KnnConfig(device="cpu"))
+    capsys.readouterr()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_results", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_run(run, KnnConfig(device="cpu"))
+    printed = capsys.readouterr().out
+    for result in found:
+        assert f"knn, {result.representation}, test: top-1 {result.top1:.2%}" in printed
 
 
 def test_a_run_that_needed_its_gpu_is_evaluated_without_one(run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -83,6 +83,17 @@ def test_mean_deviation_and_state_of_measured_runs(tmp_path: Path, hand_made: Ha
     assert written.cells("k = 3")[3:] == ["not run"] * 4
 
 
+def test_a_record_without_its_time_and_epoch_does_not_end_a_table(tmp_path: Path, hand_made: HandMade) -> None:
+    table = tiny_table("table6")
+    (config,) = table.rows[0].configs
+    metrics = hand_made.train(config) / "metrics.jsonl"
+    hand_made.evaluate(config, 0.8)
+    with metrics.open("a") as file:
+        file.write('{"step": 13}\n')
+    (found,) = [found for found in Written(table, tmp_path / "out").json["rows"] if found["row"] == "k = 1"]
+    assert [run["training_seconds"] for run in found["runs"]] == [24.0]
+
+
 def test_a_seed_that_is_lacking_is_named(tmp_path: Path, hand_made: HandMade) -> None:
     table = tiny_table("table6", seeds=3)
     config = table.rows[0].configs[1]

@@ -17,6 +17,8 @@ from mnclglf.runs.checkpoint import (
     list_checkpoints,
     list_milestones,
     load_checkpoint,
+    read_milestones,
+    record_milestones,
     save_checkpoint,
 )
 
@@ -141,10 +143,18 @@ def test_a_really_full_disk_is_named(tmp_path: Path) -> None:
 def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50, 60):
         save(tmp_path, step)
-    delete_old_checkpoints(tmp_path, keep_last=2, milestone_steps=20)
+    record_milestones(tmp_path, [20, 40, 60])
+    delete_old_checkpoints(tmp_path, keep_last=2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 40, 50, 60]
-    delete_old_checkpoints(tmp_path, keep_last=1, milestone_steps=None)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [60]
+    delete_old_checkpoints(tmp_path, keep_last=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 40, 60]
+
+
+def test_without_milestones_only_the_newest_stays(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    delete_old_checkpoints(tmp_path, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030.pt"]
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
@@ -159,3 +169,23 @@ def test_milestones_are_the_multiples_oldest_first(tmp_path: Path) -> None:
         save(tmp_path, step)
     assert [path.name for path in list_milestones(tmp_path, 10)] == [f"step-000000{step}.pt" for step in (10, 20, 30)]
     assert list_milestones(tmp_path, 7) == []
+
+
+def test_recorded_milestones_are_the_milestones(tmp_path: Path) -> None:
+    for step in (5, 10, 12, 20):
+        save(tmp_path, step)
+    record_milestones(tmp_path, [12])
+    record_milestones(tmp_path, [5, 99])
+    assert read_milestones(tmp_path) == {5, 12, 99}
+    assert [path.name for path in list_milestones(tmp_path, 10)] == ["step-00000005.pt", "step-00000012.pt"]
+    assert list_milestones(tmp_path) == list_milestones(tmp_path, 10)
+
+
+@pytest.mark.parametrize("text", ["", "[4]", "{}", '{"steps": 4}', '{"steps": [true]}', '{"steps": ["4"]}'])
+def test_a_damaged_record_of_milestones_is_named_and_deletes_nothing(tmp_path: Path, text: str) -> None:
+    for step in (4, 8):
+        save(tmp_path, step)
+    (tmp_path / "milestones.json").write_text(text)
+    with pytest.raises(ValueError, match=r"milestones\.json is damaged.*remove it.*--keep-every"):
+        delete_old_checkpoints(tmp_path, keep_last=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 8]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,10 @@ from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from mnclglf.runs.console import LastingConsole
+from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
+from mnclglf.training import loop
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
@@ -310,6 +314,52 @@ def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
     assert not left_over.exists()
 
 
+def test_a_run_outside_the_main_thread_is_the_same(straight: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: trainer(tmp_path).train()).result() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(straight: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        run = trainer(tmp_path, console=LastingConsole(file=file, width=200))
+        at_batch(run, 3, lambda _: os.close(reading))
+        assert run.train() is None
+    assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    first, second = trainer(tmp_path / "run"), trainer(tmp_path / "run")
+    left_over = tmp_path / "run" / "checkpoints" / ".step-00000002.pt.4242.tmp"
+
+    def meanwhile(_: Batch) -> None:
+        left_over.touch()  # as if the first were just saving
+        with pytest.raises(TakenError, match=r"run is being trained by process \d+ on .*--out"):
+            second.train()
+        with pytest.raises(TakenError, match=r"run is being trained"):
+            trainer(tmp_path / "run")
+        assert left_over.exists()
+        left_over.unlink()
+
+    at_batch(first, 3, meanwhile)
+    assert first.train() is None
+    before = figures(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"run was trained by another process.*step-00000012.*command"):
+        second.train()  # was made before there was a checkpoint: it would begin at step 0
+    assert figures(tmp_path / "run") == before
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loop, "start_training", lambda *_, **__: pytest.fail("began"))
+    with pytest.raises(NotADirectoryError, match=r"another --out.*file"):
+        trainer(tmp_path / "file" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_other_settings_are_refused_by_name(straight: Path) -> None:
     with pytest.raises(CheckpointError, match=r"other settings \(seed: 0 -> 5; objective.k: 2 -> 3\)"):
         trainer(straight, seed=5, objective=dataclasses.replace(CONFIG.objective, k=3))
@@ -336,6 +386,37 @@ def test_milestones_stay(tmp_path: Path) -> None:
     engine = dataclasses.replace(CONFIG.engine, keep_every=1, keep_last=1, save_every=100.0)
     trainer(tmp_path, engine=engine).train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 12]
+
+
+def until(out: Path, step: int, **changes: Any) -> None:
+    """Trains as far as a step, with one checkpoint kept besides the milestones."""
+    run = trainer(out, engine=dataclasses.replace(CONFIG.engine, keep_last=1, save_every=0.25, **changes))
+    at_batch(run, step - 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    run.train()
+
+
+@pytest.mark.parametrize(("later", "kept"), [(None, [4, 12]), (2, [4, 8, 12]), (3, [4, 12])])
+def test_milestones_stay_when_a_run_resumes_with_another_keep_every(
+    tmp_path: Path, later: int | None, kept: list[int]
+) -> None:
+    until(tmp_path, 6, keep_every=1)
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1, keep_every=later)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == kept
+
+
+def test_what_one_process_keeps_no_later_one_deletes(tmp_path: Path) -> None:
+    until(tmp_path, 4)  # a checkpoint that was no milestone when it was saved
+    until(tmp_path, 6, keep_every=1)
+    until(tmp_path, 9)
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 12]
+
+
+def test_milestones_of_an_earlier_version_stay(tmp_path: Path) -> None:
+    until(tmp_path, 6, keep_every=1)
+    (tmp_path / "checkpoints" / "milestones.json").unlink()
+    trainer(tmp_path, engine=dataclasses.replace(CONFIG.engine, keep_last=1)).train()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 12]
 
 
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
@@ -367,6 +448,26 @@ def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 4.*momentum\.0\.bn1\.running_var.*not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "effective_rank", lambda _: float("nan"))  # as in a step of fp16 that overflows
+    until(tmp_path, 4)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert '"effective_rank": null' in text
+    (tmp_path / "metrics.jsonl").write_text(text.replace("null", "NaN"))  # as earlier versions wrote it
+    trainer(tmp_path).train()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("given", ["", ', "elapsed_seconds": null', ', "elapsed_seconds": "long"'])
+def test_a_record_without_its_time_is_gone_on_from(straight: Path, tmp_path: Path, given: str) -> None:
+    until(tmp_path, 6)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(re.sub(r', "elapsed_seconds": [0-9.]+', given, text))
+    trainer(tmp_path).train()
+    assert figures(tmp_path) == figures(straight)
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:

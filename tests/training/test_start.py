@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS
-from mnclglf.training.start import Machine, choose_backends, describe_backends
+from mnclglf.training.start import Machine, choose_backends, describe_backends, graphs_proven, keep_kernels_in_cache
 from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch
 
@@ -102,3 +104,23 @@ def test_backends_are_described_in_a_word_and_its_exceptions():
     assert describe_backends(Backends.all("triton")._replace(divide="torch", nearest_neighbor="faiss")) == (
         "triton, divide torch, nearest_neighbor faiss"
     )
+
+
+def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_kernels_in_cache()
+    assert "TRITON_HOME" not in os.environ
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)  # of no entry in passwd
+    keep_kernels_in_cache()
+    assert os.environ.pop("TRITON_HOME") == str(tmp_path / "cache" / "mnclglf")
+
+
+def test_without_a_home_no_cuda_graph_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
+    assert not graphs_proven(CPU)

@@ -1,0 +1,94 @@
+"""Locks between processes, by flock: the system releases a lock when its process ends, even if it is killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK_TRIES = 5  # attempts, a tenth of a second apart
+# What flock says on a file system without locks, and NFS of a lock on a folder. EWOULDBLOCK is not among them.
+CANNOT_LOCK = {errno.EBADF, errno.EINVAL, errno.EIO, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+logger = logging.getLogger(__name__)
+
+
+class TakenError(RuntimeError):
+    """Another process trains in the run directory; the message names it and the remedy."""
+
+
+@contextmanager
+def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
+    """Holds a lock file. Where the file system has no locks, a warning says so and the result is True.
+
+    Args:
+        lock: the file; made if missing, and never deleted, as that would be a race.
+        wait: wait for the holder of the lock; else the result is False if somebody holds it.
+    """
+    with lock.open("a+") as file:
+        mine = _lock(file.fileno(), lock, wait=wait)
+        if mine:  # for the message of a process that finds it held
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield mine
+
+
+@contextmanager
+def training_in(run: Path) -> Generator[None, None, None]:
+    """Holds the lock for training in a run directory, which is made if missing.
+
+    Raises:
+        TakenError: another process holds it.
+    """
+    lock = run / "checkpoints" / ".training.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with held(lock) as mine:
+        if not mine:
+            raise TakenError(
+                f"{run} is being trained by {lock.read_text() or 'another process'}; wait for it or stop it, or choose "
+                "another --out"
+            )
+        yield
+
+
+@contextmanager
+def writing_in(folder: Path) -> Generator[None, None, None]:
+    """Holds the lock for reading, changing and writing a folder's evaluation.json or report.html; waits for its holder.
+
+    It is a lock on the folder itself, so that it leaves no file behind. It does not wait for a training.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no directory; give the run directory that mnclglf train --out made")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, *, wait: bool) -> bool:
+    """Returns whether the lock was acquired. It tries several times, as a process that only asks holds it briefly."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+            logger.warning("%s cannot be locked on its file system (%s): let only one process use it", path, error)
+            return True
+        else:
+            return True
+    return False

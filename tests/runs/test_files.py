@@ -1,0 +1,129 @@
+"""Tests of the files of a run: written whole or not at all, on any file system."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from mnclglf.runs import files
+from mnclglf.runs.files import cache_folder, check_writable, write_atomically
+
+
+def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, *, of_folders: bool) -> None:
+    """Lets fsync fail, of folders or of files."""
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_that_cannot_fsync_a_folder_is_written(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_fsync(monkeypatch, number, of_folders=True)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"whole"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"whole")]
+
+
+def test_a_folder_that_cannot_be_opened_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: str | Path, flags: int, *rest: int, **more: int) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"whole"))
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_a_file_whose_own_fsync_fails_is_named_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"earlier")
+    failing_fsync(monkeypatch, errno.EIO, of_folders=False)
+    with pytest.raises(OSError, match=r"Input/output error: '.*/x'"):
+        write_atomically(tmp_path / "x", lambda file: file.write(b"later"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"earlier")]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    def full(_: BinaryIO) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x'") as raised:
+        write_atomically(tmp_path / "x", full)
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_of_one_number_do_not_write_into_one_temporary_file(tmp_path: Path) -> None:
+    def inner(file: BinaryIO) -> None:  # as from another container that shares the folder
+        write_atomically(tmp_path / "x", lambda other: other.write(b"inner"))
+        file.write(b"outer")
+
+    write_atomically(tmp_path / "x", inner)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"outer")]
+
+
+@pytest.fixture
+def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user number that the system does not know, without HOME; returns the temporary folder."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    files._warn_once.cache_clear()
+    return tmp_path
+
+
+def test_without_a_home_caches_are_in_the_temporary_folder(
+    without_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [cache_folder() for _ in range(3)] == 3 * [without_home / "mnclglf-4000000001"]
+    assert caplog.text.count("mnclglf-4000000001; set XDG_CACHE_HOME") == 1
+
+
+def test_a_home_where_nothing_can_be_made_is_no_home(without_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setattr(files.os, "access", lambda path, _: Path(path) != Path("/"))
+    assert cache_folder() == without_home / "mnclglf-4000000001"
+    home = without_home / "home"
+    (home / ".cache" / "mnclglf").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    assert cache_folder() == home / ".cache" / "mnclglf"  # can only be read, and holds what was fetched
+
+
+def test_the_usual_places_of_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "mnclglf"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert cache_folder() == tmp_path / "c" / "mnclglf"
+
+
+def test_where_nothing_can_be_written_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "a" / "b", "give another --out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"give another --out: '.*/file'"):
+        check_writable(tmp_path / "file" / "run", "give another --out")
+
+    def refuse(*_: object, dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / "x"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match=rf"Permission denied.*give another --out: '{tmp_path}'"):
+        check_writable(tmp_path / "a" / "b", "give another --out")
