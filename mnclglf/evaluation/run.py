@@ -311,6 +311,8 @@ def by_lars(
         "classes": context.classes,
         "step": step,
     }
+    if len(context.labeled) < len(context.train) and evaluation.batch_size != LinearConfig.batch_size:
+        settings["asked_batch_size"] = evaluation.batch_size  # the number of steps follows from it
     results: list[Result] = []
     for name, network in encoders.items():
         title = f"{name}, step {step}" if network is encoder else name

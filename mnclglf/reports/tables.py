@@ -1,4 +1,4 @@
-"""Evaluation results as a table: one row per protocol, label share, checkpoint and split; one column per
+"""Evaluation results as a table: one row per protocol, settings, label share, checkpoint and split; one column per
 representation."""
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from mnclglf.runs.results import DEFAULTS, changed_settings
 
 REPRESENTATIONS = ("pretrained", "untrained", "raw pixels")  # always shown; others follow
 PROTOCOLS = {
@@ -22,6 +24,7 @@ SETTING_NAMES = {
     "optimizer": "",
     "C": "C",
     "batch_size": "batches of",
+    "asked_batch_size": "as many steps as with batches of",
     "draws": "draws of labels",
     "subset": "labels drawn by the generator",
     "train_images": "training images",
@@ -30,6 +33,7 @@ SETTING_NAMES = {
 }
 COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
 SINGULAR = {"epochs": "epoch", "runs": "run", "draws of labels": "draw of labels"}
+INSTEAD_OF = {"asked_batch_size": "batch_size"}  # settings without a default of their own, and what they replace
 UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
     "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
@@ -55,6 +59,8 @@ class Row:
     title: str
     details: str
     """Settings common to all cells, in words."""
+    instead_of: str
+    """The protocol's defaults that other settings replaced, in words; empty if there are none."""
     cells: tuple[Cell | None, ...]
     """Cells, one per representation of the table; None for one that was not run."""
 
@@ -67,11 +73,15 @@ class Measured(NamedTuple):
     epoch: float | None
     """Epoch of the checkpoint; None is the run's newest."""
     split: str
+    changed: tuple[tuple[str, Any], ...]
+    """Settings that differ from the protocol's defaults."""
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Measured:
         share, epoch, split = result.get("label_share", 1.0), result.get("epoch"), result.get("split")
-        return cls(str(result["protocol"]), share, epoch, str(split or "test"))
+        protocol = str(result["protocol"])
+        changed = changed_settings(protocol, result.get("settings") or {})
+        return cls(protocol, share, epoch, str(split or "test"), tuple(changed.items()))
 
     @property
     def title(self) -> str:
@@ -84,14 +94,25 @@ class Measured(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Returns the sort key of the row: by protocol, all labels first, the newest checkpoint last."""
+        """Returns the sort key of the row: default settings first, by protocol, all labels first, newest checkpoint
+        last."""
         known = list(PROTOCOLS)
         order = known.index(self.protocol) if self.protocol in known else len(known)
-        return order, self.protocol, -self.label_share, self.split, math.inf if self.epoch is None else self.epoch
+        epoch = math.inf if self.epoch is None else self.epoch
+        changed = tuple((name, str(value)) for name, value in self.changed)
+        return bool(changed), order, self.protocol, -self.label_share, self.split, epoch, changed
+
+    @property
+    def instead_of(self) -> str:
+        """Returns the defaults that were changed, in words; empty if none was."""
+        defaults = DEFAULTS.get(self.protocol, {})
+        names = [INSTEAD_OF.get(name, name) for name, _ in self.changed]
+        usual = _describe({name: defaults[name] for name in names})
+        return f"instead of the default {usual}" if self.changed else ""
 
 
 class ResultTable(NamedTuple):
-    """Table of protocols x representations."""
+    """Table of protocols x representations; rows of default settings come first."""
 
     representations: tuple[str, ...]
     rows: list[Row]
@@ -151,10 +172,15 @@ def to_markdown(table: ResultTable) -> str:
         "| Top-1 / top-5, % | " + " | ".join(map(_escape, table.representations)) + " |",
         "|---" + "|--:" * len(table.representations) + "|",
     ]
-    for row in table.rows:
-        details = f" ({row.details})" if row.details else ""
-        lines.append(f"| {_escape(row.title + details)} | " + " | ".join(map(_markdown_cell, row.cells)) + " |")
+    lines += [
+        f"| {_escape(_heading(row))} | " + " | ".join(map(_markdown_cell, row.cells)) + " |" for row in table.rows
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _heading(row: Row) -> str:
+    remarks = "; ".join(text for text in (row.details, row.instead_of) if text)
+    return f"{row.title} ({remarks})" if remarks else row.title
 
 
 def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], representations: Sequence[str]) -> Row:
@@ -163,6 +189,7 @@ def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], represent
     return Row(
         title=measured.title,
         details=_describe(shared),
+        instead_of=measured.instead_of,
         cells=tuple(_cell(results.get(name), shared, best) for name in representations),
     )
 

@@ -140,6 +140,16 @@ def test_few_labels_are_a_share_of_each_class_for_as_many_steps(run: Path, monke
     assert (all_labels.label_share, few.label_share) == (1.0, 0.1)
 
 
+def test_evaluations_of_other_settings_are_kept_beside_one_another(run: Path, monkeypatch: pytest.MonkeyPatch):
+    found = [evaluate_run(run, KnnConfig(device="cpu", neighbors=k))[0] for k in (20, 5)]
+    Trained(monkeypatch)
+    changes = [{}, {"epochs": 3}, {"lr": 0.4}, {"batch_size": 32}]
+    changes += [{"label_share": 0.05}, {"label_share": 0.05, "batch_size": 32}]  # both in batches of 16 images
+    found += [evaluate_run(run, tiny(**change))[0] for change in changes]
+    saved = load_results(run / "evaluation.json")
+    assert [r for r in saved if r.representation == "pretrained"] == found
+
+
 def test_digits_are_not_flipped(run: Path, monkeypatch: pytest.MonkeyPatch):
     given = Trained(monkeypatch)
     evaluate_run(run, TINY)

@@ -143,6 +143,20 @@ def test_milestones_are_rows_and_no_cause_for_a_warning(make_run):
     assert "has reached step" not in page.words
 
 
+def test_results_of_other_settings_are_below_the_protocols_own(make_run):
+    run = make_run()
+    assert "With other settings" not in report(run).words
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    other = {**results[0], "top1": 0.321, "settings": {**results[0]["settings"], "k": 5}}
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [other, *results]}))
+    first, second = report(run).words.split("With other settings")
+    assert ("92.3" in first, "32.1" in first) == (True, False)
+    assert "k nearest neighbors k 5" in second
+    assert "instead of the default k 20" in second
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [other]}))
+    assert report(run).words.count("k nearest neighbors k") == 1
+
+
 def test_a_torn_last_line_is_skipped_and_others_are_counted(make_run):
     run = make_run()
     path = run / "metrics.jsonl"

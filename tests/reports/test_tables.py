@@ -78,6 +78,35 @@ def test_the_papers_protocol_says_its_settings():
     assert row.details == "LARS, 90 epochs, batches of 256, lr 0.8"
 
 
+def test_other_settings_are_rows_of_their_own_below_the_defaults():
+    usual = {"optimizer": "LARS", "epochs": 90, "batch_size": 256, "lr": 0.8}
+    results = [
+        result("linear", top1=0.3, settings={**usual, "epochs": 6, "lr": 0.4}),
+        result("linear", top1=0.4, settings=usual),
+        result(top1=0.1, settings={"k": 5, "temperature": 0.07}),
+        result(top1=0.2, settings={"k": 20, "temperature": 0.07}),
+        result(representation="untrained", top1=0.05, settings={"k": 5, "temperature": 0.07}),
+    ]
+    rows = result_table(results).rows
+    assert [(row.instead_of, filled(row.cells[0]).top1) for row in rows] == [
+        ("", 0.2),
+        ("", 0.4),
+        ("instead of the default k 20", 0.1),
+        ("instead of the default 90 epochs, lr 0.8", 0.3),
+    ]
+    assert rows[2].details == "k 5, vote temperature 0.07"
+    assert "| k nearest neighbors (k 5, vote temperature 0.07; instead of the default k 20) |" in to_markdown(
+        result_table(results)
+    )
+    assert filled(rows[2].cells[1]).top1 == 0.05
+
+
+def test_means_do_not_mix_settings():
+    runs = [[result(top1=top1, settings={"k": k}) for k, top1 in ((20, t), (5, t + 0.3))] for t in (0.1, 0.2)]
+    first, second = mean_over_runs(runs)
+    assert (first["top1"], second["top1"]) == pytest.approx((0.15, 0.45))
+
+
 def test_one_of_a_kind_is_not_several():
     (row,) = result_table([result("linear", settings={"epochs": 1, "draws": 1, "subset": "philox"})]).rows
     assert row.details == "1 epoch, 1 draw of labels, labels drawn by the generator philox"
