@@ -373,8 +373,10 @@ class LinearConfig(EvaluationConfig):
     """Train a classifier on the untrained encoder's features too."""
     epochs: int = 90
     """Passes over the training images."""
+    steps: int | None = None
+    """Steps in place of --epochs, at least 5000 for few images; the paper's 90 epochs of 50,000 images are 17550."""
     batch_size: int = 256
-    """Images per step, at most the number of labeled images."""
+    """Images per step; the default is lowered to the number of labeled images where there are fewer."""
     lr: float = 0.8
     """Learning rate of LARS at the start, which falls to 0 as a cosine."""
 
@@ -385,6 +387,11 @@ class LinearConfig(EvaluationConfig):
             "milestones are of the pretrained encoder alone; leave out untrained",
         )
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1; the paper uses 90")
+        require(self.steps is None or self.steps >= 1, f"steps {self.steps} must be at least 1, as in 5000")
+        require(
+            self.steps is None or self.epochs == LinearConfig.epochs,
+            f"epochs {self.epochs} and steps {self.steps} are both given; leave out --epochs or --steps",
+        )
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1; the paper uses 256")
         require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
 

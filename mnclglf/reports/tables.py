@@ -31,9 +31,19 @@ SETTING_NAMES = {
     "test_images": "images classified",
     "step": "checkpoint after step",
 }
-COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
-SINGULAR = {"epochs": "epoch", "runs": "run", "draws of labels": "draw of labels"}
-INSTEAD_OF = {"asked_batch_size": "batch_size"}  # settings without a default of their own, and what they replace
+COUNTED = {
+    "train_images",
+    "test_images",
+    "draws",
+    "epochs",
+    "steps",
+    "runs",
+}  # "5 draws of labels", not "draws of labels 5"
+SINGULAR = {"epochs": "epoch", "steps": "step", "runs": "run", "draws of labels": "draw of labels"}
+INSTEAD_OF = {
+    "asked_batch_size": "batch_size",
+    "steps": "epochs",
+}  # settings without a default of their own, and what they replace
 UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
     "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip

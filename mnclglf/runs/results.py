@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "knn": {"k": KnnConfig.neighbors, "temperature": KnnConfig.vote_temperature},
     "linear": {
         "epochs": LinearConfig.epochs,
+        "steps": LinearConfig.steps,
         "batch_size": LinearConfig.batch_size,
         "asked_batch_size": None,
         "lr": LinearConfig.lr,

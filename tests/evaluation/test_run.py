@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,41 @@ def test_evaluations_of_other_settings_are_kept_beside_one_another(run: Path, mo
     found += [evaluate_run(run, tiny(**change))[0] for change in changes]
     saved = load_results(run / "evaluation.json")
     assert [r for r in saved if r.representation == "pretrained"] == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [({"epochs": 999}, 4995), ({"epochs": 1000}, 5000), ({"steps": 7}, 7), ({"steps": 5000}, 5000)],
+)
+def test_few_steps_are_warned_of_with_their_number(
+    run: Path, asked: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Trained(monkeypatch)
+    (found,) = evaluate_run(run, LinearConfig(**asked, batch_size=64, device="cpu"))  # 320 // 64 steps per epoch
+    printed = capsys.readouterr().out
+    few = steps < 5000
+    assert (f"WARNING: linear trains for {steps:,} steps" in printed) == ("--steps 5000" in printed) == few
+    assert found.settings.get("note") == (f"{steps:,} steps, fewer than 5,000" if few else None)
+    assert {name: value for name, value in found.settings.items() if name in ("epochs", "steps")} == asked
+
+
+def test_fewer_images_than_the_default_batch_are_one_batch(run: Path, monkeypatch: pytest.MonkeyPatch):
+    real = module.load_run_data
+
+    def load_run_data(config: RunConfig, data_dir: Path | None) -> start.RunData:
+        data = real(config, data_dir)
+        return replace(data, train=data.train.subset(np.arange(120)))
+
+    monkeypatch.setattr(module, "load_run_data", load_run_data)
+    given = Trained(monkeypatch)
+    (found,) = evaluate_run(run, LinearConfig(epochs=2, device="cpu"))
+    (batch,) = given.loader.batches(0, 1)
+    assert len(batch.indices) == found.settings["batch_size"] == found.settings["train_images"] == 120
+    assert given.steps_per_epoch == 1
+    evaluate_run(run, LinearConfig(epochs=2, device="cpu", label_share=0.1))
+    assert given.steps_per_epoch == 1
+    with pytest.raises(ValueError, match=r"257 .* 120 .*--batch-size"):
+        evaluate_run(run, LinearConfig(batch_size=257, device="cpu"))
 
 
 def test_digits_are_not_flipped(run: Path, monkeypatch: pytest.MonkeyPatch):

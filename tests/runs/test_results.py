@@ -50,6 +50,7 @@ def test_shares_of_labels_and_milestones_do_not_replace_one_another(tmp_path: Pa
         ("knn", {"k": 20, "temperature": 0.07}, {"temperature": 0.1}),
         ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8}, {"epochs": 6}),
         ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8}, {"lr": 0.4}),
+        ("linear", {"batch_size": 256, "lr": 0.8}, {"steps": 5000}),
         ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8, "train_images": 320}, {"batch_size": 64}),
         ("linear", {"epochs": 90, "batch_size": 32, "lr": 0.8, "train_images": 32}, {"asked_batch_size": 64}),
     ],
