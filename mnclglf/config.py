@@ -351,6 +351,8 @@ class KnnConfig(EvaluationConfig):
     """Neighbors that vote."""
     vote_temperature: float = 0.07
     """Temperature of the votes."""
+    raw_pixels: bool = True
+    """Evaluate raw pixels too: 4 bytes per value in memory, 600 KB per image of 224 x 224."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -363,6 +365,9 @@ class KnnConfig(EvaluationConfig):
 class LogisticConfig(EvaluationConfig):
     """Logistic regression on frozen features computed once, on all labels and on 10 labels per class (if each class has
     that many); also of the untrained encoder and raw pixels."""
+
+    raw_pixels: bool = True
+    """Evaluate raw pixels too: 4 bytes per value in memory, 600 KB per image of 224 x 224."""
 
 
 @dataclass(frozen=True, kw_only=True)

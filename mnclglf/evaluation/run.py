@@ -105,7 +105,7 @@ def default_representations(evaluation: Evaluation) -> tuple[str, ...]:
         return ("pretrained",)
     if isinstance(evaluation, LinearConfig):  # takes minutes each, so the untrained encoder only on request
         return ("pretrained", "untrained") if evaluation.untrained else ("pretrained",)
-    return "pretrained", "untrained", "raw pixels"
+    return ("pretrained", "untrained", "raw pixels") if evaluation.raw_pixels else ("pretrained", "untrained")
 
 
 def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:

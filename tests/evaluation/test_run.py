@@ -234,6 +234,18 @@ def test_milestones_are_results_of_their_own(run: Path):
     assert evaluate_run(run, KnnConfig(device="cpu", checkpoint=first))[0] == found[0]
 
 
+def test_raw_pixels_can_be_left_out(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def raw_pixels(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(module, "raw_pixels", raw_pixels)
+    for evaluation in (
+        KnnConfig(device="cpu", raw_pixels=False),
+        LogisticConfig(device="cpu", raw_pixels=False, label_share=0.1),
+    ):
+        assert [r.representation for r in evaluate_run(run, evaluation)] == ["pretrained", "untrained"]
+
+
 def test_an_interruption_leaves_what_was_finished(run: Path, monkeypatch: pytest.MonkeyPatch):
     evaluate_run(run, KnnConfig(device="cpu"))
     before = (run / "evaluation.json").read_bytes()
