@@ -9,6 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mnclglf.runs.console import say
 from mnclglf.runs.results import DEFAULTS, changed_settings
 
 REPRESENTATIONS = ("pretrained", "untrained", "raw pixels")  # always shown; others follow
@@ -73,6 +79,11 @@ class Row:
     """The protocol's defaults that other settings replaced, in words; empty if there are none."""
     cells: tuple[Cell | None, ...]
     """Cells, one per representation of the table; None for one that was not run."""
+
+    @property
+    def remarks(self) -> str:
+        """Returns what stands beside the title: the details, and the replaced defaults."""
+        return "; ".join(text for text in (self.details, self.instead_of) if text)
 
 
 class Measured(NamedTuple):
@@ -183,14 +194,42 @@ def to_markdown(table: ResultTable) -> str:
         "|---" + "|--:" * len(table.representations) + "|",
     ]
     lines += [
-        f"| {_escape(_heading(row))} | " + " | ".join(map(_markdown_cell, row.cells)) + " |" for row in table.rows
+        f"| {_escape(f'{row.title} ({row.remarks})' if row.remarks else row.title)} | "
+        + " | ".join(map(_markdown_cell, row.cells))
+        + " |"
+        for row in table.rows
     ]
     return "\n".join(lines) + "\n"
 
 
-def _heading(row: Row) -> str:
-    remarks = "; ".join(text for text in (row.details, row.instead_of) if text)
-    return f"{row.title} ({remarks})" if remarks else row.title
+def print_table(table: ResultTable, console: Console) -> None:
+    """Prints the table: as columns in a terminal, with the settings below; as Markdown in a pipe or a file."""
+    if not console.is_terminal:
+        say(console, to_markdown(table))
+        return
+    run = [i for i in range(len(table.representations)) if any(row.cells[i] is not None for row in table.rows)]
+    shown = Table(title="Top-1 / top-5, %", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column()
+    for i in run:
+        shown.add_column(Text(table.representations[i]), justify="right")  # a Text is not parsed as markup
+    for row in table.rows:
+        shown.add_row(Text(row.title), *(_terminal_cell(row.cells[i]) for i in run))
+    console.print(shown)
+    for row in table.rows:
+        if row.remarks:
+            console.print(Text(f"{row.title}: {row.remarks}", "dim"))
+
+
+def _terminal_cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("not run", "dim")
+    notes = "".join(f"\n{note}" for note in cell.notes)
+    top1 = (_top1(cell), "bold" if cell.best else "")
+    return Text.assemble(top1, f" / {percent(cell.top5)}", (notes, "dim"))
+
+
+def _top1(cell: Cell) -> str:
+    return percent(cell.top1) if cell.deviation is None else f"{percent(cell.top1)} ± {percent(cell.deviation)}"
 
 
 def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], representations: Sequence[str]) -> Row:
@@ -240,7 +279,7 @@ def _describe(settings: Mapping[str, Any]) -> str:
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return "not run"
-    top1 = percent(cell.top1) if cell.deviation is None else f"{percent(cell.top1)} ± {percent(cell.deviation)}"
+    top1 = _top1(cell)
     notes = f" ({'; '.join(cell.notes)})" if cell.notes else ""
     return f"{f'**{top1}**' if cell.best else top1} / {percent(cell.top5)}{_escape(notes)}"
 

@@ -1,8 +1,20 @@
 """Tests of the result table and its Markdown."""
 
-import pytest
+import io
+import re
 
-from mnclglf.reports.tables import REPRESENTATIONS, Cell, mean_over_runs, percent, result_table, to_markdown
+import pytest
+from rich.console import Console
+
+from mnclglf.reports.tables import (
+    REPRESENTATIONS,
+    Cell,
+    mean_over_runs,
+    percent,
+    print_table,
+    result_table,
+    to_markdown,
+)
 
 
 def result(protocol="knn", representation="pretrained", top1=0.5, top5=0.9, **more):
@@ -178,3 +190,36 @@ def test_a_mean_never_mixes_subsets_drawn_in_different_ways():
     with pytest.raises(ValueError, match=r"logistic_10_labels.*evaluate .*again"):
         mean_over_runs([[old], [new]])
     assert len(mean_over_runs([[old], [old]])) == len(mean_over_runs([[new], [new]])) == 1
+
+
+def printed(results, **settings) -> str:
+    file = io.StringIO()
+    print_table(result_table(results), Console(file=file, **settings))
+    return file.getvalue()
+
+
+def test_a_pipe_gets_markdown(evaluation):
+    assert printed(evaluation(), width=80) == to_markdown(result_table(evaluation())) + "\n"
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_gets_columns_that_fit(evaluation, width):
+    shown = printed(evaluation(), width=width, force_terminal=True, no_color=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert max(map(len, plain.splitlines())) <= width
+    assert "|---" not in plain
+    words = " ".join(plain.replace("│", " ").split())
+    for text in (
+        "92.3 / 99.0",
+        "74.3 ± 2.1",
+        "k nearest neighbors: k 20, vote temperature 0.07, 4,000 training images",
+    ):
+        assert text in words
+
+
+def test_only_what_was_run_is_a_column_of_the_terminal():
+    marked = result("knn", "a[/b] [red]x", top1=0.123, settings={"k": 5, "note": "[/odd] [bold]"})
+    shown = printed([marked], width=100, force_terminal=True, no_color=True)
+    assert not [name for name in (*REPRESENTATIONS, "not run") if name in shown]
+    for text in ("a[/b] [red]x", "[/odd] [bold]", "instead of the default k 20", "12.3"):
+        assert text in shown
