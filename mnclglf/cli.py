@@ -276,7 +276,7 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
 def evaluate(command: Knn | Linear | Logistic, console: Console) -> None:
     """Evaluates runs and prints a table per run; for several runs, a table of the means too."""
     from mnclglf.evaluation.run import check_comparable, evaluate_run
-    from mnclglf.reports.tables import mean_over_runs, result_table, to_markdown
+    from mnclglf.reports.tables import mean_over_runs, print_table, result_table
 
     check_comparable(command.runs, command.config)
     found: list[list[dict[str, Any]]] = []
@@ -284,7 +284,7 @@ def evaluate(command: Knn | Linear | Logistic, console: Console) -> None:
         found.append([asdict(result) for result in evaluate_run(run, command.config, console)])
         if len(command.runs) > 1:
             say(console, f"{run}:")
-        say(console, to_markdown(result_table(found[-1])))
+        print_table(result_table(found[-1]), console)
     if len(command.runs) > 1:
         say(console, f"mean and standard deviation (n - 1) over {len(command.runs)} runs:")
-        say(console, to_markdown(result_table(mean_over_runs(found))))
+        print_table(result_table(mean_over_runs(found)), console)

@@ -351,6 +351,8 @@ class KnnConfig(EvaluationConfig):
     """Neighbors that vote."""
     vote_temperature: float = 0.07
     """Temperature of the votes."""
+    raw_pixels: bool = True
+    """Evaluate raw pixels too: 4 bytes per value in memory, 600 KB per image of 224 x 224."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -364,6 +366,9 @@ class LogisticConfig(EvaluationConfig):
     """Logistic regression on frozen features computed once, on all labels and on 10 labels per class (if each class has
     that many); also of the untrained encoder and raw pixels."""
 
+    raw_pixels: bool = True
+    """Evaluate raw pixels too: 4 bytes per value in memory, 600 KB per image of 224 x 224."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(EvaluationConfig):
@@ -373,8 +378,10 @@ class LinearConfig(EvaluationConfig):
     """Train a classifier on the untrained encoder's features too."""
     epochs: int = 90
     """Passes over the training images."""
+    steps: int | None = None
+    """Steps in place of --epochs, at least 5000 for few images; the paper's 90 epochs of 50,000 images are 17550."""
     batch_size: int = 256
-    """Images per step, at most the number of labeled images."""
+    """Images per step; the default is lowered to the number of labeled images where there are fewer."""
     lr: float = 0.8
     """Learning rate of LARS at the start, which falls to 0 as a cosine."""
 
@@ -385,6 +392,11 @@ class LinearConfig(EvaluationConfig):
             "milestones are of the pretrained encoder alone; leave out untrained",
         )
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1; the paper uses 90")
+        require(self.steps is None or self.steps >= 1, f"steps {self.steps} must be at least 1, as in 5000")
+        require(
+            self.steps is None or self.epochs == LinearConfig.epochs,
+            f"epochs {self.epochs} and steps {self.steps} are both given; leave out --epochs or --steps",
+        )
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1; the paper uses 256")
         require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
 

@@ -10,6 +10,7 @@ from mnclglf.config import (
     DataConfig,
     EngineConfig,
     KnnConfig,
+    LinearConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -81,6 +82,8 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (KnnConfig, {"vote_temperature": float("inf")}, "vote_temperature inf"),
         (KnnConfig, {"vote_temperature": float("nan")}, "vote_temperature nan"),
         (KnnConfig, {"label_share": 0.0}, "label_share 0.0"),
+        (LinearConfig, {"steps": 0}, "steps 0 must be at least 1"),
+        (LinearConfig, {"steps": 500, "epochs": 9}, r"epochs 9 .* steps 500 .*leave out"),
     ],
 )
 def test_a_bad_value_is_named(section: type, setting: dict[str, object], named: str) -> None:

@@ -14,6 +14,7 @@ from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import check_sets
 
 CHUNK_SIMILARITIES = 2**25  # similarities in memory at once: 128 MB in fp32
+CHUNK_VOTES = 2**23  # single votes, rows x k x classes, in memory at once: 64 MB in fp64
 
 
 def weighted_knn(
@@ -59,13 +60,16 @@ def weighted_knn(
 
 def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
     """Returns the votes, fp64 [m, classes], from [m, n] similarities; -inf for a class without a vote."""
+    votes = similarities.new_empty(len(similarities), classes, dtype=torch.float64)
     neighbors = nearest_columns(similarities, k)
     near = similarities.gather(1, neighbors).double()
     # The largest weight is a common factor of the votes: without it exp overflows.
     weights = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()
-    chosen = F.one_hot(labels[neighbors], classes)
-    votes = (chosen * weights[..., None]).sum(dim=1)
-    return votes.masked_fill(chosen.sum(dim=1) == 0, -math.inf)
+    rows = max(1, CHUNK_VOTES // (k * classes))
+    for part, of, weight in zip(votes.split(rows), labels[neighbors].split(rows), weights.split(rows), strict=True):
+        chosen = F.one_hot(of, classes)
+        part.copy_((chosen * weight[..., None]).sum(dim=1).masked_fill(chosen.sum(dim=1) == 0, -math.inf))
+    return votes
 
 
 def nearest_columns(similarities: Tensor, k: int) -> Tensor:

@@ -43,7 +43,7 @@ def train_linear(
         labels: labels of the loader's images, int64 [n], on the device.
         config: settings; the learning rate falls to 0 as a cosine over all steps.
         classes: number of classes.
-        steps_per_epoch: number of steps that count as an epoch.
+        steps_per_epoch: number of steps that count as an epoch; with `config.steps` the last one may be cut short.
         dtype: dtype of the encoder's autocast; the classifier is fp32.
         seed: seed of the initial weights, which are PyTorch's default ones.
         say: receives lines of progress.
@@ -54,7 +54,8 @@ def train_linear(
     torch.manual_seed(seed)
     classifier = nn.Linear(encoder.features, classes).to(labels.device)
     optimizer = LARS(classifier.parameters(), config.lr, **OPTIMIZER)
-    total, began = config.epochs * steps_per_epoch, time.perf_counter()
+    total, began = total_steps(config, steps_per_epoch), time.perf_counter()
+    epochs = math.ceil(total / steps_per_epoch)
     with eval_mode(encoder):
         for step, batch in enumerate(loader.batches(0, total)):
             with torch.no_grad(), autocast(labels.device, dtype):
@@ -64,13 +65,19 @@ def train_linear(
             loss.backward()
             optimizer.param_groups[0]["lr"] = cosine(config.lr, step / total)
             optimizer.step()
-            epoch, rest = divmod(step + 1, steps_per_epoch)
-            if rest == 0 and line_due(epoch, config.epochs):
+            done = step + 1
+            epoch = math.ceil(done / steps_per_epoch)
+            if (done % steps_per_epoch == 0 or done == total) and line_due(epoch, epochs):
                 value = loss.item()  # waits for the device, only when a line is due
                 check_loss(value, epoch, config.lr)
-                left = (time.perf_counter() - began) / epoch * (config.epochs - epoch)
-                say(f"epoch {epoch}/{config.epochs}  loss {value:.3f}  {timedelta(seconds=round(left))} left")
+                left = (time.perf_counter() - began) / done * (total - done)
+                say(f"epoch {epoch}/{epochs}  loss {value:.3f}  {timedelta(seconds=round(left))} left")
     return classifier
+
+
+def total_steps(config: LinearConfig, steps_per_epoch: int) -> int:
+    """Returns the steps of a whole training."""
+    return config.epochs * steps_per_epoch if config.steps is None else config.steps
 
 
 def cosine(peak: float, done: float) -> float:

@@ -69,6 +69,9 @@ def fit_logistic(
 def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
     """Returns the C of C_GRID whose fit to four fifths of the rows classifies the rest best; ties go to the least.
 
+    Fewer than five rows leave none to hold out, and a rare class may have no row in the four fifths. If no fit can be
+    made there, the default is returned, with a warning.
+
     Args:
         features: rows [n, F]; a fixed random choice of at most SELECTION_ROWS is used.
         labels: labels, int64 [n].
@@ -76,6 +79,14 @@ def choose_c(features: Tensor, labels: Tensor, *, classes: int) -> float:
     """
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[:SELECTION_ROWS])
     fit, held_out = rows[len(rows) // 5 :], rows[: len(rows) // 5]
+    if len(held_out) == 0 or len(labels[fit].unique()) < 2:
+        logger.warning(
+            "C cannot be chosen on %d images, of which the four fifths to fit have %d class(es): taking the default %s",
+            len(rows),
+            len(labels[fit].unique()),
+            DEFAULT_C,
+        )
+        return DEFAULT_C
     sets = features[fit], labels[fit], features[held_out], labels[held_out]
     return max(C_GRID, key=lambda c: fit_logistic(*sets, classes=classes, c=c).top1)
 
@@ -118,7 +129,7 @@ def standardize(train: Tensor, test: Tensor) -> tuple[NDArray[np.float32], NDArr
     mean, deviation = train.float().mean(dim=0), train.float().std(dim=0, correction=0)
     scale = deviation.clamp_min(1e-3 * float(deviation.max()))
     scale = torch.where(scale > 0, scale, 1.0)
-    first, second = (((part.float() - mean) / scale).cpu().numpy() for part in (train, test))
+    first, second = ((part.float() - mean).div_(scale).cpu().numpy() for part in (train, test))
     return first, second
 
 

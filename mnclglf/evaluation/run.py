@@ -20,7 +20,7 @@ from mnclglf.data.loader import Loader
 from mnclglf.data.splits import with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
 from mnclglf.evaluation.features import extract_features, raw_pixels
-from mnclglf.evaluation.linear import OPTIMIZER, train_linear
+from mnclglf.evaluation.linear import OPTIMIZER, total_steps, train_linear
 from mnclglf.evaluation.logistic import FEW_LABELS_C
 from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
@@ -42,6 +42,9 @@ from mnclglf.training.start import (
 )
 
 LINEAR_VIEW = "linear_train"
+# The paper's protocol takes 17,550 steps on CIFAR. On features of 4,000 digits logistic regression has 96.7, and the
+# protocol 87.3 after 1,350 steps and 95.1 after 5,000.
+FEW_STEPS = 5000
 Evaluation = KnnConfig | LinearConfig | LogisticConfig
 
 
@@ -82,6 +85,7 @@ def evaluate_run(
     names = representations or default_representations(evaluation)
     if isinstance(evaluation, LinearConfig):
         measure = partial(by_lars, context, evaluation, linear_loader(context, evaluation), names)
+        warn_of_few_steps(context, evaluation)
     else:
         measure = partial(by_stored_features, context, evaluation, feature_protocols(context, evaluation), names)
     found: list[Result] = []
@@ -107,7 +111,7 @@ def default_representations(evaluation: Evaluation) -> tuple[str, ...]:
         return ("pretrained",)
     if isinstance(evaluation, LinearConfig):  # takes minutes each, so the untrained encoder only on request
         return ("pretrained", "untrained") if evaluation.untrained else ("pretrained",)
-    return "pretrained", "untrained", "raw pixels"
+    return ("pretrained", "untrained", "raw pixels") if evaluation.raw_pixels else ("pretrained", "untrained")
 
 
 def check_comparable(runs: Sequence[Path], evaluation: EvaluationConfig) -> None:
@@ -302,9 +306,10 @@ def by_lars(
 ) -> list[Result]:
     """Evaluates one checkpoint's encoder by the paper's protocol, and the untrained one if `names` has it."""
     encoders = {name: encoder if name == "pretrained" else context.untrained() for name in names}
+    steps = total_steps(evaluation, steps_per_epoch(context, evaluation))
     settings: dict[str, Any] = {
         "optimizer": "LARS",
-        "epochs": evaluation.epochs,
+        **({"epochs": evaluation.epochs} if evaluation.steps is None else {"steps": evaluation.steps}),
         "batch_size": batch_size(context, evaluation),
         "lr": evaluation.lr,
         **OPTIMIZER,
@@ -317,6 +322,11 @@ def by_lars(
         "classes": context.classes,
         "step": step,
     }
+    few_labels = len(context.labeled) < len(context.train)
+    if few_labels and evaluation.steps is None and evaluation.batch_size != LinearConfig.batch_size:
+        settings["asked_batch_size"] = evaluation.batch_size  # the number of steps follows from it
+    if steps < FEW_STEPS:
+        settings["note"] = f"{steps:,} steps, fewer than {FEW_STEPS:,}"
     results: list[Result] = []
     for name, network in encoders.items():
         title = f"{name}, step {step}" if network is encoder else name
@@ -346,7 +356,7 @@ def lars_accuracy(
         evaluation,
         classes=context.classes,
         # As many steps with few labels as with all: 90 epochs of 1% of the images would hardly move the weights.
-        steps_per_epoch=len(context.train) // evaluation.batch_size,
+        steps_per_epoch=steps_per_epoch(context, evaluation),
         dtype=context.dtype,
         seed=context.config.seed,
         say=lambda line: context.say(f"linear, {title}: {line}"),
@@ -357,10 +367,14 @@ def lars_accuracy(
 
 
 def linear_loader(context: EvalContext, evaluation: LinearConfig) -> Loader:
-    """Returns a loader of the labeled images, with one augmented view per image, normalized as in the run."""
+    """Returns a loader of the labeled images, with one augmented view per image, normalized as in the run.
+
+    Raises:
+        ValueError: a batch size was chosen, not the default, and there are fewer training images.
+    """
     config = context.config
     require(
-        evaluation.batch_size <= len(context.train),
+        evaluation.batch_size <= len(context.train) or evaluation.batch_size == LinearConfig.batch_size,
         f"batch_size {evaluation.batch_size} is more than the {len(context.train)} training images; lower --batch-size",
     )
     try:
@@ -386,6 +400,21 @@ def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunCo
         augment_backend=backends.augment,
         statistics=context.statistics,
     )
+
+
+def warn_of_few_steps(context: EvalContext, evaluation: LinearConfig) -> None:
+    """Warns if the classifier is trained for so few steps that its accuracy says little of the features."""
+    steps = total_steps(evaluation, steps_per_epoch(context, evaluation))
+    if steps < FEW_STEPS:
+        context.say(
+            f"WARNING: linear trains for {steps:,} steps, and the paper's learning rate is meant for 17,550: below "
+            f"{FEW_STEPS:,} the accuracy comes out too low; give --steps {FEW_STEPS}, or take mnclglf logistic"
+        )
+
+
+def steps_per_epoch(context: EvalContext, evaluation: LinearConfig) -> int:
+    """Returns the steps that count as an epoch of the paper's protocol, with few labels as with all."""
+    return len(context.train) // min(evaluation.batch_size, len(context.train))
 
 
 def batch_size(context: EvalContext, evaluation: LinearConfig) -> int:

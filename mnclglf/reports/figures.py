@@ -160,25 +160,25 @@ def views_picture(
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
     *,
+    divided_views: Sequence[int] | None = None,
     theme: Theme = LIGHT,
 ) -> bytes:
-    """Draws one row per image: the image, its views, and the 2 x 2 patches of the first and the last view.
+    """Draws one row per image: the image, its views, and the 2 x 2 patches of some views.
 
     Args:
         images: images, uint8 [n, H, W, 3].
         views: views [V, n, 3, S, S], normalized with mean and std.
         mean: channel means [3] of images in [0, 1].
         std: channel deviations [3] of images in [0, 1].
+        divided_views: numbers of the views, from 1, whose patches are drawn; None is the first and the last.
         theme: colors.
     """
     pixels = np.moveaxis(views, 2, -1) * std + mean  # [V, n, S, S, 3]
     pixels = np.nan_to_num(pixels).clip(0, 1)
-    last = len(pixels) - 1
-    columns = ["image", *(f"view {v + 1}" for v in range(last + 1)), "patches of\nview 1"]
-    pictures = [list(images), *map(list, pixels), [divided(image) for image in pixels[0]]]
-    if last:
-        columns.append(f"patches of\nview {last + 1}")
-        pictures.append([divided(image) for image in pixels[last]])
+    count = len(pixels)
+    numbers = sorted({1, count}) if divided_views is None else [view for view in divided_views if view <= count]
+    columns = ["image", *(f"view {v + 1}" for v in range(count)), *(f"patches of\nview {v}" for v in numbers)]
+    pictures = [list(images), *map(list, pixels), *([divided(image) for image in pixels[v - 1]] for v in numbers)]
     return picture_grid(columns, pictures, theme=theme)
 
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, StrictUndefined
 
+from mnclglf.config import METHOD_NAMES
 from mnclglf.reports.figures import (
     DARK,
     LIGHT,
+    SMOOTH_ABOVE,
     Theme,
     health_curves,
     loss_curves,
@@ -29,6 +31,9 @@ from mnclglf.reports.tables import percent, result_table
 from mnclglf.runs.files import write_atomically
 from mnclglf.runs.locks import writing_in
 
+# What the words and panels of a method's report follow from; tests/reports/test_page.py holds them against the methods.
+LABELED = {"supervised"}  # methods that train with labels
+DIVIDED_VIEWS = {"mnclglf": (1, 3), "mnclglf_official": (1, 2), "fast_moco": (1, 2)}  # views cut into patches, from 1
 OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N if all N candidates look alike
 
 
@@ -152,9 +157,12 @@ def _waiting_share(run: RunFiles) -> float | None:
 def _context(run: RunFiles) -> dict[str, Any]:
     config = run.config or {}
     results = run.results
+    method = _method(run)
+    logged = {key for record in run.records for key, value in record.items() if finite(value) is not None}
     return {
         "title": f"{config.get('method', 'A run')} on {config['dataset']}" if "dataset" in config else run.folder.name,
-        "method": config.get("method"),
+        "labeled": method in LABELED,
+        "self_supervised": method in METHOD_NAMES and method not in LABELED,
         "dataset": config.get("dataset"),
         "recipe": config.get("recipe"),
         "seed": config.get("seed"),
@@ -164,31 +172,53 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "speed": speed_lines(run),
         "roofline": bool(series(run.records, "roofline_fraction")[1]),
         "table": result_table(results) if results else None,
+        "protocols": {str(result["protocol"]) for result in results},
+        "deviations": any(result.get("deviation") is not None for result in results),
         "classes": _classes(results),
         "measured": _measured_at(run),
         "losses": _losses(run),
+        "logged": logged,
+        "has_terms": any(key.startswith("loss_") for key in logged),
+        "has_level": _uninformed(run) is not None and any(key.startswith("loss_") for key in logged),
+        "is_smoothed": len(series(run.records, "loss")[0]) > SMOOTH_ABOVE,
+        "momentum_changes": len(set(series(run.records, "ema_momentum")[1])) > 1,
         "health": _picture(lambda theme: health_curves(run.records, theme=theme)) if run.records else None,
         "schedule": _picture(lambda theme: schedule_curves(run.records, theme=theme)) if run.records else None,
         "views": _views(run),
+        "view_count": 0 if run.views is None else len(run.views.views),
+        "divided_views": _divided_views(run),
         "settings": _groups(run.config, "run"),
         "environment": _groups(run.environment, "machine and software"),
         "unreadable_lines": run.unreadable_lines,
     }
 
 
+def _method(run: RunFiles) -> str:
+    return str((run.config or {}).get("method"))
+
+
 def _losses(run: RunFiles) -> Picture | None:
     if not run.records:
         return None
+    return _picture(lambda theme: loss_curves(run.records, uninformed=_uninformed(run), theme=theme))
+
+
+def _uninformed(run: RunFiles) -> float | None:
+    """Returns the value of each term of the loss while all candidates look alike; None if the terms differ in it."""
     batch = finite(_section(run.config, "optim").get("batch_size"))
-    uninformed = math.log(batch) if batch and (run.config or {}).get("method") in OF_N_CANDIDATES else None
-    return _picture(lambda theme: loss_curves(run.records, uninformed=uninformed, theme=theme))
+    return math.log(batch) if batch and _method(run) in OF_N_CANDIDATES else None
 
 
 def _views(run: RunFiles) -> Picture | None:
     views = run.views
     if views is None or not views.views.size or not views.images.size:
         return None
-    return _picture(lambda theme: views_picture(*views, theme=theme))
+    return _picture(lambda theme: views_picture(*views, divided_views=_divided_views(run), theme=theme))
+
+
+def _divided_views(run: RunFiles) -> tuple[int, ...]:
+    """Returns the numbers of the views, from 1, that the run's method cuts into patches."""
+    return DIVIDED_VIEWS.get(_method(run), ())
 
 
 def _picture(draw: Callable[[Theme], bytes]) -> Picture:

@@ -1,4 +1,4 @@
-"""Evaluation results as a table: one row per protocol, label share, checkpoint and split; one column per
+"""Evaluation results as a table: one row per protocol, settings, label share, checkpoint and split; one column per
 representation."""
 
 from __future__ import annotations
@@ -8,6 +8,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mnclglf.runs.console import say
+from mnclglf.runs.results import DEFAULTS, changed_settings
 
 REPRESENTATIONS = ("pretrained", "untrained", "raw pixels")  # always shown; others follow
 PROTOCOLS = {
@@ -22,14 +30,26 @@ SETTING_NAMES = {
     "optimizer": "",
     "C": "C",
     "batch_size": "batches of",
+    "asked_batch_size": "as many steps as with batches of",
     "draws": "draws of labels",
     "subset": "labels drawn by the generator",
     "train_images": "training images",
     "test_images": "images classified",
     "step": "checkpoint after step",
 }
-COUNTED = {"train_images", "test_images", "draws", "epochs", "runs"}  # "5 draws of labels", not "draws of labels 5"
-SINGULAR = {"epochs": "epoch", "runs": "run", "draws of labels": "draw of labels"}
+COUNTED = {
+    "train_images",
+    "test_images",
+    "draws",
+    "epochs",
+    "steps",
+    "runs",
+}  # "5 draws of labels", not "draws of labels 5"
+SINGULAR = {"epochs": "epoch", "steps": "step", "runs": "run", "draws of labels": "draw of labels"}
+INSTEAD_OF = {
+    "asked_batch_size": "batch_size",
+    "steps": "epochs",
+}  # settings without a default of their own, and what they replace
 UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
     "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
@@ -55,8 +75,15 @@ class Row:
     title: str
     details: str
     """Settings common to all cells, in words."""
+    instead_of: str
+    """The protocol's defaults that other settings replaced, in words; empty if there are none."""
     cells: tuple[Cell | None, ...]
     """Cells, one per representation of the table; None for one that was not run."""
+
+    @property
+    def remarks(self) -> str:
+        """Returns what stands beside the title: the details, and the replaced defaults."""
+        return "; ".join(text for text in (self.details, self.instead_of) if text)
 
 
 class Measured(NamedTuple):
@@ -67,11 +94,15 @@ class Measured(NamedTuple):
     epoch: float | None
     """Epoch of the checkpoint; None is the run's newest."""
     split: str
+    changed: tuple[tuple[str, Any], ...]
+    """Settings that differ from the protocol's defaults."""
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Measured:
         share, epoch, split = result.get("label_share", 1.0), result.get("epoch"), result.get("split")
-        return cls(str(result["protocol"]), share, epoch, str(split or "test"))
+        protocol = str(result["protocol"])
+        changed = changed_settings(protocol, result.get("settings") or {})
+        return cls(protocol, share, epoch, str(split or "test"), tuple(changed.items()))
 
     @property
     def title(self) -> str:
@@ -84,14 +115,25 @@ class Measured(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Returns the sort key of the row: by protocol, all labels first, the newest checkpoint last."""
+        """Returns the sort key of the row: default settings first, by protocol, all labels first, newest checkpoint
+        last."""
         known = list(PROTOCOLS)
         order = known.index(self.protocol) if self.protocol in known else len(known)
-        return order, self.protocol, -self.label_share, self.split, math.inf if self.epoch is None else self.epoch
+        epoch = math.inf if self.epoch is None else self.epoch
+        changed = tuple((name, str(value)) for name, value in self.changed)
+        return bool(changed), order, self.protocol, -self.label_share, self.split, epoch, changed
+
+    @property
+    def instead_of(self) -> str:
+        """Returns the defaults that were changed, in words; empty if none was."""
+        defaults = DEFAULTS.get(self.protocol, {})
+        names = [INSTEAD_OF.get(name, name) for name, _ in self.changed]
+        usual = _describe({name: defaults[name] for name in names})
+        return f"instead of the default {usual}" if self.changed else ""
 
 
 class ResultTable(NamedTuple):
-    """Table of protocols x representations."""
+    """Table of protocols x representations; rows of default settings come first."""
 
     representations: tuple[str, ...]
     rows: list[Row]
@@ -151,10 +193,43 @@ def to_markdown(table: ResultTable) -> str:
         "| Top-1 / top-5, % | " + " | ".join(map(_escape, table.representations)) + " |",
         "|---" + "|--:" * len(table.representations) + "|",
     ]
-    for row in table.rows:
-        details = f" ({row.details})" if row.details else ""
-        lines.append(f"| {_escape(row.title + details)} | " + " | ".join(map(_markdown_cell, row.cells)) + " |")
+    lines += [
+        f"| {_escape(f'{row.title} ({row.remarks})' if row.remarks else row.title)} | "
+        + " | ".join(map(_markdown_cell, row.cells))
+        + " |"
+        for row in table.rows
+    ]
     return "\n".join(lines) + "\n"
+
+
+def print_table(table: ResultTable, console: Console) -> None:
+    """Prints the table: as columns in a terminal, with the settings below; as Markdown in a pipe or a file."""
+    if not console.is_terminal:
+        say(console, to_markdown(table))
+        return
+    run = [i for i in range(len(table.representations)) if any(row.cells[i] is not None for row in table.rows)]
+    shown = Table(title="Top-1 / top-5, %", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column()
+    for i in run:
+        shown.add_column(Text(table.representations[i]), justify="right")  # a Text is not parsed as markup
+    for row in table.rows:
+        shown.add_row(Text(row.title), *(_terminal_cell(row.cells[i]) for i in run))
+    console.print(shown)
+    for row in table.rows:
+        if row.remarks:
+            console.print(Text(f"{row.title}: {row.remarks}", "dim"))
+
+
+def _terminal_cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("not run", "dim")
+    notes = "".join(f"\n{note}" for note in cell.notes)
+    top1 = (_top1(cell), "bold" if cell.best else "")
+    return Text.assemble(top1, f" / {percent(cell.top5)}", (notes, "dim"))
+
+
+def _top1(cell: Cell) -> str:
+    return percent(cell.top1) if cell.deviation is None else f"{percent(cell.top1)} ± {percent(cell.deviation)}"
 
 
 def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], representations: Sequence[str]) -> Row:
@@ -163,6 +238,7 @@ def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], represent
     return Row(
         title=measured.title,
         details=_describe(shared),
+        instead_of=measured.instead_of,
         cells=tuple(_cell(results.get(name), shared, best) for name in representations),
     )
 
@@ -203,7 +279,7 @@ def _describe(settings: Mapping[str, Any]) -> str:
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return "not run"
-    top1 = percent(cell.top1) if cell.deviation is None else f"{percent(cell.top1)} ± {percent(cell.deviation)}"
+    top1 = _top1(cell)
     notes = f" ({'; '.join(cell.notes)})" if cell.notes else ""
     return f"{f'**{top1}**' if cell.best else top1} / {percent(cell.top5)}{_escape(notes)}"
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from mnclglf.config import KnnConfig, LinearConfig
 from mnclglf.runs.files import read_json, write_json
 from mnclglf.runs.locks import writing_in
 
@@ -22,6 +23,17 @@ Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels"]
 VERSION = 2
 FORMER_PROTOCOLS = {"linear": "logistic", "linear_10_labels": "logistic_10_labels", "linear_lars": "linear"}
 """Protocol names in a file without a version, and their present names."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "knn": {"k": KnnConfig.neighbors, "temperature": KnnConfig.vote_temperature},
+    "linear": {
+        "epochs": LinearConfig.epochs,
+        "steps": LinearConfig.steps,
+        "batch_size": LinearConfig.batch_size,
+        "asked_batch_size": None,
+        "lr": LinearConfig.lr,
+    },
+}
+"""Default of each setting of a protocol that a user chooses, by its name in `Result.settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +65,22 @@ class Result:
             raise ValueError(f"top1 {self.top1} and top5 {self.top5} are not rising fractions of the images")
 
     @property
-    def key(self) -> tuple[str, str, str, float, float | None]:
+    def key(self) -> tuple[str, str, str, float, float | None, tuple[tuple[str, Any], ...]]:
         """Returns the key of a result; a new result replaces the saved one with the same key."""
-        return self.protocol, self.representation, self.split, self.label_share, self.epoch
+        changed = tuple(changed_settings(self.protocol, self.settings).items())
+        return self.protocol, self.representation, self.split, self.label_share, self.epoch, changed
+
+
+def changed_settings(protocol: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that differ from the protocol's defaults; a setting that is missing has its default.
+
+    Only what a user chooses counts: neither what was found out (C, the step) nor where it was computed (precision).
+    """
+    usual = dict(DEFAULTS.get(protocol, {}))
+    images = settings.get("train_images")
+    if "batch_size" in usual and isinstance(images, int):
+        usual["batch_size"] = min(usual["batch_size"], images)  # the default batch is lowered to the labeled images
+    return {name: settings[name] for name, value in usual.items() if settings.get(name, value) != value}
 
 
 def load_results(path: Path) -> list[Result]:
@@ -107,7 +132,9 @@ def _result(entry: dict[str, Any], former: bool) -> Result:
     if former:
         protocol = FORMER_PROTOCOLS.get(protocol, protocol)
     values: dict[str, Any] = {**entry, "protocol": protocol, "settings": settings}
-    return Result(**values)
+    result = Result(**values)
+    hash(result.key)  # raises TypeError for a list where a setting belongs
+    return result
 
 
 def _is_finite(value: object) -> bool:

@@ -111,6 +111,23 @@ def test_a_class_without_votes_is_no_top5_hit():
     assert weighted_knn(train, labels, torch.eye(3)[:1], torch.tensor([1]), classes=3, k=1) == Accuracy(0.0, 0.0)
 
 
+@pytest.mark.parametrize("votes", [1, 60, 10**9])
+def test_chunks_of_votes_do_not_change_them(votes: int, monkeypatch: pytest.MonkeyPatch):
+    sets = drawn(30, 41, 5, 4, seed=1)
+    whole = weighted_knn(*sets, classes=4, k=7)
+    sizes: list[int] = []
+    real = knn.F.one_hot
+
+    def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
+        sizes.append(labels.numel() * classes)
+        return real(labels, classes)
+
+    monkeypatch.setattr(knn, "CHUNK_VOTES", votes)
+    monkeypatch.setattr(knn.F, "one_hot", one_hot)
+    assert weighted_knn(*sets, classes=4, k=7) == whole
+    assert max(sizes) <= max(votes, 7 * 4)  # one row at least
+
+
 def test_a_vote_does_not_overflow_at_a_tiny_temperature():
     sets = drawn(20, 10, 4, 3, seed=3)
     nearest = weighted_knn(*sets, classes=3, k=1)

@@ -1,6 +1,7 @@
 """Tests of the paper's linear evaluation against a transcription in numpy, fp64, with gradients by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def loader_of(images: ImageArray) -> Loader:
     )  # fmt: skip
 
 
-def train(encoder: ResNet18, images: ImageArray, lines: list[str] | None = None, **settings: float) -> nn.Linear:
+def train(encoder: ResNet18, images: ImageArray, lines: list[str] | None = None, **settings: Any) -> nn.Linear:
     return train_linear(
         encoder,
         loader_of(images),
@@ -122,6 +123,15 @@ def test_progress_comes_first_last_and_between(encoder: ResNet18, images: ImageA
     train(encoder, images, lines, epochs=epochs)
     assert [line.split()[:2] for line in lines] == [["epoch", f"{epoch}/{epochs}"] for epoch in expected]
     assert all(line.endswith(" left") for line in lines)
+
+
+def test_steps_take_the_place_of_epochs(encoder: ResNet18, images: ImageArray):
+    lines: list[str] = []
+    by_epochs, by_steps = train(encoder, images), train(encoder, images, epochs=90, steps=15)
+    assert torch.equal(by_epochs.weight, by_steps.weight)  # 3 epochs of 5 steps
+    other = train(encoder, images, lines, epochs=90, steps=7)
+    assert not torch.equal(by_epochs.weight, other.weight)
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]  # the second has two steps
 
 
 def test_features_that_are_not_finite_are_named(encoder: ResNet18, images: ImageArray):

@@ -178,3 +178,27 @@ def test_a_narrow_representation_gets_a_weak_penalty():
     labels = torch.arange(600) % 10
     features = torch.linspace(-1, 1, 10)[labels][:, None] + 0.02 * torch.randn(600, 1)  # ten classes in a row
     assert choose_c(features, labels, classes=10) == C_GRID[-1]
+
+
+@pytest.mark.parametrize("place", range(51))
+def test_c_is_chosen_wherever_the_only_image_of_a_class_is(place: int):
+    labels = torch.zeros(51, dtype=torch.long)
+    labels[place] = 1
+    assert choose_c(torch.randn(51, 3), labels, classes=2) in C_GRID
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0, 1]])
+def test_the_default_c_is_taken_of_few_images_and_said(labels: list[int], caplog: pytest.LogCaptureFixture):
+    features = torch.randn(len(labels), 3)
+    found = choose_c(features, torch.tensor(labels), classes=2)
+    assert found == DEFAULT_C or len(labels) == 5
+    assert (f"on {len(labels)} images" in caplog.text) == ("default 0.1" in caplog.text) == bool(caplog.text)
+    assert caplog.text or len(labels) == 5
+
+
+def test_a_class_that_is_not_among_the_rows_to_choose_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mnclglf.evaluation.logistic.SELECTION_ROWS", 10)
+    for place in (0, 50, 99):
+        labels = torch.zeros(100, dtype=torch.long)
+        labels[place] = 1
+        assert choose_c(torch.randn(100, 3), labels, classes=2) in C_GRID

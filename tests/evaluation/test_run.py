@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,51 @@ def test_few_labels_are_a_share_of_each_class_for_as_many_steps(run: Path, monke
     assert (all_labels.label_share, few.label_share) == (1.0, 0.1)
 
 
+def test_evaluations_of_other_settings_are_kept_beside_one_another(run: Path, monkeypatch: pytest.MonkeyPatch):
+    found = [evaluate_run(run, KnnConfig(device="cpu", neighbors=k))[0] for k in (20, 5)]
+    Trained(monkeypatch)
+    changes = [{}, {"epochs": 3}, {"lr": 0.4}, {"batch_size": 32}]
+    changes += [{"label_share": 0.05}, {"label_share": 0.05, "batch_size": 32}]  # both in batches of 16 images
+    found += [evaluate_run(run, tiny(**change))[0] for change in changes]
+    saved = load_results(run / "evaluation.json")
+    assert [r for r in saved if r.representation == "pretrained"] == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [({"epochs": 999}, 4995), ({"epochs": 1000}, 5000), ({"steps": 7}, 7), ({"steps": 5000}, 5000)],
+)
+def test_few_steps_are_warned_of_with_their_number(
+    run: Path, asked: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Trained(monkeypatch)
+    (found,) = evaluate_run(run, LinearConfig(**asked, batch_size=64, device="cpu"))  # 320 // 64 steps per epoch
+    printed = capsys.readouterr().out
+    few = steps < 5000
+    assert (f"WARNING: linear trains for {steps:,} steps" in printed) == ("--steps 5000" in printed) == few
+    assert found.settings.get("note") == (f"{steps:,} steps, fewer than 5,000" if few else None)
+    assert {name: value for name, value in found.settings.items() if name in ("epochs", "steps")} == asked
+
+
+def test_fewer_images_than_the_default_batch_are_one_batch(run: Path, monkeypatch: pytest.MonkeyPatch):
+    real = module.load_run_data
+
+    def load_run_data(config: RunConfig, data_dir: Path | None) -> start.RunData:
+        data = real(config, data_dir)
+        return replace(data, train=data.train.subset(np.arange(120)))
+
+    monkeypatch.setattr(module, "load_run_data", load_run_data)
+    given = Trained(monkeypatch)
+    (found,) = evaluate_run(run, LinearConfig(epochs=2, device="cpu"))
+    (batch,) = given.loader.batches(0, 1)
+    assert len(batch.indices) == found.settings["batch_size"] == found.settings["train_images"] == 120
+    assert given.steps_per_epoch == 1
+    evaluate_run(run, LinearConfig(epochs=2, device="cpu", label_share=0.1))
+    assert given.steps_per_epoch == 1
+    with pytest.raises(ValueError, match=r"257 .* 120 .*--batch-size"):
+        evaluate_run(run, LinearConfig(batch_size=257, device="cpu"))
+
+
 def test_digits_are_not_flipped(run: Path, monkeypatch: pytest.MonkeyPatch):
     given = Trained(monkeypatch)
     evaluate_run(run, TINY)
@@ -188,6 +234,18 @@ def test_milestones_are_results_of_their_own(run: Path):
     assert load_results(run / "evaluation.json") == [*newest, *found]
     first = run / "checkpoints" / "step-00000005.pt"
     assert evaluate_run(run, KnnConfig(device="cpu", checkpoint=first))[0] == found[0]
+
+
+def test_raw_pixels_can_be_left_out(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def raw_pixels(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(module, "raw_pixels", raw_pixels)
+    for evaluation in (
+        KnnConfig(device="cpu", raw_pixels=False),
+        LogisticConfig(device="cpu", raw_pixels=False, label_share=0.1),
+    ):
+        assert [r.representation for r in evaluate_run(run, evaluation)] == ["pretrained", "untrained"]
 
 
 def test_an_interruption_leaves_what_was_finished(run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -168,6 +168,19 @@ def test_views_are_shown_as_they_were_before_normalisation(drawn, made_views):
     assert np.array_equal(last, divided(np.asarray(axes[1, 3].get_images()[0].get_array())))
 
 
+@pytest.mark.parametrize(
+    ("divided_views", "titles"), [((), []), ((1, 2), ["patches of\nview 1", "patches of\nview 2"]), ((4,), [])]
+)
+def test_patches_are_drawn_of_the_views_that_are_cut(drawn, made_views, divided_views, titles):
+    arrays = made_views(n=1)
+    views_picture(**arrays, divided_views=divided_views)
+    axes = drawn[0].axes
+    assert [axis.get_title() for axis in axes] == ["image", "view 1", "view 2", "view 3", *titles]
+    for axis, view in zip(axes[4:], divided_views, strict=False):
+        whole = np.asarray(axes[view].get_images()[0].get_array())
+        assert np.array_equal(np.asarray(axis.get_images()[0].get_array()), divided(whole))
+
+
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (3, 2)])
 def test_any_number_of_views_is_a_picture(n, count, made_views):
     arrays = made_views(n=n)

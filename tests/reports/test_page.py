@@ -1,6 +1,7 @@
 """Tests of the report page for whole, partial, hostile and damaged run directories."""
 
 import base64
+import importlib
 import json
 import re
 from html.parser import HTMLParser
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.methods import METHODS
 from mnclglf.reports import page as html
 from mnclglf.reports.page import Picture, progress, speed_lines, state_line, write_report
 from mnclglf.reports.run_files import RunFiles, read_run
@@ -141,6 +145,91 @@ def test_milestones_are_rows_and_no_cause_for_a_warning(make_run):
     page = report(run)
     assert "Linear evaluation, all labels, after epoch 3 checkpoint after step 117" in page.words
     assert "has reached step" not in page.words
+
+
+def of_method(run: Path, method: str) -> Path:
+    """Returns the run with another method in its config.json."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "method": method}))
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_words_follow_from_the_method(make_run, method):
+    words = report(of_method(make_run(), method)).words
+    labeled, divided = METHODS[method].needs_labels, "divide" in METHODS[method].operators
+    assert ("without seeing their labels" in words) == ("self-supervised" in words) == (not labeled)
+    assert ("never to train" in words) == (not labeled)
+    assert ("supervised training" in words) == ("from training with labels" in words) == labeled
+    assert ("patches" in words) == divided
+    assert ("dashed line" in words) == (method in html.OF_N_CANDIDATES)
+
+
+def test_captions_are_of_what_is_drawn(make_run):
+    run = of_method(make_run(), "supervised")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    left_out = {"loss_s", "loss_m", "neighbor_agreement", "queue_fill"}
+    records = [{key: value for key, value in line.items() if key not in left_out} for line in lines[:50]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report(run)
+    alternatives = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    assert "Loss over the training steps" in alternatives
+    assert "Over the steps: feature spread, effective rank, gradient norm" in alternatives
+    for absent in ("pale line", "terms", "neighbor", "queue fill", "never to train", "EMA"):
+        assert absent not in page.words + " ".join(alternatives) or absent == "neighbor", absent
+    assert "pale line" in report(make_run()).words
+
+
+def test_notes_are_of_the_protocols_that_were_run(make_run):
+    run = make_run()
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    for protocol, notes in (("knn", ()), ("linear", ("LARS",)), ("logistic", ("C is the inverse",))):
+        result = {**results[0], "protocol": protocol, "settings": {}}
+        (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [result]}))
+        words = report(run).words
+        assert tuple(note for note in ("LARS", "C is the inverse", "±") if note in words) == notes
+
+
+def test_a_run_of_an_unknown_method_has_neutral_words(make_run):
+    run = make_run()
+    (run / "config.json").unlink()
+    words = report(run).words
+    assert "one run of training" in words
+    assert not [claim for claim in ("supervised", "their labels", "patches", "dashed") if claim in words]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_views_that_are_cut_are_those_of_the_method(name, monkeypatch):
+    cut = []
+
+    def divide(images, **_):
+        cut.append(images)
+        return real(images, backend="torch")
+
+    method = METHODS[name](ModelConfig(width=2, projector_width=8, predictor_width=8, classes=3), ObjectiveConfig())
+    if "divide" in method.operators:
+        module = importlib.import_module(f"mnclglf.methods.{name}")
+        real = module.divide
+        monkeypatch.setattr(module, "divide", divide)
+    views = [torch.rand(4, 3, 8, 8) for _ in range(method.views)]
+    method(views, torch.arange(4) % 3)
+    numbers = tuple(i + 1 for i, view in enumerate(views) if any(view is images for images in cut))
+    assert html.DIVIDED_VIEWS.get(name, ()) == numbers
+    assert (name in html.LABELED) == method.needs_labels
+
+
+def test_results_of_other_settings_are_below_the_protocols_own(make_run):
+    run = make_run()
+    assert "With other settings" not in report(run).words
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    other = {**results[0], "top1": 0.321, "settings": {**results[0]["settings"], "k": 5}}
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [other, *results]}))
+    first, second = report(run).words.split("With other settings")
+    assert ("92.3" in first, "32.1" in first) == (True, False)
+    assert "k nearest neighbors k 5" in second
+    assert "instead of the default k 20" in second
+    (run / "evaluation.json").write_text(json.dumps({"version": 2, "results": [other]}))
+    assert report(run).words.count("k nearest neighbors k") == 1
 
 
 def test_a_torn_last_line_is_skipped_and_others_are_counted(make_run):

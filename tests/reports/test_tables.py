@@ -1,8 +1,20 @@
 """Tests of the result table and its Markdown."""
 
-import pytest
+import io
+import re
 
-from mnclglf.reports.tables import REPRESENTATIONS, Cell, mean_over_runs, percent, result_table, to_markdown
+import pytest
+from rich.console import Console
+
+from mnclglf.reports.tables import (
+    REPRESENTATIONS,
+    Cell,
+    mean_over_runs,
+    percent,
+    print_table,
+    result_table,
+    to_markdown,
+)
 
 
 def result(protocol="knn", representation="pretrained", top1=0.5, top5=0.9, **more):
@@ -78,6 +90,35 @@ def test_the_papers_protocol_says_its_settings():
     assert row.details == "LARS, 90 epochs, batches of 256, lr 0.8"
 
 
+def test_other_settings_are_rows_of_their_own_below_the_defaults():
+    usual = {"optimizer": "LARS", "epochs": 90, "batch_size": 256, "lr": 0.8}
+    results = [
+        result("linear", top1=0.3, settings={**usual, "epochs": 6, "lr": 0.4}),
+        result("linear", top1=0.4, settings=usual),
+        result(top1=0.1, settings={"k": 5, "temperature": 0.07}),
+        result(top1=0.2, settings={"k": 20, "temperature": 0.07}),
+        result(representation="untrained", top1=0.05, settings={"k": 5, "temperature": 0.07}),
+    ]
+    rows = result_table(results).rows
+    assert [(row.instead_of, filled(row.cells[0]).top1) for row in rows] == [
+        ("", 0.2),
+        ("", 0.4),
+        ("instead of the default k 20", 0.1),
+        ("instead of the default 90 epochs, lr 0.8", 0.3),
+    ]
+    assert rows[2].details == "k 5, vote temperature 0.07"
+    assert "| k nearest neighbors (k 5, vote temperature 0.07; instead of the default k 20) |" in to_markdown(
+        result_table(results)
+    )
+    assert filled(rows[2].cells[1]).top1 == 0.05
+
+
+def test_means_do_not_mix_settings():
+    runs = [[result(top1=top1, settings={"k": k}) for k, top1 in ((20, t), (5, t + 0.3))] for t in (0.1, 0.2)]
+    first, second = mean_over_runs(runs)
+    assert (first["top1"], second["top1"]) == pytest.approx((0.15, 0.45))
+
+
 def test_one_of_a_kind_is_not_several():
     (row,) = result_table([result("linear", settings={"epochs": 1, "draws": 1, "subset": "philox"})]).rows
     assert row.details == "1 epoch, 1 draw of labels, labels drawn by the generator philox"
@@ -149,3 +190,36 @@ def test_a_mean_never_mixes_subsets_drawn_in_different_ways():
     with pytest.raises(ValueError, match=r"logistic_10_labels.*evaluate .*again"):
         mean_over_runs([[old], [new]])
     assert len(mean_over_runs([[old], [old]])) == len(mean_over_runs([[new], [new]])) == 1
+
+
+def printed(results, **settings) -> str:
+    file = io.StringIO()
+    print_table(result_table(results), Console(file=file, **settings))
+    return file.getvalue()
+
+
+def test_a_pipe_gets_markdown(evaluation):
+    assert printed(evaluation(), width=80) == to_markdown(result_table(evaluation())) + "\n"
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_gets_columns_that_fit(evaluation, width):
+    shown = printed(evaluation(), width=width, force_terminal=True, no_color=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert max(map(len, plain.splitlines())) <= width
+    assert "|---" not in plain
+    words = " ".join(plain.replace("│", " ").split())
+    for text in (
+        "92.3 / 99.0",
+        "74.3 ± 2.1",
+        "k nearest neighbors: k 20, vote temperature 0.07, 4,000 training images",
+    ):
+        assert text in words
+
+
+def test_only_what_was_run_is_a_column_of_the_terminal():
+    marked = result("knn", "a[/b] [red]x", top1=0.123, settings={"k": 5, "note": "[/odd] [bold]"})
+    shown = printed([marked], width=100, force_terminal=True, no_color=True)
+    assert not [name for name in (*REPRESENTATIONS, "not run") if name in shown]
+    for text in ("a[/b] [red]x", "[/odd] [bold]", "instead of the default k 20", "12.3"):
+        assert text in shown

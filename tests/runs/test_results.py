@@ -43,6 +43,38 @@ def test_shares_of_labels_and_milestones_do_not_replace_one_another(tmp_path: Pa
     assert save_results(path, [better]) == [*found[:2], better, found[3]]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "usual", "other"),
+    [
+        ("knn", {"k": 20, "temperature": 0.07}, {"k": 5}),
+        ("knn", {"k": 20, "temperature": 0.07}, {"temperature": 0.1}),
+        ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8}, {"epochs": 6}),
+        ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8}, {"lr": 0.4}),
+        ("linear", {"batch_size": 256, "lr": 0.8}, {"steps": 5000}),
+        ("linear", {"epochs": 90, "batch_size": 256, "lr": 0.8, "train_images": 320}, {"batch_size": 64}),
+        ("linear", {"epochs": 90, "batch_size": 32, "lr": 0.8, "train_images": 32}, {"asked_batch_size": 64}),
+    ],
+)
+def test_other_settings_do_not_replace_one_another(
+    tmp_path: Path, protocol: Protocol, usual: dict[str, Any], other: dict[str, Any]
+):
+    path = tmp_path / "evaluation.json"
+    first, second = result(protocol, settings=usual), result(protocol, settings={**usual, **other})
+    save_results(path, [first])
+    assert save_results(path, [second]) == [first, second]
+    again = result(protocol, top1=0.9, settings={**usual, "step": 9, "C": 0.1, "precision": "bfloat16"})
+    assert save_results(path, [again]) == [again, second]  # where and when it was computed is no setting
+    former = result(protocol, top1=0.8)  # before the settings were saved they were the defaults
+    assert save_results(path, [former])[0] == former
+
+
+def test_a_chosen_penalty_is_a_finding_and_no_setting(tmp_path: Path):
+    path = tmp_path / "evaluation.json"
+    first, second = (result("logistic", settings={"C": c, "solver": "logistic regression"}) for c in (0.1, 1.0))
+    save_results(path, [first])
+    assert save_results(path, [second]) == [second]
+
+
 def test_results_of_an_earlier_version_are_of_all_labels_and_the_newest_checkpoint(tmp_path: Path):
     path = tmp_path / "evaluation.json"
     old = {"protocol": "knn", "representation": "pretrained", "split": "test", "top1": 0.5, "top5": 1.0}
@@ -73,6 +105,8 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path):
         '{"version": 2}',
         '{"version": 2, "results": 3}',
         '{"version": 2, "results": [{"protocol": 3}]}',
+        '{"version": 2, "results": [{"protocol": "knn", "representation": "r", "top1": 0, "top5": 1,'
+        ' "settings": {"k": [5]}}]}',
         '{"a": 1}',
         "[1]",
         '[{"protocol": "knn"}]',
