@@ -19,6 +19,9 @@ from mnclglf.data.errors import DataError
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """Images as one array [n, H, W, 3], or as a list of [H, W, 3]."""
 
+Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Mean [3] and standard deviation [3] of images scaled to [0, 1]."""
+
 _COUNTED_IMAGES = 1000  # images counted at once for statistics: numpy's bincount needs eight times their memory
 
 
@@ -83,7 +86,7 @@ class ImageSet(ABC):
         """
 
     @abstractmethod
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         """Returns mean [3] and standard deviation [3] of the images scaled to [0, 1]; deviations are at least 1/255."""
 
     @abstractmethod
@@ -120,7 +123,7 @@ class ImageArray(ImageSet):
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return self.images[row]
 
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         counts = np.zeros((3, 256))
         for start in range(0, len(self), _COUNTED_IMAGES):
             pixels = self.images[start : start + _COUNTED_IMAGES].reshape(-1, 3).T
@@ -174,7 +177,7 @@ class ImageFiles(ImageSet):
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return read_image(self.root / self.paths[row])
 
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         mean, mean_square = self.moments.mean(axis=0)
         return _mean_and_deviation(mean, mean_square)
 
@@ -189,9 +192,7 @@ def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     return shares @ levels, shares @ levels**2
 
 
-def _mean_and_deviation(
-    mean: NDArray[np.float64], mean_square: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _mean_and_deviation(mean: NDArray[np.float64], mean_square: NDArray[np.float64]) -> Statistics:
     """Returns mean [3] and deviation [3]; a deviation is at least 1 / 255, so that it can divide a constant channel."""
     deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, LogisticConfig, RunConfig, require
-from mnclglf.data.images import ImageSet
+from mnclglf.data.images import ImageSet, Statistics
 from mnclglf.data.loader import Loader
 from mnclglf.data.splits import with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
@@ -25,9 +24,10 @@ from mnclglf.evaluation.logistic import FEW_LABELS_C
 from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
-from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
+from mnclglf.runs.checkpoint import list_checkpoints, list_milestones, load_state
 from mnclglf.runs.console import say
 from mnclglf.runs.files import differences, read_config
+from mnclglf.runs.metrics import read_records
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.start import (
     Machine,
@@ -38,6 +38,7 @@ from mnclglf.training.start import (
     load_trained,
     longest_side,
     make_views,
+    saved_statistics,
     start_machine,
 )
 
@@ -151,11 +152,13 @@ class EvalContext:
     """The n training images whose labels are used."""
     test: ImageSet
     """The m images to classify."""
-    statistics: tuple[NDArray[np.float32], NDArray[np.float32]]
+    statistics: Statistics
     """Mean [3] and deviation [3] that the run normalizes views with."""
     side: int
     """Side of a view in pixels."""
     machine: Machine
+    steps_per_epoch: int
+    """Steps per epoch of the run's training."""
 
     @property
     def device(self) -> torch.device:
@@ -169,11 +172,6 @@ class EvalContext:
     @property
     def classes(self) -> int:
         return len(self.train.classes)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Returns the whole batches per epoch of the run's training."""
-        return len(self.train) // self.config.optim.batch_size
 
     def say(self, line: str) -> None:
         say(self.console, line)
@@ -205,6 +203,7 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
     engine = elsewhere(config.engine, evaluation.device)
     machine = start_machine(engine)
     data = load_run_data(config, evaluation.data_dir)
+    _, state = load_state(run, evaluation.checkpoint)
     train, test = data.train, data.test
     require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
     if evaluation.split == "validation":
@@ -221,10 +220,23 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         train=train,
         labeled=with_labels(train, evaluation.label_share, seed=config.seed),
         test=test,
-        statistics=train.statistics(),
-        side=data.side,
+        statistics=saved_statistics(run, state) or train.statistics(),
+        side=state.get("side", data.side),
         machine=machine,
+        steps_per_epoch=steps_per_epoch(run, state, len(train) // config.optim.batch_size),
     )
+
+
+def steps_per_epoch(run: Path, state: Mapping[str, Any], current: int) -> int:
+    """Returns the steps per epoch of the run's training: of a checkpoint, else of metrics.jsonl, else `current`.
+
+    Earlier versions kept no count in the checkpoint. `current`, of the images as they are now, may differ.
+    """
+    if "steps_per_epoch" in state:
+        return state["steps_per_epoch"]
+    records, _ = read_records(run / "metrics.jsonl")
+    epochs = [(record["step"], record["epoch"]) for record in records if record.get("epoch")]
+    return round(epochs[-1][0] / epochs[-1][1]) if epochs else current
 
 
 def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConfig) -> list[Protocol]:

@@ -32,7 +32,7 @@ from mnclglf.training.health import effective_rank, feature_std, neighbor_agreem
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import or_eager, share_casts
-from mnclglf.training.start import start_training
+from mnclglf.training.start import saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -69,7 +69,14 @@ class Trainer:
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
 
-        self.started = start_training(config, self.console, loader=None if saved is None else saved.get("loader"))
+        self.started = start_training(
+            config,
+            self.console,
+            loader=None if saved is None else saved.get("loader"),
+            statistics=None
+            if checkpoint is None or saved is None
+            else saved_statistics(checkpoint.resolve().parents[1], saved),
+        )
         self.config = self.started.config
         self.device = self.started.machine.device
         self.dtype = self.started.machine.dtype
@@ -217,6 +224,7 @@ class Trainer:
             "mean": torch.from_numpy(self.loader.mean),
             "std": torch.from_numpy(self.loader.std),
             "side": self.side,
+            "steps_per_epoch": self.loader.steps_per_epoch,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }

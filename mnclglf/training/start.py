@@ -11,7 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mnclglf.config import Device, EngineConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.splits import split_train
@@ -88,13 +88,20 @@ class Start:
         )
 
 
-def start_training(config: RunConfig, console: Console, *, loader: str | None = None) -> Start:
+def start_training(
+    config: RunConfig,
+    console: Console,
+    *,
+    loader: str | None = None,
+    statistics: Statistics | None = None,
+) -> Start:
     """Decides everything about a training run, before any work is done.
 
     Args:
         config: the run.
         console: console for fallbacks.
         loader: loader of the run before it was resumed; "auto" takes it again, so that the views are bit-identical.
+        statistics: mean and deviation of the run before it was resumed; None takes those of the images.
 
     Raises:
         ValueError: settings that do not fit the images, the machine or each other.
@@ -120,6 +127,7 @@ def start_training(config: RunConfig, console: Console, *, loader: str | None = 
         side=data.side,
         batch_size=config.optim.batch_size,
         augment_backend=method.backends.augment,
+        statistics=statistics,
     )
     compiling = choose_compile(config.engine, machine.device, lambda text: say(console, text))
     return Start(config=config, machine=machine, data=data, method=method, loader=views, compile=compiling)
@@ -157,6 +165,29 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
     )
     train, validation = split_train(train, config.data)
     return RunData(train=train, validation=validation, test=test, side=view_side(train, config.data.image_size))
+
+
+def saved_statistics(run: Path, state: Mapping[str, Any]) -> Statistics | None:
+    """Returns the mean and the deviation that a checkpoint's run normalizes views with.
+
+    Earlier versions kept them in RUN/views.npz alone.
+
+    Returns:
+        Mean [3] and standard deviation [3]; None if neither the checkpoint nor the run directory has them.
+
+    Raises:
+        ValueError: views.npz is damaged.
+    """
+    if "mean" in state:
+        return state["mean"].numpy(), state["std"].numpy()
+    path = run / "views.npz"
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return arrays["mean"].astype(np.float32), arrays["std"].astype(np.float32)
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
+        raise ValueError(f"{path} is damaged ({error}); put back a copy of it, or remove it") from error
 
 
 def longest_side(images: ImageSet) -> int:
