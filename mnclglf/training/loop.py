@@ -185,7 +185,7 @@ class Trainer:
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
                 "anew in another --out"
             )
-        if state.get("images", self.fingerprint) != self.fingerprint:
+        if "images" in state and not self.images.matches(state["images"]):
             raise CheckpointError(
                 f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
                 "them); put the old ones back, or start anew in another --out"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import shutil
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,6 +146,62 @@ def test_a_file_is_looked_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -
     (root / "dogs/new.png").unlink()
     assert len(load(root)[0]) == 5
     assert reads == []
+
+
+def turned(path: Path) -> None:
+    with Image.open(path) as image:
+        image.rotate(180).save(path, compress_level=0)
+
+
+def other_pixels(path: Path) -> None:
+    Image.fromarray(pixels(seed=99)).save(path, compress_level=0)
+
+
+def replaced(path: Path) -> None:
+    """Puts another file in the place, with another inode."""
+    other_pixels(path.with_name("new.png"))
+    path.with_name("new.png").replace(path)
+
+
+def exchanged(path: Path) -> None:
+    other = path.with_name("a.png")
+    path.rename(path.with_name("kept"))
+    other.rename(path)
+    path.with_name("kept").rename(other)
+
+
+@pytest.mark.parametrize("change", [turned, other_pixels, replaced, exchanged])
+def test_other_contents_of_the_same_size_and_time_are_other_images(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    paths = [tmp_path / "flat" / name for name in ("a.png", "b.png")]
+    for number, path in enumerate(paths):
+        write(path)
+        Image.fromarray(pixels(seed=number)).save(path, compress_level=0)
+        os.utime(path, ns=(10**18, 10**18))
+    before, _ = load(tmp_path / "flat")
+    shutil.copytree(tmp_path / "flat", tmp_path / "elsewhere")
+    assert load(tmp_path / "elsewhere")[0].fingerprint() == before.fingerprint()
+    sizes = [path.stat().st_size for path in paths]
+    change(paths[1])
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+    assert [path.stat().st_size for path in paths] == sizes
+    after, _ = load(tmp_path / "flat")
+    assert after.fingerprint() != before.fingerprint()
+    assert not after.matches(before.fingerprint())
+    assert before.matches(before.fingerprint())
+
+
+def test_a_former_fingerprint_is_compared_in_its_form_and_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, _ = load(root)
+    names = "\0".join(train.paths).encode()  # the formula of the first version
+    former = hashlib.sha256(names + train.labels.tobytes() + train.file_sizes.tobytes()).hexdigest()
+    assert train.matches(former)
+    assert "earlier version" in caplog.text
+    assert "pixels" in caplog.text
+    write(root / "dogs/b.png", pixels(20, 20))
+    assert not load(root)[0].matches(former)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", None], ids=["empty", "no zip", "cut"])

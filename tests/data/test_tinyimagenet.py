@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_images_are_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_image(data / "tiny-imagenet-200" / "train" / WNIDS[0] / "images" / "new.JPEG", 7)
     assert len(load(data)[0]) == 13
     assert len(reads) == 13  # of train alone
+
+
+def test_an_image_replaced_at_the_same_size_and_time_is_decoded_again(data: Path) -> None:
+    before = np.array(load(data)[0].images)
+    first, second = (data / "tiny-imagenet-200/train" / WNIDS[0] / f"images/{WNIDS[0]}_{n}.JPEG" for n in (0, 1))
+    longest = max(first.stat().st_size, second.stat().st_size)
+    for path in (first, second):
+        path.write_bytes(path.read_bytes().ljust(longest, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    load(data)
+    first.rename(first.with_name("kept"))
+    second.rename(first)
+    first.with_name("kept").rename(second)
+    np.testing.assert_array_equal(load(data)[0].images, before[[1, 0, *range(2, 12)]])
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "no note", "another note", "not json"])

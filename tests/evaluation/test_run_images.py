@@ -23,9 +23,10 @@ from mnclglf.config import (
     RunConfig,
     ViewConfig,
 )
+from mnclglf.data.images import ImageFiles
 from mnclglf.evaluation import run as module
 from mnclglf.evaluation.run import evaluate_run
-from mnclglf.runs.checkpoint import find_checkpoint, load_checkpoint
+from mnclglf.runs.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from mnclglf.training.loop import Trainer
 
 KNN = KnnConfig(neighbors=3, device="cpu")
@@ -121,6 +122,31 @@ def normalized_with(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
 
     monkeypatch.setattr(module, "extract_features", recorded)
     return means
+
+
+def turn(path: Path) -> None:
+    with Image.open(path) as image:
+        image.rotate(180).save(path, compress_level=0)
+
+
+def test_a_run_does_not_resume_on_other_pixels(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = sorted((place / "photos").rglob("*.png"))
+    for path in images:
+        with Image.open(path) as image:
+            image.save(path, compress_level=0)
+    out = place / "new"
+    config = config_of(place / "photos")
+    train(config, out)
+    former = ImageFiles._hash
+    for path in images:
+        turn(path)
+    with pytest.raises(CheckpointError, match=r"other images.*photos.*--out"):
+        Trainer(config, out, console=silent())
+    images_now = Trainer(config, place / "other", console=silent()).images
+    assert isinstance(images_now, ImageFiles)
+    change_state(out, images=former(images_now, images_now.file_sizes.tobytes()))
+    assert Trainer(config, out, console=silent()).start == 4  # a run of before: names and sizes are the same
+    assert "pixels" in caplog.text
 
 
 @pytest.mark.parametrize("former", [False, True])

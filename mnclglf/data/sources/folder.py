@@ -18,13 +18,14 @@ from mnclglf.config import FOLDER, DataConfig
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
-from mnclglf.data.sources.source import Request, Source, cache_dir
+from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir
 from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST_SIDE = 8  # pixels
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
 _MANY = 2000  # number of files from which on a message says that reading takes a while
 
@@ -81,8 +82,9 @@ class Folder(Source):
             paths=tuple(paths[number] for number in kept),
             heights=np.array([found[number].height for number in kept], dtype=np.int32),
             widths=np.array([found[number].width for number in kept], dtype=np.int32),
-            file_sizes=np.array([found[number].size for number in kept], dtype=np.int64),
+            file_sizes=np.array([found[number].stamp.size for number in kept], dtype=np.int64),
             moments=np.array([found[number].moments for number in kept], dtype=np.float64).reshape(-1, 2, 3),
+            digests=tuple(found[number].digest for number in kept),
         )
 
 
@@ -146,8 +148,8 @@ def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
 class Examined:
     """Findings about an image file."""
 
-    size: int
-    modified: int
+    stamp: Stamp
+    digest: bytes = b""
     height: int = 0
     width: int = 0
     moments: tuple[float, ...] = (0.0,) * 6
@@ -157,14 +159,14 @@ class Examined:
 def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
     """Decodes every image once and returns the findings.
 
-    Findings about intact files are kept in `cache_dir("folder")` and used until its size or time of change differs.
+    Findings about intact files are kept in `cache_dir("folder")` and used until a file's `stamp` differs.
     A damaged index is made again.
     """
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
     index = cache_dir("folder") / f"{key}.npz"
-    known, now = _read_index(index), [_stamp(root / path) for path in paths]
+    known, now = _read_index(index), [stamp(root / path) for path in paths]
     # Corrupt files are not in the index: they are examined again.
-    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]
+    fresh = [path for path, at in zip(paths, now, strict=True) if (path, at) not in known]
     if len(fresh) > _MANY:
         logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", root)
     since = time.monotonic()
@@ -172,32 +174,32 @@ def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
         looked = dict(zip(fresh, threads.map(lambda path: _look(root / path), fresh), strict=True))
     if time.monotonic() - since > 60:
         logger.warning("read them in %.0f s", time.monotonic() - since)
-    found = [looked.get(path) or known[(path, *stamp)] for path, stamp in zip(paths, now, strict=True)]
+    found = [looked.get(path) or known[path, at] for path, at in zip(paths, now, strict=True)]
     if len(known) != sum(not entry.problem for entry in found) or any(not looked[path].problem for path in fresh):
         _write_index(index, paths, found)
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Returns size and time of change of a file; zeros if it cannot be accessed."""
+def stamp(path: Path) -> Stamp:
+    """Returns the stamp of a file; zeros if it cannot be accessed."""
     try:
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
+        return Stamp.of(path.stat())
     except OSError:
-        return 0, 0
+        return Stamp()
 
 
 def _look(path: Path) -> Examined:
-    stamp = _stamp(path)
+    before = stamp(path)
     try:
         pixels = read_image(path)
-    except DataError as error:
-        return Examined(*stamp, problem=str(error).removeprefix(f"{path} "))
+        digest = hashlib.sha256(path.read_bytes()).digest()
+    except (DataError, OSError) as error:
+        return Examined(before, problem=str(error).removeprefix(f"{path} "))
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
-        return Examined(*stamp, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
+        return Examined(before, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
     counts = np.array(Image.fromarray(pixels).histogram(), dtype=np.float64).reshape(3, 256)
-    return Examined(*stamp, height, width, tuple(np.concatenate(moments_of(counts)).tolist()))
+    return Examined(before, digest, height, width, tuple(np.concatenate(moments_of(counts)).tolist()))
 
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
@@ -219,25 +221,27 @@ def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) ->
     kept = [(name, entry) for name, entry in zip(names, found, strict=True) if not entry.problem]
     named = np.frombuffer("\0".join(name for name, _ in kept).encode(errors="surrogateescape"), np.uint8)
     found = [entry for _, entry in kept]
-    numbers = np.array([(x.size, x.modified, x.height, x.width) for x in found], np.int64).reshape(-1, 4)
+    numbers = np.array([(*x.stamp, x.height, x.width) for x in found], np.int64).reshape(-1, 6)
+    digests = np.frombuffer(b"".join(x.digest for x in found), np.uint8).reshape(-1, _DIGEST_BYTES)
     moments = np.array([x.moments for x in found], np.float64).reshape(-1, 6)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = dict(names=named, numbers=numbers, moments=moments)
+        arrays = dict(names=named, numbers=numbers, moments=moments, digests=digests)
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:  # the next run examines the files again
         logger.warning("what was seen of the images cannot be kept in %s (%s)", path, error)
 
 
-def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
-    """Returns findings by path, size and time of change; empty if the index is missing or damaged."""
+def _read_index(path: Path) -> dict[tuple[str, Stamp], Examined]:
+    """Returns findings by path and stamp; empty if the index is missing, damaged or an earlier version's."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")
             numbers, moments = file["numbers"].tolist(), file["moments"].tolist()
+            digests = file["digests"].reshape(-1, _DIGEST_BYTES)
         return {
-            (name, size, modified): Examined(size, modified, height, width, tuple(row))
-            for name, (size, modified, height, width), row in zip(names, numbers, moments, strict=True)
+            (name, Stamp(*at)): Examined(Stamp(*at), digest.tobytes(), height, width, tuple(row))
+            for name, (*at, height, width), digest, row in zip(names, numbers, digests, moments, strict=True)
         }
     except Exception:  # a damaged file makes numpy raise anything
         return {}

@@ -21,7 +21,7 @@ from mnclglf.data.archives import extract
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError, damaged
 from mnclglf.data.images import ImageArray
-from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
+from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir, check_md5, download, missing
 from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
     its sources and its checksum. If either does not match, the array file is made again.
     """
     try:
-        listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        listed = [(str(path.relative_to(root)), *Stamp.of(path.stat())) for path in files]
     except (OSError, ValueError) as error:
         raise damaged(root, f"lacks an image that it lists ({error})") from error
     made_of = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
