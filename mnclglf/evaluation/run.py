@@ -31,7 +31,9 @@ from mnclglf.runs.metrics import read_records
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.start import (
     Machine,
+    RunData,
     build_method,
+    changed_images,
     choose_backends,
     elsewhere,
     load_run_data,
@@ -204,6 +206,7 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
     machine = start_machine(engine)
     data = load_run_data(config, evaluation.data_dir)
     _, state = load_state(run, evaluation.checkpoint)
+    check_images(run, data, state, evaluation, console)
     train, test = data.train, data.test
     require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
     if evaluation.split == "validation":
@@ -225,6 +228,28 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         machine=machine,
         steps_per_epoch=steps_per_epoch(run, state, len(train) // config.optim.batch_size),
     )
+
+
+def check_images(run: Path, data: RunData, state: Mapping[str, Any], evaluation: Evaluation, console: Console) -> None:
+    """Says which of the images are not those of the run's training.
+
+    Raises:
+        ValueError: --data-dir, the new place of the same images, holds other ones; or validation images are asked for,
+            which cannot be told from the training images any more.
+    """
+    changed = changed_images(data, state)
+    if not changed:
+        return
+    what = f"the {' and '.join(changed)} images of {data.train.name} are not those that {run} was trained with"
+    require(
+        evaluation.data_dir is None,
+        f"{what}; give the folder that now holds the same images as --data-dir, which is {evaluation.data_dir}",
+    )
+    require(
+        evaluation.split != "validation" or changed == ["test"],
+        f"{what}: those that were held out cannot be told from them; put the old ones back, or take --split test",
+    )
+    say(console, f"WARNING: {what}; evaluating on them as they are now, normalized as in training", style="bold red")
 
 
 def steps_per_epoch(run: Path, state: Mapping[str, Any], current: int) -> int:

@@ -72,6 +72,7 @@ class Trainer:
         self.started = start_training(
             config,
             self.console,
+            resumed=saved is not None,
             loader=None if saved is None else saved.get("loader"),
             statistics=None
             if checkpoint is None or saved is None
@@ -87,6 +88,8 @@ class Trainer:
         self.compile = self.started.compile
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.fingerprint = self.images.fingerprint()
+        others = {"validation": self.started.data.validation, "test": self.started.data.test}
+        self.other_fingerprints = {name: images.fingerprint() for name, images in others.items() if images is not None}
         self.schedule = Schedule.of(self.config, self.loader.steps_per_epoch)
         self.step = TrainStep(
             self.method, self.config.optim, self.config.engine, self.dtype, compile=self.compile, labels=self.labels
@@ -220,6 +223,7 @@ class Trainer:
             "method": method,
             **self.step.state_dict(),
             "images": self.fingerprint,
+            "other_images": self.other_fingerprints,
             "loader": self.loader.name,
             "mean": torch.from_numpy(self.loader.mean),
             "std": torch.from_numpy(self.loader.std),

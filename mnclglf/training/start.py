@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import Device, EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.config import FOLDER, Device, EngineConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
@@ -92,6 +92,7 @@ def start_training(
     config: RunConfig,
     console: Console,
     *,
+    resumed: bool = False,
     loader: str | None = None,
     statistics: Statistics | None = None,
 ) -> Start:
@@ -100,6 +101,7 @@ def start_training(
     Args:
         config: the run.
         console: console for fallbacks.
+        resumed: True for a run that goes on from a checkpoint.
         loader: loader of the run before it was resumed; "auto" takes it again, so that the views are bit-identical.
         statistics: mean and deviation of the run before it was resumed; None takes those of the images.
 
@@ -109,6 +111,7 @@ def start_training(
     """
     check_queue(config)
     check_optimizer(config.optim.optimizer)
+    config = in_its_place(config, resumed=resumed)
     machine = start_machine(config.engine)
     data = load_run_data(config)
     config = with_classes(config, data.train)
@@ -156,15 +159,45 @@ def elsewhere(engine: EngineConfig, device: Device) -> EngineConfig:
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
-    """Loads the images of a run, from `data_dir` if given."""
+    """Loads the images of a run, from `data_dir` if given; for folder:PATH that is the new place of the same images."""
+    name, place = config.dataset, data_dir or config.data.data_dir
+    if name.startswith(FOLDER):
+        name, place = (name if data_dir is None else f"{FOLDER}{data_dir}"), None
     train, test = load_dataset(
-        config.dataset,
-        data_dir or config.data.data_dir,
+        name,
+        place,
         download=config.data.download,
         skip_corrupt=config.data.skip_corrupt,
     )
     train, validation = split_train(train, config.data)
     return RunData(train=train, validation=validation, test=test, side=view_side(train, config.data.image_size))
+
+
+def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
+    """Returns the run with the folder of its images as it is read: of a resumed one, --data-dir is the new place.
+
+    Raises:
+        ValueError: a run starts on folder:PATH with another folder as --data-dir.
+    """
+    place = config.data.data_dir
+    if place is None or not config.dataset.startswith(FOLDER):
+        return config
+    require(
+        resumed,
+        f"data_dir {place} names a second folder beside {config.dataset}; leave out --data-dir, or give "
+        f"--dataset {FOLDER}{place}",
+    )
+    return replace(config, dataset=f"{FOLDER}{place}", data=replace(config.data, data_dir=None))
+
+
+def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of the images that are not those of a checkpoint's run: train, validation, test."""
+    saved = {"train": state.get("images"), **state.get("other_images", {})}
+    return [
+        name
+        for name, images in (("train", data.train), ("validation", data.validation), ("test", data.test))
+        if images is not None and saved.get(name) is not None and not images.matches(saved[name])
+    ]
 
 
 def saved_statistics(run: Path, state: Mapping[str, Any]) -> Statistics | None:

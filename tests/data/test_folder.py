@@ -439,3 +439,8 @@ def test_the_log_counts_what_takes_long(
     with caplog.at_level(logging.WARNING):
         load(root)
     assert "reading 5 image files" in caplog.text
+
+
+def test_a_second_folder_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_dir \S*nowhere .*leave out --data-dir"):
+        load_dataset(f"folder:{root}", tmp_path / "nowhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -183,3 +184,63 @@ def test_a_run_resumes_with_its_own_statistics(place: Path) -> None:
     resumed = Trainer(config_of(place / "photos"), place / "run", console=silent())
     assert resumed.start == 4
     assert (resumed.loader.mean.tolist(), resumed.loader.std.tolist()) == (other.tolist(), other.tolist())
+
+
+def test_the_images_of_a_moved_folder_are_the_same(place: Path) -> None:
+    run, moved = place / "run", place / "moved"
+    expected = [result.top1 for result in evaluate_run(run, KNN, silent())]
+    (place / "photos").rename(moved)
+    with pytest.raises(ValueError, match=r"photos is not a folder.*--data-dir"):
+        evaluate_run(run, KNN, silent())
+    at_new = dataclasses.replace(KNN, data_dir=moved)
+    assert [result.top1 for result in evaluate_run(run, at_new, silent())] == expected
+    former = config_of(place / "photos")
+    resumed = Trainer(config_of(place / "photos", data_dir=moved), run, console=silent())
+    assert resumed.start == 4
+    assert resumed.config == dataclasses.replace(former, dataset=f"folder:{moved}")
+    resumed.train()
+    assert [result.top1 for result in evaluate_run(run, KNN, silent())] == expected  # the run knows the new place
+    assert Trainer(config_of(moved), run, console=silent()).start == 4
+
+
+def test_another_folder_is_not_the_new_place(place: Path) -> None:
+    other = Path(shutil.copytree(place / "photos", place / "other"))
+    for part in ("train", "val"):
+        (other / part / "cats").rename(other / part / "kept")
+        (other / part / "dogs").rename(other / part / "cats")
+        (other / part / "kept").rename(other / part / "dogs")
+    with pytest.raises(ValueError, match=r"train and test images of folder:\S*other .*--data-dir.*other"):
+        evaluate_run(place / "run", dataclasses.replace(KNN, data_dir=other), silent())
+    with pytest.raises(ValueError, match=r"nowhere is not a folder"):
+        evaluate_run(place / "run", dataclasses.replace(KNN, data_dir=place / "nowhere"), silent())
+    with pytest.raises(CheckpointError, match=r"other images.*folder:\S*other"):
+        Trainer(config_of(place / "photos", data_dir=other), place / "run", console=silent())
+    with pytest.raises(CheckpointError, match=r"other images.*folder:\S*other"):
+        Trainer(config_of(other), place / "run", console=silent())
+    with pytest.raises(ValueError, match=r"data_dir \S*other .*leave out --data-dir"):
+        Trainer(config_of(place / "photos", data_dir=other), place / "new", console=silent())
+    assert not (place / "new").exists()
+
+
+def test_changed_images_are_said_and_no_validation_image_is_told_from_them(place: Path) -> None:
+    out, config = place / "held out", config_of(place / "photos", validation_images=5)
+    train(config, out)
+    validation = dataclasses.replace(KNN, split="validation")
+    evaluate_run(out, validation, silent())
+    write(place / "photos/val/cats/0.png", 77)
+    console = silent()
+    evaluate_run(out, KNN, console)
+    evaluate_run(out, validation, console)  # the training images are the same
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("WARNING: the test images of folder:") == 2
+    write(place / "photos/train/cats/new.png", 78)
+    with pytest.raises(ValueError, match=r"train and validation and test images.*--split test"):
+        evaluate_run(out, validation, silent())
+
+
+def test_a_former_run_whose_data_dir_was_ignored_is_evaluated(place: Path) -> None:
+    path = place / "run" / "config.json"
+    values = json.loads(path.read_text())
+    values["data"]["data_dir"] = "/nowhere"
+    path.write_text(json.dumps(values))
+    assert evaluate_run(place / "run", KNN, silent())

@@ -47,8 +47,16 @@ class Folder(Source):
         self.root = Path(name.removeprefix(FOLDER)).expanduser()
 
     def load(self, request: Request) -> tuple[ImageFiles, ImageFiles | None]:
+        if request.data_dir is not None:
+            raise DataError(
+                f"data_dir {request.data_dir} names a second folder beside {self.name}; leave out --data-dir, or give "
+                f"{FOLDER}{request.data_dir}"
+            )
         if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH")
+            raise DataError(
+                f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH, and the new place of a "
+                "run's images that were moved as --data-dir"
+            )
         parts = [name for name in ("train", "val", "test") if (self.root / name).is_dir()]
         if parts == ["train"] and len([path for path in self.root.iterdir() if path.is_dir()]) == 1:
             return self._image_set(self.root / "train", "train", request.skip_corrupt), None
