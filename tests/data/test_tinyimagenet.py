@@ -111,6 +111,16 @@ def test_an_image_replaced_at_the_same_size_and_time_is_decoded_again(data: Path
     np.testing.assert_array_equal(load(data)[0].images, before[[1, 0, *range(2, 12)]])
 
 
+def test_hidden_files_and_folders_are_left_alone(data: Path) -> None:
+    root, (before, _) = data / "tiny-imagenet-200", load(data)
+    for part in (f"train/{WNIDS[0]}/images", "val/images"):
+        (root / part / f"._{WNIDS[0]}_0.JPEG").write_bytes(b"\0\x05\x16\x07")
+    write_image(root / "train/.ipynb_checkpoints/images/a.JPEG", 1)
+    write_image(root / "train" / WNIDS[1] / "images/.ipynb_checkpoints/b.JPEG", 1)
+    train, test = load(data)
+    assert (train.classes, len(train), len(test)) == (before.classes, 12, 5)
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped", "no note", "another note", "not json"])
 def test_a_damaged_or_stale_array_is_made_anew(data: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = np.array(load(data)[0].images)
@@ -227,5 +237,5 @@ def test_it_is_trained_on_from_the_command_line(data: Path, tmp_path: Path, caps
     assert main(["train", "--dataset", "tinyimagenet", "--data-dir", str(data), *small.split()]) == 0
     assert main(["knn", str(tmp_path / "run"), "--k", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "mnclglf on tinyimagenet: 12 images of side 32, 1 epochs of 2 steps" in printed
+    assert "mnclglf on tinyimagenet: 12 images of side 32, 1 epoch of 2 steps" in printed
     assert "12 training images, 5 images classified" in printed

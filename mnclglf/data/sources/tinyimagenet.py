@@ -81,7 +81,7 @@ def _find(folder: Path) -> Path | None:
 
 def _classes(root: Path) -> list[str]:
     """Returns the wnids, which are the folders of train/, sorted."""
-    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise damaged(root / "train", "holds no folder of a class")
     return found
@@ -89,7 +89,7 @@ def _classes(root: Path) -> list[str]:
 
 def _class_files(root: Path, wnid: str) -> list[Path]:
     folder = root / "train" / wnid / "images"
-    found = sorted(folder.glob("*.JPEG")) if folder.is_dir() else []
+    found = sorted(path for path in folder.glob("*.JPEG") if not path.name.startswith(".")) if folder.is_dir() else []
     if not found:
         raise damaged(folder, "holds no *.JPEG")
     return found
