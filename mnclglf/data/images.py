@@ -161,6 +161,8 @@ class ImageFiles(ImageSet):
     """Sizes of the files [n] in bytes."""
     moments: NDArray[np.float64]
     """Moments [n, 2, 3]: mean of each channel and of its square, for pixels scaled to [0, 1]."""
+    orientations: NDArray[np.uint8] | None = None
+    """EXIF orientation of each file [n], 1 to 8; None if all are upright."""
     digests: tuple[bytes, ...] = ()
     """SHA-256 of each file's contents [n]; empty where the files were not read."""
 
@@ -175,6 +177,7 @@ class ImageFiles(ImageSet):
             widths=self.widths[rows],
             file_sizes=self.file_sizes[rows],
             moments=self.moments[rows],
+            orientations=None if self.orientations is None else self.orientations[rows],
             digests=tuple(self.digests[row] for row in rows) if self.digests else (),
         )
 
