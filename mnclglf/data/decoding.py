@@ -55,6 +55,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
                 levels = np.asarray(upright, dtype=np.float64) / 257
                 upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
             return np.array(upright.convert("RGB"))
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 

@@ -192,11 +192,12 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
 
 def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
     """Returns the parts of the images that are not those of a checkpoint's run: train, validation, test."""
-    saved = {"train": state.get("images"), **state.get("other_images", {})}
+    saved: dict[str, str] = {"train": state["images"]} if "images" in state else {}
+    saved |= state.get("other_images", {})
     return [
         name
         for name, images in (("train", data.train), ("validation", data.validation), ("test", data.test))
-        if images is not None and saved.get(name) is not None and not images.matches(saved[name])
+        if images is not None and name in saved and not images.matches(saved[name])
     ]
 
 

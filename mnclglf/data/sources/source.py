@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mnclglf.config import DataConfig
-from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageSet
 from mnclglf.runs.files import cache_folder
 
@@ -86,7 +86,7 @@ def check_md5(path: Path, expected: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if found != expected:
         raise damaged(path, f"has MD5 {found} where {expected} is published")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import extract
 from mnclglf.data.decoding import read_image
-from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageArray
 from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir, check_md5, download, missing
 from mnclglf.runs.files import write_atomically
@@ -124,7 +124,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
 
 
 def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
@@ -136,6 +136,8 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
     try:
         listed = [(str(path.relative_to(root)), *Stamp.of(path.stat())) for path in files]
     except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise unreadable(Path(error.filename), error) from error
         raise damaged(root, f"lacks an image that it lists ({error})") from error
     made_of = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     writable = os.access(root, os.W_OK)
