@@ -235,12 +235,14 @@ def run(command: Command, console: Console) -> int:
 def look(command: Inspect | Views, console: Console) -> None:
     """Runs `data inspect` or `data views`."""
     from mnclglf.data.datasets import load_dataset
+    from mnclglf.data.sources.folder import check_picture
     from mnclglf.reports.sources import inspect_source, show_views
 
     kind = "views" if isinstance(command, Views) else "images"
     picture = command.out or Path(f"{short_name(command.source)}-{kind}.png")
     require(picture.suffix == ".png", f"--out {picture} must end in .png, which is what is written")
     require(picture.parent.is_dir(), f"--out {picture}: there is no folder {picture.parent}; make it first")
+    check_picture(picture, command.source)
     if isinstance(command, Views):
         view_of(command.view, command.source)  # raises before anything is loaded
     images = load_dataset(

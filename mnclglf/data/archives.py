@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.errors import DataError, damaged, unreadable
 
 LARGEST_BYTES = 2**30  # limit of a file read here, unpacked: five times the largest in use
 CIFAR_SHAPE = (3, 32, 32)
@@ -47,7 +47,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
                 raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_BYTES:,}")
             data = _read_at_most(file, size + 1)
     except _GZIP_ERRORS as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if len(data) != size:
         found = "more" if len(data) > size else f"{len(data):,}"
         raise damaged(path, f"its header promises {size:,} bytes and it holds {found}")
@@ -131,7 +131,7 @@ def _read_exactly(path: Path, size: int) -> bytes:
             if found == size:
                 return file.read()
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     raise damaged(path, f"has {found:,} bytes where {size:,} are expected")
 
 
@@ -151,6 +151,8 @@ def read_pickle(path: Path, largest: int = LARGEST_BYTES) -> Any:
             return _ArrayUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
     except DataError:
         raise
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # a damaged pickle raises anything: IndexError, MemoryError, KeyError, ...
         raise damaged(path, f"is not a pickle of plain arrays ({type(error).__name__}: {error})") from error
 
@@ -238,6 +240,8 @@ def extract(archive: Path, folder: Path, member: str, holds: Sequence[str]) -> P
     except DataError:
         raise
     except PermissionError as error:
+        if error.filename == str(archive):
+            raise unreadable(archive, error) from error
         raise DataError(f"{archive} cannot be extracted into {folder} ({error}); extract it there by hand") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mnclglf.data.errors import unreadable
 from mnclglf.data.images import ImageSet
 from mnclglf.data.sources import Request, source_of
 
@@ -24,4 +25,7 @@ def load_dataset(
         ValueError: there is no data set of this name.
         DataError: files are missing, damaged or cannot be fetched.
     """
-    return source_of(name).load(Request(data_dir=data_dir, download=download, skip_corrupt=skip_corrupt))
+    try:
+        return source_of(name).load(Request(data_dir=data_dir, download=download, skip_corrupt=skip_corrupt))
+    except PermissionError as error:  # of a folder, by any source
+        raise unreadable(Path(error.filename or data_dir or name), error) from error

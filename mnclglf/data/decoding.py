@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ from PIL import ExifTags, Image
 
 from mnclglf.data.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+# Broken EXIF costs the orientation alone. Once and for all: threads must not change the filters in turns.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BMP_BITS, _RLE4 = (1, 4, 8, 24, 32), 2  # DALI reads no others
 _TRANSPOSES = {  # by EXIF orientation; not Pillow's exif_transpose, which also reads XMP, unlike DALI
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,8 +28,12 @@ _TRANSPOSES = {  # by EXIF orientation; not Pillow's exif_transpose, which also 
 }
 
 
+TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
+"""By EXIF orientation, whether an image is transposed, then mirrored left to right, then top to bottom."""
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Returns the image of a JPEG, PNG or WebP file, uint8 [H, W, 3], rotated upright by its EXIF orientation.
+    """Returns the image of a JPEG, PNG, WebP or BMP file, uint8 [H, W, 3], rotated upright by its EXIF orientation.
 
     Gray becomes three equal channels, transparency is dropped, 16 bits become 8.
 
@@ -34,16 +43,55 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
-        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            transpose = _TRANSPOSES.get(exif.get(ExifTags.Base.Orientation, 1))
+            if image.format == "BMP":
+                _check_bmp(data)
+            transpose = _TRANSPOSES.get(orientation_of(data))
             upright = image if transpose is None else image.transpose(transpose)
             if upright.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
                 levels = np.asarray(upright, dtype=np.float64) / 257
                 upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
             return np.array(upright.convert("RGB"))
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def orientation_of(data: bytes) -> int:
+    """Returns the EXIF orientation of an image file, 1 to 8; 1, which is upright, if it has none that can be read.
+
+    Every loader turns by this one: readers differ in the places and spellings of it that they know.
+    """
+    try:
+        exif = Image.Exif()
+        exif.load(_exif_of(data))
+        found = exif.get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in _TRANSPOSES else 1
+    except Exception:  # Pillow raises anything for damaged EXIF; the pixels are whole
+        return 1
+
+
+def _exif_of(data: bytes) -> bytes:
+    if not data.startswith(_PNG):
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.info.get("exif", b"")
+    at = len(_PNG)
+    while at + 8 <= len(data):  # Pillow finds a chunk after the pixels only when it decodes them
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind == b"eXIf":
+            return data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return b""
+
+
+def _check_bmp(data: bytes) -> None:
+    """Raises ValueError for a kind of BMP that DALI does not read."""
+    header, bits, compression = (
+        int.from_bytes(data[at : at + size], "little") for at, size in ((14, 4), (28, 2), (30, 4))
+    )
+    if header < 40 or bits not in _BMP_BITS or compression == _RLE4:
+        raise ValueError(f"a BMP of {bits} bits, header {header}, compression {compression}: convert it to PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,12 @@ from mnclglf.data.errors import DataError
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
 """Images as one array [n, H, W, 3], or as a list of [H, W, 3]."""
 
+Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Mean [3] and standard deviation [3] of images scaled to [0, 1]."""
+
+logger = logging.getLogger(__name__)
+
+_FILES_FORM = "files-2:"  # begins a fingerprint of files by their contents; the first form, by their sizes, has none
 _COUNTED_IMAGES = 1000  # images counted at once for statistics: numpy's bincount needs eight times their memory
 
 
@@ -83,12 +90,16 @@ class ImageSet(ABC):
         """
 
     @abstractmethod
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         """Returns mean [3] and standard deviation [3] of the images scaled to [0, 1]; deviations are at least 1/255."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Returns a hash of the images, by which a run resumes only on those that it started with."""
+
+    def matches(self, fingerprint: str) -> bool:
+        """Returns whether these are the images of a fingerprint, also of one in the form of an earlier version."""
+        return fingerprint == self.fingerprint()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +131,7 @@ class ImageArray(ImageSet):
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return self.images[row]
 
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         counts = np.zeros((3, 256))
         for start in range(0, len(self), _COUNTED_IMAGES):
             pixels = self.images[start : start + _COUNTED_IMAGES].reshape(-1, 3).T
@@ -150,6 +161,10 @@ class ImageFiles(ImageSet):
     """Sizes of the files [n] in bytes."""
     moments: NDArray[np.float64]
     """Moments [n, 2, 3]: mean of each channel and of its square, for pixels scaled to [0, 1]."""
+    orientations: NDArray[np.uint8] | None = None
+    """EXIF orientation of each file [n], 1 to 8; None if all are upright."""
+    digests: tuple[bytes, ...] = ()
+    """SHA-256 of each file's contents [n]; empty where the files were not read."""
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.paths[row] for row in rows]
@@ -162,6 +177,8 @@ class ImageFiles(ImageSet):
             widths=self.widths[rows],
             file_sizes=self.file_sizes[rows],
             moments=self.moments[rows],
+            orientations=None if self.orientations is None else self.orientations[rows],
+            digests=tuple(self.digests[row] for row in rows) if self.digests else (),
         )
 
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -174,13 +191,27 @@ class ImageFiles(ImageSet):
     def pixels(self, row: int) -> NDArray[np.uint8]:
         return read_image(self.root / self.paths[row])
 
-    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def statistics(self) -> Statistics:
         mean, mean_square = self.moments.mean(axis=0)
         return _mean_and_deviation(mean, mean_square)
 
     def fingerprint(self) -> str:
+        """Returns a hash of names below the root, labels and contents of the files; the root may be another."""
+        return f"{_FILES_FORM}{self._hash(b''.join(self.digests))}"
+
+    def matches(self, fingerprint: str) -> bool:
+        if fingerprint.startswith(_FILES_FORM):
+            return fingerprint == self.fingerprint()
+        logger.warning(
+            "%s was compared with the images of an earlier version's run by names, labels and sizes of the files: that "
+            "version did not look at pixels",
+            self.name,
+        )
+        return fingerprint == self._hash(self.file_sizes.tobytes())
+
+    def _hash(self, contents: bytes) -> str:
         names = "\0".join(self.paths).encode(errors="surrogateescape")
-        return hashlib.sha256(names + self.labels.tobytes() + self.file_sizes.tobytes()).hexdigest()
+        return hashlib.sha256(names + self.labels.tobytes() + contents).hexdigest()
 
 
 def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -189,9 +220,7 @@ def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     return shares @ levels, shares @ levels**2
 
 
-def _mean_and_deviation(
-    mean: NDArray[np.float64], mean_square: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _mean_and_deviation(mean: NDArray[np.float64], mean_square: NDArray[np.float64]) -> Statistics:
     """Returns mean [3] and deviation [3]; a deviation is at least 1 / 255, so that it can divide a constant channel."""
     deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.astype(np.float32), np.maximum(deviation, 1 / 255).astype(np.float32)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.images import ImageSet
+from mnclglf.data.images import ImageSet, Statistics
 from mnclglf.data.philox import permutation
 from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
@@ -79,7 +79,7 @@ class Loader(ABC):
         threads: int,
         rank: int = 0,
         ranks: int = 1,
-        statistics: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from mnclglf.config import EvaluationConfig, KnnConfig, LinearConfig, LogisticConfig, RunConfig, require
-from mnclglf.data.images import ImageSet
+from mnclglf.data.images import ImageSet, Statistics
 from mnclglf.data.loader import Loader
 from mnclglf.data.splits import with_labels
 from mnclglf.evaluation.accuracy import Accuracy, accuracy_of_scores
@@ -25,19 +24,23 @@ from mnclglf.evaluation.logistic import FEW_LABELS_C
 from mnclglf.evaluation.protocols import FEW_LABELS, evaluate_features
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import view_of
-from mnclglf.runs.checkpoint import list_checkpoints, list_milestones
+from mnclglf.runs.checkpoint import list_checkpoints, list_milestones, load_state
 from mnclglf.runs.console import LastingConsole, say
 from mnclglf.runs.files import check_writable, differences, read_config
+from mnclglf.runs.metrics import read_records
 from mnclglf.runs.results import Protocol, Result, load_results, save_results
 from mnclglf.training.start import (
     Machine,
+    RunData,
     build_method,
+    changed_images,
     choose_backends,
     elsewhere,
     load_run_data,
     load_trained,
     longest_side,
     make_views,
+    saved_statistics,
     start_machine,
 )
 
@@ -161,11 +164,13 @@ class EvalContext:
     """The n training images whose labels are used."""
     test: ImageSet
     """The m images to classify."""
-    statistics: tuple[NDArray[np.float32], NDArray[np.float32]]
+    statistics: Statistics
     """Mean [3] and deviation [3] that the run normalizes views with."""
     side: int
     """Side of a view in pixels."""
     machine: Machine
+    steps_per_epoch: int
+    """Steps per epoch of the run's training."""
 
     @property
     def device(self) -> torch.device:
@@ -179,11 +184,6 @@ class EvalContext:
     @property
     def classes(self) -> int:
         return len(self.train.classes)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Returns the whole batches per epoch of the run's training."""
-        return len(self.train) // self.config.optim.batch_size
 
     def say(self, line: str) -> None:
         say(self.console, line)
@@ -215,6 +215,8 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
     engine = elsewhere(config.engine, evaluation.device)
     machine = start_machine(engine)
     data = load_run_data(config, evaluation.data_dir)
+    _, state = load_state(run, evaluation.checkpoint)
+    check_images(run, data, state, evaluation, console)
     train, test = data.train, data.test
     require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
     if evaluation.split == "validation":
@@ -231,10 +233,45 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
         train=train,
         labeled=with_labels(train, evaluation.label_share, seed=config.seed),
         test=test,
-        statistics=train.statistics(),
-        side=data.side,
+        statistics=saved_statistics(run, state) or train.statistics(),
+        side=state.get("side", data.side),
         machine=machine,
+        steps_per_epoch=steps_per_epoch(run, state, len(train) // config.optim.batch_size),
     )
+
+
+def check_images(run: Path, data: RunData, state: Mapping[str, Any], evaluation: Evaluation, console: Console) -> None:
+    """Says which of the images are not those of the run's training.
+
+    Raises:
+        ValueError: --data-dir, the new place of the same images, holds other ones; or validation images are asked for,
+            which cannot be told from the training images any more.
+    """
+    changed = changed_images(data, state)
+    if not changed:
+        return
+    what = f"the {' and '.join(changed)} images of {data.train.name} are not those that {run} was trained with"
+    require(
+        evaluation.data_dir is None,
+        f"{what}; give the folder that now holds the same images as --data-dir, which is {evaluation.data_dir}",
+    )
+    require(
+        evaluation.split != "validation" or changed == ["test"],
+        f"{what}: those that were held out cannot be told from them; put the old ones back, or take --split test",
+    )
+    say(console, f"WARNING: {what}; evaluating on them as they are now, normalized as in training", style="bold red")
+
+
+def steps_per_epoch(run: Path, state: Mapping[str, Any], current: int) -> int:
+    """Returns the steps per epoch of the run's training: of a checkpoint, else of metrics.jsonl, else `current`.
+
+    Earlier versions kept no count in the checkpoint. `current`, of the images as they are now, may differ.
+    """
+    if "steps_per_epoch" in state:
+        return state["steps_per_epoch"]
+    records, _ = read_records(run / "metrics.jsonl")
+    epochs = [(record["step"], record["epoch"]) for record in records if record.get("epoch")]
+    return round(epochs[-1][0] / epochs[-1][1]) if epochs else current
 
 
 def feature_protocols(context: EvalContext, evaluation: KnnConfig | LogisticConfig) -> list[Protocol]:
@@ -306,7 +343,7 @@ def by_lars(
 ) -> list[Result]:
     """Evaluates one checkpoint's encoder by the paper's protocol, and the untrained one if `names` has it."""
     encoders = {name: encoder if name == "pretrained" else context.untrained() for name in names}
-    steps = total_steps(evaluation, steps_per_epoch(context, evaluation))
+    steps = total_steps(evaluation, linear_steps_per_epoch(context, evaluation))
     settings: dict[str, Any] = {
         "optimizer": "LARS",
         **({"epochs": evaluation.epochs} if evaluation.steps is None else {"steps": evaluation.steps}),
@@ -356,7 +393,7 @@ def lars_accuracy(
         evaluation,
         classes=context.classes,
         # As many steps with few labels as with all: 90 epochs of 1% of the images would hardly move the weights.
-        steps_per_epoch=steps_per_epoch(context, evaluation),
+        steps_per_epoch=linear_steps_per_epoch(context, evaluation),
         dtype=context.dtype,
         seed=context.config.seed,
         say=lambda line: context.say(f"linear, {title}: {line}"),
@@ -404,7 +441,7 @@ def _linear_loader(context: EvalContext, evaluation: LinearConfig, config: RunCo
 
 def warn_of_few_steps(context: EvalContext, evaluation: LinearConfig) -> None:
     """Warns if the classifier is trained for so few steps that its accuracy says little of the features."""
-    steps = total_steps(evaluation, steps_per_epoch(context, evaluation))
+    steps = total_steps(evaluation, linear_steps_per_epoch(context, evaluation))
     if steps < FEW_STEPS:
         context.say(
             f"WARNING: linear trains for {steps:,} steps, and the paper's learning rate is meant for 17,550: below "
@@ -412,7 +449,7 @@ def warn_of_few_steps(context: EvalContext, evaluation: LinearConfig) -> None:
         )
 
 
-def steps_per_epoch(context: EvalContext, evaluation: LinearConfig) -> int:
+def linear_steps_per_epoch(context: EvalContext, evaluation: LinearConfig) -> int:
     """Returns the steps that count as an epoch of the paper's protocol, with few labels as with all."""
     return len(context.train) // min(evaluation.batch_size, len(context.train))
 

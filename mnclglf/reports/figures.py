@@ -363,5 +363,5 @@ def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": "mnclglf"})
     return buffer.getvalue()

@@ -7,12 +7,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from mnclglf.config import RunConfig, from_dict
+from mnclglf.config import FOLDER, RunConfig, from_dict
 from mnclglf.runs.files import differences, read_config, read_object, write_atomically, write_json
 
 FORMAT = 1
@@ -79,11 +80,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def changed_settings(checkpoint: Path, state: dict[str, Any], asked: RunConfig) -> list[str]:
     """Returns the `differences` between a checkpoint's settings and those asked for.
 
+    Two folders of images count as one here: images are compared by what they are, not by their place.
+
     Raises:
         CheckpointError: the checkpoint holds settings that this version does not know.
     """
     try:
-        return differences(from_dict(json.loads(state["config"])), asked)
+        saved = from_dict(json.loads(state["config"]))
+        if saved.dataset.startswith(FOLDER) and asked.dataset.startswith(FOLDER):
+            saved = replace(saved, dataset=asked.dataset)
+        return differences(saved, asked)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} holds settings that this version does not know: {error}") from error
 

@@ -35,7 +35,7 @@ from mnclglf.training.health import effective_rank, feature_std, neighbor_agreem
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import or_eager, share_casts
-from mnclglf.training.start import start_training
+from mnclglf.training.start import saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -77,7 +77,15 @@ class Trainer:
         checkpoint = find_checkpoint(out, resume)
         saved = None if checkpoint is None else load_checkpoint(checkpoint)
 
-        self.started = start_training(config, self.console, loader=None if saved is None else saved.get("loader"))
+        self.started = start_training(
+            config,
+            self.console,
+            resumed=saved is not None,
+            loader=None if saved is None else saved.get("loader"),
+            statistics=None
+            if checkpoint is None or saved is None
+            else saved_statistics(checkpoint.resolve().parents[1], saved),
+        )
         self.config = self.started.config
         self.device = self.started.machine.device
         self.dtype = self.started.machine.dtype
@@ -88,6 +96,8 @@ class Trainer:
         self.compile = self.started.compile
         self.labels = torch.from_numpy(self.images.labels).to(self.device)
         self.fingerprint = self.images.fingerprint()
+        others = {"validation": self.started.data.validation, "test": self.started.data.test}
+        self.other_fingerprints = {name: images.fingerprint() for name, images in others.items() if images is not None}
         self.schedule = Schedule.of(self.config, self.loader.steps_per_epoch)
         self.step = TrainStep(
             self.method, self.config.optim, self.config.engine, self.dtype, compile=self.compile, labels=self.labels
@@ -202,7 +212,7 @@ class Trainer:
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
                 "anew in another --out"
             )
-        if state.get("images", self.fingerprint) != self.fingerprint:
+        if "images" in state and not self.images.matches(state["images"]):
             raise CheckpointError(
                 f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
                 "them); put the old ones back, or start anew in another --out"
@@ -247,10 +257,12 @@ class Trainer:
             "method": method,
             **self.step.state_dict(),
             "images": self.fingerprint,
+            "other_images": self.other_fingerprints,
             "loader": self.loader.name,
             "mean": torch.from_numpy(self.loader.mean),
             "std": torch.from_numpy(self.loader.std),
             "side": self.side,
+            "steps_per_epoch": self.loader.steps_per_epoch,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }

@@ -11,7 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import Device, EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.config import FOLDER, Device, EngineConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.splits import split_train
@@ -88,13 +88,22 @@ class Start:
         )
 
 
-def start_training(config: RunConfig, console: Console, *, loader: str | None = None) -> Start:
+def start_training(
+    config: RunConfig,
+    console: Console,
+    *,
+    resumed: bool = False,
+    loader: str | None = None,
+    statistics: Statistics | None = None,
+) -> Start:
     """Decides everything about a training run, before any work is done.
 
     Args:
         config: the run.
         console: console for fallbacks.
+        resumed: True for a run that goes on from a checkpoint.
         loader: loader of the run before it was resumed; "auto" takes it again, so that the views are bit-identical.
+        statistics: mean and deviation of the run before it was resumed; None takes those of the images.
 
     Raises:
         ValueError: settings that do not fit the images, the machine or each other.
@@ -102,6 +111,7 @@ def start_training(config: RunConfig, console: Console, *, loader: str | None = 
     """
     check_queue(config)
     check_optimizer(config.optim.optimizer)
+    config = in_its_place(config, resumed=resumed)
     machine = start_machine(config.engine)
     data = load_run_data(config)
     config = with_classes(config, data.train)
@@ -120,6 +130,7 @@ def start_training(config: RunConfig, console: Console, *, loader: str | None = 
         side=data.side,
         batch_size=config.optim.batch_size,
         augment_backend=method.backends.augment,
+        statistics=statistics,
     )
     compiling = choose_compile(config.engine, machine.device, lambda text: say(console, text))
     return Start(config=config, machine=machine, data=data, method=method, loader=views, compile=compiling)
@@ -155,15 +166,69 @@ def elsewhere(engine: EngineConfig, device: Device) -> EngineConfig:
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
-    """Loads the images of a run, from `data_dir` if given."""
+    """Loads the images of a run, from `data_dir` if given; for folder:PATH that is the new place of the same images."""
+    name, place = config.dataset, data_dir or config.data.data_dir
+    if name.startswith(FOLDER):
+        name, place = (name if data_dir is None else f"{FOLDER}{data_dir}"), None
     train, test = load_dataset(
-        config.dataset,
-        data_dir or config.data.data_dir,
+        name,
+        place,
         download=config.data.download,
         skip_corrupt=config.data.skip_corrupt,
     )
     train, validation = split_train(train, config.data)
     return RunData(train=train, validation=validation, test=test, side=view_side(train, config.data.image_size))
+
+
+def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
+    """Returns the run with the folder of its images as it is read: of a resumed one, --data-dir is the new place.
+
+    Raises:
+        ValueError: a run starts on folder:PATH with another folder as --data-dir.
+    """
+    place = config.data.data_dir
+    if place is None or not config.dataset.startswith(FOLDER):
+        return config
+    require(
+        resumed,
+        f"data_dir {place} names a second folder beside {config.dataset}; leave out --data-dir, or give "
+        f"--dataset {FOLDER}{place}",
+    )
+    return replace(config, dataset=f"{FOLDER}{place}", data=replace(config.data, data_dir=None))
+
+
+def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of the images that are not those of a checkpoint's run: train, validation, test."""
+    saved: dict[str, str] = {"train": state["images"]} if "images" in state else {}
+    saved |= state.get("other_images", {})
+    return [
+        name
+        for name, images in (("train", data.train), ("validation", data.validation), ("test", data.test))
+        if images is not None and name in saved and not images.matches(saved[name])
+    ]
+
+
+def saved_statistics(run: Path, state: Mapping[str, Any]) -> Statistics | None:
+    """Returns the mean and the deviation that a checkpoint's run normalizes views with.
+
+    Earlier versions kept them in RUN/views.npz alone.
+
+    Returns:
+        Mean [3] and standard deviation [3]; None if neither the checkpoint nor the run directory has them.
+
+    Raises:
+        ValueError: views.npz is damaged.
+    """
+    if "mean" in state:
+        return state["mean"].numpy(), state["std"].numpy()
+    path = run / "views.npz"
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return arrays["mean"].astype(np.float32), arrays["std"].astype(np.float32)
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
+        raise ValueError(f"{path} is damaged ({error}); put back a copy of it, or remove it") from error
 
 
 def longest_side(images: ImageSet) -> int:

@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,9 @@ from mnclglf.data.archives import (
     read_idx,
     read_pickle,
 )
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.decoding import read_image
+from mnclglf.data.sources.source import check_md5
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -417,3 +421,38 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DataError, match=r"a\.zip.*No space left.*room"):
         extract(archive, tmp_path, "made", ["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_idx,
+        lambda path: read_cifar_binary(path, 1),
+        read_pickle,
+        lambda path: check_md5(path, "0"),
+        lambda path: extract(path, path.parent, "made", ["one"]),
+        read_image,
+    ],
+    ids=["idx", "cifar", "pickle", "md5", "archive", "image"],
+)
+def test_what_may_not_be_read_is_not_to_be_deleted(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: object, **__: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.tar").touch()
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(DataError, match=r"a\.tar.*make it readable") as raised:
+        read(tmp_path / "a.tar")
+    assert "delete" not in str(raised.value)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *_: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(DataError, match=r"Permission denied.*make it readable"):
+        load_dataset("cifar10", tmp_path)

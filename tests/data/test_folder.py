@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
 import os
+import shutil
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mnclglf.data import images as images_module
 from mnclglf.data.datasets import load_dataset
@@ -20,6 +26,8 @@ from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, ImageSet
 from mnclglf.data.sources import cache_dir, folder
+from mnclglf.data.sources.folder import check_picture
+from mnclglf.reports.sources import inspect_source
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +151,62 @@ def test_a_file_is_looked_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -
     (root / "dogs/new.png").unlink()
     assert len(load(root)[0]) == 5
     assert reads == []
+
+
+def turned(path: Path) -> None:
+    with Image.open(path) as image:
+        image.rotate(180).save(path, compress_level=0)
+
+
+def other_pixels(path: Path) -> None:
+    Image.fromarray(pixels(seed=99)).save(path, compress_level=0)
+
+
+def replaced(path: Path) -> None:
+    """Puts another file in the place, with another inode."""
+    other_pixels(path.with_name("new.png"))
+    path.with_name("new.png").replace(path)
+
+
+def exchanged(path: Path) -> None:
+    other = path.with_name("a.png")
+    path.rename(path.with_name("kept"))
+    other.rename(path)
+    path.with_name("kept").rename(other)
+
+
+@pytest.mark.parametrize("change", [turned, other_pixels, replaced, exchanged])
+def test_other_contents_of_the_same_size_and_time_are_other_images(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    paths = [tmp_path / "flat" / name for name in ("a.png", "b.png")]
+    for number, path in enumerate(paths):
+        write(path)
+        Image.fromarray(pixels(seed=number)).save(path, compress_level=0)
+        os.utime(path, ns=(10**18, 10**18))
+    before, _ = load(tmp_path / "flat")
+    shutil.copytree(tmp_path / "flat", tmp_path / "elsewhere")
+    assert load(tmp_path / "elsewhere")[0].fingerprint() == before.fingerprint()
+    sizes = [path.stat().st_size for path in paths]
+    change(paths[1])
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+    assert [path.stat().st_size for path in paths] == sizes
+    after, _ = load(tmp_path / "flat")
+    assert after.fingerprint() != before.fingerprint()
+    assert not after.matches(before.fingerprint())
+    assert before.matches(before.fingerprint())
+
+
+def test_a_former_fingerprint_is_compared_in_its_form_and_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, _ = load(root)
+    names = "\0".join(train.paths).encode()  # the formula of the first version
+    former = hashlib.sha256(names + train.labels.tobytes() + train.file_sizes.tobytes()).hexdigest()
+    assert train.matches(former)
+    assert "earlier version" in caplog.text
+    assert "pixels" in caplog.text
+    write(root / "dogs/b.png", pixels(20, 20))
+    assert not load(root)[0].matches(former)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", None], ids=["empty", "no zip", "cut"])
@@ -380,3 +444,149 @@ def test_the_log_counts_what_takes_long(
     with caplog.at_level(logging.WARNING):
         load(root)
     assert "reading 5 image files" in caplog.text
+
+
+def test_a_second_folder_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_dir \S*nowhere .*leave out --data-dir"):
+        load_dataset(f"folder:{root}", tmp_path / "nowhere")
+
+
+# layouts
+
+
+def lay_out(root: Path, *names: str) -> Path:
+    for name in names:
+        write(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("train", "tested"),
+    [
+        ("train", "valid"), ("Train", "Val"), ("TRAIN", "TEST"), ("training", "validation"),
+        ("training_set", "test_set"),
+        ("train", "dev"), ("train2017", "val2017"), ("trainset", "testset"), ("seg_train", "seg_test"),
+        ("train-images", "test images"),
+    ],
+)  # fmt: skip
+def test_every_usual_spelling_of_a_split_is_one(tmp_path: Path, train: str, tested: str) -> None:
+    root = lay_out(tmp_path / "x", f"{train}/a/0.png", f"{train}/b/1.png", f"{tested}/a/2.png", f"{tested}/b/3.png")
+    images, test = load(root)
+    assert isinstance(test, ImageFiles)
+    assert images.classes == test.classes == ("a", "b")
+    assert (images.paths, test.paths) == (("a/0.png", "b/1.png"), ("a/2.png", "b/3.png"))
+
+
+def test_valid_is_not_dropped_where_there_is_test(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, test = load(lay_out(tmp_path / "x", "train/a/0.png", "valid/a/1.png", "test/a/2.png"))
+    assert isinstance(test, ImageFiles)
+    assert test.paths == ("a/1.png",)
+    assert "evaluating on valid" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (("plane/0.png", "train/1.png", "test/2.png"), r"plane beside test, train: .*folder named train"),
+        (("train/a/0.png", "val/a/1.png", "loose.png"), r"loose\.png beside train, val"),
+        (("train/a/0.png", "holdout/a/1.png"), r"holdout and train|train and holdout.*rename them to train and val"),
+        (("train/a/0.png", "Training/a/1.png", "val/a/2.png"), r"Training, train.*rename one"),
+        (("val/a/0.png", "test/a/1.png"), r"test, val and no train; rename"),
+        (("test/a/0.png",), r"test and no train; rename"),
+    ],
+)
+def test_what_may_be_a_split_is_refused_with_what_to_rename(tmp_path: Path, names: tuple[str, ...], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        load(lay_out(tmp_path / "x", *names))
+
+
+def test_classes_may_have_the_name_of_a_part(tmp_path: Path) -> None:
+    assert load(lay_out(tmp_path / "x", "train/0.png", "plane/1.png"))[0].classes == ("plane", "train")
+    assert load(lay_out(tmp_path / "y", "valid/0.png", "invalid/1.png"))[0].classes == ("invalid", "valid")
+    train, test = load(lay_out(tmp_path / "z", "train/test/0.png", "train/plane/1.png", "train/train/2.png"))
+    assert (train.classes, test) == (("plane", "test", "train"), None)
+
+
+def test_one_folder_is_not_both_parts(tmp_path: Path) -> None:
+    root = lay_out(tmp_path / "x", "train/a/0.png")
+    (root / "val").symlink_to(root / "train")
+    with pytest.raises(DataError, match=r"val is the same folder as .*train; .*--validation-images"):
+        load(root)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_class_without_test_images_is_said(tmp_path: Path, empty: bool, caplog: pytest.LogCaptureFixture) -> None:
+    root = lay_out(tmp_path / "x", "train/a/0.png", "train/b/1.png", "train/c/2.png", "val/a/3.png", "val/c/4.png")
+    if empty:
+        (root / "val/b").mkdir()
+    train, test = load(root)
+    assert isinstance(test, ImageFiles)
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert test.labels.tolist() == [0, 2]
+    assert "no image of b" in caplog.text
+    (root / "train/d").mkdir()
+    with pytest.raises(DataError, match=r"train/d holds no image.*fill it or remove it"):
+        load(root)
+
+
+def test_a_picture_may_not_become_an_image(tmp_path: Path) -> None:
+    check_picture(tmp_path / "x/a-views.png", f"folder:{tmp_path / 'x'}")
+    check_picture(tmp_path / "a.png", f"folder:{tmp_path / 'x'}")
+    check_picture(tmp_path / "x/a.png", "digits")
+    with pytest.raises(DataError, match=r"--out \S*a\.png lies in .*outside"):
+        check_picture(tmp_path / "x/b/a.png", f"folder:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_own_outputs_are_no_images(tmp_path: Path, flat: bool, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("0.png", "1.png") if flat else ("a/0.png", "b/1.png")
+    root = lay_out(tmp_path / "x", *names)
+    before, _ = load(root)
+    for run in (root / "runs" / "one", root / "two", *(() if flat else (root / "a" / "three",))):
+        write(run / "shown.png")
+        (run / "config.json").write_text(json.dumps({"method": "byol", "dataset": "x", "recipe": "quick"}))
+    inspect_source((before, None), root / "folder-x-images.png", Console(file=io.StringIO()))
+    after, _ = load(root)
+    assert (after.paths, after.classes) == (before.paths, before.classes)
+    assert "folder-x-images.png" in caplog.text
+    drawn = root / "x" / "y-images.png"
+    drawn.parent.mkdir()
+    inspect_source((before, None), drawn, Console(file=io.StringIO()))
+    assert folder._is_picture(drawn)
+    shutil.rmtree(drawn.parent)
+    write(root / names[0].replace("0.png", "own-images.png"))  # of this name, but no picture of ours
+    assert len(load(root)[0]) == 3
+
+
+def test_formats_that_are_not_read_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = lay_out(tmp_path / "x", "a/0.png", "a/1.jpg", "a/2.webp", "b/3.bmp")
+    Image.fromarray(pixels()).save(root / "b/4.jfif", "JPEG")
+    for name in ("a/5.gif", "b/6.GIF", "b/7.tif", "b/8.txt"):
+        (root / name).write_bytes(b"")
+    assert load(root)[0].paths == ("a/0.png", "a/1.jpg", "a/2.webp", "b/3.bmp", "b/4.jfif")
+    assert "2 .gif, 1 .tif" in caplog.text
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "a.tif").write_bytes(b"")
+    with pytest.raises(DataError, match=r"only holds no image; .*1 \.tif"):
+        load(only)
+
+
+@pytest.mark.parametrize(("link", "to"), [("kitten", "cats"), ("Aaa", "cats"), ("round", "."), ("up", "..")])
+def test_a_class_folder_that_is_a_link_is_blamed(root: Path, link: str, to: str) -> None:
+    (root / link).symlink_to(root / to)
+    with pytest.raises(DataError, match=rf"{link} is a link to .*; remove the link"):
+        load(root)
+
+
+def test_a_class_whose_images_are_another_s_says_so(root: Path) -> None:
+    (root / "new").symlink_to(root / "cats" / "2019")
+    (root / "cats" / "x.jpeg").unlink()
+    with pytest.raises(DataError, match=r"cats holds no image .*class new.*; fill it or remove it"):
+        load(root)
+
+
+def test_folders_of_systems_are_no_classes(root: Path) -> None:
+    for name in ("__MACOSX/cats/._x.png", "@eaDir/thumb.jpg", ".ipynb_checkpoints/a.png", "cats/@eaDir/x.png"):
+        write(root / name)
+    assert len(load(root)[0]) == 5

@@ -68,7 +68,8 @@ def zipped() -> bytes:
 def index() -> bytes:
     stream = io.BytesIO()
     names = np.frombuffer(b"a.png\0b.png", np.uint8)
-    np.savez(stream, names=names, numbers=np.ones((2, 4), np.int64), moments=np.ones((2, 6)))
+    digests = np.ones((2, 32), np.uint8)
+    np.savez(stream, names=names, numbers=np.ones((2, 7), np.int64), moments=np.ones((2, 6)), digests=digests)
     return stream.getvalue()
 
 

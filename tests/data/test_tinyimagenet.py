@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -94,6 +95,30 @@ def test_images_are_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_image(data / "tiny-imagenet-200" / "train" / WNIDS[0] / "images" / "new.JPEG", 7)
     assert len(load(data)[0]) == 13
     assert len(reads) == 13  # of train alone
+
+
+def test_an_image_replaced_at_the_same_size_and_time_is_decoded_again(data: Path) -> None:
+    before = np.array(load(data)[0].images)
+    first, second = (data / "tiny-imagenet-200/train" / WNIDS[0] / f"images/{WNIDS[0]}_{n}.JPEG" for n in (0, 1))
+    longest = max(first.stat().st_size, second.stat().st_size)
+    for path in (first, second):
+        path.write_bytes(path.read_bytes().ljust(longest, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    load(data)
+    first.rename(first.with_name("kept"))
+    second.rename(first)
+    first.with_name("kept").rename(second)
+    np.testing.assert_array_equal(load(data)[0].images, before[[1, 0, *range(2, 12)]])
+
+
+def test_hidden_files_and_folders_are_left_alone(data: Path) -> None:
+    root, (before, _) = data / "tiny-imagenet-200", load(data)
+    for part in (f"train/{WNIDS[0]}/images", "val/images"):
+        (root / part / f"._{WNIDS[0]}_0.JPEG").write_bytes(b"\0\x05\x16\x07")
+    write_image(root / "train/.ipynb_checkpoints/images/a.JPEG", 1)
+    write_image(root / "train" / WNIDS[1] / "images/.ipynb_checkpoints/b.JPEG", 1)
+    train, test = load(data)
+    assert (train.classes, len(train), len(test)) == (before.classes, 12, 5)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "no note", "another note", "not json"])

@@ -25,6 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
+from mnclglf.data.decoding import TURNS
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray, ImageFiles
 from mnclglf.data.loader import Batch, Loader
@@ -62,7 +63,7 @@ class DaliLoader(Loader):
             for rows, epoch in plan:
                 ahead.append(rows)
                 drawn = [view_inputs(parameters, self._config) for parameters in self._draw(rows, epoch)]
-                yield [self._read(rows), *(column for view in drawn for column in view)]
+                yield [self._read(rows), *self._turns(rows), *(column for view in drawn for column in view)]
 
         pipeline = view_pipeline(
             source(),
@@ -75,6 +76,7 @@ class DaliLoader(Loader):
             mean=self.mean,
             std=self.std,
             files=isinstance(self._images, ImageFiles),
+            turned=self._turned,
         )
         while True:
             try:
@@ -88,6 +90,17 @@ class DaliLoader(Loader):
                 raise
             ahead.popleft()
             yield [torch.from_dlpack(view.as_tensor()) for view in views]
+
+    @property
+    def _turned(self) -> bool:
+        return isinstance(self._images, ImageFiles) and self._images.orientations is not None
+
+    def _turns(self, rows: NDArray[np.int64]) -> list[NDArray[np.generic]]:
+        """Returns the pipeline's inputs for files that are not all upright, [n] each; none for other images."""
+        if not self._turned:
+            return []
+        transposed, *mirrored = np.array([TURNS.get(int(self._images.orientations[row]), (0, 0, 0)) for row in rows]).T
+        return [transposed.astype(np.bool_), *(column.astype(np.int32) for column in mirrored)]
 
     def _read(self, rows: NDArray[np.int64]) -> Any:
         """Returns the pipeline's input for these images: their pixels, or the paths of their files."""
@@ -168,12 +181,14 @@ def view_pipeline(
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
     files: bool = False,
+    turned: bool = False,
 ) -> Pipeline:
     """Returns a pipeline that makes one output per view from each item of `source`, float32 [n, side, side, 3].
 
     Args:
         source: iterator over batches. An item is the images, uint8 [n, H, W, 3], or with `files` their paths as bytes,
-            each uint8 [length]; then `view_inputs` of every view. The pipeline ends with it.
+            each uint8 [length]; with `turned` whether each is transposed, mirrored left to right and mirrored top to
+            bottom; then `view_inputs` of every view. The pipeline ends with it.
         config: settings of a view.
         views: number of views per image; an image is read and decoded once.
         side: side of a view in pixels.
@@ -183,6 +198,7 @@ def view_pipeline(
         mean: channel means [3] of the images scaled to [0, 1].
         std: channel deviations [3] of the images scaled to [0, 1].
         files: True if images come as paths.
+        turned: True if some files are not upright.
     """
     names = input_names(config)
     device = "cpu" if device_id is None else "gpu"
@@ -196,13 +212,21 @@ def view_pipeline(
         enable_conditionals=True,  # a fifth faster on the CPU than applying every operation to every view (measured)
     )
     def pipeline():
-        layouts = ["" if files else "HWC"] + [""] * (views * len(names))
-        images, *values = fn.external_source(source=source, num_outputs=1 + views * len(names), layout=layouts)
+        layouts = ["" if files else "HWC"] + [""] * (3 * turned + views * len(names))
+        images, *values = fn.external_source(source=source, num_outputs=len(layouts), layout=layouts)
         if files:  # "mixed" decodes on the GPU
             decoder = "cpu" if device == "cpu" else "mixed"
-            images = fn.decoders.image(fn.io.file.read(images), device=decoder, output_type=types.RGB)
+            # Turned by our own reading of the orientation, as DALI knows other places and spellings of it than Pillow.
+            images = fn.decoders.image(
+                fn.io.file.read(images), device=decoder, output_type=types.RGB, adjust_orientation=False
+            )
         elif device == "gpu":
             images = images.gpu()
+        if turned:
+            transposed, mirrored, upside_down, *values = values
+            if transposed:
+                images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
+            images = fn.flip(images, horizontal=mirrored, vertical=upside_down)
         made = []
         for view in range(views):
             given = {name: values[view * len(names) + number] for number, name in enumerate(names)}

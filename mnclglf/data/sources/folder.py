@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
 
 from mnclglf.config import FOLDER, DataConfig
-from mnclglf.data.decoding import read_image
+from mnclglf.data.decoding import orientation_of, read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
-from mnclglf.data.sources.source import Request, Source, cache_dir
+from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir
 from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif", ".jpe")
+UNREAD = {
+    *(".apng", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dib", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif"),
+    *(".hif", ".ico", ".j2k", ".jp2", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".raf"),
+    *(".raw", ".rw2", ".svg", ".tga", ".tif", ".tiff", ".xbm", ".xpm"),
+}
+"""Suffixes of image files that Pillow and DALI do not both read to the same pixels."""
+PICTURES = ("-images.png", "-views.png")
+"""Ends of the names of the pictures that `mnclglf data` draws."""
+_OF_SYSTEMS = frozenset(("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"))
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+_FILLERS = frozenset(("data", "dataset", "image", "images", "img", "imgs", "seg", "set", "split"))
 SMALLEST_SIDE = 8  # pixels
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
 _MANY = 2000  # number of files from which on a message says that reading takes a while
 
@@ -32,7 +52,8 @@ _MANY = 2000  # number of files from which on a message says that reading takes 
 class Folder(Source):
     """Source of the image files below a folder.
 
-    Subfolders train and val (or test) hold the training and the test images; without them all images are for training.
+    Subfolders train and val (or test), in any usual spelling, hold the training and the test images; without them all
+    images are for training.
     The first level of subfolders names the classes; files without subfolders have no labels.
 
     Args:
@@ -46,32 +67,37 @@ class Folder(Source):
         self.root = Path(name.removeprefix(FOLDER)).expanduser()
 
     def load(self, request: Request) -> tuple[ImageFiles, ImageFiles | None]:
-        if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH")
-        parts = [name for name in ("train", "val", "test") if (self.root / name).is_dir()]
-        if parts == ["train"] and len([path for path in self.root.iterdir() if path.is_dir()]) == 1:
-            return self._image_set(self.root / "train", "train", request.skip_corrupt), None
-        if "train" not in parts or len(parts) == 1:
-            return self._image_set(self.root, "train", request.skip_corrupt), None
-        if len(parts) == 3:
-            logger.warning("%s has val and test: evaluating on val", self.root)
-        train = self._image_set(self.root / "train", "train", request.skip_corrupt)
-        test = self._image_set(self.root / parts[1], "test", request.skip_corrupt)
-        if train.classes != test.classes:
-            differing = sorted(set(train.classes) ^ set(test.classes))
+        if request.data_dir is not None:
             raise DataError(
-                f"{self.root}: train and {parts[1]} have other classes, {', '.join(differing[:_NAMED])}; give both the "
-                "same subfolders"
+                f"data_dir {request.data_dir} names a second folder beside {self.name}; leave out --data-dir, or give "
+                f"{FOLDER}{request.data_dir}"
             )
+        if not self.root.is_dir():
+            raise DataError(
+                f"{self.root} is not a folder; give the folder of your images as {FOLDER}PATH, and the new place of a "
+                "run's images that were moved as --data-dir"
+            )
+        train_folder, test_folder = find_splits(self.root)
+        train = self._image_set(train_folder, "train", request.skip_corrupt)
+        if test_folder is None:
+            return train, None
+        test = self._image_set(test_folder, "test", request.skip_corrupt, classes=train.classes)
+        counts = np.bincount(test.labels, minlength=len(train.classes)) if train.classes else np.ones(1)
+        if not counts.all():
+            absent = [name for name, count in zip(train.classes, counts, strict=True) if not count]
+            logger.warning("%s has no image of %s, which is left out of the accuracy", test_folder, few(absent))
         return train, test
 
-    def _image_set(self, root: Path, split: str, skip_corrupt: bool) -> ImageFiles:
-        paths, labels, classes = find_images(root)
+    def _image_set(
+        self, root: Path, split: str, skip_corrupt: bool, *, classes: tuple[str, ...] | None = None
+    ) -> ImageFiles:
+        paths, labels, classes = find_images(root, classes)
         found = examine(root, paths)
         whole = np.array([not entry.problem for entry in found])
         if not whole.all():
             _report_corrupt(root, paths, found, skip_corrupt)
         kept = [number for number in range(len(paths)) if whole[number]]
+        orientations = np.array([found[number].orientation for number in kept], dtype=np.uint8)
         return ImageFiles(
             name=self.name,
             split=split,
@@ -81,73 +107,292 @@ class Folder(Source):
             paths=tuple(paths[number] for number in kept),
             heights=np.array([found[number].height for number in kept], dtype=np.int32),
             widths=np.array([found[number].width for number in kept], dtype=np.int32),
-            file_sizes=np.array([found[number].size for number in kept], dtype=np.int64),
+            file_sizes=np.array([found[number].stamp.size for number in kept], dtype=np.int64),
             moments=np.array([found[number].moments for number in kept], dtype=np.float64).reshape(-1, 2, 3),
+            orientations=orientations if (orientations > 1).any() else None,
+            digests=tuple(found[number].digest for number in kept),
         )
 
 
-def find_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Returns the paths of the images relative to `root`, their labels, and the classes (none without subfolders).
+def find_splits(root: Path) -> tuple[Path, Path | None]:
+    """Returns the folder of the training images and that of the images to test on, or None.
+
+    Folders named train and val (or test), in any usual spelling and case, are a split. Others are classes, all of
+    `root` is then for training.
 
     Raises:
-        DataError: there is no image, a subfolder has no image, or images lie beside subfolders.
+        DataError: a split has no train, has one part twice, or lies beside further images.
     """
-    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    folders = [path for path in entries if path.is_dir()]
-    loose = [path.name for path in entries if _is_image(path)]
-    if not folders:
-        if not loose:
-            raise DataError(f"{root} holds no image; {', '.join(SUFFIXES)} are read")
-        return loose, [-1] * len(loose), ()
-    if loose:
+    folders = [folder for folder in _folders(root) if split_of(folder.name) or _holds_image(folder)]
+    parts: dict[str | None, list[Path]] = {}
+    for folder in folders:
+        parts.setdefault(split_of(folder.name), []).append(folder)
+    classes = parts.pop(None, [])
+    complete = "train" in parts and len(parts) > 1
+    if not parts or (classes and not complete):
+        _refuse_hidden_split(root, folders)
+        return root, None
+    twice = next((found for found in parts.values() if len(found) > 1), None)
+    if twice is not None:
         raise DataError(
-            f"{root} holds {loose[0]} beside the folder {folders[0].name}: move the images into folders, one a class, "
-            "or the folders away, for images without labels"
+            f"{root} holds {few(twice)}, which are one part of a split; rename one of them, or, if all are classes, "
+            "move all into a folder named train"
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        others = {os.path.realpath(path) for path in (root, *folders) if path != folder}
-        inside = sorted(str(path.relative_to(root)) for path in _walk(folder, others))
-        if not inside:
-            raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)}); fill it or remove it")
-        paths += inside
-        labels += [label] * len(inside)
-    return paths, labels, tuple(folder.name for folder in folders)
+    if "train" not in parts:
+        (first,), *_ = parts.values()
+        raise DataError(
+            f"{root} holds {few(folders)} and no train; rename the folder of the training images to train, or give "
+            f"{FOLDER}{first} to train on that one"
+        )
+    beside = [*classes, *(path for path in root.iterdir() if _is_image(path) and not _is_picture(path))]
+    if beside:
+        raise DataError(
+            f"{root} holds {few(beside)} beside {few([path for (path,) in parts.values()])}: if these are a split, "
+            "move the first away or into train; if all are classes, move all into a folder named train"
+        )
+    (train,), tests = parts["train"], [parts[name][0] for name in ("val", "test") if name in parts]
+    if len(tests) == 2:
+        logger.warning("%s has %s: evaluating on %s", root, few(tests), tests[0].name)
+    if tests and tests[0].resolve() == train.resolve():
+        raise DataError(
+            f"{tests[0]} is the same folder as {train}; remove it, and hold images out with --validation-images"
+        )
+    return train, tests[0] if tests else None
+
+
+def split_of(name: str) -> str | None:
+    """Returns train, val or test for a usual spelling of it in a folder's name, e.g. Valid, test_set or train2017."""
+    words = _words(name)
+    rest = [word for word in words if word not in _SPLITS]
+    found = {_SPLITS[word] for word in words if word in _SPLITS}
+    return found.pop() if len(found) == 1 and _FILLERS.issuperset(rest) else None
+
+
+def _words(name: str) -> list[str]:
+    words = [re.sub(r"(19|20)\d\d$", "", word) for word in re.split("[^a-z0-9]+", name.lower())]
+    return [word.removesuffix("set") if word.removesuffix("set") in _SPLITS else word for word in words if word]
+
+
+def _refuse_hidden_split(root: Path, folders: Sequence[Path]) -> None:
+    """Raises DataError if a folder named after a split has a subfolder of the same name as one beside it."""
+    inside = {folder: {inner.name for inner in _folders(folder)} for folder in folders}
+    for folder, names in inside.items():
+        for other, others in inside.items():
+            if other != folder and names & others and any(word in _SPLITS for word in _words(folder.name)):
+                raise DataError(
+                    f"{root} holds {folder.name} and {other.name}, both with {few(sorted(names & others))}: if these "
+                    "are a split, rename them to train and val; if all are classes, move all into a folder named train"
+                )
+
+
+def find_images(root: Path, known: tuple[str, ...] | None = None) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Returns the paths of the images relative to `root`, their labels, and the classes (none without subfolders).
+
+    Args:
+        root: folder of the images.
+        known: classes of the training images, for images to test on; None for the names of the subfolders.
+
+    Raises:
+        DataError: there is no image, a subfolder has no image, images lie beside subfolders, two subfolders are one, or
+            a class is not among those known.
+    """
+    search = Search()
+    inside = _images_of_folders(root, search)
+    loose = sorted(path.name for path in root.iterdir() if search.counts(path))
+    if loose and inside:
+        raise DataError(
+            f"{root} holds {loose[0]} beside the folder {next(iter(inside))}: move the images into folders, one a "
+            "class, or the folders away, for images without labels"
+        )
+    present = [name for name, paths in inside.items() if paths]
+    if not loose and not present and (known is not None or not inside):
+        raise DataError(f"{root} holds no image; {', '.join(SUFFIXES)} are read{search.unread_text('; not ')}")
+    empty = [name for name in inside if name not in present]
+    if empty and known is None:
+        why = search.taken.get(empty[0], "") + search.unread_text("; not ")
+        raise DataError(
+            f"{root / empty[0]} holds no image ({', '.join(SUFFIXES)}{why}); fill it or remove it, among the images to "
+            "test on too"
+        )
+    classes = tuple(inside) if known is None else known
+    unknown = set(present) - set(classes) if classes else {*present}
+    if loose and classes:
+        unknown = set(classes)
+    if unknown:
+        raise DataError(
+            f"train and {root.name} have other classes, {few(sorted(unknown))}; give both the same subfolders ({root})"
+        )
+    search.report(root)
+    labels = {name: label for label, name in enumerate(classes)}
+    paths = [path for part in inside.values() for path in part]
+    return loose + paths, [-1] * len(loose) + [labels[name] for name in inside for _ in inside[name]], classes
+
+
+def _images_of_folders(root: Path, search: Search) -> dict[str, list[str]]:
+    """Returns the paths, relative to `root`, of the images in each subfolder but those that hold only runs of ours.
+
+    Raises:
+        DataError: two subfolders are one, or one is a link to a folder around it.
+    """
+    folders = _folders(root)
+    real = {folder: os.path.realpath(folder) for folder in folders}
+    by_real: dict[str, Path] = {}
+    for folder in sorted(folders, key=lambda folder: folder.is_symlink()):  # links last, so that they are blamed
+        first = by_real.setdefault(real[folder], folder)
+        if first != folder:
+            raise DataError(f"{folder} is a link to {first}, so its images would have two classes; remove the link")
+        if os.path.realpath(root).startswith(f"{real[folder]}{os.sep}") or real[folder] == os.path.realpath(root):
+            raise DataError(f"{folder} is a link to a folder around it; remove the link")
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        others = {real[other]: other.name for other in folders if other != folder} | {os.path.realpath(root): ""}
+        inside = sorted(str(path.relative_to(root)) for path in search.walk(folder, others))
+        if inside or folder not in search.of_runs:
+            found[folder.name] = inside
+    return found
+
+
+def _folders(root: Path) -> list[Path]:
+    """Returns the subfolders that may hold images, sorted by name.
+
+    Raises:
+        DataError: the folder cannot be listed.
+    """
+    try:
+        return sorted(path for path in root.iterdir() if _is_visible(path.name) and path.is_dir())
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away"
+        ) from error
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
+
+
+def _holds_image(folder: Path) -> bool:
+    return next(Search().walk(folder, {}), None) is not None
 
 
 def _is_image(path: Path) -> bool:
     """Returns whether the name is that of an image; a broken link counts, and is later reported as corrupt."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES and _is_visible(path.name) and not path.is_dir()
 
 
-def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
-    """Yields the images below a folder; follows links, but enters each real folder once and no other class's folder.
+def _is_picture(path: Path) -> bool:
+    """Returns whether a file is a picture that `mnclglf data` drew."""
+    if not path.name.endswith(PICTURES) or path.name.startswith("folder-"):
+        return path.name.endswith(PICTURES)
+    try:
+        with path.open("rb") as file:
+            return b"Software\0mnclglf" in file.read(1024)
+    except OSError:  # reported as corrupt, as any image that cannot be read
+        return False
 
-    Raises:
-        DataError: a folder cannot be listed.
-    """
 
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away")
+def _is_run(folder: Path) -> bool:
+    """Returns whether a folder is a run directory, by its config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"method", "dataset", "recipe"} <= set(cast("dict[str, object]", config))
 
-    seen = set(others)
-    for at, inner, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(at)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (path for path in (Path(at, name) for name in files) if _is_image(path))
+
+def check_picture(picture: Path, dataset: str) -> None:
+    """Raises DataError if a picture would become an image of the data set that it shows."""
+    if not dataset.startswith(FOLDER) or picture.name.endswith(PICTURES):
+        return
+    root = Path(dataset.removeprefix(FOLDER)).expanduser().resolve()
+    if picture.resolve().is_relative_to(root):
+        raise DataError(
+            f"--out {picture} lies in {root} and would become one of its images; give a path outside, or a name that "
+            f"ends in {' or '.join(PICTURES)}"
+        )
+
+
+def few(names: Sequence[Path] | Sequence[str]) -> str:
+    """Returns the first names of a sequence, for a message."""
+    shown = [name.name if isinstance(name, Path) else name for name in names[:_NAMED]]
+    return f"{', '.join(shown)}{', ...' if len(names) > _NAMED else ''}"
+
+
+class Search:
+    """A search for images, which notes what it leaves out."""
+
+    def __init__(self) -> None:
+        self.unread: Counter[str] = Counter()
+        """Number of image files by suffix, of formats that are not read."""
+        self.pictures: list[Path] = []
+        """Pictures that `mnclglf data` drew."""
+        self.of_runs: set[Path] = set()
+        """Folders searched that hold a run directory."""
+        self.taken: dict[str, str] = {}
+        """By the name of a folder searched, which other class has its images."""
+
+    def counts(self, path: Path) -> bool:
+        """Returns whether a file is an image to read, and notes one that is left out."""
+        if path.suffix.lower() in UNREAD and _is_visible(path.name) and not path.is_dir():
+            self.unread[path.suffix.lower()] += 1
+        if not _is_image(path):
+            return False
+        if _is_picture(path):
+            self.pictures.append(path)
+            return False
+        return True
+
+    def walk(self, folder: Path, others: Mapping[str, str]) -> Iterator[Path]:
+        """Yields the images below a folder; follows links, but enters each real folder once.
+
+        Args:
+            folder: folder to search.
+            others: real paths that are not entered, other classes' among them, with these classes' names.
+
+        Raises:
+            DataError: a folder cannot be listed.
+        """
+
+        def unreadable(error: OSError) -> None:
+            raise DataError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away")
+
+        seen: set[str] = set()
+        for at, inner, files in os.walk(folder, followlinks=True, onerror=unreadable):
+            real = os.path.realpath(at)
+            if real in seen or real in others or ("config.json" in files and _is_run(Path(at))):
+                if others.get(real):
+                    self.taken[folder.name] = f"; those below it are of class {others[real]}"
+                if real not in seen and real not in others:
+                    self.of_runs.add(folder)
+                inner.clear()
+                continue
+            seen.add(real)
+            inner[:] = sorted(name for name in inner if _is_visible(name))
+            yield from (path for path in (Path(at, name) for name in files) if self.counts(path))
+
+    def unread_text(self, start: str) -> str:
+        """Returns how many files of which formats are not read, after `start`; empty if there are none."""
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread.items()))
+        return f"{start}{counts}" if counts else ""
+
+    def report(self, root: Path) -> None:
+        """Logs what is left out."""
+        if self.unread:
+            logger.warning(
+                "%s: left out as their formats are not read: %s; convert them to PNG, for instance",
+                root,
+                self.unread_text(""),
+            )
+        if self.pictures:
+            logger.warning("%s: left out as pictures that mnclglf drew: %s", root, few(self.pictures))
 
 
 @dataclass(frozen=True)
 class Examined:
     """Findings about an image file."""
 
-    size: int
-    modified: int
+    stamp: Stamp
+    digest: bytes = b""
+    orientation: int = 1
     height: int = 0
     width: int = 0
     moments: tuple[float, ...] = (0.0,) * 6
@@ -157,14 +402,14 @@ class Examined:
 def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
     """Decodes every image once and returns the findings.
 
-    Findings about intact files are kept in `cache_dir("folder")` and used until its size or time of change differs.
+    Findings about intact files are kept in `cache_dir("folder")` and used until a file's `stamp` differs.
     A damaged index is made again.
     """
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
     index = cache_dir("folder") / f"{key}.npz"
-    known, now = _read_index(index), [_stamp(root / path) for path in paths]
+    known, now = _read_index(index), [stamp(root / path) for path in paths]
     # Corrupt files are not in the index: they are examined again.
-    fresh = [path for path, stamp in zip(paths, now, strict=True) if (path, *stamp) not in known]
+    fresh = [path for path, at in zip(paths, now, strict=True) if (path, at) not in known]
     if len(fresh) > _MANY:
         logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", root)
     since = time.monotonic()
@@ -172,32 +417,35 @@ def examine(root: Path, paths: Sequence[str]) -> list[Examined]:
         looked = dict(zip(fresh, threads.map(lambda path: _look(root / path), fresh), strict=True))
     if time.monotonic() - since > 60:
         logger.warning("read them in %.0f s", time.monotonic() - since)
-    found = [looked.get(path) or known[(path, *stamp)] for path, stamp in zip(paths, now, strict=True)]
+    found = [looked.get(path) or known[path, at] for path, at in zip(paths, now, strict=True)]
     if len(known) != sum(not entry.problem for entry in found) or any(not looked[path].problem for path in fresh):
         _write_index(index, paths, found)
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Returns size and time of change of a file; zeros if it cannot be accessed."""
+def stamp(path: Path) -> Stamp:
+    """Returns the stamp of a file; zeros if it cannot be accessed."""
     try:
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
+        return Stamp.of(path.stat())
     except OSError:
-        return 0, 0
+        return Stamp()
 
 
 def _look(path: Path) -> Examined:
-    stamp = _stamp(path)
+    before = stamp(path)
     try:
         pixels = read_image(path)
-    except DataError as error:
-        return Examined(*stamp, problem=str(error).removeprefix(f"{path} "))
+        data = path.read_bytes()
+    except (DataError, OSError) as error:
+        return Examined(before, problem=str(error).removeprefix(f"{path} "))
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
-        return Examined(*stamp, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
+        return Examined(before, problem=f"is {height} x {width} pixels, smaller than {SMALLEST_SIDE}")
     counts = np.array(Image.fromarray(pixels).histogram(), dtype=np.float64).reshape(3, 256)
-    return Examined(*stamp, height, width, tuple(np.concatenate(moments_of(counts)).tolist()))
+    digest = hashlib.sha256(data).digest()
+    return Examined(
+        before, digest, orientation_of(data), height, width, tuple(np.concatenate(moments_of(counts)).tolist())
+    )
 
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
@@ -219,25 +467,29 @@ def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) ->
     kept = [(name, entry) for name, entry in zip(names, found, strict=True) if not entry.problem]
     named = np.frombuffer("\0".join(name for name, _ in kept).encode(errors="surrogateescape"), np.uint8)
     found = [entry for _, entry in kept]
-    numbers = np.array([(x.size, x.modified, x.height, x.width) for x in found], np.int64).reshape(-1, 4)
+    numbers = np.array([(*x.stamp, x.orientation, x.height, x.width) for x in found], np.int64).reshape(-1, 7)
+    digests = np.frombuffer(b"".join(x.digest for x in found), np.uint8).reshape(-1, _DIGEST_BYTES)
     moments = np.array([x.moments for x in found], np.float64).reshape(-1, 6)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = dict(names=named, numbers=numbers, moments=moments)
+        arrays = dict(names=named, numbers=numbers, moments=moments, digests=digests)
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:  # the next run examines the files again
         logger.warning("what was seen of the images cannot be kept in %s (%s)", path, error)
 
 
-def _read_index(path: Path) -> dict[tuple[str, int, int], Examined]:
-    """Returns findings by path, size and time of change; empty if the index is missing or damaged."""
+def _read_index(path: Path) -> dict[tuple[str, Stamp], Examined]:
+    """Returns findings by path and stamp; empty if the index is missing, damaged or an earlier version's."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")
             numbers, moments = file["numbers"].tolist(), file["moments"].tolist()
+            digests = file["digests"].reshape(-1, _DIGEST_BYTES)
         return {
-            (name, size, modified): Examined(size, modified, height, width, tuple(row))
-            for name, (size, modified, height, width), row in zip(names, numbers, moments, strict=True)
+            (name, Stamp(*at)): Examined(Stamp(*at), digest.tobytes(), orientation, height, width, tuple(row))
+            for name, (*at, orientation, height, width), digest, row in zip(
+                names, numbers, digests, moments, strict=True
+            )
         }
     except Exception:  # a damaged file makes numpy raise anything
         return {}

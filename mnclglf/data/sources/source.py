@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from mnclglf.config import DataConfig
-from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageSet
 from mnclglf.runs.files import cache_folder
 
@@ -26,6 +27,22 @@ class Request:
     """Fetch missing files."""
     skip_corrupt: bool = False
     """Skip image files that cannot be read."""
+
+
+class Stamp(NamedTuple):
+    """What a file system knows of a file; that of a replaced file differs, even at the same size and time."""
+
+    size: int = 0
+    modified: int = 0
+    changed: int = 0
+    """Time of the last change of contents or attributes, which no program can set."""
+    inode: int = 0
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """Returns the stamp of a file with this status."""
+        # An inode has 64 bits without a sign; files of ours hold signed numbers.
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & (2**63 - 1))
 
 
 class Source(ABC):
@@ -69,7 +86,7 @@ def check_md5(path: Path, expected: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if found != expected:
         raise damaged(path, f"has MD5 {found} where {expected} is published")
 

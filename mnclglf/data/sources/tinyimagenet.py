@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from mnclglf.config import DataConfig
 from mnclglf.data.archives import extract
 from mnclglf.data.decoding import read_image
-from mnclglf.data.errors import DataError, damaged
+from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageArray
-from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
+from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir, check_md5, download, missing
 from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _find(folder: Path) -> Path | None:
 
 def _classes(root: Path) -> list[str]:
     """Returns the wnids, which are the folders of train/, sorted."""
-    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise damaged(root / "train", "holds no folder of a class")
     return found
@@ -89,7 +89,7 @@ def _classes(root: Path) -> list[str]:
 
 def _class_files(root: Path, wnid: str) -> list[Path]:
     folder = root / "train" / wnid / "images"
-    found = sorted(folder.glob("*.JPEG")) if folder.is_dir() else []
+    found = sorted(path for path in folder.glob("*.JPEG") if not path.name.startswith(".")) if folder.is_dir() else []
     if not found:
         raise damaged(folder, "holds no *.JPEG")
     return found
@@ -124,7 +124,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
 
 
 def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
@@ -134,8 +134,10 @@ def decoded(root: Path, split: str, files: Sequence[Path]) -> NDArray[np.uint8]:
     its sources and its checksum. If either does not match, the array file is made again.
     """
     try:
-        listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        listed = [(str(path.relative_to(root)), *Stamp.of(path.stat())) for path in files]
     except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise unreadable(Path(error.filename), error) from error
         raise damaged(root, f"lacks an image that it lists ({error})") from error
     made_of = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     writable = os.access(root, os.W_OK)

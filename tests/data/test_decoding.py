@@ -1,0 +1,144 @@
+"""Image files' orientation and formats: alike in Pillow and DALI, for every spelling of the orientation."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnclglf.config import ViewConfig
+from mnclglf.data.datasets import load_dataset
+from mnclglf.data.decoding import read_image
+from mnclglf.data.errors import DataError
+from mnclglf.data.images import ImageFiles
+from mnclglf.data.loaders.reference import ReferenceLoader
+
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # as decoding.py does; pytest resets it
+
+needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="DALI is not installed")
+
+ROWS, COLUMNS = np.mgrid[0:16, 0:24]
+PIXELS = np.stack([ROWS * 15, COLUMNS * 10, (ROWS + COLUMNS) * 3], 2).astype(np.uint8)
+UPRIGHT = {  # EXIF 2.32, table 5: where the first row and the first column of the file belong
+    1: PIXELS,
+    2: PIXELS[:, ::-1],
+    3: PIXELS[::-1, ::-1],
+    4: PIXELS[::-1],
+    5: PIXELS.swapaxes(0, 1),
+    6: PIXELS.swapaxes(0, 1)[:, ::-1],
+    7: PIXELS.swapaxes(0, 1)[::-1, ::-1],
+    8: PIXELS.swapaxes(0, 1)[::-1],
+}
+BROKEN = {
+    "garbage": b"no header at all",
+    "big": b"II+\0\x08\0\0\0",
+    "one": b"M",
+    "two": b"II",
+    "three": b"II*",
+    "cut": b"II*\0\x08\0\0\0\x05\0",
+}
+
+
+def exif(orientation: int, *, order: str = "<", kind: int = 3) -> bytes:
+    """Returns a TIFF header with one entry; kind 1 is BYTE, 3 SHORT, 4 LONG."""
+    value = {1: "BBH", 3: "HH", 4: "I"}[kind]
+    packed = struct.pack(order + value, orientation, *([0] * (len(value) - 1)))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(f"{order}IHHHI", 8, 1, 0x0112, kind, 1) + packed + bytes(4)
+
+
+def encoded(suffix: str, data: bytes | None) -> bytes:
+    stream = io.BytesIO()
+    kind, options = {"jpg": ("JPEG", {"quality": 95}), "webp": ("WEBP", {"lossless": True}), "png": ("PNG", {})}[suffix]
+    given: dict[str, Any] = dict(options)
+    if data is not None and suffix != "png":
+        given["exif"] = b"Exif\0\0" + data if suffix == "jpg" else data
+    Image.fromarray(PIXELS).save(stream, kind, **given)
+    return stream.getvalue() if suffix != "png" or data is None else with_chunk(stream.getvalue(), data, b"IDAT")
+
+
+def with_chunk(png: bytes, data: bytes, before: bytes) -> bytes:
+    at = png.index(before) - 4
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    return png[:at] + chunk + png[at:]
+
+
+def cases() -> dict[str, tuple[bytes, int]]:
+    """Returns files by name, with the orientation that they are to be turned by."""
+    made: dict[str, tuple[bytes, int]] = {}
+    for suffix in ("jpg", "png", "webp"):
+        made[f"none.{suffix}"] = encoded(suffix, None), 1
+        for number in range(1, 9):
+            made[f"{number}.{suffix}"] = encoded(suffix, exif(number)), number
+        made[f"motorola.{suffix}"] = encoded(suffix, exif(6, order=">")), 6
+        made[f"long.{suffix}"] = encoded(suffix, exif(6, kind=4)), 6
+        made[f"nine.{suffix}"] = encoded(suffix, exif(9)), 1
+        made |= {f"{name}.{suffix}": (encoded(suffix, data), 1) for name, data in BROKEN.items()}
+    made["after.png"] = with_chunk(encoded("png", None), exif(6), b"IEND"), 6
+    made["broken after.png"] = with_chunk(encoded("png", None), b"II+", b"IEND"), 1
+    return made
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFiles:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "flat").mkdir()
+    for name, (data, _) in cases().items():
+        (tmp_path / "flat" / name).write_bytes(data)
+    images, _ = load_dataset(f"folder:{tmp_path / 'flat'}")
+    assert isinstance(images, ImageFiles)
+    return images
+
+
+def test_every_file_is_read_and_turned_upright(files: ImageFiles) -> None:
+    expected = cases()
+    assert set(files.paths) == set(expected)
+    for row, name in enumerate(files.paths):
+        truth = UPRIGHT[expected[name][1]].astype(int)
+        assert files.pixels(row).shape == truth.shape == (files.heights[row], files.widths[row], 3), name
+        assert np.abs(files.pixels(row) - truth).mean() < 4, name  # JPEG; another orientation is 40 off
+
+
+@needs_dali
+def test_dali_turns_as_pillow_does(files: ImageFiles) -> None:
+    from mnclglf.data.loaders.dali import DaliLoader
+
+    view = ViewConfig(
+        crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip_probability=0.0, jitter_probability=0.0,
+        gray_probability=0.0, blur_probability=0.0, interpolation="bilinear",
+    )  # fmt: skip
+    settings: dict[str, Any] = dict(
+        views=1, side=16, batch_size=8, seed=1, dtype=torch.float32, device=torch.device("cpu"), threads=1,
+        statistics=(np.zeros(3, np.float32), np.full(3, 1 / 255, np.float32)),
+    )  # fmt: skip
+    rows = np.arange(len(files))
+    (ours,), (truth,) = (make(files, view, **settings).render(rows, 0) for make in (DaliLoader, ReferenceLoader))
+    apart = (ours - truth).abs().mean(dim=(1, 2, 3))
+    assert apart.max() < 3, files.paths[int(apart.argmax())]  # levels of 255; another orientation is 40 off
+    upright = files.subset([files.paths.index("none.png")])
+    assert upright.orientations is not None
+
+
+def bmp(bits: int, compression: int, data: bytes, palette: bytes = b"") -> bytes:
+    start = 54 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, bits, compression, len(data), 0, 0, len(palette) // 4, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
+
+
+def test_kinds_of_bmp(tmp_path: Path) -> None:
+    image = Image.fromarray(PIXELS)
+    for name, made in (("rgb", image), ("l", image.convert("L")), ("p", image.convert("P")), ("1", image.convert("1"))):
+        made.save(tmp_path / f"{name}.bmp")
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.bmp"), np.array(made.convert("RGB")))
+    for name, data in (("16", bmp(16, 0, bytes(128))), ("rle4", bmp(4, 2, b"\x08\x11\0\0" * 8 + b"\0\1", bytes(64)))):
+        (tmp_path / f"{name}.bmp").write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}\.bmp .*convert it"):  # DALI does not read it
+            read_image(tmp_path / f"{name}.bmp")
