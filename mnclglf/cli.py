@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -269,7 +270,7 @@ def train(command: Train, console: Console) -> tuple[Path, int]:
         raise
     if not stopped:
         return folder, 0
-    say(console, f"stopped and saved; the same command with --out {folder} resumes from there")
+    say(console, f"stopped and saved; the same command with --out {shlex.quote(str(folder))} resumes from there")
     return folder, 128 + stopped
 
 

@@ -288,6 +288,29 @@ def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.Capture
     assert "held no images out; train with --validation-images" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", ["stop[now]", "a[/b]", "two words"])
+def test_a_stopped_run_names_its_folder_as_a_shell_takes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnclglf.training.loop.Trainer.train", lambda self: self._open() or 2)
+    monkeypatch.setattr("mnclglf.training.loop.describe_limits", lambda *_: None)
+    monkeypatch.setattr("mnclglf.reports.page.write_report", lambda run: run / "report.html")
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(TINY), "--out", name]) == 130
+    printed = capsys.readouterr().out
+    found = re.search(r"with --out (.*) resumes", printed)
+    assert found is not None
+    assert shlex.split(found[1]) == [name]
+    assert f"report: {tmp_path / name / 'report.html'}" in printed
+
+
+def test_an_error_names_a_path_with_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("exp[final]", "a[/b]", ":smile:"):
+        assert main(["report", str(tmp_path / name)]) == 1
+        assert str(tmp_path / name) in capsys.readouterr().err
+
+
 def test_ctrl_c_before_training_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
