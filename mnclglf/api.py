@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,7 +186,7 @@ def check_names(settings: Mapping[str, Any], known: list[str], owner: str) -> No
 
 
 def checked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with paths as Path and lists as tuples.
+    """Returns the settings with paths as Path, lists as tuples and numpy's numbers as Python's.
 
     Raises:
         ValueError: a value is none of its setting's choices.
@@ -200,4 +201,6 @@ def checked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
             made[name] = Path(cast(RunPath, value))
         if isinstance(value, list):
             made[name] = tuple(cast("list[Any]", value))
+        if isinstance(value, np.generic):
+            made[name] = value.item()
     return made

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from mnclglf.config import (
+    MOST_PIXELS,
     KnnConfig,
     LinearConfig,
     LogisticConfig,
@@ -24,6 +25,7 @@ from mnclglf.config import (
     RunConfig,
     default_folder,
     require,
+    require_numbers,
     short_name,
     to_dict,
     with_whole_paths,
@@ -33,6 +35,7 @@ from mnclglf.recipes import RECIPES, view_of
 from mnclglf.reproduce.plan import Reproduce
 from mnclglf.runs.console import say
 
+MOST_SHOWN = 100  # images of a picture
 MARKERS = (tyro.conf.OmitArgPrefixes,)
 Run = Annotated[Path, tyro.conf.Positional]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -122,6 +125,13 @@ class Look:
     out: Path | None = None
     """File of the picture; None is SOURCE-images.png or SOURCE-views.png in the current directory."""
 
+    def __post_init__(self) -> None:
+        source_of(self.source)  # raises for a name that is not in the table
+        require(
+            self.out is None or self.out.suffix == ".png",
+            f"--out {self.out} must end in .png, which is what is written",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Look):
@@ -140,6 +150,21 @@ class Views(Look):
     """Images to show."""
     seed: int = 0
     """Seed of the views."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self)
+        view_of(self.view, self.source)
+        side = self.side
+        require(
+            side is None or (2 <= side <= MOST_PIXELS and side % 2 == 0),
+            f"side {side} must be even and lie in 2..{MOST_PIXELS}: an image is divided into 2 x 2 patches",
+        )
+        require(self.images >= 1, f"{self.images} images cannot be shown; give --images from 1 to {MOST_SHOWN}")
+        require(
+            self.images <= MOST_SHOWN, f"images {self.images} are too many for a picture; give {MOST_SHOWN} at most"
+        )
+        require(self.seed >= 0, f"seed {self.seed} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
+        return 1
+    except MemoryError as error:
+        say(
+            Console(stderr=True), f"mnclglf: not enough memory: {error}; take fewer or smaller images", style="bold red"
+        )
         return 1
 
 
@@ -240,10 +270,7 @@ def look(command: Inspect | Views, console: Console) -> None:
 
     kind = "views" if isinstance(command, Views) else "images"
     picture = command.out or Path(f"{short_name(command.source)}-{kind}.png")
-    require(picture.suffix == ".png", f"--out {picture} must end in .png, which is what is written")
     require(picture.parent.is_dir(), f"--out {picture}: there is no folder {picture.parent}; make it first")
-    if isinstance(command, Views):
-        view_of(command.view, command.source)  # raises before anything is loaded
     images = load_dataset(
         command.source, command.data_dir, download=command.download, skip_corrupt=command.skip_corrupt
     )

@@ -95,6 +95,10 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --image-size 31", "image_size 31 must be even"),
         ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
         ("train --lr fast", "fast"),
+        ("train --save-every inf", "save_every inf must be a finite number"),
+        ("train --crop-ratio 0.5 inf", "crop_ratio (0.5, inf) must be a finite number"),
+        ("train --warmup-epochs nan", "warmup_epochs nan must be a finite number"),
+        ("train --epochs 99999999999", "epochs 99999999999 must be a whole number, at most 4294967295"),
         ("knn", "no run directory is named; give one or more"),
         ("linear runs/x --fast", "Unrecognized options: --fast"),
         ("logistic runs/x --epochs 9", "--epochs (applied to mnclglf logistic)"),
@@ -377,11 +381,23 @@ def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFix
     [
         ("data views digits --view fancy", "'fancy' is none of paper, simclr"),
         ("data views digits --images 0", "0 images cannot be shown"),
+        ("data views digits --images 1000000", "images 1000000 are too many for a picture; give 100 at most"),
         ("data views digits --side 9", "side 9 must be even"),
+        ("data views digits --side 1000000", "side 1000000 must be even and lie in 2..8192"),
+        ("data views digits --seed -1", "seed -1 must be 0 or more"),
         ("data inspect mnist", "dataset 'mnist' is none of"),
+        ("data inspect digits --out x.jpg", "must end in .png"),
+    ],
+)
+def test_wrong_usage_of_looks_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
         ("data inspect folder:absent", "absent is not a folder"),
         ("data inspect digits --out nowhere/x.png", "there is no folder nowhere"),
-        ("data inspect digits --out x.jpg", "must end in .png"),
         ("data views digits --side 2", "blur_kernel 5 is too wide for views of side 2"),
     ],
 )
