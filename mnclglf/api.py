@@ -35,6 +35,7 @@ from mnclglf.runs.files import read_object
 from mnclglf.runs.results import Result
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method
+from mnclglf.training.unread import unread_settings
 
 CHOSEN_FIRST = ("method", "dataset", "recipe")  # the recipe's settings depend on these
 EVALUATIONS = {"knn": KnnConfig, "linear": LinearConfig, "logistic": LogisticConfig}
@@ -75,6 +76,9 @@ def train(config: RunConfig | None = None, *, out: RunPath | None = None, resume
         "with dataclasses.replace",
     )
     config = with_whole_paths(config or run_config(settings))
+    given = {"lambda_" if name == "lambda" else name for name in settings}
+    for name, why in unread_settings(config, given).items():
+        warnings.warn(f"{name} has no effect with {why}; leave it out", stacklevel=2)
     folder = default_folder(config) if out is None else Path(out)
     stopped = Trainer(config, folder, resume=resume).train()
     write_report(folder)
