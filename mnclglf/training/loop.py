@@ -111,6 +111,7 @@ class Trainer:
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
+                log.advance(done)
 
                 # The first step compiles. Wait for it once, so that a failure shows now and its time is reported.
                 if done == self.start + 1 and self.compile != "off":
