@@ -290,7 +290,8 @@ class Trainer:
         )
         if self.least_seconds is not None:
             text += f"; {self.least_seconds / speed.step_seconds:.0%} of the roofline"
-        self._say(f"{text}; peak memory {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
+        whose = "" if self.device.type == "cuda" else " of the whole process"
+        self._say(f"{text}; peak memory{whose} {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
     def _stay_eager(self, why: str) -> None:
         self.compile = "off"
