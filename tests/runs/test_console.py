@@ -14,3 +14,21 @@ def test_text_is_printed_as_it_is(text: str, terminal: bool) -> None:
     file = io.StringIO()
     say(Console(file=file, force_terminal=terminal, width=80), text)
     assert file.getvalue() == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "printed"),
+    [
+        ("ascii", "93.6 \u00b1 2.4", "93.6 +- 2.4"),
+        ("ascii", "runs/\u00e4", "runs/\\xe4"),
+        ("latin-1", "93.6 \u00b1 2.4", "93.6 \u00b1 2.4"),
+        ("utf-8", "runs/\udcff", "runs/\\udcff"),  # a name that is no UTF-8
+        ("utf-8", "93.6 \u00b1 2.4", "93.6 \u00b1 2.4"),
+    ],
+)
+def test_what_a_terminal_cannot_show_is_no_error(encoding: str, text: str, printed: str) -> None:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding) as file:
+        say(Console(file=file, width=80), text)
+        file.flush()
+        assert raw.getvalue().decode(encoding) == f"{printed}\n"
