@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from mnclglf.runs.files import read_object
 from mnclglf.runs.results import Result
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method
+from mnclglf.training.unread import unread_settings
 
 CHOSEN_FIRST = ("method", "dataset", "recipe")  # the recipe's settings depend on these
 EVALUATIONS = {"knn": KnnConfig, "linear": LinearConfig, "logistic": LogisticConfig}
@@ -75,6 +77,9 @@ def train(config: RunConfig | None = None, *, out: RunPath | None = None, resume
         "with dataclasses.replace",
     )
     config = with_whole_paths(config or run_config(settings))
+    given = {"lambda_" if name == "lambda" else name for name in settings}
+    for name, why in unread_settings(config, given).items():
+        warnings.warn(f"{name} has no effect with {why}; leave it out", stacklevel=2)
     folder = default_folder(config) if out is None else Path(out)
     stopped = Trainer(config, folder, resume=resume).train()
     write_report(folder)
@@ -186,7 +191,7 @@ def check_names(settings: Mapping[str, Any], known: list[str], owner: str) -> No
 
 
 def checked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with paths as Path and lists as tuples.
+    """Returns the settings with paths as Path, lists as tuples and numpy's numbers as Python's.
 
     Raises:
         ValueError: a value is none of its setting's choices.
@@ -201,4 +206,6 @@ def checked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
             made[name] = Path(cast(RunPath, value))
         if isinstance(value, list):
             made[name] = tuple(cast("list[Any]", value))
+        if isinstance(value, np.generic):
+            made[name] = value.item()
     return made

@@ -7,10 +7,9 @@ to JSON types and back. An invalid value raises ValueError, which names the valu
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import tyro
 
@@ -33,6 +32,11 @@ Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
 
+MOST_COUNT = 2**32 - 1
+MOST_FLOAT = (2 - 2**-23) * 2.0**127  # of fp32, in which a run computes
+MOST_PIXELS = 8192  # side of a view
+MOST_THREADS = 1024
+
 FOLDER = "folder:"
 """Prefix of a data set's name that stands for a folder of image files: folder:PATH."""
 
@@ -41,6 +45,20 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message`, which names the value and the remedy, unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_numbers(settings: Any) -> None:
+    """Raises ValueError unless every number among a dataclass's fields is finite, and every count whole and bounded."""
+    for name, hint in get_type_hints(type(settings)).items():
+        kinds = {hint, *get_args(hint)}
+        value: Any = getattr(settings, name)
+        if not kinds & {int, float} or (value is None and type(None) in kinds):
+            continue
+        kind, most, wanted = (int, MOST_COUNT, "whole") if int in kinds else (int | float, MOST_FLOAT, "finite")
+        numbers = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        for number in numbers:
+            right = isinstance(number, kind) and not isinstance(number, bool) and abs(number) <= most
+            require(right, f"{name.rstrip('_')} {value!s:.40} must be a {wanted} number, at most {most:.10g}")
 
 
 def _require_probability(name: str, value: float) -> None:
@@ -89,6 +107,7 @@ class ViewConfig:
     """Probability that pixels of at least 0.5, of 0 to 1, are inverted (BYOL)."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         low, high = self.crop_scale
         require(0 < low <= high <= 1, f"crop_scale {self.crop_scale} must rise within (0, 1], as in 0.2 1.0")
         low, high = self.crop_ratio
@@ -129,17 +148,20 @@ class DataConfig:
     """CPU threads of the loader."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         side = self.image_size
         require(
-            side is None or (side >= 8 and side % 2 == 0),
-            f"image_size {side} must be even and at least 8: the 2 x 2 division needs an even side",
+            side is None or (8 <= side <= MOST_PIXELS and side % 2 == 0),
+            f"image_size {side} must be even, at least 8 and at most {MOST_PIXELS}: the 2 x 2 division needs an even "
+            "side",
         )
         require(
             self.train_images is None or self.train_images > 0,
             f"train_images {self.train_images} must be positive; leave it out to take all",
         )
         require(self.validation_images >= 0, f"validation_images {self.validation_images} must be 0 or more")
-        require(self.loader_threads >= 1, f"loader_threads {self.loader_threads} must be 1 or more")
+        threads = self.loader_threads
+        require(1 <= threads <= MOST_THREADS, f"loader_threads {threads} must lie in 1..{MOST_THREADS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +180,7 @@ class ModelConfig:
     """Outputs of the supervised classifier; None takes the number of the data set's classes."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for name in ("width", "projector_width", "predictor_width"):
             value = getattr(self, name)
             require(value >= 1, f"{name} {value} must be at least 1")
@@ -186,10 +209,11 @@ class ObjectiveConfig:
     """Contrast one random combination per step instead of all C(4, k) (Table 5)."""
 
     def __post_init__(self) -> None:
-        require(0 < self.temperature < math.inf, f"temperature {self.temperature} must be positive; the paper uses 1.0")
+        require_numbers(self)
+        require(self.temperature > 0, f"temperature {self.temperature} must be positive; the paper uses 1.0")
         require(0 <= self.ema_momentum <= 1, f"ema_momentum {self.ema_momentum} must lie in 0..1; the paper uses 0.99")
         require(self.queue_size >= 1, f"queue_size {self.queue_size} must be at least 1")
-        require(0 <= self.lambda_ < math.inf, f"lambda {self.lambda_} must be 0 or more; the paper uses 6")
+        require(self.lambda_ >= 0, f"lambda {self.lambda_} must be 0 or more; the paper uses 6")
         require(self.k in (1, 2, 3, 4), f"k {self.k} must be 1, 2, 3 or 4: an image has four patches")
 
 
@@ -218,17 +242,18 @@ class OptimConfig:
     """Largest L2 norm of all gradients together; larger ones are scaled down to it. None does not clip."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.epochs >= 1, f"epochs {self.epochs} must be at least 1")
         require(self.batch_size >= 2, f"batch_size {self.batch_size} must be at least 2: batch norm needs two images")
-        require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.1")
+        require(self.lr > 0, f"lr {self.lr} must be positive and finite; the paper uses 0.1")
         require(
             0 <= self.warmup_epochs < self.epochs,
             f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}",
         )
         require(0 <= self.sgd_momentum < 1, f"sgd_momentum {self.sgd_momentum} must lie in [0, 1)")
-        require(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay} must be 0 or more")
+        require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must be 0 or more")
         require(
-            self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm {self.clip_norm} must be positive and finite; leave it out to clip nothing",
         )
 
@@ -271,6 +296,7 @@ class EngineConfig:
     """Epochs between two milestones, checkpoints that are never deleted (Table 5: 50)."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(
             self.graphs != "on" or self.compile != "off",
             "graphs on replays what compile made, and compile is off; take --compile auto, or --graphs off",
@@ -298,6 +324,7 @@ class RunConfig:
     dataset: str = "cifar10"
     """Name of a data set (see above), or folder:PATH for image files of any size."""
     recipe: RecipeName = "paper"
+    """Named settings that the others start from. paper: Table 2. tuned: a method's own. quick: minutes on a CPU."""
     seed: int = 0
     """Seed of the weights, the views and the order of the images: the same seed gives the same run. (Two loaders differ
     by a few of 255 levels in some pixels, and on a GPU --loader auto takes the faster one.)"""
@@ -309,6 +336,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.method in METHOD_NAMES, f"method {self.method!r} is none of {', '.join(METHOD_NAMES)}")
         require(0 <= self.seed < 2**32, f"seed {self.seed} must lie in 0..2**32 - 1")
         milestones = self.engine.keep_every
@@ -336,6 +364,7 @@ class EvaluationConfig:
     """auto is cuda where torch sees a GPU."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(
             self.checkpoint is None or not self.milestones,
             f"milestones takes every checkpoint that was kept, and checkpoint {self.checkpoint} names one; give either",
@@ -358,7 +387,7 @@ class KnnConfig(EvaluationConfig):
         super().__post_init__()
         require(self.neighbors >= 1, f"neighbors {self.neighbors} must be at least 1, as 20")
         temperature = self.vote_temperature
-        require(0 < temperature < math.inf, f"vote_temperature {temperature} must be positive and finite, as in 0.07")
+        require(temperature > 0, f"vote_temperature {temperature} must be positive and finite, as in 0.07")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +427,7 @@ class LinearConfig(EvaluationConfig):
             f"epochs {self.epochs} and steps {self.steps} are both given; leave out --epochs or --steps",
         )
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1; the paper uses 256")
-        require(0 < self.lr < math.inf, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
+        require(self.lr > 0, f"lr {self.lr} must be positive and finite; the paper uses 0.8")
 
 
 SECTIONS: dict[str, Any] = {

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import Tensor
 
 import mnclglf
+import mnclglf.api
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.splits import split_train
 from mnclglf.runs.checkpoint import find_checkpoint
@@ -145,3 +147,11 @@ def test_importing_costs_no_torch_until_one_is_used() -> None:
     code += "assert 'torch' in sys.modules"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
+    config = mnclglf.api.run_config({"dataset": "digits", "epochs": np.int64(3), "lr": np.float32(0.5)})
+    assert (type(config.optim.epochs), type(config.optim.lr)) == (int, float)
+    assert (config.optim.epochs, config.optim.lr) == (3, 0.5)
+    with pytest.raises(ValueError, match=r"epochs 2\.5 .*whole"):
+        mnclglf.api.run_config({"dataset": "digits", "epochs": np.float64(2.5)})

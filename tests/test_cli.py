@@ -81,7 +81,7 @@ def test_print_config_of_a_tuned_recipe(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(shlex.split("train --recipe tuned --dataset mnist5k")) == 1
+    assert main(shlex.split("train --recipe tuned --dataset mnist5k")) == 2
     assert "tuned is for cifar10, cifar100, tinyimagenet, not 'mnist5k'" in capsys.readouterr().err
 
 
@@ -95,6 +95,10 @@ def test_tuned_elsewhere_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[
         ("train --image-size 31", "image_size 31 must be even"),
         ("train --epochs 10 --keep-every 50", "keep_every 50 is more than the run's 10 epochs"),
         ("train --lr fast", "fast"),
+        ("train --save-every inf", "save_every inf must be a finite number"),
+        ("train --crop-ratio 0.5 inf", "crop_ratio (0.5, inf) must be a finite number"),
+        ("train --warmup-epochs nan", "warmup_epochs nan must be a finite number"),
+        ("train --epochs 99999999999", "epochs 99999999999 must be a whole number, at most 4294967295"),
         ("knn", "no run directory is named; give one or more"),
         ("linear runs/x --fast", "Unrecognized options: --fast"),
         ("logistic runs/x --epochs 9", "--epochs (applied to mnclglf logistic)"),
@@ -117,7 +121,6 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("report nowhere", "nowhere"),
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
         (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
-        ("train --queue-size 100 --data-dir nowhere", "batch_size 256 is more than queue_size 100"),
         (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
         (f"{TINY} --graphs on", "graphs on asks for CUDA graphs, and this run is on the CPU"),
         (f"{TINY} --kernels require", "backend 'triton' needs CUDA tensors"),
@@ -134,6 +137,78 @@ def test_an_error_is_one_line_without_a_traceback(
     assert named in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("train --queue-size 100 --data-dir nowhere", "batch_size 256 is more than queue_size 100"),
+        ("train --optimizer adam", "optimizer 'adam' is none of sgd, lars"),
+        ("train --recipe tuned --dataset digits", "recipe tuned is for cifar10"),
+        ("reproduce table3 --seeds 0", "seeds 0 must be at least 1"),
+        ("reproduce table3 --scale small --dataset cifar10", "dataset cifar10 was given, but"),
+        ("reproduce table6 --only x", "only 'x' is no run of table6"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_wrong_usage(
+    arguments: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mnclglf: ")
+    assert named in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("knn", "no run directory is named"),
+        ("knn runs/x --k 0", "neighbors 0 must be"),
+        ("knn runs/x --k five", "--k/--neighbors: 'five' is no whole number"),
+        ("linear runs/x --lr 0", "lr 0.0 must be"),
+        ("logistic runs/x --checkpoint", "--checkpoint"),
+        ("report", "Run directory"),
+        ("train --epochs 2.5", "--epochs: '2.5' is no whole number"),
+        ("train --lr fast", "--lr: 'fast' is no number"),
+        ("train --keep-every x", "--keep-every: 'x' is no whole number, and not None"),
+        ("train --hue 7", "hue 7.0 must"),
+        ("train --dataset", "--dataset"),
+        ("data", "inspect, views"),
+        ("data views digits --side 9", "side 9 must"),
+        ("reproduce", "Table of the paper"),
+        ("reproduce table9", "'table9'"),
+    ],
+)
+def test_wrong_usage_shows_no_name_of_a_class(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = refused(arguments, capsys)
+    assert named in shown
+    assert not re.search(r"tyro|dummy|NoneType|\{None\}|config|Error parsing [A-Z]|<class", shown)
+
+
+@pytest.mark.parametrize("command", ["train", "knn", "linear", "logistic", "data inspect", "data views", "reproduce"])
+def test_the_help_breaks_lines_only_where_they_are_full(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"\{None\}|─ config|config\.|never: start", text)
+    lines = [line[1:-1] for line in text.splitlines() if line.startswith("│")]
+    starts = [len(re.match(r" *", line)[0]) for line in lines]  # pyright: ignore[reportOptionalSubscript]
+    for index, line in enumerate(lines[:-1]):
+        following = lines[index + 1]
+        if starts[index + 1] < 20 or starts[index] == 1:  # an option, or what it is called
+            continue
+        assert len(line.rstrip()) + 1 + len(following.split()[0]) > 77, f"{line!r} breaks before {following!r}"
+
+
+def test_options_without_effect_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("mnclglf.cli.run", lambda *_: 0)
+    arguments = "train --dataset digits --recipe quick --method byol --lambda=99 --no-one-embedding --k 2 --epochs 3"
+    assert main(shlex.split(arguments)) == 0
+    named = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(named) == ["--k", "--lambda", "--no-one-embedding"]
+    assert main(shlex.split(arguments.replace("byol", "mnclglf"))) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_know_their_settings() -> None:
@@ -288,6 +363,29 @@ def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.Capture
     assert "held no images out; train with --validation-images" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", ["stop[now]", "a[/b]", "two words"])
+def test_a_stopped_run_names_its_folder_as_a_shell_takes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnclglf.training.loop.Trainer.train", lambda self: self._open() or 2)
+    monkeypatch.setattr("mnclglf.training.loop.describe_limits", lambda *_: None)
+    monkeypatch.setattr("mnclglf.reports.page.write_report", lambda run: run / "report.html")
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(TINY), "--out", name]) == 130
+    printed = capsys.readouterr().out
+    found = re.search(r"with --out (.*) resumes", printed)
+    assert found is not None
+    assert shlex.split(found[1]) == [name]
+    assert f"report: {tmp_path / name / 'report.html'}" in printed
+
+
+def test_an_error_names_a_path_with_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("exp[final]", "a[/b]", ":smile:"):
+        assert main(["report", str(tmp_path / name)]) == 1
+        assert str(tmp_path / name) in capsys.readouterr().err
+
+
 def test_ctrl_c_before_training_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
@@ -354,11 +452,23 @@ def test_data_views_compares_the_loaders(photos: Path, capsys: pytest.CaptureFix
     [
         ("data views digits --view fancy", "'fancy' is none of paper, simclr"),
         ("data views digits --images 0", "0 images cannot be shown"),
+        ("data views digits --images 1000000", "images 1000000 are too many for a picture; give 100 at most"),
         ("data views digits --side 9", "side 9 must be even"),
+        ("data views digits --side 1000000", "side 1000000 must be even and lie in 2..8192"),
+        ("data views digits --seed -1", "seed -1 must be 0 or more"),
         ("data inspect mnist", "dataset 'mnist' is none of"),
+        ("data inspect digits --out x.jpg", "must end in .png"),
+    ],
+)
+def test_wrong_usage_of_looks_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
         ("data inspect folder:absent", "absent is not a folder"),
         ("data inspect digits --out nowhere/x.png", "there is no folder nowhere"),
-        ("data inspect digits --out x.jpg", "must end in .png"),
         ("data views digits --side 2", "blur_kernel 5 is too wide for views of side 2"),
     ],
 )

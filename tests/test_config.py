@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from mnclglf.config import (
+    SECTIONS,
     DataConfig,
     EngineConfig,
     KnnConfig,
     LinearConfig,
+    LogisticConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -51,6 +55,8 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (DataConfig, {"train_images": 0}, "train_images 0"),
         (DataConfig, {"validation_images": -1}, "validation_images -1"),
         (DataConfig, {"loader_threads": 0}, "loader_threads 0"),
+        (DataConfig, {"loader_threads": 5000}, r"loader_threads 5000 .*1\.\.1024"),
+        (DataConfig, {"image_size": 10**6}, "image_size 1000000 .*at most 8192"),
         (ModelConfig, {"width": 0}, "width 0"),
         (ModelConfig, {"classes": 1}, "classes 1 must be at least 2"),
         (ObjectiveConfig, {"temperature": 0.0}, "temperature 0.0 must be positive"),
@@ -61,7 +67,7 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (OptimConfig, {"epochs": 0}, "epochs 0"),
         (OptimConfig, {"batch_size": 1}, "batch_size 1"),
         (OptimConfig, {"lr": 0.0}, "lr 0.0"),
-        (OptimConfig, {"lr": float("inf")}, "lr inf must be positive and finite"),
+        (OptimConfig, {"lr": float("inf")}, "lr inf must be a finite number"),
         (OptimConfig, {"weight_decay": float("nan")}, "weight_decay nan"),
         (ObjectiveConfig, {"lambda_": float("inf")}, "lambda inf"),
         (OptimConfig, {"epochs": 3, "warmup_epochs": 3.0}, "warmup_epochs 3.0 must be less than epochs 3"),
@@ -89,3 +95,37 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
 def test_a_bad_value_is_named(section: type, setting: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         section(**setting)
+
+
+SETTINGS = [*SECTIONS.values(), RunConfig, KnnConfig, LinearConfig, LogisticConfig]
+NUMBERS = [
+    (section, name, kinds)
+    for section in SETTINGS
+    for name, hint in get_type_hints(section).items()
+    if (kinds := {hint, *get_args(hint)}) & {int, float}
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "kinds"), NUMBERS, ids=[f"{section.__name__}-{name}" for section, name, _ in NUMBERS]
+)
+def test_every_float_is_finite_and_every_count_whole_and_bounded(section: type, name: str, kinds: set[type]) -> None:
+    float_values = [math.inf, -math.inf, math.nan, 1e39, 10**400, "0.5", True]
+    wrong = [2.5, 3.0, math.inf, 2**40, 10**400, "2", True] if int in kinds else float_values
+    for value in wrong:
+        given = (0.5, value) if isinstance(getattr(section(), name), tuple) else value
+        with pytest.raises(ValueError, match=f"{name.rstrip('_')} .*(whole|finite) number"):
+            section(**{name: given})
+
+
+def test_every_default_of_a_recipe_is_a_number_that_is_taken() -> None:
+    assert len(NUMBERS) > 40
+    assert OptimConfig(lr=1, warmup_epochs=0) == OptimConfig(lr=1.0, warmup_epochs=0.0)  # JSON may hold 1 for 1.0
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e999"])
+def test_a_file_with_a_setting_that_is_not_finite_names_it(text: str) -> None:
+    values = to_dict(RunConfig())
+    values["optim"]["lr"] = float(text)
+    with pytest.raises(ValueError, match=r"lr (inf|nan) .*finite"):
+        from_dict(values)

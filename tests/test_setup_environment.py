@@ -339,3 +339,22 @@ def test_a_command_that_fails_is_named_with_its_exit_code(capfd):
     with pytest.raises(SetupError, match="exit code 3"):
         setup.run_command(["sh", "-c", "exit 3"])
     assert "$ sh -c exit 3" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("returncode", [0, 14])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "ERROR: ld.so: object 'libx.so' from LD_PRELOAD cannot be preloaded: ignored.\nNVIDIA A100, 580.65.06\n",
+        "WARNING: infoROM is corrupted at gpu 0000:01:00.0\n\nNVIDIA A100, 580.65.06\n",
+        "NVIDIA A100, 580.65.06\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n",
+    ],
+)
+def test_a_notice_around_the_answer_of_nvidia_smi_is_passed_over(returncode, output):
+    assert setup.parse_nvidia_smi(returncode, output) == (Gpu("NVIDIA A100", "580.65.06"), None)
+
+
+def test_exit_code_14_without_an_answer_is_a_failure():
+    found, problem = setup.parse_nvidia_smi(14, "WARNING: infoROM is corrupted\n")
+    assert found is None
+    assert "exit code 14" in problem

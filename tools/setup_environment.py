@@ -109,13 +109,16 @@ def parse_nvidia_smi(returncode: int, output: str) -> tuple[Gpu | None, str | No
 
     `output` is that of `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`.
     """
-    first = next((line.strip() for line in output.splitlines() if line.strip()), "no output")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for line in lines:  # a preload warning or a note of the driver may stand around the answer
+        name, _, driver = (part.strip() for part in line.rpartition(","))
+        # 14: the card's infoROM is damaged, which nvidia-smi notes beside a good answer.
+        if returncode in (0, 14) and name and re.fullmatch(r"\d+(\.\d+)+", driver):
+            return Gpu(name, driver), None
+    first = lines[0] if lines else "no output"
     if returncode != 0:
         return None, f"nvidia-smi failed (exit code {returncode}): {first}"
-    name, _, driver = (part.strip() for part in first.rpartition(","))
-    if not name or not re.fullmatch(r"\d+(\.\d+)+", driver):
-        return None, f"nvidia-smi answered {first!r}, which names no GPU and driver"
-    return Gpu(name, driver), None
+    return None, f"nvidia-smi answered {first!r}, which names no GPU and driver"
 
 
 def has_nvidia_display(pci_devices: Path) -> bool:

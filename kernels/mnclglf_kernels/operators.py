@@ -29,7 +29,7 @@ from mnclglf_kernels.ops.enqueue import enqueue
 from mnclglf_kernels.ops.nearest_neighbor import nearest_neighbor
 from mnclglf_kernels.ops.nt_xent import nt_xent
 from mnclglf_kernels.ops.queue_contrastive_loss import queue_contrastive_loss
-from mnclglf_kernels.sizes import PAPER, VIEWS_PER_IMAGE, Sizes
+from mnclglf_kernels.sizes import PAPER, Sizes
 
 if TYPE_CHECKING:
     from mnclglf_kernels._triton.launch import Launch
@@ -238,7 +238,7 @@ def _augment(example: Example) -> Arguments:
     if example.device.type != "meta":
         images = torch.randint(256, images.shape, generator=example.generator, dtype=torch.uint8)
         rows = torch.randperm(n, generator=example.generator)
-    u = example.uniform(VIEWS_PER_IMAGE * n, len(PARAMETERS))
+    u = example.uniform(example.sizes.views * n, len(PARAMETERS))
     uniform = dict(zip(PARAMETERS, u.unbind(1), strict=True))
     columns = {name: (column > 0.5).float() for name, column in uniform.items()}  # on-off columns; the others follow
     columns["angle"] = 360 * uniform["angle"] - 180

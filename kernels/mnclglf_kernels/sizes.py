@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-VIEWS_PER_IMAGE = 3  # per training step
-
 
 class Sizes(NamedTuple):
     """Sizes of a step.
@@ -18,6 +16,7 @@ class Sizes(NamedTuple):
         width: D, embedding width.
         queue: K, rows of the queue.
         source: side of the stored images in pixels.
+        views: views per image.
     """
 
     images: int
@@ -27,6 +26,7 @@ class Sizes(NamedTuple):
     width: int
     queue: int
     source: int = 32
+    views: int = 3
 
 
 PAPER = Sizes(images=256, side=32, features=512, k=2, width=2048, queue=16384)

@@ -20,6 +20,7 @@ from mnclglf.config import (
     ObjectiveConfig,
     RunConfig,
     require,
+    require_numbers,
 )
 from mnclglf.data.sources import source_of
 from mnclglf.recipes import RECIPES
@@ -30,8 +31,8 @@ TableName = Literal["table3", "table4", "table5", "table6"]
 PaperDataset = Literal["cifar10", "cifar100", "tinyimagenet"]
 ScaleName = Literal["paper", "small"]
 
+MOST_SEEDS = 1000
 PAPER_EPOCHS = 200
-"""Classes of each data set, which a run of supervised keeps in its settings."""
 SMALL_EPOCHS = 12  # a multiple of four, for the milestones of Table 5
 TITLES: dict[TableName, str] = {
     "table3": "Table 3: linear evaluation of eight methods",
@@ -184,7 +185,8 @@ def make_table(request: Reproduce) -> Table:
     Raises:
         ValueError: the number of seeds is below 1, or the table does not have a requested data set.
     """
-    require(request.seeds >= 1, f"seeds {request.seeds} must be at least 1")
+    require_numbers(request)
+    require(1 <= request.seeds <= MOST_SEEDS, f"seeds {request.seeds} must be at least 1 and at most {MOST_SEEDS}")
     scale = SCALES[request.scale]
     datasets: tuple[PaperDataset, ...] = ("cifar10",)
     if request.table == "table3" and scale.of_paper:

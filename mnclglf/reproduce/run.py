@@ -301,7 +301,7 @@ def _attempt(
 
 def _watch(command: Sequence[str], log: Path, stop: StopRequest, console: Console) -> int:
     """Runs a command to its end with its output in `log`, and passes a stop signal on to it, once."""
-    with log.open("ab") as output, console.status(log.stem) as status:
+    with log.open("ab") as output, console.status(Text(log.stem)) as status:
         # Its own session: otherwise Ctrl-C in a terminal would reach it twice, and a second signal ends a run unsaved.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

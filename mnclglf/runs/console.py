@@ -26,5 +26,12 @@ class LastingConsole(Console):
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
-    """Prints text without markup: a path or a log may contain brackets, which rich would interpret."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Prints text as it is: a path or a log may contain brackets and :words:, which rich would interpret.
+
+    A character that the terminal's encoding lacks is printed as its code, and the plus-minus sign as +-.
+    """
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        text = text.replace("\u00b1", "+-").encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,6 @@ from mnclglf.training.start import Machine, Start, describe_backends, name_of
 from mnclglf_kernels.backend import HAS_TRITON
 
 PICTURED_IMAGES = 6  # in the report
-GPU_GIB = 24  # memory of an RTX 3090, the GPU that a run on a CPU is sized for
 
 
 def write_run_files(start: Start, out: Path) -> None:
@@ -47,7 +46,7 @@ def write_run_files(start: Start, out: Path) -> None:
 
 
 def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callable[[str], object]) -> float | None:
-    """Prints the roofline step time, the estimated memory and the largest batch.
+    """Prints the roofline step time, the estimated memory and, on a GPU, the largest batch.
 
     Returns:
         The roofline step time in seconds; None without triton, as the counts are those of its kernels.
@@ -64,13 +63,15 @@ def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callabl
         f"{peaks.memory_bytes / 1e9:.3g} GB/s)"
     )
     needed = step_memory(config, config.optim.batch_size, side, machine.dtype)
-    cuda = machine.device.type == "cuda"
-    available = torch.cuda.get_device_properties(machine.device).total_memory if cuda else GPU_GIB * 2**30
-    fits = largest_batch(config, side, machine.dtype, available)
-    say(
-        f"estimated memory per step: {needed.total / 2**30:.2g} GiB ({needed.activations / 2**30:.2g} GiB of "
-        f"activations); largest batch for {available / 2**30:.0f} GiB: about {fits:,}"
+    text = (
+        f"estimated memory per step: {needed.total / 2**30:.2g} GiB of tensors ({needed.activations / 2**30:.2g} GiB "
+        "of activations)"
     )
+    if machine.device.type == "cuda":  # a CPU's memory is shared, and a larger batch makes it no faster
+        available = torch.cuda.get_device_properties(machine.device).total_memory
+        fits = largest_batch(config, side, machine.dtype, available)
+        text += f"; largest batch for {available / 2**30:.0f} GiB: about {fits:,}"
+    say(text)
     return least
 
 

@@ -144,6 +144,7 @@ class Trainer:
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
+                log.advance(done)
 
                 # The first step compiles. Wait for it once, so that a failure shows now and its time is reported.
                 if done == self.start + 1 and self.compile != "off":
@@ -332,7 +333,8 @@ class Trainer:
         )
         if self.least_seconds is not None:
             text += f"; {self.least_seconds / speed.step_seconds:.0%} of the roofline"
-        self._say(f"{text}; peak memory {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
+        whose = "" if self.device.type == "cuda" else " of the whole process"
+        self._say(f"{text}; peak memory{whose} {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
     def _stay_eager(self, why: str) -> None:
         self.compile = "off"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
+from mnclglf.runs.console import say
 from mnclglf.runs.files import write_atomically
 from mnclglf.runs.metrics import elapsed_seconds, line_of, read_records
 
@@ -40,10 +41,16 @@ class RunLog:
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("starting", total=total, completed=start)
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),  # takes what the others leave
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+        self.step_seconds: float | None = None  # of the latest record
+        self.task = self.progress.add_task("starting", total=total, completed=start, left="-:--:--")
 
     def __enter__(self) -> RunLog:
         self.progress.start()
@@ -66,24 +73,39 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
         # Prefer the measured time of a step: the average would include minutes of compilation in the first one. During
         # the warm-up only the average is known.
-        step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
-        left = step_seconds * (self.total - step)
-        line = describe(record, left)
-        self.progress.update(self.task, completed=step, description=line)
+        self.step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
+        left = self.step_seconds * (self.total - step)
+        self.progress.update(self.task, description=describe_briefly(record))
+        self.advance(step)
         due = elapsed - self.last_line >= PLAIN_LINE_SECONDS or step == self.total
         if not self.console.is_terminal and due:
             self.last_line = elapsed
-            self.console.print(f"step {step}/{self.total}  {line}", soft_wrap=True, highlight=False)
+            say(self.console, f"step {step}/{self.total}  {describe(record, left)}")
+
+    def advance(self, done: int) -> None:
+        """Moves the display to the steps that are done; called after every step, it waits for nothing."""
+        left = "-:--:--" if self.step_seconds is None else duration(self.step_seconds * (self.total - done))
+        self.progress.update(self.task, completed=done, left=left)
 
 
 def describe(record: dict[str, Any], seconds_left: float) -> str:
     """Returns one line of progress: epoch, losses, learning rate, speed, time left."""
-    speed = record["images_per_second"]
-    rate = "" if speed is None else f"{speed:,.0f} images/s  "  # None during the warm-up
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.items() if name.startswith("loss"))
+    rate = _rate(record)
     return f"epoch {record['epoch']:.1f}  {terms}  lr {record['lr']:.4f}  {rate}{duration(seconds_left)} left"
+
+
+def describe_briefly(record: dict[str, Any]) -> str:
+    """Returns what stands before the bar: epoch, loss and speed, so that a terminal of 80 columns holds the line."""
+    return f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  {_rate(record)}".rstrip()
+
+
+def _rate(record: dict[str, Any]) -> str:
+    speed = record["images_per_second"]
+    return "" if speed is None else f"{speed:,.0f} images/s  "  # None during the warm-up
 
 
 def duration(seconds: float) -> str:
     """Returns seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -400,6 +400,7 @@ def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
         width=config.model.projector_width,
         queue=config.objective.queue_size,
         source=source,
+        views=METHODS[config.method].views,
     )
 
 

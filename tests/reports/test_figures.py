@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given
+from matplotlib import mathtext
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -21,6 +22,7 @@ from mnclglf.reports.figures import (
     dot_chart,
     health_curves,
     loss_curves,
+    picture_grid,
     running_mean,
     schedule_curves,
     series,
@@ -215,3 +217,20 @@ def test_dots_show_means_deviations_and_absent_rows(drawn: list[Figure]) -> None
     assert [tick.get_text() for tick in both.get_yticklabels()] == ["a", "b", "c"]
     assert none.get_legend() is None
     assert not none.lines
+
+
+def test_a_users_names_are_not_parsed_as_maths(monkeypatch):
+    """$x_$ is no maths, and raised; a$b$c was drawn with an italic b."""
+    parsed: list[str] = []
+    parse = mathtext.MathTextParser.parse
+    monkeypatch.setattr(
+        mathtext.MathTextParser,
+        "parse",
+        lambda self, s, *args, **more: parsed.append(s) or parse(self, s, *args, **more),
+    )
+    column = [np.zeros((4, 4, 3))]
+    pixels(picture_grid(["$x_$", "a$b$c"], [column, column], heading="folder:$y_$"))
+    pixels(
+        dot_chart(["$x_$", "a$b$c"], [DotPanel("$z_$", [Dots("$l_$", [[1.0], [2.0]], 0), Dots("$m$", [[], [3.0]], 1)])])
+    )
+    assert parsed == []

@@ -162,6 +162,7 @@ def test_the_untrained_encoder_is_evaluated_once_a_seed() -> None:
         ),
         ({"table": "table3", "scale": "small", "dataset": ("cifar10",)}, "scale small is of fashion_mnist"),
         ({"table": "table6", "seeds": 0}, "seeds 0 must be at least 1"),
+        ({"table": "table6", "seeds": 10**6}, "seeds 1000000 must be .*at most 1000"),
     ],
 )
 def test_what_a_table_does_not_have_is_refused(options: dict[str, Any], named: str) -> None:

@@ -15,6 +15,7 @@ from mnclglf.recipes import paper
 from mnclglf.training import roofline as limit
 from mnclglf.training.roofline import Counter, Part, Peaks, measured_peaks, nominal_peaks, peaks_of, step_parts
 from mnclglf.training.start import build_method
+from mnclglf_kernels.ops.augment import PARAMETERS
 
 SMALL = dataclasses.replace(
     paper("mnclglf", "cifar10"),
@@ -65,6 +66,15 @@ def test_an_operator_counts_at_the_sizes_of_the_method_that_calls_it():
     assert flops("simclr", "nt_xent") == 3 * 2 * 12 * 12 * 24  # one gradient of all rows, of both their roles
     assert flops("mocov2", "queue_contrastive_loss") == 3 * 2 * 6 * 20 * 24
     assert "nt_xent" not in step_parts(SMALL, 16, "fp32")
+
+
+@pytest.mark.parametrize(("method", "views"), [("supervised", 1), ("simclr", 2), ("mnclglf", 3)])
+def test_the_input_writes_the_views_of_the_method(method: str, views: int):
+    config = dataclasses.replace(SMALL, method=method, model=dataclasses.replace(SMALL.model, classes=4))
+    parts = step_parts(config, 16, "fp32")
+    images, written = 6 * (3 * 16 * 16 + 8), 4 * 6 * 3 * 16 * 16  # bytes with a row number; one fp32 view of each
+    parameters = 4 * 6 * len(PARAMETERS)
+    assert parts["input"].unique_bytes == images + views * (written + parameters) + 4 * 6  # and mean, deviation
 
 
 def test_updates_move_their_weights():
