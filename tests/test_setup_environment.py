@@ -357,4 +357,5 @@ def test_a_notice_around_the_answer_of_nvidia_smi_is_passed_over(returncode, out
 def test_exit_code_14_without_an_answer_is_a_failure():
     found, problem = setup.parse_nvidia_smi(14, "WARNING: infoROM is corrupted\n")
     assert found is None
+    assert problem is not None
     assert "exit code 14" in problem
