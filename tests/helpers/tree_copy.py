@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 TREE = Path(__file__).resolve().parents[2]
-NOT_COPIED = shutil.ignore_patterns(
-    ".*", "__pycache__", "shared", "runs", "data-*", "build", "_build", "dist", "*.egg-info", "*.pt"
-)
+MADE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.pt")
+MADE_AT_ROOT = shutil.ignore_patterns("shared", "runs", "reproduced", "data-*", "build", "dist")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"^<!--.*?-->$", flags=re.MULTILINE)
 FILE = r"`(?P<file>[\w./-]+\.\w+)`:$"
@@ -159,7 +158,12 @@ class TreeCopy:
 
 def copy_tree(destination: Path) -> TreeCopy:
     """Copies the tree, without what is made from it, into the new folder `destination`."""
-    shutil.copytree(TREE, destination, ignore=NOT_COPIED)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        made = MADE(folder, names)
+        return made | MADE_AT_ROOT(folder, names) if Path(folder) == TREE else made
+
+    shutil.copytree(TREE, destination, ignore=left_out)
     return TreeCopy(destination)
 
 
