@@ -371,20 +371,25 @@ def test_one_run_alone_adds_itself_to_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "named", "code"),
     [
-        ("table3 --dataset cifar10", "CIFAR-10's files are missing"),
-        ("table6 --scale small --only x", "'x' is no run of table6"),
-        ("table4 --dataset cifar100", "table4 is of cifar10"),
-        ("table6 --scale small --out file/x", "file"),
+        ("table3 --dataset cifar10", "CIFAR-10's files are missing", 1),
+        ("table6 --scale small --only x", "'x' is no run of table6", 2),  # wrong usage
+        ("table4 --dataset cifar100", "table4 is of cifar10", 2),
+        ("table6 --scale small --out file/x", "file", 1),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(
-    arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    named: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert main(["reproduce", *arguments.split()]) == 1
+    assert main(["reproduce", *arguments.split()]) == code
     assert named in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
