@@ -207,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        command = parse(arguments)
-        check_usage(command)
-    except ValueError as error:
-        say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
-        return WRONG_USAGE
-    try:
+        try:
+            command = parse(arguments)
+            check_usage(command)
+        except ValueError as error:
+            say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
+            return WRONG_USAGE
         if isinstance(command, Train) and not command.print_config:
             name_unread(command.config, arguments)
         return run(command, LastingConsole())

@@ -386,11 +386,12 @@ def test_an_error_names_a_path_with_brackets(tmp_path: Path, capsys: pytest.Capt
         assert str(tmp_path / name) in capsys.readouterr().err
 
 
-def test_ctrl_c_before_training_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["parse", "check_usage", "run"])
+def test_ctrl_c_before_training_is_no_traceback(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mnclglf.cli.run", interrupted)
+    monkeypatch.setattr(f"mnclglf.cli.{place}", interrupted)
     assert main(["report", "x"]) == 130
 
 
