@@ -40,10 +40,32 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the file cannot be read to its end, or has more pixels than Pillow's limit.
     """
+    return decode_image(read_file(path), path)
+
+
+def read_file(path: Path) -> bytes:
+    """Returns the contents of an image file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
+    """Returns the image of a file's contents, as read_image does; `path` is named in the error.
+
+    Raises:
+        DataError: the contents are not such an image, or the image is too large.
+    """
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
-        data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
@@ -55,8 +77,6 @@ def read_image(path: Path) -> NDArray[np.uint8]:
                 levels = np.asarray(upright, dtype=np.float64) / 257
                 upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
             return np.array(upright.convert("RGB"))
-    except PermissionError as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 

@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mnclglf.data import images as images_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
@@ -123,13 +122,13 @@ def test_sizes_and_statistics_are_those_of_the_pixels(tmp_path: Path) -> None:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
-    read = images_module.read_image
+    read = folder.read_file
 
-    def counted(path: Path) -> np.ndarray:
+    def counted(path: Path) -> bytes:
         reads.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(folder, "read_image", counted)
+    monkeypatch.setattr(folder, "read_file", counted)
     return reads
 
 
@@ -336,16 +335,16 @@ def test_a_name_that_is_no_text_is_read(tmp_path: Path) -> None:
 
 
 def test_what_could_not_be_read_once_is_looked_at_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = folder.read_image
+    read = folder.read_file
 
-    def fails(path: Path) -> np.ndarray:
+    def fails(path: Path) -> bytes:
         if path.name == "b.png":
             raise DataError(f"{path} cannot be read as an image (OSError: too many open files)")
         return read(path)
 
-    monkeypatch.setattr(folder, "read_image", fails)
+    monkeypatch.setattr(folder, "read_file", fails)
     assert len(load(root, skip_corrupt=True)[0]) == 4
-    monkeypatch.setattr(folder, "read_image", read)
+    monkeypatch.setattr(folder, "read_file", read)
     assert len(load(root)[0]) == 5
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mnclglf.config import FOLDER, DataConfig
-from mnclglf.data.decoding import orientation_of, read_image
+from mnclglf.data.decoding import decode_image, orientation_of, read_file
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
 from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir
@@ -434,9 +434,9 @@ def stamp(path: Path) -> Stamp:
 def _look(path: Path) -> Examined:
     before = stamp(path)
     try:
-        pixels = read_image(path)
-        data = path.read_bytes()
-    except (DataError, OSError) as error:
+        data = read_file(path)
+        pixels = decode_image(data, path)
+    except DataError as error:
         return Examined(before, problem=str(error).removeprefix(f"{path} "))
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
