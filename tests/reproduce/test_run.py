@@ -358,7 +358,7 @@ def test_the_images_are_given_free_before_the_runs_begin(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(execute, "load_images", noted)
     monkeypatch.setattr(execute, "make_runs", make)
-    monkeypatch.setattr(execute, "HAS_TRITON", False)
+    monkeypatch.setattr(execute, "measured_cost", lambda *_: "not now")
     assert main(["reproduce", "table6", "--scale", "small", "--out", str(tmp_path)]) == 0
 
 
@@ -403,38 +403,3 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(
     child(monkeypatch, "sys.exit('begun')")
     assert main(["reproduce", "table6", "--scale", "small", "--out", str(hand_made.runs.parent)]) == 1
     assert "holds a run of other settings (objective.k: 3 -> 1); give another --out" in capsys.readouterr().err
-
-
-# Estimates
-
-
-def test_hours_are_steps_times_the_least_time_over_the_share(
-    hand_made: HandMade, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tiny_table("table6")
-    first, second, *_ = table.runs()
-    images = execute.load_images([first])
-    monkeypatch.setattr(execute, "_least_seconds", lambda config, side: 30.0 * (side == 8))
-    monkeypatch.setattr(execute, "HAS_TRITON", True)
-    hand_made.runs.mkdir(parents=True)
-    share, source = execute.expected_share(hand_made.runs)
-    assert (share, "assumption" in source) == (0.6, True)
-    # 12 steps of 30 s over 0.6 are 600 s.
-    assert execute.training_hours(first, hand_made.runs, images, share) == pytest.approx(600 / 3600)
-    hand_made.train(first.config, share=0.25)
-    assert execute.expected_share(hand_made.runs)[0] == 0.6  # not finished: it is not evaluated
-    hand_made.evaluate(first.config, 0.5)
-    share, source = execute.expected_share(hand_made.runs)
-    assert (share, "1 finished" in source) == (0.25, True)
-    checkpoints = hand_made.runs / second.name / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "step-00000009.pt").touch()
-    assert execute.training_hours(second, hand_made.runs, images, share) == pytest.approx(3 * 30 / 0.25 / 3600)
-
-
-def test_without_triton_the_time_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "HAS_TRITON", False)
-    run, console = tiny_table("table6").runs()[0], silent()
-    execute.describe_work([run], 4, tmp_path, execute.load_images([run]), console)
-    assert f"{run.name}: unknown" in printed(console)
-    assert "4 runs, 3 done, 1 to make: how long they take is not known" in printed(console)
