@@ -31,6 +31,7 @@ def write_run_files(start: Start, out: Path) -> None:
         "image_side": start.data.side,
         "mean": loader.mean.tolist(),
         "std": loader.std.tolist(),
+        "method": start.method.facts(),
     }
     write_json(out / "config.json", to_dict(start.config))
     write_json(out / "environment.json", describe_environment(start.machine.device, chosen))

@@ -118,6 +118,7 @@ def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (environment["loader"], environment["kernels"]) == ("reference", "torch")
+    assert environment["method"] == {"needs_labels": False, "divided_views": [1, 3], "batch_candidates": True}
     assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [10, 12]
     assert list((straight / "tensorboard").iterdir())
     with np.load(straight / "views.npz") as arrays:
