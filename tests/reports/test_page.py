@@ -203,6 +203,13 @@ def test_captions_are_of_what_is_drawn(make_run):
     assert "pale line" in report(make_run()).words
 
 
+def test_sentences_of_a_caption_have_a_space_between_them(make_run):
+    source = report(make_run()).source
+    captions = [" ".join(caption.split()) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", source, re.S)]
+    assert len([caption for caption in captions if ". " in caption]) == 2  # of the losses, of the signs of collapse
+    assert not [caption for caption in captions if re.search(r"\.[A-Z]", caption)]
+
+
 def test_notes_are_of_the_protocols_that_were_run(make_run):
     run = make_run()
     results = json.loads((run / "evaluation.json").read_text())["results"]
