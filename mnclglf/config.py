@@ -285,7 +285,8 @@ class EngineConfig:
     compile: Switch = "auto"
     """Compile the forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
     graphs: Switch = "auto"
-    """Replay CUDA graphs of the compiled forward. auto: once `make gpu-report` has passed on this GPU."""
+    """Replay CUDA graphs of the compiled forward. auto: if replays of the first batch are bit-equal to the
+    compiled step. on: error if they are not."""
     log_every: int = 10
     """Steps between two records of metrics."""
     save_every: float = 1.0
