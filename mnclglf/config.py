@@ -41,10 +41,14 @@ FOLDER = "folder:"
 """Prefix of a data set's name that stands for a folder of image files: folder:PATH."""
 
 
+class UsageError(ValueError):
+    """A setting does not work as it was given, by itself or for this run; the command line exits with 2."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message`, which names the value and the remedy, unless the condition holds."""
+    """Raises UsageError with `message`, which names the value and the remedy, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_numbers(settings: Any) -> None:

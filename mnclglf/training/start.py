@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import FOLDER, Device, EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.config import FOLDER, Device, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
@@ -30,7 +30,7 @@ from mnclglf.runs.checkpoint import load_state
 from mnclglf.runs.console import say
 from mnclglf.runs.files import cache_folder, nearest_folder
 from mnclglf.training.graphs import ruled_out
-from mnclglf.training.optim import check_optimizer
+from mnclglf.training.optim import check_optimizer, parameter_groups
 from mnclglf.training.speedups import keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends, resolve, self_check
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, HAS_TRITON, triton_problem
@@ -110,6 +110,7 @@ def start_training(
     """
     check_queue(config)
     check_optimizer(config.optim.optimizer)
+    check_predictor(config)
     config = in_its_place(config, resumed=resumed)
     machine = start_machine(config.engine)
     data = load_run_data(config)
@@ -294,6 +295,15 @@ def check_queue(config: RunConfig) -> None:
         f"batch_size {batch} is more than queue_size {size}: a step would overwrite its own rows; raise --queue-size "
         "or lower --batch-size",
     )
+
+
+def check_predictor(config: RunConfig) -> None:
+    """Raises ValueError if the predictor's rate is to be constant and the method has no predictor."""
+    if not config.optim.constant_predictor_lr:
+        return
+    with torch.device("meta"):  # only the names count
+        method = METHODS[config.method](ModelConfig(classes=2), ObjectiveConfig())
+    parameter_groups(method, constant_predictor_lr=True)
 
 
 def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
