@@ -17,17 +17,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BMP_BITS, _RLE4 = (1, 4, 8, 24, 32), 2  # DALI reads no others
-_TRANSPOSES = {  # by EXIF orientation; not Pillow's exif_transpose, which also reads XMP, unlike DALI
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
+# Not Pillow's exif_transpose, which also reads XMP, unlike DALI.
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 """By EXIF orientation, whether an image is transposed, then mirrored left to right, then top to bottom."""
 
@@ -66,19 +56,26 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            image: Image.Image = opened
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
             if image.format == "BMP":
                 _check_bmp(data)
-            transpose = _TRANSPOSES.get(orientation_of(data))
-            upright = image if transpose is None else image.transpose(transpose)
-            if upright.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
-                levels = np.asarray(upright, dtype=np.float64) / 257
-                upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
+            if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
+                levels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+            return _turned(np.array(image.convert("RGB")), orientation_of(data))
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Returns an image [H, W, 3], upright by its EXIF orientation."""
+    transposed, mirrored, upside_down = TURNS.get(orientation, (0, 0, 0))
+    pixels = pixels.swapaxes(0, 1) if transposed else pixels
+    pixels = pixels[:, ::-1] if mirrored else pixels
+    return np.ascontiguousarray(pixels[::-1] if upside_down else pixels)
 
 
 def orientation_of(data: bytes) -> int:
@@ -90,7 +87,7 @@ def orientation_of(data: bytes) -> int:
         exif = Image.Exif()
         exif.load(_exif_of(data))
         found = exif.get(ExifTags.Base.Orientation, 1)
-        return int(found) if found in _TRANSPOSES else 1
+        return int(found) if found in TURNS else 1
     except Exception:  # Pillow raises anything for damaged EXIF; the pixels are whole
         return 1
 
