@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mnclglf.data.errors import DataError
 
@@ -40,6 +41,8 @@ def read_file(path: Path) -> bytes:
         DataError: the file cannot be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
+            raise DataError(f"{path} is no file but a pipe or a device; remove it")
         return path.read_bytes()
     except PermissionError as error:
         raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
@@ -53,6 +56,8 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the contents are not such an image, or the image is too large.
     """
+    if not data:
+        raise DataError(f"{path} is empty")
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
@@ -66,6 +71,9 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
                 levels = np.asarray(image, dtype=np.float64) / 257
                 image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
             return _turned(np.array(image.convert("RGB")), orientation_of(data))
+    except UnidentifiedImageError as error:
+        what = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or damaged at its start"
+        raise DataError(f"{path} cannot be read as an image ({what})") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 
