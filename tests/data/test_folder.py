@@ -354,3 +354,27 @@ def test_the_log_counts_what_takes_long(
 def test_a_second_folder_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data_dir \S*nowhere .*leave out --data-dir"):
         load_dataset(f"folder:{root}", tmp_path / "nowhere")
+
+
+def test_a_class_of_corrupt_images_alone_is_not_left_out_in_silence(root: Path) -> None:
+    for name in ("cats/x.jpeg", "cats/2019/y.Png"):
+        spoil(root / name, "cut")
+    with pytest.raises(DataError, match=r"cats.*repair them, or remove"):
+        load(root, skip_corrupt=True)
+
+
+def test_what_is_no_file_is_corrupt_and_not_waited_for(root: Path) -> None:
+    os.mkfifo(root / "dogs" / "pipe.png")
+    with pytest.raises(DataError, match=r"dogs/pipe\.png is no file.*remove"):
+        load(root)
+    assert len(load(root, skip_corrupt=True)[0]) == 5
+
+
+def test_an_empty_file_and_another_format_are_said_in_words(root: Path) -> None:
+    (root / "dogs" / "b.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"dogs/b\.png is empty"):
+        load(root)
+    (root / "dogs" / "b.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"dogs/b\.png cannot be read as an image .*JPEG, PNG, WEBP or BMP") as raised:
+        load(root)
+    assert "BytesIO" not in str(raised.value)

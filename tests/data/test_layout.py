@@ -92,7 +92,8 @@ def test_train_alone_is_the_folder_of_the_classes(root: Path, tmp_path: Path) ->
         ("train", "valid"), ("Train", "Val"), ("TRAIN", "TEST"), ("training", "validation"),
         ("training_set", "test_set"),
         ("train", "dev"), ("train2017", "val2017"), ("trainset", "testset"), ("seg_train", "seg_test"),
-        ("train-images", "test images"),
+        ("train-images", "test images"), ("TrainImages", "ValImages"), ("traindata", "testdata"), ("_train", "val "),
+        ("train-2017", "val-2017"), ("\uff34\uff32\uff21\uff29\uff2e", "\uff36\uff21\uff2c"),  # full width
     ],
 )  # fmt: skip
 def test_every_usual_spelling_of_a_split_is_one(tmp_path: Path, train: str, tested: str) -> None:
@@ -119,6 +120,17 @@ def test_valid_is_not_dropped_where_there_is_test(tmp_path: Path, caplog: pytest
         (("train/a/0.png", "Training/a/1.png", "val/a/2.png"), r"Training, train.*rename one"),
         (("val/a/0.png", "test/a/1.png"), r"test, val and no train; rename"),
         (("test/a/0.png",), r"test and no train; rename"),
+        (("train256/a/0.png", "val256/a/1.png"), r"train256 and val256.*rename them to train and val"),
+        (("trains/a/0.png", "tests/a/1.png"), r"tests and trains.*rename them to train and val"),
+        (("minitrain/a/0.png", "minival/a/1.png"), r"minitrain and minival.*rename them to train and val"),
+        (("train_jpg/0.png", "val_jpg/1.png"), r"train_jpg, val_jpg.*rename them to train and val"),
+        (("train1/0.png", "test1/1.png", "test2/2.png"), r"test1, test2, train1.*rename them to train and val"),
+        (("train/0.png", "hold-out/1.png"), r"hold-out, train.*rename them to train and val"),
+        (("train/0.png", "unlabeled/1.png"), r"train, unlabeled.*rename them to train and val"),
+        (("tr/a/0.png", "te/a/1.png"), r"te, tr.*rename them to train and val"),
+        (("images/train/a/0.png", "images/val/a/1.png"), r"images holds train, val.*folder:\S*images"),
+        (("a/Train/0.png", "a/test/1.png", "b/Train/2.png", "b/test/3.png"), r"a holds Train, test.*Train/a"),
+        (("train/a/train/0.png", "train/a/val/1.png", "val/a/2.png"), r"a holds train, val.*rename"),
     ],
 )
 def test_what_may_be_a_split_is_refused_with_what_to_rename(tmp_path: Path, names: tuple[str, ...], named: str) -> None:
@@ -131,6 +143,15 @@ def test_classes_may_have_the_name_of_a_part(tmp_path: Path) -> None:
     assert load(lay_out(tmp_path / "y", "valid/0.png", "invalid/1.png"))[0].classes == ("invalid", "valid")
     train, test = load(lay_out(tmp_path / "z", "train/test/0.png", "train/plane/1.png", "train/train/2.png"))
     assert (train.classes, test) == (("plane", "test", "train"), None)
+    for name, classes in (
+        ("trains", ("contest", "train_station")), ("words", ("invalid", "train")), ("numbers", ("test1", "test2")),
+        ("countries", ("de", "te", "tr")), ("letters", ("cat_rain", "test\u00e9")),
+        ("mixed", ("Train", "car", "plane")),
+    ):  # fmt: skip
+        lay_out(tmp_path / name, *(f"{folder}/0.png" for folder in classes))
+        assert load(tmp_path / name)[0].classes == classes
+    root = lay_out(tmp_path / "years", "cats/2019/0.png", "dogs/2019/1.png", "tr/2019/2.png")
+    assert load(root)[0].classes == ("cats", "dogs", "tr")
 
 
 def test_one_folder_is_not_both_parts(tmp_path: Path) -> None:
@@ -213,6 +234,28 @@ def test_a_class_whose_images_are_another_s_says_so(root: Path) -> None:
 
 
 def test_folders_of_systems_are_no_classes(root: Path) -> None:
-    for name in ("__MACOSX/cats/._x.png", "@eaDir/thumb.jpg", ".ipynb_checkpoints/a.png", "cats/@eaDir/x.png"):
+    for name in (
+        "__MACOSX/cats/._x.png",
+        "@eaDir/thumb.jpg",
+        ".ipynb_checkpoints/a.png",
+        "cats/@eaDir/x.png",
+        "#recycle/x.png",
+        "__pycache__/x.png",
+    ):
         write(root / name)
     assert len(load(root)[0]) == 5
+
+
+def test_a_picture_of_ours_is_no_image_whatever_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = lay_out(tmp_path / "x", "a/0.png", "b/1.png", "b/folder-2-images.png")  # the last is a user's own
+    before, _ = load(root)
+    assert before.paths == ("a/0.png", "b/1.png", "b/folder-2-images.png")
+    inspect_source((before, None), root / "a" / "of digits.png", Console(file=io.StringIO()))
+    for _ in range(2):  # the second time from the index
+        caplog.clear()
+        after, _ = load(root)
+        assert (after.paths, after.fingerprint()) == (before.paths, before.fingerprint())
+        assert "of digits.png" in caplog.text
+    shutil.move(root / "a" / "of digits.png", root / "a" / "0.png")
+    with pytest.raises(DataError, match=r"no image of class a .*repair them, or remove"):
+        load(root)

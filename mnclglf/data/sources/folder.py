@@ -18,7 +18,7 @@ from mnclglf.config import FOLDER, DataConfig
 from mnclglf.data.decoding import decode_image, orientation_of, read_file
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
-from mnclglf.data.sources.layout import few, find_images, find_splits
+from mnclglf.data.sources.layout import few, find_images, find_splits, is_drawn, report_pictures
 from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir
 from mnclglf.runs.files import write_atomically
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 8  # pixels
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
+_DRAWN = "is a picture that mnclglf drew"
 _MANY = 2000  # number of files from which on a message says that reading takes a while
 
 
@@ -74,10 +75,17 @@ class Folder(Source):
     ) -> ImageFiles:
         paths, labels, classes = find_images(root, classes)
         found = examine(root, paths)
+        report_pictures(
+            root, [root / path for path, entry in zip(paths, found, strict=True) if entry.problem == _DRAWN]
+        )
         whole = np.array([not entry.problem for entry in found])
-        if not whole.all():
+        if not all(entry.problem in ("", _DRAWN) for entry in found):
             _report_corrupt(root, paths, found, skip_corrupt)
         kept = [number for number in range(len(paths)) if whole[number]]
+        unusable = set(labels) - {labels[number] for number in kept}
+        if unusable and split == "train":
+            names = few([classes[label] for label in sorted(unusable)]) if classes else "any"
+            raise DataError(f"{root} has no image of class {names} that can be used; repair them, or remove its folder")
         orientations = np.array([found[number].orientation for number in kept], dtype=np.uint8)
         return ImageFiles(
             name=self.name,
@@ -144,6 +152,8 @@ def _look(path: Path) -> Examined:
     before = stamp(path)
     try:
         data = read_file(path)
+        if is_drawn(data):
+            return Examined(before, problem=_DRAWN)
         pixels = decode_image(data, path)
     except DataError as error:
         return Examined(before, problem=str(error).removeprefix(f"{path} "))
@@ -159,7 +169,8 @@ def _look(path: Path) -> Examined:
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
     """Warns of the number of corrupt files if they may be skipped; else raises DataError that names the first."""
-    corrupt = [f"{path} {entry.problem}" for path, entry in zip(paths, found, strict=True) if entry.problem]
+    bad = [(path, entry) for path, entry in zip(paths, found, strict=True) if entry.problem not in ("", _DRAWN)]
+    corrupt = [f"{path} {entry.problem}" for path, entry in bad]
     count = f"{len(corrupt)} of {len(paths)} image files of {root} cannot be used"
     if not skip:
         raise DataError(

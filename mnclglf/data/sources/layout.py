@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from mnclglf.config import FOLDER
@@ -25,14 +27,23 @@ UNREAD = {
 """Suffixes of image files that Pillow and DALI do not both read to the same pixels."""
 PICTURES = ("-images.png", "-views.png")
 """Ends of the names of the pictures that `mnclglf data` draws."""
-_OF_SYSTEMS = frozenset(("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"))
+_OF_SYSTEMS = {
+    *("__macosx", "__pycache__", "@eadir", "#recycle", "#snapshot", "lost+found", "$recycle.bin"),
+    "system volume information",
+}
 _SPLITS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
-_FILLERS = frozenset(("data", "dataset", "image", "images", "img", "imgs", "seg", "set", "split"))
+_FILLERS = ("data", "dataset", "image", "images", "img", "imgs", "seg", "set", "split")
+_SPLIT_NAME = re.compile(f"(?:{'|'.join(_FILLERS)})*({'|'.join(_SPLITS)})(?:{'|'.join(_FILLERS)})*")
+# What else a part may be called: too vague to read such folders as a split, and enough to ask.
+_HINTS = {**_SPLITS, "holdout": "val", "heldout": "val"}
+_HINT_STARTS = {"train": "train", "valid": "val", "eval": "val", "test": "test"}
+_ABBREVIATIONS = {"tr": "train", "va": "val", "te": "test", "unlabeled": "unlabeled", "unlabelled": "unlabeled"}
 _NAMED = 5  # names in a message
+_BEGINNING = 1024  # bytes of a picture that hold the name of the program that drew it
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
@@ -52,6 +63,7 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
     complete = "train" in parts and len(parts) > 1
     if not parts or (classes and not complete):
         _refuse_hidden_split(root, folders)
+        _refuse_inner_split(root, folders)
         return root, None
     twice = next((found for found in parts.values() if len(found) > 1), None)
     if twice is not None:
@@ -78,32 +90,55 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
         raise DataError(
             f"{tests[0]} is the same folder as {train}; remove it, and hold images out with --validation-images"
         )
+    _refuse_inner_split(train, [folder for folder in _folders(train) if _holds_image(folder)])
     return train, tests[0] if tests else None
 
 
 def split_of(name: str) -> str | None:
     """Returns train, val or test for a usual spelling of it in a folder's name, e.g. Valid, test_set or train2017."""
-    words = _words(name)
-    rest = [word for word in words if word not in _SPLITS]
-    found = {_SPLITS[word] for word in words if word in _SPLITS}
-    return found.pop() if len(found) == 1 and _FILLERS.issuperset(rest) else None
+    lower = unicodedata.normalize("NFKC", name).lower()
+    found = _SPLIT_NAME.fullmatch(re.sub(r"(?<!\d)(19|20)\d\d(?!\d)|[\W_]+", "", lower))
+    return _SPLITS[found[1]] if found else None
 
 
-def _words(name: str) -> list[str]:
-    words = [re.sub(r"(19|20)\d\d$", "", word) for word in re.split("[^a-z0-9]+", name.lower())]
-    return [word.removesuffix("set") if word.removesuffix("set") in _SPLITS else word for word in words if word]
+def _hints(name: str, vague: Mapping[str, str] = MappingProxyType({})) -> set[str]:
+    """Returns the parts of a split that a folder's name may mean; `vague` names further words."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    words = re.findall(r"[^\W\d_]+", spaced.lower())
+    known = {**_HINTS, **vague}
+    found = {known[word] for word in (*words, "".join(words)) if word in known}
+    found |= {part for word in words for start, part in _HINT_STARTS.items() if word.startswith(start)}
+    return found | {"train" for word in words if word.endswith("train")}
 
 
 def _refuse_hidden_split(root: Path, folders: Sequence[Path]) -> None:
-    """Raises DataError if a folder named after a split has a subfolder of the same name as one beside it."""
+    """Raises DataError if classes may be a split: by all their names, or by one and by subfolders of the same names."""
+    remedy = (
+        "if these are a split, rename them to train and val; if all are classes, move all into a folder named train"
+    )
     inside = {folder: {inner.name for inner in _folders(folder)} for folder in folders}
     for folder, names in inside.items():
         for other, others in inside.items():
-            if other != folder and names & others and any(word in _SPLITS for word in _words(folder.name)):
+            if other != folder and names & others and _hints(folder.name):
                 raise DataError(
-                    f"{root} holds {folder.name} and {other.name}, both with {few(sorted(names & others))}: if these "
-                    "are a split, rename them to train and val; if all are classes, move all into a folder named train"
+                    f"{root} holds {folder.name} and {other.name}, both with {few(sorted(names & others))}: {remedy}"
                 )
+    meant = [_hints(folder.name, _ABBREVIATIONS) for folder in folders]
+    parts = set[str]().union(*meant)
+    if all(meant) and "train" in parts and len(parts) > 1:
+        raise DataError(f"{root} holds {few(folders)}: {remedy}")
+
+
+def _refuse_inner_split(root: Path, folders: Sequence[Path]) -> None:
+    """Raises DataError if a class holds a split, so that its images to test on would be trained on."""
+    for folder in folders:
+        inner = [path for path in _folders(folder) if split_of(path.name) and _holds_image(path)]
+        parts = {split_of(path.name): path for path in inner}
+        if "train" in parts and len(parts) > 1:
+            raise DataError(
+                f"{folder} holds {few(inner)}: for this split give {FOLDER}{folder}; if each class has one, move them "
+                f"to {root / parts['train'].name / folder.name} and so on; if they are no split, rename them"
+            )
 
 
 def find_images(root: Path, known: tuple[str, ...] | None = None) -> tuple[list[str], list[int], tuple[str, ...]]:
@@ -201,14 +236,19 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_picture(path: Path) -> bool:
-    """Returns whether a file is a picture that `mnclglf data` drew."""
-    if not path.name.endswith(PICTURES) or path.name.startswith("folder-"):
-        return path.name.endswith(PICTURES)
+    """Returns whether a file is a picture that `mnclglf data` drew under its usual name."""
+    if not path.name.endswith(PICTURES) or not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
-            return b"Software\0mnclglf" in file.read(1024)
+            return is_drawn(file.read(_BEGINNING))
     except OSError:  # reported as corrupt, as any image that cannot be read
         return False
+
+
+def is_drawn(data: bytes) -> bool:
+    """Returns whether the contents of a file are a picture of ours, by the program that it names."""
+    return b"Software\0mnclglf" in data[:_BEGINNING]
 
 
 def _is_run(folder: Path) -> bool:
@@ -236,6 +276,12 @@ def few(names: Sequence[Path] | Sequence[str]) -> str:
     """Returns the first names of a sequence, for a message."""
     shown = [name.name if isinstance(name, Path) else name for name in names[:_NAMED]]
     return f"{', '.join(shown)}{', ...' if len(names) > _NAMED else ''}"
+
+
+def report_pictures(root: Path, pictures: Sequence[Path]) -> None:
+    """Logs which pictures of ours are left out, if there are any."""
+    if pictures:
+        logger.warning("%s: left out as pictures that mnclglf drew: %s", root, few(pictures))
 
 
 class Search:
@@ -303,5 +349,4 @@ class Search:
                 root,
                 self.unread_text(""),
             )
-        if self.pictures:
-            logger.warning("%s: left out as pictures that mnclglf drew: %s", root, few(self.pictures))
+        report_pictures(root, self.pictures)
