@@ -57,7 +57,7 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
         DataError: the contents are not such an image, or the image is too large.
     """
     if not data:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} cannot be read as an image (it is empty)")
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.

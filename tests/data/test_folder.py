@@ -372,7 +372,7 @@ def test_what_is_no_file_is_corrupt_and_not_waited_for(root: Path) -> None:
 
 def test_an_empty_file_and_another_format_are_said_in_words(root: Path) -> None:
     (root / "dogs" / "b.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"dogs/b\.png is empty"):
+    with pytest.raises(DataError, match=r"dogs/b\.png .*is empty"):
         load(root)
     (root / "dogs" / "b.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"dogs/b\.png cannot be read as an image .*JPEG, PNG, WEBP or BMP") as raised:
