@@ -52,7 +52,7 @@ class TinyImageNet(Source):
             download([URL], folder / ARCHIVE, MD5)
             root = _find(folder)
         if root is None:
-            raise missing("TinyImageNet", f"{FOLDER}/ or {ARCHIVE}", [folder])
+            raise missing("TinyImageNet", f"{FOLDER}/ or {ARCHIVE}", [folder], request)
         classes = _classes(root)
         train = [(path, label) for label, wnid in enumerate(classes) for path in _class_files(root, wnid)]
         names = _class_names(root, classes)
