@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
             if image.format == "BMP":
                 _check_bmp(data)
+            if image.format == "PNG":
+                _check_png(data)
             if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
                 levels = np.asarray(image, dtype=np.float64) / 257
                 image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
@@ -104,13 +107,28 @@ def _exif_of(data: bytes) -> bytes:
     if not data.startswith(_PNG):
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.info.get("exif", b"")
-    at = len(_PNG)
-    while at + 8 <= len(data):  # Pillow finds a chunk after the pixels only when it decodes them
+    # Pillow finds a chunk after the pixels only when it decodes them.
+    return next((content for kind, content in _png_chunks(data) if kind == b"eXIf"), b"")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields kind and content of the chunks of a PNG, up to its end or to where it is cut."""
+    at, kind = len(_PNG), b""
+    while at + 8 <= len(data) and kind != b"IEND":
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if kind == b"eXIf":
-            return data[at + 8 : at + 8 + length]
+        yield kind, data[at + 8 : at + 8 + length]
         at += 12 + length
-    return b""
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError for an animation whose still image is none of its frames: DALI reads the first frame."""
+    before = set[bytes]()
+    for kind, _ in _png_chunks(data):
+        if kind == b"IDAT":
+            break
+        before.add(kind)
+    if b"acTL" in before and b"fcTL" not in before:
+        raise ValueError("an animated PNG with a still image of its own: convert it to a PNG of one image")
 
 
 def _check_bmp(data: bytes) -> None:
