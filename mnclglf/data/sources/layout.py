@@ -215,14 +215,15 @@ def _folders(root: Path) -> list[Path]:
         DataError: the folder cannot be listed.
     """
     try:
-        return sorted(path for path in root.iterdir() if _is_visible(path.name) and path.is_dir())
+        return sorted(path for path in root.iterdir() if is_visible(path.name) and path.is_dir())
     except PermissionError as error:
         raise DataError(
             f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away"
         ) from error
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
+    """Returns whether a file or folder may be a user's: it is neither hidden nor an operating system's."""
     return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
@@ -232,7 +233,7 @@ def _holds_image(folder: Path) -> bool:
 
 def _is_image(path: Path) -> bool:
     """Returns whether the name is that of an image; a broken link counts, and is later reported as corrupt."""
-    return path.suffix.lower() in SUFFIXES and _is_visible(path.name) and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES and is_visible(path.name) and not path.is_dir()
 
 
 def _is_picture(path: Path) -> bool:
@@ -299,7 +300,7 @@ class Search:
 
     def counts(self, path: Path) -> bool:
         """Returns whether a file is an image to read, and notes one that is left out."""
-        if path.suffix.lower() in UNREAD and _is_visible(path.name) and not path.is_dir():
+        if path.suffix.lower() in UNREAD and is_visible(path.name) and not path.is_dir():
             self.unread[path.suffix.lower()] += 1
         if not _is_image(path):
             return False
@@ -333,7 +334,7 @@ class Search:
                 inner.clear()
                 continue
             seen.add(real)
-            inner[:] = sorted(name for name in inner if _is_visible(name))
+            inner[:] = sorted(name for name in inner if is_visible(name))
             yield from (path for path in (Path(at, name) for name in files) if self.counts(path))
 
     def unread_text(self, start: str) -> str:
