@@ -22,6 +22,7 @@ from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.sources import cache_dir, folder
+from mnclglf.data.sources.source import Stamp
 
 
 @pytest.fixture(autouse=True)
@@ -378,3 +379,27 @@ def test_an_empty_file_and_another_format_are_said_in_words(root: Path) -> None:
     with pytest.raises(DataError, match=r"dogs/b\.png cannot be read as an image .*JPEG, PNG, WEBP or BMP") as raised:
         load(root)
     assert "BytesIO" not in str(raised.value)
+
+
+def test_the_stamp_knows_the_place_on_the_disk() -> None:
+    status = os.stat_result((0o644, 1, 0, 1, 0, 0, 9, 0, 0, 0))
+    moved = os.stat_result((0o644, 2, 0, 1, 0, 0, 9, 0, 0, 0))
+    assert Stamp.of(status) != Stamp.of(moved)
+
+
+def test_what_makes_other_images_and_what_does_not(root: Path) -> None:
+    image = pixels(20, 20)
+    write(root / "dogs/b.png", image)
+    before = load(root)[0].fingerprint()
+    image[-1, -1] ^= 1  # the last pixel alone
+    write(root / "dogs/b.png", image)
+    assert load(root)[0].fingerprint() != before
+    image[-1, -1] ^= 1
+    write(root / "dogs/b.png", image)
+    os.utime(root / "dogs/a.JPG")
+    write(root / "dogs/.hidden.png")
+    assert load(root)[0].fingerprint() == before
+    for old, new in (("dogs/b.png", "cats/b.png"), ("dogs/b.png", "dogs/d.png"), ("dogs", "wolves"), ("dogs", "ants")):
+        (root / old).rename(root / new)
+        assert load(root)[0].fingerprint() != before
+        (root / new).rename(root / old)
