@@ -395,7 +395,7 @@ def name_unread(config: RunConfig, arguments: Sequence[str]) -> None:
 def look(command: Inspect | Views, console: Console) -> None:
     """Runs `data inspect` or `data views`."""
     from mnclglf.data.datasets import load_dataset
-    from mnclglf.data.sources.folder import check_picture
+    from mnclglf.data.sources.layout import check_picture
     from mnclglf.reports.sources import inspect_source, show_views
 
     kind = "views" if isinstance(command, Views) else "images"

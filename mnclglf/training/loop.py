@@ -37,7 +37,7 @@ from mnclglf.training.health import effective_rank, feature_std, neighbor_agreem
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import Forward, compiled, or_eager, share_casts
-from mnclglf.training.start import saved_statistics, start_training
+from mnclglf.training.start import changed_images, saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -225,10 +225,13 @@ class Trainer:
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
                 "anew in another --out"
             )
-        if "images" in state and not self.images.matches(state["images"]):
+        changed = changed_images(self.started.data, state)
+        moved = json.loads(state["config"])["dataset"] != self.config.dataset  # then it must be the same folder
+        if "train" in changed or (changed and moved):
             raise CheckpointError(
-                f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
-                "them); put the old ones back, or start anew in another --out"
+                f"{checkpoint} was trained on other images than {self.images.name} now holds (other "
+                f"{' and '.join(changed)} images; {len(self.images)} to train on); put the old ones back, or start "
+                "anew in another --out"
             )
         # A run of an earlier version has no record of its milestones; its settings say what was promised to be kept.
         every = {self.config.engine.keep_every}

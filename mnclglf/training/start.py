@@ -24,6 +24,7 @@ from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.sources import source_of
 from mnclglf.data.splits import split_train
 from mnclglf.methods import METHODS, Method
 from mnclglf.runs.checkpoint import load_state
@@ -170,6 +171,8 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
     name, place = config.dataset, data_dir or config.data.data_dir
     if name.startswith(FOLDER):
         name, place = (name if data_dir is None else f"{FOLDER}{data_dir}"), None
+    elif data_dir is None and not source_of(name).needs_files:
+        place = None  # of a run of an earlier version, which ignored it
     train, test = load_dataset(
         name,
         place,
@@ -184,9 +187,10 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
     """Returns the run with the folder of its images as it is read: of a resumed one, --data-dir is the new place.
 
     Raises:
-        ValueError: a run starts on folder:PATH with another folder as --data-dir.
+        ValueError: a run starts on folder:PATH with another folder as --data-dir, or its data set has no folder.
     """
     place = config.data.data_dir
+    source_of(config.dataset).check_folder(place)
     if place is None or not config.dataset.startswith(FOLDER):
         return config
     require(
@@ -198,13 +202,13 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
 
 
 def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
-    """Returns the parts of the images that are not those of a checkpoint's run: train, validation, test."""
+    """Returns the parts of the images that are gone or not those of a checkpoint's run: train, validation, test."""
     saved: dict[str, str] = {"train": state["images"]} if "images" in state else {}
     saved |= state.get("other_images", {})
     return [
         name
         for name, images in (("train", data.train), ("validation", data.validation), ("test", data.test))
-        if images is not None and name in saved and not images.matches(saved[name])
+        if name in saved and (images is None or not images.matches(saved[name]))
     ]
 
 
