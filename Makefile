@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself first; that takes a moment where nothing changed.
-PYTHON ?= python3.11
+PYTHON ?=
 TORCH_INDEX ?=
 DATASET ?= mnist5k
 RECIPE ?= quick
@@ -12,6 +12,10 @@ QUICK ?=
 # bench_loaders measures for minutes: a quick run leaves it out.
 BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loaders.py))
 
+# Taken as they were typed, with blanks, quotes and $; not exported: for that make would expand the $.
+unexport PYTHON TORCH_INDEX
+quoted = '$(subst ','\'',$(value $(1)))'
+
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
@@ -22,9 +26,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (see CONTRIBUTING.md)
-	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "setup: there is no $(PYTHON); install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" tools/setup_environment.py --torch-index="$(TORCH_INDEX)"
+	@python=$$($(SHELL) tools/find_python.sh $(call quoted,PYTHON)) && \
+	"$$python" tools/setup_environment.py --torch-index=$(call quoted,TORCH_INDEX)
 
 train: setup ## pre-train, then k-NN and logistic regression; DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
 	$(BIN)/mnclglf train --method mnclglf --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED) --out "$(OUT)" $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(ARGS)
