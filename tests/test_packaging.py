@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from mnclglf.cli import parse
 from mnclglf.methods import METHODS
+from tools.setup_environment import TESTED_PYTHONS
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "gpu-report"]
@@ -72,6 +73,22 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(metadata):
         needed[canonicalize_name(requirement.name)] = requirement.specifier
     assert set(pinned) == set(needed)
     assert all(needed[name].contains(version) for name, version in pinned.items())
+
+
+def test_bounds_are_the_oldest_that_ran(metadata):
+    # A torch and a triton that no run has seen are not promised; those of docs/lab/performance.md's H200 are.
+    oldest = {"torch": "2.11.0", "triton": "3.6.0"}
+    specifiers = {r.name: r.specifier for r in map(Requirement, metadata.get_all("Requires-Dist"))}
+    lab = (ROOT / "docs" / "lab" / "performance.md").read_text()
+    assert all(f"{name} {version}" in lab.lower() for name, version in oldest.items())
+    assert all(specifiers[name].contains(version) for name, version in oldest.items())
+    assert not specifiers["torch"].contains("2.10.0")
+    assert not specifiers["triton"].contains("3.5.1")
+
+
+def test_classifiers_are_the_pythons_that_setup_knows_as_tested(metadata):
+    named = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier")]
+    assert named == [f"{major}.{minor}" for major, minor in TESTED_PYTHONS]
 
 
 def test_dali_is_asked_for_on_linux_only(metadata):
