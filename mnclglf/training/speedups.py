@@ -29,7 +29,7 @@ P = ParamSpec("P")
 class Forward(Protocol):
     """A method, or a faster form of its forward with the same losses."""
 
-    def __call__(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses: ...
+    def __call__(self, views: Tensor, labels: Tensor | None = None) -> Losses: ...
 
 
 def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
@@ -91,7 +91,7 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
 
-    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
         if followed:
             casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
@@ -111,7 +111,7 @@ def compiled(method: Method, *, graphs: bool) -> Forward:
 
     one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
-    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
         # backward_pass_autocast: the backward is traced outside autocast, as it runs in eager mode; otherwise the fp32

@@ -364,7 +364,7 @@ def choose_backends(
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
         needed: Sequence[OperatorName] = (
-            (*METHODS[config.method].operators, "augment") if operators is None else operators
+            (*METHODS[config.method].operators, "batch_norm", "augment") if operators is None else operators
         )
         used: list[OperatorName] = [
             op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")

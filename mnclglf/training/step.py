@@ -69,7 +69,7 @@ class TrainStep:
             The losses and the gradient's norm before clipping, both still on the device.
         """
         # No copy if the loader already made the views channels_last.
-        views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
+        views = batch.views.contiguous(memory_format=self.memory_format)
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
         # Backward runs outside autocast, as PyTorch's documentation recommends: it uses the dtypes of the forward.
