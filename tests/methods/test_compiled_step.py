@@ -10,19 +10,19 @@ from torch._inductor import config as inductor
 
 from mnclglf.config import Stem
 from mnclglf.methods import MNCLGLF
-from mnclglf.models.batch_norm import without_batch_counters
+from mnclglf.models.batch_norm import BatchNorm, Stack, without_batch_counters
 from mnclglf_kernels import Backend
 
 BACKENDS = ["torch", "triton"]
 
 
-class TinyEncoder(nn.Sequential):
+class TinyEncoder(Stack):
     """One convolution in place of a ResNet-18, whose graph costs Inductor minutes."""
 
     features = 8
 
     def __init__(self, stem: Stem, width: int) -> None:
-        norm = nn.BatchNorm2d(8)
+        norm = BatchNorm(8)
         super().__init__(
             nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
@@ -83,7 +83,7 @@ def test_interpreted_steps_are_as_accurate_as_algorithm_1_in_fp32():
     for step in range(3):
         batch = make_batch(torch.float32, first=step * N)
         losses = ours(batch)
-        plain_losses, true_losses = plain.step(*batch.views), truth.step(*(view.double() for view in batch.views))
+        plain_losses, true_losses = plain.step(*batch.each()), truth.step(*(view.double() for view in batch.each()))
         for name, value in losses.items():
             error, plain_error = (abs(x - true_losses[name]) for x in (value.item(), plain_losses[name]))
             assert error <= 4 * plain_error + 1e-5 * abs(true_losses[name]), f"{name} of step {step}"

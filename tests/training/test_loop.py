@@ -421,7 +421,7 @@ def test_milestones_of_an_earlier_version_stay(tmp_path: Path) -> None:
 
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
-    at_batch(broken, 5, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 5, lambda batch: batch.each()[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"step 6: loss_m, gradient, keys not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
@@ -608,7 +608,7 @@ def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> Non
             trainer(tmp_path / "none", method="supervised", **changes)
         assert not (tmp_path / "none").exists()
     broken = trainer(tmp_path / "broken", **changes)
-    at_batch(broken, 1, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 1, lambda batch: batch.each()[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"images (a/|b/|)\d\d\.png"):
         broken.train()
 
@@ -617,7 +617,7 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     run = trainer(tmp_path, method="supervised")
     forward, seen = run.step.forward, []
 
-    def watched(views: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
+    def watched(views: torch.Tensor, labels: torch.Tensor | None = None) -> Losses:
         seen.append((len(views), labels))
         return forward(views, labels)
 
@@ -626,7 +626,7 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     assert len(seen) == STEPS
     for step, (views, labels) in enumerate(seen):
         rows = batch_indices(CONFIG.seed, step, 128, 32)
-        assert views == 1
+        assert views == 32
         assert labels is not None
         assert labels.tolist() == digits().target[run.images.published_rows(rows)].tolist()
     records = read_records(tmp_path / "metrics.jsonl")[0]

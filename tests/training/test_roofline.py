@@ -48,7 +48,7 @@ def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
     parts = step_parts(SMALL, 16, "fp32")
     method = build_method(SMALL, torch.float32).train()
     with FlopCounterMode(display=False) as counter:
-        method([torch.randn(6, 3, 16, 16) for _ in range(3)]).total.backward()
+        method(torch.randn(18, 3, 16, 16)).total.backward()
     networks = sum(parts[name].flops for name in ("convolutions, forward", "convolutions, backward", "heads"))
     # PyTorch's form of the operators: the lookup, four products of the loss, and their gradients for the predictions.
     lookup, loss = 2 * 12 * 20 * 24, 2 * 14 * 6 * 6 * 24

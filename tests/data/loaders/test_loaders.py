@@ -125,10 +125,10 @@ def test_batches_hold_the_views_of_their_images(images: ImageArray, backend: str
         rows = batch.indices.numpy()
         np.testing.assert_array_equal(rows, batch_indices(5, step, IMAGES, BATCH))
         rendered = loader.render(rows, step // loader.steps_per_epoch)
-        for view, expected in zip(batch.views, rendered, strict=True):
+        for view, expected in zip(batch.each(), rendered, strict=True):
             assert torch.equal(view, expected)
         alone = loader.render(rows[2:3], step // loader.steps_per_epoch)
-        for view, expected in zip(batch.views, alone, strict=True):
+        for view, expected in zip(batch.each(), alone, strict=True):
             assert torch.equal(view[2:3], expected)
         seen += rows.tolist()
     assert len(set(seen[: loader.steps_per_epoch * BATCH])) == loader.steps_per_epoch * BATCH
@@ -150,13 +150,13 @@ def test_a_batch_is_what_the_model_eats(images: ImageArray, backend: str, dtype:
     (batch,) = loader_of(images, backend, dtype=dtype).batches(0, 1)
     assert batch.indices.dtype == torch.int64
     assert batch.indices.shape == (BATCH,)
-    assert len(batch.views) == 3
-    for view in batch.views:
+    assert len(batch.each()) == 3
+    for view in batch.each():
         assert view.shape == (BATCH, 3, SIDE, SIDE)
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=torch.channels_last)
     (exact,) = loader_of(images, backend).batches(0, 1)
-    for view, truth in zip(batch.views, exact.views, strict=True):
+    for view, truth in zip(batch.each(), exact.each(), strict=True):
         torch.testing.assert_close(view.float(), truth, rtol=2**-8, atol=0)  # bfloat16 keeps 8 bits
     assert not torch.equal(exact.views[0], exact.views[1])
 
@@ -198,10 +198,10 @@ def test_threads_do_not_change_the_batches(images: ImageArray) -> None:
 def test_a_batch_outlives_the_batches_after_it(images: ImageArray, backend: str) -> None:
     """Checks that DALI's memory, which is not copied, is not written again while a tensor uses it."""
     loader = loader_of(images, backend)
-    copies = [tuple(view.clone() for view in batch.views) for batch in loader.batches(0, 9)]
+    copies = [tuple(view.clone() for view in batch.each()) for batch in loader.batches(0, 9)]
     kept = list(loader.batches(0, 9))
     for batch, copy in zip(kept, copies, strict=True):
-        for view, expected in zip(batch.views, copy, strict=True):
+        for view, expected in zip(batch.each(), copy, strict=True):
             assert torch.equal(view, expected)
 
 
