@@ -224,7 +224,6 @@ def test_a_weight_is_cast_once_a_step() -> None:
         for name, _ in module.named_parameters(recurse=False)
     }
     assert names_of_casts(method, share_casts(method, torch.bfloat16), batch) == dict.fromkeys(multiplied, 1)
-    assert names_of_casts(method, method, batch)["momentum.0.conv1.weight"] == 2  # plain autocast
     assert share_casts(method, torch.float32) is method
 
 

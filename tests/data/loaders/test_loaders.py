@@ -62,7 +62,7 @@ def loader_of(images: ImageSet, backend: str, **changes: Any) -> Loader:
 
 def assert_same(one: Batch, two: Batch) -> None:
     assert torch.equal(one.indices, two.indices)
-    for first, second in zip(one.views, two.views, strict=True):
+    for first, second in zip(one.each(), two.each(), strict=True):
         assert torch.equal(first, second)
 
 
@@ -182,7 +182,7 @@ def test_the_loaders_agree(images: ImageArray, backend: str) -> None:
     ours, truth = (list(loader_of(images, name).batches(2, 7)) for name in (backend, "reference"))
     for one, two in zip(ours, truth, strict=True):
         assert torch.equal(one.indices, two.indices)
-        for first, second in zip(one.views, two.views, strict=True):
+        for first, second in zip(one.each(), two.each(), strict=True):
             # 0.25 levels (see test_parity) of about 1 / 60 deviation each
             assert (first - second).abs().mean() < 0.005
 
@@ -287,8 +287,8 @@ def test_ranks_share_out_the_batches_of_one(images: ImageArray, backend: str, ra
     parts = [list(loader_of(images, backend, rank=rank, ranks=ranks).batches(3, 7)) for rank in range(ranks)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].indices for part in parts]), batch.indices)
-        for view in range(3):
-            assert torch.equal(torch.cat([part[step].views[view] for part in parts]), batch.views[view])
+        for view, *shares in zip(batch.each(), *(part[step].each() for part in parts), strict=True):
+            assert torch.equal(torch.cat(shares), view)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(images: ImageArray) -> None:
@@ -339,7 +339,7 @@ def test_dali_reads_files_as_the_reference_does(files: ImageFiles) -> None:
     ours, truth = (list(loader_of(files, name).batches(2, 7)) for name in ("dali", "reference"))
     for one, two in zip(ours, truth, strict=True):
         assert torch.equal(one.indices, two.indices)
-        for first, second in zip(one.views, two.views, strict=True):
+        for first, second in zip(one.each(), two.each(), strict=True):
             assert (first - second).abs().mean() < 0.01  # as in test_parity; enlarged three times, some more
 
 
