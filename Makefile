@@ -1,16 +1,32 @@
 # Each target sets up .venv by itself first; that takes a moment where nothing changed.
-PYTHON ?= python3.11
+PYTHON ?=
 TORCH_INDEX ?=
+METHOD ?= mnclglf
 DATASET ?= mnist5k
 RECIPE ?= quick
 SEED ?= 0
-OUT ?= runs/$(DATASET)-$(RECIPE)-seed$(SEED)
-RUN ?= $(OUT)
+OUT ?= runs/$(run_name)
+RUN ?= $(call as_typed,OUT)
 DATA_DIR ?=
 ARGS ?=
 QUICK ?=
 # bench_loaders measures for minutes: a quick run leaves it out.
-BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loaders.py))
+BENCH ?= $(if $(filter bench/%,$(value ARGS)),,bench/ $(if $(QUICK),--ignore=bench/bench_loaders.py))
+
+# A value that was given is taken as it was typed, with its blanks, quotes and $; ARGS alone is text for the shell.
+# Not exported: for that make would expand the $ of a value.
+unexport PYTHON TORCH_INDEX METHOD DATASET RECIPE SEED OUT RUN DATA_DIR ARGS
+as_typed = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
+quoted = '$(subst ','\'',$(call as_typed,$(1)))'
+
+# folder:/a b/my photos becomes folder-my-photos, as in runs/folder-my-photos-quick-seed0.
+empty :=
+blank := $(empty) $(empty)
+one_word = $(subst $$,-,$(subst ",-,$(subst ',-,$(subst $(blank),-,$(call as_typed,$(1))))))
+folder_name = $(or $(lastword $(filter-out . ..,$(subst /, ,$(patsubst folder:%,%,$(1))))),images)
+dataset_name = $(if $(filter folder:%,$(1)),folder-$(call folder_name,$(1)),$(1))
+method_name = $(if $(filter-out mnclglf,$(1)),$(1)-)
+run_name = $(call method_name,$(call one_word,METHOD))$(call dataset_name,$(call one_word,DATASET))-$(call one_word,RECIPE)-seed$(call one_word,SEED)
 
 BIN = .venv/bin
 
@@ -19,45 +35,44 @@ BIN = .venv/bin
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (see CONTRIBUTING.md)
-	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "setup: there is no $(PYTHON); install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" tools/setup_environment.py --torch-index="$(TORCH_INDEX)"
+	@python=$$($(SHELL) tools/find_python.sh $(call quoted,PYTHON)) && \
+	"$$python" tools/setup_environment.py --torch-index=$(call quoted,TORCH_INDEX)
 
-train: setup ## pre-train, then k-NN and logistic regression; DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
-	$(BIN)/mnclglf train --method mnclglf --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED) --out "$(OUT)" $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(ARGS)
-	$(BIN)/mnclglf knn "$(OUT)"
-	$(BIN)/mnclglf logistic "$(OUT)"
+train: setup ## pre-train, then k-NN and logistic regression; METHOD, DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
+	$(BIN)/mnclglf train --method $(call quoted,METHOD) --dataset $(call quoted,DATASET) --recipe $(call quoted,RECIPE) --seed $(call quoted,SEED) --out $(call quoted,OUT) $(if $(value DATA_DIR),--data-dir $(call quoted,DATA_DIR)) $(value ARGS)
+	$(BIN)/mnclglf knn $(call quoted,OUT)
+	$(BIN)/mnclglf logistic $(call quoted,OUT)
 
 report: setup ## write the report of a run again; RUN
-	$(BIN)/mnclglf report "$(RUN)"
+	$(BIN)/mnclglf report $(call quoted,RUN)
 
 test: setup ## run the tests, one process per core; ARGS go to pytest
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(value ARGS)
 
 test-slow: setup ## run the tests marked slow (over ten seconds), which `make test` leaves out
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not aot" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not aot" $(value ARGS)
 
 test-gpu: setup ## run the tests that need a GPU; ARGS go to pytest
-	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+	MNCLGLF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(value ARGS)
 
 bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pytest; QUICK=1 takes 5 minutes
 	@mkdir -p bench/results
 	MNCLGLF_BENCH_QUICK=$(QUICK); export MNCLGLF_BENCH_QUICK; \
 	saved="bench/results/$$(date -u +%Y%m%d-%H%M%S).json" && \
-	$(BIN)/python -m pytest $(BENCH) --benchmark-json="$$saved" -W "ignore:Not saving anything" $(ARGS) && \
+	$(BIN)/python -m pytest $(BENCH) --benchmark-json="$$saved" -W "ignore:Not saving anything" $(value ARGS) && \
 	if [ -e "$$saved" ]; then $(BIN)/python -m bench.draw "$$saved"; fi
 
 bench-compare: setup ## list ratios that fell since the last results; ARGS may name two files
-	$(BIN)/python -m bench.compare $(ARGS)
+	$(BIN)/python -m bench.compare $(value ARGS)
 
 gpu-report: setup ## everything that needs a GPU to be measured or checked, into bench/results/gpu-report.md
-	$(BIN)/python -m bench.gpu_report $(ARGS)
+	$(BIN)/python -m bench.gpu_report $(value ARGS)
 
 check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
-	$(BIN)/python -m pytest tests/kernels/test_aot.py -m aot $(ARGS)
+	$(BIN)/python -m pytest tests/kernels/test_aot.py -m aot $(value ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -66,8 +81,8 @@ check: setup ## format, lint and types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python -p pyright-basic.json
 
 docs: setup ## build the documentation into build/docs/; warnings are errors
-	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(ARGS)
-	@echo 'documentation: $(CURDIR)/build/docs/index.html'
+	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(value ARGS)
+	@printf 'documentation: %s/build/docs/index.html\n' "$$(pwd)"
 
 clean: ## delete .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

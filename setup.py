@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # those that were run
     # The kernels lie one folder down: a top-level package `kernels` would shadow the one on PyPI.
     package_dir={"mnclglf_kernels": "kernels/mnclglf_kernels"},
     packages=find_packages(include=["mnclglf*"]) + find_packages("kernels"),
@@ -19,9 +20,10 @@ setup(
     },
     entry_points={"console_scripts": ["mnclglf = mnclglf.cli:main"]},
     install_requires=[
-        "torch>=2.14",
-        "torchvision>=0.29",
-        "triton>=3.8; sys_platform == 'linux'",
+        # The oldest that ran (torch 2.11 requires these two): docs/lab/performance.md, on an H200.
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; sys_platform == 'linux'",
         "numpy>=2.0",
         "pillow>=11",
         "scikit-learn>=1.6",

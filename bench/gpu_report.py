@@ -2,8 +2,7 @@
 
 Each stage (gpu_stages.py) is a process of its own with a time limit (`python -m bench.gpu_report --stage NAME`), so
 that a stage which fails, hangs or takes the process down leaves the others. A stage that did not run is listed with its
-reason. Both files are written whole after every stage. Where the stages in PROOF pass, that is remembered, and from
-then on a run replays CUDA graphs by default.
+reason. Both files are written whole after every stage.
 """
 
 from __future__ import annotations
@@ -24,16 +23,12 @@ from typing import Literal
 
 import torch
 
-from bench.gpu_stages import DEVICE, STAGES, WRONG, Figures, Stage
+from bench.gpu_stages import STAGES, WRONG, Figures, Stage
 from mnclglf.runs.files import write_atomically
-from mnclglf.training.start import remember_proof
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "figures: "  # begins the output line that holds a stage's figures
 Outcome = Literal["passed", "failed", "timed out", "not run"]
-
-PROOF = {"kernels", "tests", "compiled_operators", "cuda_graphs", "triton", "compile", "graphs"}
-"""The stages that must pass before CUDA graphs are replayed by default."""
 
 
 @dataclass
@@ -131,9 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = report(STAGES, options.out, [sys.executable, "-m", "bench.gpu_report", "--stage"])
     print(f"wrote {options.out.with_suffix('.md')} and {options.out.with_suffix('.json')}; attach them to an issue")
-    if {result.stage for result in results if result.outcome == "passed"} >= PROOF:
-        remember_proof(DEVICE)
-        print("from now on `mnclglf train` replays CUDA graphs on this machine; --graphs off turns that off")
     return int(any(result.outcome in ("failed", "timed out") for result in results))
 
 

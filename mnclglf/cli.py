@@ -33,6 +33,7 @@ from mnclglf.config import (
     MethodName,
     RecipeName,
     RunConfig,
+    UsageError,
     default_folder,
     require,
     require_numbers,
@@ -218,6 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(command, LastingConsole())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except UsageError as error:  # a setting that does not fit the images, the machine or the run
+        say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
+        return WRONG_USAGE
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         say(Console(stderr=True), f"mnclglf: {error}", style="bold red")
         return 1
@@ -258,10 +262,12 @@ def check_usage(command: Command) -> None:
             table.run(command.only)  # raises for a name that is not in the table
     if isinstance(command, Train) and not command.print_config:
         from mnclglf.training.optim import check_optimizer
-        from mnclglf.training.start import check_queue
+        from mnclglf.training.start import check_predictor, check_queue, choose_device
 
         check_queue(command.config)
         check_optimizer(command.config.optim.optimizer)
+        check_predictor(command.config)
+        choose_device(command.config.engine)
 
 
 def parsed(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
@@ -389,7 +395,7 @@ def name_unread(config: RunConfig, arguments: Sequence[str]) -> None:
 def look(command: Inspect | Views, console: Console) -> None:
     """Runs `data inspect` or `data views`."""
     from mnclglf.data.datasets import load_dataset
-    from mnclglf.data.sources.folder import check_picture
+    from mnclglf.data.sources.layout import check_picture
     from mnclglf.reports.sources import inspect_source, show_views
 
     kind = "views" if isinstance(command, Views) else "images"

@@ -41,10 +41,14 @@ FOLDER = "folder:"
 """Prefix of a data set's name that stands for a folder of image files: folder:PATH."""
 
 
+class UsageError(ValueError):
+    """A setting does not work as it was given, by itself or for this run; the command line exits with 2."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message`, which names the value and the remedy, unless the condition holds."""
+    """Raises UsageError with `message`, which names the value and the remedy, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_numbers(settings: Any) -> None:
@@ -285,7 +289,8 @@ class EngineConfig:
     compile: Switch = "auto"
     """Compile the forward as one graph of torch.compile, which takes minutes before the first step. auto: on a GPU."""
     graphs: Switch = "auto"
-    """Replay CUDA graphs of the compiled forward. auto: once `make gpu-report` has passed on this GPU."""
+    """Replay CUDA graphs of the compiled forward. auto: if replays of the first batch are bit-equal to the
+    compiled step. on: error if they are not."""
     log_every: int = 10
     """Steps between two records of metrics."""
     save_every: float = 1.0

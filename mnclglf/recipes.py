@@ -123,9 +123,11 @@ TUNED: dict[MethodName, RunConfig] = {
     ),
     # Table 2 holds the authors' own settings.
     "mnclglf": RunConfig(),
-    # The input of the released code.
+    # The released code: its input, clip_norm, and the predictor's "Constant LR for group2" (lambda_scheduler.py).
     "mnclglf_official": RunConfig(
-        data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet"), optim=OptimConfig(clip_norm=1.0)
+        data=DataConfig(image_size=224),
+        model=ModelConfig(stem="imagenet"),
+        optim=OptimConfig(constant_predictor_lr=True, clip_norm=1.0),
     ),
 }
 

@@ -120,9 +120,7 @@ def test_wrong_usage_is_named_with_a_remedy(arguments: str, named: str, capsys: 
         ("linear nowhere", "nowhere/config.json does not exist"),
         ("report nowhere", "nowhere"),
         ("train --dataset cifar10 --data-dir nowhere", "CIFAR-10's files are missing"),
-        (TINY.replace("--batch-size 64", "--batch-size 80 --train-images 40"), "fewer than one batch of 80"),
         (f"{TINY} --resume missing.pt", "missing.pt is no file; --resume takes auto, never or"),
-        (f"{TINY} --graphs on", "graphs on asks for CUDA graphs, and this run is on the CPU"),
         (f"{TINY} --kernels require", "backend 'triton' needs CUDA tensors"),
     ],
 )
@@ -148,15 +146,29 @@ def test_an_error_is_one_line_without_a_traceback(
         ("reproduce table3 --seeds 0", "seeds 0 must be at least 1"),
         ("reproduce table3 --scale small --dataset cifar10", "dataset cifar10 was given, but"),
         ("reproduce table6 --only x", "only 'x' is no run of table6"),
+        ("train --method simclr --constant-predictor-lr --data-dir nowhere", "SimCLR has no predictor; leave"),
+        (
+            "train --device cpu --graphs on --data-dir nowhere",
+            "graphs on asks for CUDA graphs, and this run is on the CPU",
+        ),
+        (f"{TINY} --train-images 40", "40 training images, fewer than one batch of 64"),
+        (f"{TINY} --train-images 4000000", "train_images"),
+        (f"{TINY} --blur-kernel 99 --blur-probability 0.5", "blur_kernel 99 is too wide"),
+        (
+            "train --dataset digits --recipe quick --method supervised --classes 3 --device cpu",
+            "classes 3 are fewer than the 10",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_wrong_usage(
-    arguments: str, named: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(shlex.split(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("mnclglf: ")
     assert named in error
+    assert not list(tmp_path.iterdir())  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -321,14 +333,14 @@ def test_runs_that_cannot_be_averaged_are_refused(tmp_path: Path, capsys: pytest
     first = tmp_path / "first"
     first.mkdir()
     (first / "config.json").write_text(json.dumps(to_dict(quick("mnclglf", "digits"))))
-    assert main(["knn", str(first), f"{first}/../first"]) == 1
+    assert main(["knn", str(first), f"{first}/../first"]) == 2
     assert "one run is named twice; name each once" in capsys.readouterr().err
     other = copied(first, "other", "optim", lr=0.2)
-    assert main(["knn", str(first), str(other)]) == 1
+    assert main(["knn", str(first), str(other)]) == 2
     error = capsys.readouterr().err
     assert f"{other} differs from {first} in more than its seed (optim.lr: 0.1 -> 0.2)" in error
     third = copied(first, "third", None, seed=1)
-    assert main(["linear", str(first), str(third), "--checkpoint", "x.pt"]) == 1
+    assert main(["linear", str(first), str(third), "--checkpoint", "x.pt"]) == 2
     assert "checkpoint x.pt is of one run, and 2 are named; give --milestones to" in capsys.readouterr().err
 
 
@@ -345,7 +357,7 @@ def test_runs_at_different_steps_are_not_averaged(
         (run / "config.json").write_text(json.dumps(to_dict(config)))
         for saved in (3, step):
             (run / "checkpoints" / f"step-{saved:08d}.pt").touch()
-    assert main(["knn", *map(str, runs)]) == 1
+    assert main(["knn", *map(str, runs)]) == 2
     steps = f"{runs[0]} 12, {runs[1]} 12, {runs[2]} 7"
     assert f"the newest checkpoints are of different steps ({steps}): train each run to its end" in (
         capsys.readouterr().err
@@ -359,7 +371,7 @@ def test_runs_at_different_steps_are_not_averaged(
 def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "run")
     assert main([*shlex.split(TINY.replace("--validation-images 64", "--epochs 1")), "--out", out]) == 0
-    assert main(["knn", out, "--split", "validation"]) == 1
+    assert main(["knn", out, "--split", "validation"]) == 2
     assert "held no images out; train with --validation-images" in capsys.readouterr().err
 
 
@@ -468,14 +480,20 @@ def test_wrong_usage_of_looks_is_named(arguments: str, named: str, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("data inspect folder:absent", "absent is not a folder"),
         ("data inspect digits --out nowhere/x.png", "there is no folder nowhere"),
         ("data views digits --side 2", "blur_kernel 5 is too wide for views of side 2"),
+        ("data views folder:photos --images 90", "90 images cannot be shown of 80"),
     ],
 )
 def test_wrong_looks_are_named(arguments: str, named: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(shlex.split(arguments)) == 1
+    assert main(shlex.split(arguments)) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_missing_folder_to_look_at_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("data inspect folder:absent")) == 1
+    assert "absent is not a folder" in capsys.readouterr().err
 
 
 def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

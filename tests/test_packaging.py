@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from mnclglf.cli import parse
+from mnclglf.methods import METHODS
+from tools.setup_environment import TESTED_PYTHONS
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "gpu-report"]
@@ -70,6 +75,22 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(metadata):
     assert all(needed[name].contains(version) for name, version in pinned.items())
 
 
+def test_bounds_are_the_oldest_that_ran(metadata):
+    # A torch and a triton that no run has seen are not promised; those of docs/lab/performance.md's H200 are.
+    oldest = {"torch": "2.11.0", "triton": "3.6.0"}
+    specifiers = {r.name: r.specifier for r in map(Requirement, metadata.get_all("Requires-Dist"))}
+    lab = (ROOT / "docs" / "lab" / "performance.md").read_text()
+    assert all(f"{name} {version}" in lab.lower() for name, version in oldest.items())
+    assert all(specifiers[name].contains(version) for name, version in oldest.items())
+    assert not specifiers["torch"].contains("2.10.0")
+    assert not specifiers["triton"].contains("3.5.1")
+
+
+def test_classifiers_are_the_pythons_that_setup_knows_as_tested(metadata):
+    named = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier")]
+    assert named == [f"{major}.{minor}" for major, minor in TESTED_PYTHONS]
+
+
 def test_dali_is_asked_for_on_linux_only(metadata):
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     dali = [requirement for requirement in requirements if requirement.name.startswith("nvidia-dali")]
@@ -117,13 +138,64 @@ def test_target_sets_up_the_environment_before_it_runs_it(target):
     assert 0 <= printed.index("tools/setup_environment.py") < printed.index(".venv/bin/")
 
 
+def commands(*arguments: str) -> list[list[str]]:
+    """Returns the words of each `mnclglf` command that make would run."""
+    lines = make("--dry-run", *arguments).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith(".venv/bin/mnclglf ")]
+
+
 def test_make_train_hands_its_choices_on():
-    printed = make("--dry-run", "train", "DATASET=cifar10", "RECIPE=paper", "SEED=3", "ARGS=--epochs 7")
     run = "runs/cifar10-paper-seed3"
-    assert f'train --method mnclglf --dataset cifar10 --recipe paper --seed 3 --out "{run}"  --epochs 7\n' in printed
-    assert f'.venv/bin/mnclglf knn "{run}"\n.venv/bin/mnclglf logistic "{run}"\n' in printed
-    assert '--data-dir "/data sets"' in make("--dry-run", "train", "DATA_DIR=/data sets")
-    assert 'report "elsewhere"' in make("--dry-run", "report", "RUN=elsewhere")
+    train, knn, logistic = commands("train", "DATASET=cifar10", "RECIPE=paper", "SEED=3", "ARGS=--epochs 7")
+    assert train == shlex.split(
+        f"train --method mnclglf --dataset cifar10 --recipe paper --seed 3 --out {run} --epochs 7"
+    )
+    assert (knn, logistic) == (["knn", run], ["logistic", run])
+    assert commands("report", "RUN=elsewhere") == [["report", "elsewhere"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "run"),
+    [
+        ([], "runs/mnist5k-quick-seed0"),
+        (["METHOD=mnclglf"], "runs/mnist5k-quick-seed0"),
+        (["METHOD=supervised"], "runs/supervised-mnist5k-quick-seed0"),
+        (["METHOD=simsiam", "DATASET=cifar10", "SEED=2"], "runs/simsiam-cifar10-quick-seed2"),
+        (["DATASET=folder:photos"], "runs/folder-photos-quick-seed0"),
+        (["DATASET=folder:/a b/my photos/"], "runs/folder-my-photos-quick-seed0"),
+        (["METHOD=byol", "DATASET=folder:/a/it's $5, so"], "runs/byol-folder-it-s--5,-so-quick-seed0"),
+        (["DATASET=folder:."], "runs/folder-images-quick-seed0"),
+        (["DATASET=folder:../x/.."], "runs/folder-x-quick-seed0"),
+        (["DATASET=folder:/a b", "OUT=my runs/$one"], "my runs/$one"),
+    ],
+)
+def test_make_train_names_the_run(given, run):
+    train, knn, logistic = commands("train", *given)
+    assert train[train.index("--out") + 1] == run
+    assert (knn, logistic) == (["knn", run], ["logistic", run])
+    assert commands("report", *given) == [["report", run]]
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", 'a"b', "a$b", "$(shell touch made)", "$(open", "a,b", "a#b", "a\\b", "`b`;c &", "*"]
+)
+def test_make_takes_a_value_as_it_was_typed(value):
+    train, knn, _ = commands("train", f"DATASET=folder:/x/{value}/z", f"DATA_DIR=/d/{value}", f"OUT=o/{value}")
+    assert train[train.index("--dataset") + 1] == f"folder:/x/{value}/z"
+    assert train[train.index("--data-dir") + 1] == f"/d/{value}"
+    assert train[train.index("--out") + 1] == f"o/{value}"
+    assert knn == ["knn", f"o/{value}"]
+    assert commands("report", f"RUN={value}") == [["report", value]]
+
+
+def test_make_hands_args_to_the_shell():
+    assert "--lr \"$HOME\" --out 'a b'\n" in make("--dry-run", "train", "ARGS=--lr \"$HOME\" --out 'a b'")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_make_train_takes_every_method(method):
+    train, _, _ = commands("train", f"METHOD={method}")
+    assert parse(train) is not None
 
 
 def test_make_setup_names_a_python_that_is_not_there():

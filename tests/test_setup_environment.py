@@ -1,6 +1,10 @@
 """Tests of the setup on made-up machines: its packages, its errors, and the state after it was killed."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import pytest
 from tools import setup_environment as setup
 from tools.setup_environment import Gpu, Machine, Plan, SetupError
 
+ROOT = Path(setup.__file__).resolve().parents[1]
 CU126 = "https://download.pytorch.org/whl/cu126"
 CU130 = "https://download.pytorch.org/whl/cu130"
 CPU = "https://download.pytorch.org/whl/cpu"
@@ -158,8 +163,110 @@ def test_python_that_cannot_make_the_environment(version, has_ensurepip, says):
     assert says in setup.python_problem(version, has_ensurepip)
 
 
-def test_python_that_can():
-    assert setup.python_problem((3, 11), True) is None
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13), (3, 14)])
+def test_python_that_can(version):
+    assert setup.python_problem(version, True) is None
+
+
+FIND_PYTHON = ROOT / "tools" / "find_python.sh"
+SHIM = "echo 'pyenv: python3.x: command not found' >&2; echo 'more of it' >&2; exit 127"
+NO_ENSUREPIP = "echo \"cannot make virtual environments (No module named 'ensurepip')\"; exit 1"
+
+
+def add_python(path: Path, script: str = "exit 0") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def find_python(folder: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": path or f"{folder}/first:{folder}/second"}
+    command = ["/bin/sh", str(FIND_PYTHON), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_first_python_that_runs_is_taken(tmp_path):
+    add_python(tmp_path / "first" / "python3.11", SHIM)
+    add_python(tmp_path / "first" / "python3.12", NO_ENSUREPIP)
+    (tmp_path / "first" / "python3.13").mkdir()
+    right = add_python(tmp_path / "second" / "python3.13")
+    add_python(tmp_path / "first" / "python3.14")
+    assert find_python(tmp_path).stdout == f"{right}\n"
+
+
+def test_python_behind_a_shim_of_its_name_is_taken(tmp_path):
+    add_python(tmp_path / "first" / "python3.11", SHIM)
+    right = add_python(tmp_path / "second" / "python3.11")
+    assert find_python(tmp_path).stdout == f"{right}\n"
+
+
+def test_all_lists_the_first_that_works_of_each_version(tmp_path):
+    expected = [add_python(tmp_path / "first" / "python3.11"), add_python(tmp_path / "second" / "python3.14")]
+    add_python(tmp_path / "second" / "python3.11")
+    add_python(tmp_path / "first" / "python3.14", SHIM)
+    assert find_python(tmp_path, "--all").stdout.splitlines() == [str(path) for path in expected]
+
+
+def test_no_python_that_works_names_what_was_tried_and_why(tmp_path):
+    shim = add_python(tmp_path / "first" / "python3.12", SHIM)
+    bare = add_python(tmp_path / "second" / "python3.13", NO_ENSUREPIP)
+    answer = find_python(tmp_path)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    for line in (f"  {shim}: pyenv: python3.x: command not found\n", "  python3.11: not on PATH\n", "PYTHON="):
+        assert line in answer.stderr
+    assert f"  {bare}: cannot make virtual environments (No module named 'ensurepip')\n" in answer.stderr
+    assert "more of it" not in answer.stderr
+
+
+@pytest.mark.parametrize(("script", "says"), [(SHIM, "command not found"), ("exit 3", "without a word")])
+def test_named_python_that_does_not_run_is_an_error(tmp_path, script, says):
+    named = add_python(tmp_path / "a b" / "python", script)
+    answer = find_python(tmp_path, str(named))
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert f"{named} does not do" in answer.stderr
+    assert says in answer.stderr
+    assert "PYTHON=" in answer.stderr
+
+
+def test_the_interpreter_of_the_tests_would_be_taken(tmp_path):
+    # The check itself, which the made-up ones above do not run.
+    assert find_python(tmp_path, sys.executable).stdout == f"{sys.executable}\n"
+
+
+def test_modules_that_are_missing_are_named(tmp_path):
+    (tmp_path / "ensurepip.py").write_text("raise ImportError(\"No module named 'ensurepip'\")\n")
+    bare = add_python(tmp_path / "first" / "python3.11", f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    answer = find_python(tmp_path)
+    assert f"  {bare}: cannot make virtual environments (No module named 'ensurepip')" in answer.stderr
+    assert f"apt install python3.{sys.version_info.minor}-venv" in answer.stderr
+
+
+def test_python_of_the_venv_stays_the_choice_until_it_is_gone(tmp_path):
+    other = add_python(tmp_path / "first" / "python3.11")
+    own = add_python(tmp_path / "a b" / "python3.13")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text(f"home = {own.parent}\nexecutable = {own}\ncommand = x\n")
+    assert find_python(tmp_path).stdout == f"{own}\n"
+    assert find_python(tmp_path, str(other)).stdout == f"{other}\n"
+    own.unlink()
+    assert find_python(tmp_path).stdout == f"{other}\n"
+
+
+def test_venv_that_is_activated_does_not_build_itself(tmp_path):
+    add_python(tmp_path / ".venv" / "bin" / "python3.11")
+    base = add_python(tmp_path / "first" / "python3.12")
+    assert find_python(tmp_path, path=f"{tmp_path}/.venv/bin:{tmp_path}/first").stdout == f"{base}\n"
+
+
+@pytest.mark.parametrize("name", ["python3.12", "my python $x 'y' \"z\""])
+def test_make_setup_runs_the_python_that_is_named(tmp_path, name):
+    record = tmp_path / "record"
+    named = add_python(tmp_path / name, f'printf "%s\\n" "$@" >> {shlex.quote(str(record))}')
+    command = ["make", "setup", f"PYTHON={named}", "TORCH_INDEX=a $b"]
+    environment = {"PATH": os.environ["PATH"]}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert record.read_text().splitlines()[-2:] == ["tools/setup_environment.py", "--torch-index=a $b"]
 
 
 def test_torch_comes_from_its_index_and_the_rest_does_not():

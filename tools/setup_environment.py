@@ -1,7 +1,7 @@
 """Makes .venv: detects the hardware, chooses the builds of torch, DALI and FAISS, installs and tests them.
 
-`make setup` runs it with the Python for .venv; it needs only the standard library. The stamp in .venv is written last
-and names the installed packages: a .venv without it counts as broken and is built again.
+`make setup` runs it with the Python for .venv, chosen by tools/find_python.sh; it needs only the standard library. The
+stamp in .venv is written last and names the installed packages: a .venv without it counts as broken and is built again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = "made-by-make-setup"  # written first, with the choice of TORCH_INDEX: marks a .venv that we may delete
 STAMP = "setup.json"  # written last: marks a complete .venv
 PYPI = "pypi"
+TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # CONTRIBUTING.md says how far each was tested
 
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 MINIMUM_DRIVER = {12: 525, 13: 580}
@@ -98,7 +99,7 @@ def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
     """Returns why this Python cannot make .venv, or None."""
     found = ".".join(str(part) for part in version)
     if version < (3, 11):
-        return f"Python {found} is too old; mnclglf needs 3.11: `make setup PYTHON=/path/to/python3.11`"
+        return f"Python {found} is too old; mnclglf needs 3.11 or newer: `make setup PYTHON=/path/to/python3.12`"
     if not has_ensurepip:
         return f"Python {found} cannot make virtual environments; on Debian or Ubuntu: `apt install python{found}-venv`"
     return None
@@ -356,7 +357,8 @@ def set_up(root: Path, machine: Machine, torch_index: str | None, run: Callable[
 
 def describe(machine: Machine, plan: Plan) -> None:
     gpu = f"{machine.gpu.name}, driver {machine.gpu.driver}" if machine.gpu else machine.gpu_problem or "none"
-    print(f"Python   {platform.python_version()}" + ("" if sys.version_info[:2] == (3, 11) else " (tested: 3.11)"))
+    tested = "" if sys.version_info[:2] in TESTED_PYTHONS else " (not tested: {}.{})".format(*sys.version_info[:2])
+    print(f"Python   {platform.python_version()}{tested}")
     print(f"CPU      {machine.cores} cores, bf16 instructions: {', '.join(machine.bf16_flags) or 'none'}")
     print(f"GPU      {gpu}")
     print(

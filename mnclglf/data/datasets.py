@@ -16,8 +16,7 @@ def load_dataset(
 
     Args:
         name: name of the data set, or folder:PATH.
-        data_dir: folder of its files; None looks in its usual places. mnist5k and digits come with Python packages and
-            need no folder.
+        data_dir: folder of its files; None looks in its usual places. mnist5k, digits and folder:PATH take none.
         download: fetch missing files into data_dir, or into `cache_dir(name)`.
         skip_corrupt: skip image files that cannot be read.
 
@@ -25,7 +24,10 @@ def load_dataset(
         ValueError: there is no data set of this name.
         DataError: files are missing, damaged or cannot be fetched.
     """
+    source = source_of(name)
+    source.check_folder(data_dir)
+    data_dir = data_dir and data_dir.expanduser()
     try:
-        return source_of(name).load(Request(data_dir=data_dir, download=download, skip_corrupt=skip_corrupt))
+        return source.load(Request(data_dir=data_dir, download=download, skip_corrupt=skip_corrupt))
     except PermissionError as error:  # of a folder, by any source
         raise unreadable(Path(error.filename or data_dir or name), error) from error

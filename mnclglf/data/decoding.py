@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mnclglf.data.errors import DataError
 
@@ -17,17 +19,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BMP_BITS, _RLE4 = (1, 4, 8, 24, 32), 2  # DALI reads no others
-_TRANSPOSES = {  # by EXIF orientation; not Pillow's exif_transpose, which also reads XMP, unlike DALI
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
+# Not Pillow's exif_transpose, which also reads XMP, unlike DALI.
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 """By EXIF orientation, whether an image is transposed, then mirrored left to right, then top to bottom."""
 
@@ -50,6 +42,8 @@ def read_file(path: Path) -> bytes:
         DataError: the file cannot be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
+            raise DataError(f"{path} is no file but a pipe or a device; remove it")
         return path.read_bytes()
     except PermissionError as error:
         raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
@@ -63,22 +57,36 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the contents are not such an image, or the image is too large.
     """
+    if not data:
+        raise DataError(f"{path} cannot be read as an image (it is empty)")
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
         # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            image: Image.Image = opened
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
             if image.format == "BMP":
                 _check_bmp(data)
-            transpose = _TRANSPOSES.get(orientation_of(data))
-            upright = image if transpose is None else image.transpose(transpose)
-            if upright.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
-                levels = np.asarray(upright, dtype=np.float64) / 257
-                upright = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
+            if image.format == "PNG":
+                _check_png(data)
+            if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
+                levels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+            return _turned(np.array(image.convert("RGB")), orientation_of(data))
+    except UnidentifiedImageError as error:
+        what = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or damaged at its start"
+        raise DataError(f"{path} cannot be read as an image ({what})") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Returns an image [H, W, 3], upright by its EXIF orientation."""
+    transposed, mirrored, upside_down = TURNS.get(orientation, (0, 0, 0))
+    pixels = pixels.swapaxes(0, 1) if transposed else pixels
+    pixels = pixels[:, ::-1] if mirrored else pixels
+    return np.ascontiguousarray(pixels[::-1] if upside_down else pixels)
 
 
 def orientation_of(data: bytes) -> int:
@@ -90,7 +98,7 @@ def orientation_of(data: bytes) -> int:
         exif = Image.Exif()
         exif.load(_exif_of(data))
         found = exif.get(ExifTags.Base.Orientation, 1)
-        return int(found) if found in _TRANSPOSES else 1
+        return int(found) if found in TURNS else 1
     except Exception:  # Pillow raises anything for damaged EXIF; the pixels are whole
         return 1
 
@@ -99,13 +107,28 @@ def _exif_of(data: bytes) -> bytes:
     if not data.startswith(_PNG):
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.info.get("exif", b"")
-    at = len(_PNG)
-    while at + 8 <= len(data):  # Pillow finds a chunk after the pixels only when it decodes them
+    # Pillow finds a chunk after the pixels only when it decodes them.
+    return next((content for kind, content in _png_chunks(data) if kind == b"eXIf"), b"")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields kind and content of the chunks of a PNG, up to its end or to where it is cut."""
+    at, kind = len(_PNG), b""
+    while at + 8 <= len(data) and kind != b"IEND":
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if kind == b"eXIf":
-            return data[at + 8 : at + 8 + length]
+        yield kind, data[at + 8 : at + 8 + length]
         at += 12 + length
-    return b""
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError for an animation whose still image is none of its frames: DALI reads the first frame."""
+    before = set[bytes]()
+    for kind, _ in _png_chunks(data):
+        if kind == b"IDAT":
+            break
+        before.add(kind)
+    if b"acTL" in before and b"fcTL" not in before:
+        raise ValueError("an animated PNG with a still image of its own: convert it to a PNG of one image")
 
 
 def _check_bmp(data: bytes) -> None:

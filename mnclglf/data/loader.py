@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnclglf.config import ViewConfig
+from mnclglf.config import ViewConfig, require
 from mnclglf.data.images import ImageSet, Statistics
 from mnclglf.data.philox import permutation
 from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
@@ -85,11 +85,11 @@ class Loader(ABC):
         ranks: int = 1,
         statistics: Statistics | None = None,
     ) -> None:
-        if len(images) < batch_size:
-            raise ValueError(
-                f"{images.name} has {len(images)} training images, fewer than one batch of {batch_size}; "
-                "lower --batch-size or take more images"
-            )
+        require(
+            len(images) >= batch_size,
+            f"{images.name} has {len(images)} training images, fewer than one batch of {batch_size}; "
+            "lower --batch-size or take more images",
+        )
         if batch_size % ranks or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} has no whole share of a batch of {batch_size}; change batch_size")
         blur_window(config, side)  # raises if it is too wide

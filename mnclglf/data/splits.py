@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.config import DataConfig
+from mnclglf.config import DataConfig, require
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageSet
 from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
@@ -29,16 +29,16 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
     train_images changes.
 
     Raises:
-        DataError: the two together are more than there are images.
+        ValueError: the two together are more than there are images.
     """
     held_out = data.validation_images
     kept = len(train) - held_out if data.train_images is None else data.train_images
-    if kept < 1 or held_out + kept > len(train):
-        raise DataError(
-            f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
-            f"{held_out} do not fit; lower --validation-images, or --train-images to at most "
-            f"{max(1, len(train) - held_out)}"
-        )
+    require(
+        kept >= 1 and held_out + kept <= len(train),
+        f"{train.name} has {len(train)} training images: train_images {data.train_images} and validation_images "
+        f"{held_out} do not fit; lower --validation-images, or --train-images to at most "
+        f"{max(1, len(train) - held_out)}",
+    )
     # epoch=1, as epoch 0 draws the test set of data sets that have none (sources/digits.py)
     order = permutation(len(train), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=1)
     train_rows = np.sort(order[held_out : held_out + kept])

@@ -218,7 +218,12 @@ def prepare(run: Path, config: RunConfig, evaluation: Evaluation, console: Conso
     _, state = load_state(run, evaluation.checkpoint)
     check_images(run, data, state, evaluation, console)
     train, test = data.train, data.test
-    require(train.labeled, f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
+    if not train.labeled:
+        raise ValueError(f"{train.name} has no labels to evaluate on; give each class a subfolder of its own")
+    if len(train.classes) == 1:
+        raise ValueError(
+            f"{train.name} has one class, {train.classes[0]}, and so nothing to tell apart; give each class a subfolder"
+        )
     if evaluation.split == "validation":
         require(len(data.validation) > 0, f"{run} held no images out; train with --validation-images N to have some")
         test = data.validation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Method(nn.Module, ABC):
         views: number of views per image that `forward` takes.
         needs_labels: whether `forward` needs the images' labels.
         operators: names of the operators of mnclglf_kernels that a step calls.
+        divided_views: numbers, from 1, of the views that `forward` cuts into patches; for the report's picture.
+        batch_candidates: whether each term of the loss picks one of N candidates, the images of the batch: it is ln N
+            while all look alike, which the report draws as a dashed line.
         encoder: f_o, the online encoder, which is evaluated and exported after pre-training.
         projector: g_o, where `build` makes one.
         momentum: f_m and g_m, the momentum network (BYOL's target network), where `build` makes one.
@@ -46,6 +49,8 @@ class Method(nn.Module, ABC):
     views: int
     needs_labels: bool = False
     operators: tuple[OperatorName, ...] = ()
+    divided_views: tuple[int, ...] = ()
+    batch_candidates: bool = False
     projector: nn.Module
     momentum: nn.Module
     queue: FeatureQueue
@@ -114,6 +119,15 @@ class Method(nn.Module, ABC):
         self._backends = backends
         for layer in batch_norms(self):
             layer.backend = backends.batch_norm  # pyright: ignore[reportAttributeAccessIssue]  # a BatchNorm
+
+    @classmethod
+    def facts(cls) -> dict[str, Any]:
+        """Returns what the words and panels of a report follow from, as plain JSON types."""
+        return {
+            "needs_labels": cls.needs_labels,
+            "divided_views": list(cls.divided_views),
+            "batch_candidates": cls.batch_candidates,
+        }
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that the optimizer updates."""

@@ -32,6 +32,8 @@ class FastMoCo(Method):
 
     views = 2
     operators = ("divide", "combine", "contrastive_losses")
+    divided_views = (1, 2)
+    batch_candidates = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)

@@ -34,6 +34,8 @@ class MNCLGLF(Method):
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
+    divided_views = (1, 3)
+    batch_candidates = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)

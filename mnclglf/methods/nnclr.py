@@ -29,6 +29,7 @@ class NNCLR(Method):
 
     views = 2
     operators = ("contrastive_losses", "nearest_neighbor", "enqueue")
+    batch_candidates = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)

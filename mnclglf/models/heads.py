@@ -28,8 +28,6 @@ def projector(features: int, width: int) -> Stack:
 
 def predictor(width: int, hidden: int) -> Stack:
     """Returns q: [N, width] to [N, width] through `hidden`, with batch norm and ReLU between the two layers."""
-    head = Stack(
-        nn.Linear(width, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, width)
-    )
+    head = Stack(nn.Linear(width, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, width))
     without_batch_counters(head)
     return head

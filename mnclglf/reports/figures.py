@@ -104,8 +104,9 @@ def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, t
     terms = sorted({key for record in records for key in record if key.startswith("loss_")})
     level = None if uninformed is None else Level(uninformed, f"no information: {uninformed:.2f}")
     panels = [Panel(title="Loss", unit="loss", curves=(Curve("loss", "loss"),))]
-    if terms:
-        panels.append(Panel(title="Its terms", unit="loss", curves=tuple(Curve(t, t) for t in terms[:3]), level=level))
+    for first in range(0, len(terms), 3):  # as many curves as a panel has colors
+        curves = tuple(Curve(term, term) for term in terms[first : first + 3])
+        panels.append(Panel(title="Its terms", unit="loss", curves=curves, level=level))
     return _panels(records, panels, theme)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, StrictUndefined
 
-from mnclglf.config import METHOD_NAMES
 from mnclglf.reports.figures import (
     DARK,
     LIGHT,
@@ -31,10 +30,16 @@ from mnclglf.reports.tables import percent, result_table
 from mnclglf.runs.files import write_atomically
 from mnclglf.runs.locks import writing_in
 
-# What the words and panels of a method's report follow from; tests/reports/test_page.py holds them against the methods.
-LABELED = {"supervised"}  # methods that train with labels
-DIVIDED_VIEWS = {"mnclglf": (1, 3), "mnclglf_official": (1, 2), "fast_moco": (1, 2)}  # views cut into patches, from 1
-OF_N_CANDIDATES = {"mnclglf", "nnclr", "fast_moco"}  # methods whose loss_ terms are ln N if all N candidates look alike
+# What each released method says of itself in environment.json, for runs of before it was written there. A new method
+# needs no row.
+FORMER_METHODS: dict[str, dict[str, Any]] = {
+    "mnclglf": {"divided_views": [1, 3], "batch_candidates": True},
+    "mnclglf_official": {"divided_views": [1, 2]},
+    "supervised": {"needs_labels": True},
+    "nnclr": {"batch_candidates": True},
+    "fast_moco": {"divided_views": [1, 2], "batch_candidates": True},
+    **{name: {} for name in ("simclr", "mocov2", "simsiam", "byol")},
+}
 
 
 class Picture(NamedTuple):
@@ -157,12 +162,13 @@ def _waiting_share(run: RunFiles) -> float | None:
 def _context(run: RunFiles) -> dict[str, Any]:
     config = run.config or {}
     results = run.results
-    method = _method(run)
+    facts = method_facts(run)
+    labeled = facts is not None and bool(facts.get("needs_labels"))
     logged = {key for record in run.records for key, value in record.items() if finite(value) is not None}
     return {
         "title": f"{config.get('method', 'A run')} on {config['dataset']}" if "dataset" in config else run.folder.name,
-        "labeled": method in LABELED,
-        "self_supervised": method in METHOD_NAMES and method not in LABELED,
+        "labeled": labeled,
+        "self_supervised": facts is not None and not labeled,
         "dataset": config.get("dataset"),
         "recipe": config.get("recipe"),
         "seed": config.get("seed"),
@@ -188,13 +194,21 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "view_count": 0 if run.views is None else len(run.views.views),
         "divided_views": _divided_views(run),
         "settings": _groups(run.config, "run"),
-        "environment": _groups(run.environment, "machine and software"),
+        "environment": _groups(_without_facts(run.environment), "machine and software"),
         "unreadable_lines": run.unreadable_lines,
     }
 
 
-def _method(run: RunFiles) -> str:
-    return str((run.config or {}).get("method"))
+def method_facts(run: RunFiles) -> dict[str, Any] | None:
+    """Returns what the run's method said of itself when it started; None if nothing is known of it."""
+    said: object = (run.environment or {}).get("method")
+    if isinstance(said, dict):
+        return cast("dict[str, Any]", said)
+    return FORMER_METHODS.get(str((run.config or {}).get("method")))
+
+
+def _without_facts(environment: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (environment or {}).items() if name != "method"}
 
 
 def _losses(run: RunFiles) -> Picture | None:
@@ -206,7 +220,7 @@ def _losses(run: RunFiles) -> Picture | None:
 def _uninformed(run: RunFiles) -> float | None:
     """Returns the value of each term of the loss while all candidates look alike; None if the terms differ in it."""
     batch = finite(_section(run.config, "optim").get("batch_size"))
-    return math.log(batch) if batch and _method(run) in OF_N_CANDIDATES else None
+    return math.log(batch) if batch and (method_facts(run) or {}).get("batch_candidates") else None
 
 
 def _views(run: RunFiles) -> Picture | None:
@@ -218,7 +232,9 @@ def _views(run: RunFiles) -> Picture | None:
 
 def _divided_views(run: RunFiles) -> tuple[int, ...]:
     """Returns the numbers of the views, from 1, that the run's method cuts into patches."""
-    return DIVIDED_VIEWS.get(_method(run), ())
+    numbers: object = (method_facts(run) or {}).get("divided_views")
+    listed = cast("list[object]", numbers) if isinstance(numbers, list) else []
+    return tuple(number for number in listed if isinstance(number, int) and number > 0)
 
 
 def _picture(draw: Callable[[Theme], bytes]) -> Picture:

@@ -99,7 +99,8 @@ def show_views(
                 made[name] = in_unit(loader, loader.render(shown, epoch=0))
         except (ImportError, RuntimeError, DataError) as error:
             say(console, f"left out: {name}: {error}")
-    require(bool(made), f"no loader can make views of {images.name}; the reasons are above")
+    if not made:
+        raise ValueError(f"no loader can make views of {images.name}; the reasons are above")
     first, *others = made
     for other in others:
         difference = 255 * np.abs(made[other] - made[first])

@@ -120,19 +120,6 @@ def measurements(row: Row, runs: Path, scale: Scale) -> list[Measurement]:
     return [measurement for measurement in found if measurement is not None]
 
 
-def roofline_fractions(runs: Path) -> list[float]:
-    """Returns the median fraction of the roofline that the steps of each finished run reached."""
-    shares: list[float] = []
-    for folder in sorted(runs.glob("*/")):
-        if not (folder / "evaluation.json").exists():
-            continue
-        logged = [record.get("roofline_fraction") for record in read_records(folder / "metrics.jsonl")[0]]
-        known = sorted(share for share in logged if isinstance(share, float))
-        if known:
-            shares.append(known[len(known) // 2])
-    return shares
-
-
 def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measurement | None:
     folder = runs / run_name(config)
     found = find_results(folder, config, row.epoch, row.representation, scale)

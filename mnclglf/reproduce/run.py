@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -22,17 +20,25 @@ from rich.text import Text
 
 from mnclglf.config import RunConfig, require
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.images import ImageSet
 from mnclglf.data.splits import split_train
 from mnclglf.evaluation.run import evaluate_run
 from mnclglf.reports.page import write_report
+from mnclglf.reproduce.estimate import (
+    MEASURED_STEPS,
+    Cost,
+    kind_of,
+    measured_cost,
+    record_cost,
+    recorded_cost,
+    remaining,
+)
 from mnclglf.reproduce.plan import Reproduce, Run, Scale, Table, evaluation_of, make_table
 from mnclglf.reproduce.results import (
     is_trained,
     missing_evaluations,
     other_settings,
     results_path,
-    roofline_fractions,
     step_of_epoch,
     steps_done,
     whole_table,
@@ -44,16 +50,13 @@ from mnclglf.runs.files import check_writable, read_config
 from mnclglf.runs.locks import held
 from mnclglf.training.loop import Trainer, TrainingError
 from mnclglf.training.progress import duration
-from mnclglf.training.schedule import Schedule
 from mnclglf.training.start import choose_machine
 from mnclglf.training.stop import StopRequest
-from mnclglf_kernels.backend import HAS_TRITON
 
 PROGRAM = (sys.executable, "-m", "mnclglf")
 TAKEN = 75  # exit code if another process is making the run: EX_TEMPFAIL of sysexits.h
 POLL_SECONDS = 1.0
 LOG_LINES = 12  # lines shown of the log of a failed run
-ASSUMED_SHARE = 0.6  # assumed fraction of the roofline, until a run of the folder is finished
 
 
 def reproduce(request: Reproduce, console: Console) -> int:
@@ -80,7 +83,7 @@ def reproduce(request: Reproduce, console: Console) -> int:
         return code
     if missing:
         say(console, f"{table.name} at scale {request.scale}, in {request.folder}")
-        describe_work(missing, len(wanted), runs, images, console)
+        describe_work(missing, len(wanted), runs, table.scale, images, console)
     del images  # each run loads its own, and needs the memory
     made = make_runs(request, table, runs, console)
     for path in _write(request):
@@ -126,24 +129,47 @@ def load_images(runs: Sequence[Run]) -> dict[str, ImageSet]:
 
 
 def describe_work(
-    missing: Sequence[Run], wanted: int, runs: Path, images: dict[str, ImageSet], console: Console
+    missing: Sequence[Run], wanted: int, runs: Path, scale: Scale, images: Mapping[str, ImageSet], console: Console
 ) -> None:
-    """Prints the runs to be made, with their estimated hours on this machine."""
-    share, source = expected_share(runs)
-    hours = [training_hours(run, runs, images, share) for run in missing]
-    known = [value for value in hours if value is not None]
-    for run, value in zip(missing, hours, strict=True):
-        say(console, f"  {run.name}: {_hours(value)}")
-    total = f"{_hours(sum(known))} of training" if len(known) == len(hours) else "how long they take is not known"
+    """Prints the runs to be made, with their estimated hours on this machine and what the estimate rests on."""
+    first = {kind_of(run.config): run.config for run in reversed(missing)}
+    costs = {kind: estimate_cost(config, runs, scale, console) for kind, config in sorted(first.items())}
+    known: list[float] = []
+    for run in missing:
+        cost = costs[kind_of(run.config)]
+        if cost is None:
+            say(console, f"  {run.name}: unknown")
+            continue
+        hours = cost.seconds(*remaining(run, runs, scale, len(images[run.config.dataset]))) / 3600
+        known.append(hours)
+        say(console, f"  {run.name}: {hours:.2f} h")
+    total = f"{sum(known):.2f} h" if len(known) == len(missing) else "how long they take is not known"
     say(
         console,
-        f"{wanted} runs, {wanted - len(missing)} done, {len(missing)} to make: {total} on this machine, without the "
-        "evaluations" + (f"; at {share:.0%} of the roofline, {source}" if known else " (the estimate needs Triton)"),
+        f"{wanted} runs, {wanted - len(missing)} done, {len(missing)} to make: {total} on this machine, one after the "
+        "other, evaluations included",
     )
 
 
-def _hours(hours: float | None) -> str:
-    return "unknown" if hours is None else f"{hours:.2f} h"
+def estimate_cost(config: RunConfig, runs: Path, scale: Scale, console: Console) -> Cost | None:
+    """Returns the cost of the runs of a kind, and prints its source; None if it cannot be measured."""
+    kind, recorded = kind_of(config), recorded_cost(runs, config)
+    if recorded is None:
+        say(console, f"{kind}: measuring a few steps and a part of the evaluation ...")
+        cost = measured_cost(config, scale.protocols)
+        if isinstance(cost, str):
+            say(console, f"{kind}: not measured, its time is unknown: {cost}")
+            return None
+        source = f"{MEASURED_STEPS} steps measured now"
+    else:
+        cost, count = recorded
+        source = f"as in {count} finished run{'s' * (count != 1)} of the folder"
+    say(
+        console,
+        f"{kind}: {cost.step:.3g} s per step, {duration(cost.start)} of start-up, {duration(cost.evaluation)} per "
+        f"evaluation; {source}",
+    )
+    return cost
 
 
 def _write(request: Reproduce) -> list[Path]:
@@ -151,40 +177,6 @@ def _write(request: Reproduce) -> list[Path]:
     # Without the lock another process could overwrite the table with an older state.
     with held(lock_of(request.table, runs), wait=True):
         return write_table(whole_table(request, runs), request.folder)
-
-
-def expected_share(runs: Path) -> tuple[float, str]:
-    """Returns the expected fraction of the roofline, and the source of the figure."""
-    shares = roofline_fractions(runs)
-    if shares:
-        return statistics.median(shares), f"as the {len(shares)} finished runs in the folder did"
-    return ASSUMED_SHARE, "an assumption until a run is finished"
-
-
-def training_hours(run: Run, runs: Path, images: Mapping[str, ImageSet], share: float) -> float | None:
-    """Returns the remaining hours of training of a run; None if the roofline is not known.
-
-    Args:
-        run: the run.
-        runs: folder of the run directories.
-        images: images that each data set pre-trains on.
-        share: expected fraction of the roofline.
-    """
-    if not HAS_TRITON:  # the roofline counts the launches of the Triton kernels
-        return None
-    config, trained_on = run.config, images[run.config.dataset]
-    schedule = Schedule.of(config, len(trained_on) // config.optim.batch_size)
-    steps = schedule.total_steps - steps_done(runs / run.name)
-    return steps * _least_seconds(replace(config, seed=0), view_side(trained_on, config.data.image_size)) / share / 3600
-
-
-@cache
-def _least_seconds(config: RunConfig, side: int) -> float:
-    """Returns the roofline time of a step on this machine."""
-    from mnclglf.training.roofline import least_seconds, peaks_of  # imports triton, which not every system has
-
-    machine = choose_machine(config.engine)
-    return least_seconds(config, side, machine.dtype, peaks_of(machine.device, machine.dtype, tf32=config.engine.tf32))
 
 
 @dataclass(kw_only=True)
@@ -225,13 +217,17 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
         if not mine:
             say(console, f"{run.name} is being made by another process")
             return TAKEN
-        if not is_trained(folder, run.config):
+        began, trained = time.perf_counter(), is_trained(folder, run.config)
+        fresh = not trained and steps_done(folder) == 0
+        if not trained:
             stopped = train(run, folder, console)
             if stopped:
                 say(console, "stopped and saved; the same command resumes there")
                 return 128 + stopped
         config = replace(read_config(folder), data=run.config.data)  # the images may have moved since
-        for epoch, representations in missing_evaluations(run, runs, scale).items():
+        training_seconds, began = time.perf_counter() - began, time.perf_counter()
+        missing = missing_evaluations(run, runs, scale)
+        for epoch, representations in missing.items():
             step = step_of_epoch(folder, epoch)
             assert step is not None  # it is trained
             say(console, f"evaluating after epoch {epoch}")
@@ -246,6 +242,9 @@ def make_run(run: Run, runs: Path, scale: Scale, console: Console) -> int:
                     representations=representations,
                     file=results_path(folder, run.config, epoch),
                 )
+        if fresh:
+            evaluations = sum(map(len, missing.values()))
+            record_cost(folder, run.config, training_seconds, (time.perf_counter() - began) / evaluations)
         write_report(folder)
     return 0
 

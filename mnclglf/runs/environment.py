@@ -18,16 +18,23 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "nvidia-d
 def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns versions, machine and commit of this process, and `settings` chosen for the run."""
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "packages": dict(sorted(installed.items())),
         "system": platform.platform(),
-        "device": gpu or f"CPU, {os.cpu_count()} cores, {torch.cpu.get_capabilities().get('cpu_name', 'unknown')}",
-        "torch_threads": torch.get_num_threads(),
+        **describe_machine(device),
         "commit": _commit(),
         **settings,
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Returns the name of the device and PyTorch's threads, on which the speed of a run depends."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or f"CPU, {os.cpu_count()} cores, {torch.cpu.get_capabilities().get('cpu_name', 'unknown')}",
+        "torch_threads": torch.get_num_threads(),
     }
 
 

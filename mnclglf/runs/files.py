@@ -33,7 +33,7 @@ def cache_folder() -> Path:
         usual = Path.home() / ".cache" / "mnclglf"
     except RuntimeError:  # neither HOME nor an entry in passwd
         usual = None
-    if usual is not None and (usual.exists() or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
+    if usual is not None and (os.path.exists(usual) or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
         return usual
     folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
     _warn_once(f"there is no home to keep caches in: they are in {folder}; set XDG_CACHE_HOME to choose their place")
@@ -42,7 +42,8 @@ def cache_folder() -> Path:
 
 def nearest_folder(path: Path) -> Path:
     """Returns the path, or its nearest parent that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    # Not Path.exists, which raises PermissionError below a folder that this user may not search.
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
 
 
 def check_writable(folder: Path, remedy: str) -> None:

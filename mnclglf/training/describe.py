@@ -20,7 +20,7 @@ from mnclglf_kernels.backend import HAS_TRITON
 PICTURED_IMAGES = 6  # in the report
 
 
-def write_run_files(start: Start, out: Path) -> None:
+def write_run_files(start: Start, out: Path, cuda_graphs: str | None) -> None:
     """Writes config.json, environment.json and the report's views into the run directory, making it if missing."""
     out.mkdir(parents=True, exist_ok=True)
     loader = start.loader
@@ -28,9 +28,11 @@ def write_run_files(start: Start, out: Path) -> None:
         "precision": name_of(start.machine.dtype),
         "loader": loader.name,
         "kernels": describe_backends(start.method.backends),
+        "cuda_graphs": cuda_graphs,
         "image_side": start.data.side,
         "mean": loader.mean.tolist(),
         "std": loader.std.tolist(),
+        "method": start.method.facts(),
     }
     write_json(out / "config.json", to_dict(start.config))
     write_json(out / "environment.json", describe_environment(start.machine.device, chosen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from mnclglf.runs.checkpoint import (
     save_checkpoint,
 )
 from mnclglf.runs.console import LastingConsole, say
-from mnclglf.runs.files import check_writable, write_json
+from mnclglf.runs.files import check_writable, read_object, write_json
 from mnclglf.runs.locks import training_in
 from mnclglf.training.describe import describe_limits, write_run_files
+from mnclglf.training.graphs import USED, problem_of_replays, ruled_out
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
-from mnclglf.training.speedups import or_eager, share_casts
-from mnclglf.training.start import saved_statistics, start_training
+from mnclglf.training.speedups import Forward, compiled, or_eager, share_casts
+from mnclglf.training.start import changed_images, saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -102,8 +104,10 @@ class Trainer:
         self.step = TrainStep(
             self.method, self.config.optim, self.config.engine, self.dtype, compile=self.compile, labels=self.labels
         )
-        if self.compile != "off":  # a failing compiler makes the run slower, it does not end it
-            self.step.forward = or_eager(self.step.forward, share_casts(self.method, self.dtype), self._stay_eager)
+        if self.compile != "off":
+            self.step.forward = self._or_eager(self.step.forward)
+        self.origin = None if checkpoint is None else checkpoint.resolve().parents[1]  # the run that is resumed
+        self.graphs_before: str | None = None  # what was decided there
         self.milestones: set[int] = set()  # steps of checkpoints that are there, and are never deleted
         self.least_seconds: float | None = None  # the roofline step time, once it is known
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
@@ -141,6 +145,8 @@ class Trainer:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
                 # Rates are closed forms of the step, so that a resumed run needs no schedule state.
                 lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum(step)
+                if step == self.start and self.compile == "graphs":
+                    self._prove_graphs(batch)
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
@@ -188,8 +194,14 @@ class Trainer:
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # from a process that was killed while it saved
             left_over.unlink()
         record_milestones(self.checkpoints, self.milestones)
-        write_run_files(self.started, self.out)
+        if self.origin is not None:
+            with suppress(ValueError):  # damaged: it is written again
+                self.graphs_before = (read_object(self.origin / "environment.json") or {}).get("cuda_graphs")
+        write_run_files(self.started, self.out, self.graphs_before)
         self._say(self.started.describe())
+        if self.compile != "graphs":
+            reason = ruled_out(self.config.engine, self.device) or "torch.compile cannot run here"
+            self._decide_graphs(f"not used, {reason}")
         total = self.schedule.total_steps
         if self.start:
             self._say(f"resuming after step {self.start} of {total}")
@@ -213,10 +225,13 @@ class Trainer:
                 f"{checkpoint} was trained with other settings ({'; '.join(changed)}); give the same ones, or start "
                 "anew in another --out"
             )
-        if "images" in state and not self.images.matches(state["images"]):
+        changed = changed_images(self.started.data, state)
+        moved = json.loads(state["config"])["dataset"] != self.config.dataset  # then it must be the same folder
+        if "train" in changed or (changed and moved):
             raise CheckpointError(
-                f"{checkpoint} was trained on other images than {self.images.name} now holds ({len(self.images)} of "
-                "them); put the old ones back, or start anew in another --out"
+                f"{checkpoint} was trained on other images than {self.images.name} now holds (other "
+                f"{' and '.join(changed)} images; {len(self.images)} to train on); put the old ones back, or start "
+                "anew in another --out"
             )
         # A run of an earlier version has no record of its milestones; its settings say what was promised to be kept.
         every = {self.config.engine.keep_every}
@@ -335,6 +350,41 @@ class Trainer:
             text += f"; {self.least_seconds / speed.step_seconds:.0%} of the roofline"
         whose = "" if self.device.type == "cuda" else " of the whole process"
         self._say(f"{text}; peak memory{whose} {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
+
+    def _prove_graphs(self, batch: Batch) -> None:
+        """Keeps CUDA graphs if replays of the first batch are bit-equal to the compiled step; changes no state.
+
+        Raises:
+            RuntimeError: --graphs on was given, and they are not.
+        """
+        config = self.config
+        problem = problem_of_replays(self.step, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
+        if self.compile == "off":  # it turned out as the first step compiled
+            self._decide_graphs("not used, torch.compile failed")
+        elif problem is None:
+            self._decide_graphs(USED)
+        elif config.engine.graphs == "on":
+            raise RuntimeError(
+                f"graphs on was asked for, and replays are not the compiled step: {problem}; take --graphs auto or off"
+            )
+        else:
+            self._decide_graphs(f"not used, {problem}")
+            self._say("compiling the forward again, without them ...")
+            torch.compiler.reset()  # gives the memory of the graphs back
+            self.compile = "on"
+            self.step.forward = self._or_eager(compiled(self.method, graphs=False))
+
+    def _decide_graphs(self, decision: str) -> None:
+        """Prints what was decided about CUDA graphs, and what it was before a resume, and notes it with the run."""
+        before = self.graphs_before
+        changed = "" if before in (None, decision) else f"; before it was resumed: {before}"
+        self._say(f"CUDA graphs: {decision}{changed}")
+        path = self.out / "environment.json"
+        write_json(path, {**(read_object(path) or {}), "cuda_graphs": decision})
+
+    def _or_eager(self, forward: Forward) -> Forward:
+        """Returns a forward that goes on eagerly if it cannot be compiled: that makes the run slower, not end."""
+        return or_eager(forward, share_casts(self.method, self.dtype), self._stay_eager)
 
     def _stay_eager(self, why: str) -> None:
         self.compile = "off"

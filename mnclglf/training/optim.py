@@ -91,6 +91,5 @@ def parameter_groups(method: Method, *, constant_predictor_lr: bool) -> list[lis
     if not constant_predictor_lr:
         return [trained]
     predictor = {parameter for name, parameter in method.named_parameters() if name.startswith("predictor.")}
-    if not predictor:
-        raise ValueError(f"{type(method).__name__} has no predictor; leave --constant-predictor-lr out")
+    require(bool(predictor), f"{type(method).__name__} has no predictor; leave --constant-predictor-lr out")
     return [[p for p in trained if p not in predictor], [p for p in trained if p in predictor]]

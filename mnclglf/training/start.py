@@ -6,7 +6,6 @@ its self-check), the loader, and whether the forward is compiled. Each is decide
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sysconfig
@@ -20,17 +19,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import FOLDER, Device, EngineConfig, RunConfig, ViewConfig, require
+from mnclglf.config import FOLDER, Device, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig, ViewConfig, require
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.sources import source_of
 from mnclglf.data.splits import split_train
 from mnclglf.methods import METHODS, Method
 from mnclglf.runs.checkpoint import load_state
 from mnclglf.runs.console import say
-from mnclglf.runs.files import cache_folder, nearest_folder, write_atomically
-from mnclglf.training.optim import check_optimizer
+from mnclglf.runs.files import cache_folder, nearest_folder
+from mnclglf.training.graphs import ruled_out
+from mnclglf.training.optim import check_optimizer, parameter_groups
 from mnclglf.training.speedups import keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends, resolve, self_check
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, HAS_TRITON, triton_problem
@@ -83,8 +84,7 @@ class Start:
             f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, "
             f"device {self.machine.device}, "
             f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
-            f"kernels {describe_backends(self.method.backends)}"
-            + ("" if self.compile == "off" else f", compiled{' with CUDA graphs' * (self.compile == 'graphs')}")
+            f"kernels {describe_backends(self.method.backends)}" + ("" if self.compile == "off" else ", compiled")
         )
 
 
@@ -111,6 +111,7 @@ def start_training(
     """
     check_queue(config)
     check_optimizer(config.optim.optimizer)
+    check_predictor(config)
     config = in_its_place(config, resumed=resumed)
     machine = start_machine(config.engine)
     data = load_run_data(config)
@@ -170,6 +171,8 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
     name, place = config.dataset, data_dir or config.data.data_dir
     if name.startswith(FOLDER):
         name, place = (name if data_dir is None else f"{FOLDER}{data_dir}"), None
+    elif data_dir is None and not source_of(name).needs_files:
+        place = None  # of a run of an earlier version, which ignored it
     train, test = load_dataset(
         name,
         place,
@@ -184,9 +187,10 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
     """Returns the run with the folder of its images as it is read: of a resumed one, --data-dir is the new place.
 
     Raises:
-        ValueError: a run starts on folder:PATH with another folder as --data-dir.
+        ValueError: a run starts on folder:PATH with another folder as --data-dir, or its data set has no folder.
     """
     place = config.data.data_dir
+    source_of(config.dataset).check_folder(place)
     if place is None or not config.dataset.startswith(FOLDER):
         return config
     require(
@@ -198,13 +202,13 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
 
 
 def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
-    """Returns the parts of the images that are not those of a checkpoint's run: train, validation, test."""
+    """Returns the parts of the images that are gone or not those of a checkpoint's run: train, validation, test."""
     saved: dict[str, str] = {"train": state["images"]} if "images" in state else {}
     saved |= state.get("other_images", {})
     return [
         name
         for name, images in (("train", data.train), ("validation", data.validation), ("test", data.test))
-        if images is not None and name in saved and not images.matches(saved[name])
+        if name in saved and (images is None or not images.matches(saved[name]))
     ]
 
 
@@ -297,6 +301,15 @@ def check_queue(config: RunConfig) -> None:
     )
 
 
+def check_predictor(config: RunConfig) -> None:
+    """Raises ValueError if the predictor's rate is to be constant and the method has no predictor."""
+    if not config.optim.constant_predictor_lr:
+        return
+    with torch.device("meta"):  # only the names count
+        method = METHODS[config.method](ModelConfig(classes=2), ObjectiveConfig())
+    parameter_groups(method, constant_predictor_lr=True)
+
+
 def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     """Returns the run with the number of classes filled in for a method that trains on labels.
 
@@ -377,7 +390,7 @@ def choose_backends(
             console.print(
                 f"WARNING: the Triton kernel of {name} fails its self-check on this machine ({problem}); "
                 "falling back to PyTorch. "
-                "`make gpu-report` writes a file to attach to an issue.",
+                "Please report it; in a checkout, `make gpu-report` writes a file to attach.",
                 style="bold red",
                 markup=False,
                 highlight=False,
@@ -411,7 +424,8 @@ def describe_backends(backends: Backends) -> str:
 
 
 def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object]) -> Compile:
-    """Decides whether a run's forward is eager, compiled, or compiled and replayed as CUDA graphs.
+    """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has proved them,
+    replayed as CUDA graphs (graphs.py).
 
     Args:
         engine: the settings `compile` and `graphs`.
@@ -424,10 +438,7 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
     if problem is not None:
         say(f"not compiling, the step stays eager: {problem}")
         return "off"
-    if engine.graphs == "on":
-        return "graphs"
-    replays = engine.graphs == "auto" and engine.lookup == "auto" and device.type == "cuda" and graphs_proven(device)
-    return "graphs" if replays else "on"
+    return "on" if ruled_out(engine, device) else "graphs"
 
 
 def compiles_by_itself(engine: EngineConfig, device: torch.device) -> bool:
@@ -446,35 +457,3 @@ def compiler_problem(device: torch.device) -> str | None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "torch.compile needs Python's headers (apt install python3-dev), and there is no Python.h"
     return None
-
-
-def graphs_proven(device: torch.device) -> bool:
-    """Returns whether `make gpu-report` has passed on this GPU with these versions."""
-    return proven_on(device) in _proven()
-
-
-def remember_proof(device: torch.device) -> None:
-    """Records that `make gpu-report` has passed on this machine."""
-    path = proof_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(sorted({*_proven(), proven_on(device)}), indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def proof_path() -> Path:
-    """Returns the file that remembers on which machines `make gpu-report` has passed."""
-    return cache_folder() / "gpu-report.json"
-
-
-def proven_on(device: torch.device) -> str:
-    """Names what a proof holds for: this GPU with these versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-
-
-def _proven() -> set[str]:
-    try:
-        found = json.loads(proof_path().read_text())
-    except (OSError, ValueError):  # missing or damaged: nothing is proven, and the next report writes it again
-        return set()
-    return set(cast("list[str]", found)) if isinstance(found, list) else set()

@@ -68,12 +68,21 @@ class TrainStep:
         Returns:
             The losses and the gradient's norm before clipping, both still on the device.
         """
+        losses = self.backward(batch)
+        return losses, self.update(step, losses, batch, lr=lr, momentum=momentum)
+
+    def backward(self, batch: Batch) -> Losses:
+        """Returns the losses of a batch, with their gradients, times the loss scale, in the parameters."""
         # No copy if the loader already made the views channels_last.
         views = batch.views.contiguous(memory_format=self.memory_format)
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
         # Backward runs outside autocast, as PyTorch's documentation recommends: it uses the dtypes of the forward.
         self.scaler.scale(losses.total).backward()
+        return losses
+
+    def update(self, step: int, losses: Losses, batch: Batch, *, lr: float, momentum: float) -> Tensor:
+        """Updates weights, momentum network and queue after `backward`; returns the gradient's norm before clipping."""
         # Unscale before the norm is taken: the guard, the clipping and the log need the true gradient.
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -91,7 +100,7 @@ class TrainStep:
         self.scaler.update()
         # After the optimizer: Algorithm 1 moves the momentum network towards the new weights, then enqueues the keys.
         self.method.after_step(losses, batch.indices, momentum=momentum, should_update=should_update)
-        return losses, gradient_norm
+        return gradient_norm
 
     def should_update(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
         """Returns whether the step may change the state: bool, 0-D, on the device."""

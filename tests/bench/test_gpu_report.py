@@ -101,18 +101,6 @@ def test_a_failure_is_the_exit_code(monkeypatch, tmp_path):
         assert main(["--out", str(tmp_path / name)]) == code
 
 
-@pytest.mark.parametrize("failing", [None, "graphs", "faiss_gpu"])
-def test_what_has_passed_is_remembered(failing, monkeypatch, tmp_path):
-    remembered = []
-    monkeypatch.setattr(gpu_report, "remember_proof", remembered.append)
-    outcomes: dict[str, gpu_report.Outcome] = {name: "failed" if name == failing else "passed" for name in STAGES}
-    results = [gpu_report.Result(name, name, outcome) for name, outcome in outcomes.items()]
-    monkeypatch.setattr(gpu_report, "report", lambda *_: results)
-    main(["--out", str(tmp_path / "report")])
-    assert set(STAGES) > gpu_report.PROOF
-    assert remembered == ([] if failing == "graphs" else [gpu_report.DEVICE])
-
-
 def test_a_stage_runs_by_itself():
     command = [sys.executable, "-m", "bench.gpu_report", "--stage", "environment"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_folder import write
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import functional as F
 
@@ -27,3 +29,16 @@ def photos() -> Callable[..., np.ndarray]:
         return made if color else np.repeat(made.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
 
     return cut
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Makes cats with 2 images, one of them deeper, dogs with 3, and files that are no images."""
+    made = tmp_path / "photos"
+    for name in ("dogs/b.png", "dogs/a.JPG", "dogs/c.webp", "cats/x.jpeg", "cats/2019/y.Png"):
+        write(made / name)
+    (made / "dogs" / "notes.txt").write_text("not an image")
+    (made / "dogs" / ".hidden.png").write_text("nor this")
+    (made / ".git").mkdir()
+    (made / "readme.md").write_text("about")
+    return made

@@ -8,6 +8,7 @@ import tarfile
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -345,3 +346,25 @@ def test_a_download_that_fails_says_so_and_leaves_nothing(
     with pytest.raises(DataError, match="cannot download"):
         load_dataset(name, tmp_path / "data", download=True)
     assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_a_data_set_without_files_takes_no_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"data_dir \S*here .*{name}.*leave out --data-dir"):
+        load_dataset(name, tmp_path / "here")
+
+
+def test_a_folder_in_the_home_directory_may_be_given_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_fashion_mnist(tmp_path / "d")
+    assert len(load("fashion_mnist", Path("~/d"))[0]) == 60_000
+
+
+@pytest.mark.parametrize(("name", "module"), [("cifar10", cifar), ("fashion_mnist", fashion_mnist)])
+def test_files_missing_after_a_download_say_so(
+    name: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "download", lambda *_: None)  # of a server that sends nothing
+    with pytest.raises(DataError, match=r"missing even after --download.*--data-dir") as raised:
+        load_dataset(name, tmp_path / "d", download=True)
+    assert "let --download" not in str(raised.value)

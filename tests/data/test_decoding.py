@@ -71,6 +71,14 @@ def with_chunk(png: bytes, data: bytes, before: bytes) -> bytes:
     return png[:at] + chunk + png[at:]
 
 
+def animated(*, default_image: bool) -> bytes:
+    stream, frame = io.BytesIO(), Image.fromarray(255 - PIXELS)
+    Image.fromarray(PIXELS).save(
+        stream, "PNG", save_all=True, append_images=[frame, frame.rotate(180)], default_image=default_image
+    )
+    return stream.getvalue()
+
+
 def cases() -> dict[str, tuple[bytes, int]]:
     """Returns files by name, with the orientation that they are to be turned by."""
     made: dict[str, tuple[bytes, int]] = {}
@@ -83,6 +91,9 @@ def cases() -> dict[str, tuple[bytes, int]]:
         made[f"nine.{suffix}"] = encoded(suffix, exif(9)), 1
         made |= {f"{name}.{suffix}": (encoded(suffix, data), 1) for name, data in BROKEN.items()}
     made["after.png"] = with_chunk(encoded("png", None), exif(6), b"IEND"), 6
+    past = encoded("png", None)
+    made["past the end.png"] = past + with_chunk(past, exif(6), b"IEND")[len(past) - 12 : -12], 1
+    made["animated.png"] = animated(default_image=False), 1
     made["broken after.png"] = with_chunk(encoded("png", None), b"II+", b"IEND"), 1
     return made
 
@@ -142,3 +153,9 @@ def test_kinds_of_bmp(tmp_path: Path) -> None:
         (tmp_path / f"{name}.bmp").write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}\.bmp .*convert it"):  # DALI does not read it
             read_image(tmp_path / f"{name}.bmp")
+
+
+def test_an_animation_with_a_still_image_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(animated(default_image=True))  # Pillow shows the still, DALI the first frame
+    with pytest.raises(DataError, match=r"a\.png .*animated.*convert it"):
+        read_image(tmp_path / "a.png")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnclglf.config import DataConfig
+from mnclglf.config import DataConfig, UsageError
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray
 from mnclglf.data.philox import LABEL_STREAM, permutation
@@ -52,7 +52,7 @@ def test_all_images_stay_in_order_when_none_is_left_out() -> None:
 @pytest.mark.parametrize("settings", [{"train_images": 51}, {"validation_images": 50}, {"validation_images": 51},
                                       {"train_images": 31, "validation_images": 20}])  # fmt: skip
 def test_more_images_than_there_are_is_an_error(settings: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="made has 50 training images") as raised:
+    with pytest.raises(UsageError, match="made has 50 training images") as raised:
         split_train(numbered(50), DataConfig(**settings))
     for value in settings.values():
         assert str(value) in str(raised.value)

@@ -116,6 +116,8 @@ def test_hidden_files_and_folders_are_left_alone(data: Path) -> None:
     for part in (f"train/{WNIDS[0]}/images", "val/images"):
         (root / part / f"._{WNIDS[0]}_0.JPEG").write_bytes(b"\0\x05\x16\x07")
     write_image(root / "train/.ipynb_checkpoints/images/a.JPEG", 1)
+    write_image(root / "train/__MACOSX/images/a.JPEG", 1)
+    (root / "train/@eaDir").mkdir()
     write_image(root / "train" / WNIDS[1] / "images/.ipynb_checkpoints/b.JPEG", 1)
     train, test = load(data)
     assert (train.classes, len(train), len(test)) == (before.classes, 12, 5)

@@ -52,7 +52,9 @@ def test_it_trains_evaluates_and_reports(copy: TreeCopy) -> None:
         expected = record["loss_invariance"] + 0.005 * record["loss_redundancy"]
         assert record["loss"] == pytest.approx(expected, rel=1e-5)  # a sum of two fp32 terms
     assert "knn" in (run / "evaluation.json").read_text()
-    assert "barlow_twins" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "barlow_twins" in page
+    assert "self-supervised pre-training" in page
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from mnclglf.cli import main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALL_PAGES = PAGES
 PAGES = [page for page in PAGES if page.parent.name != "lab"]  # dated entries: their commands are of their day
 NEEDS = {"gpu", "download", "hours", "slurm", "network", "your-files", "install"}
 COMMANDS = {"mnclglf", "make", "python", "pytest", "pip", "apt", "apt-get", "git", "tensorboard", "pre-commit"}
@@ -37,6 +38,7 @@ PROGRAMS = {
     "apt",
     "git",
     "pip",
+    "source",
 }  # only in a block that needs something
 TINY = shlex.split(
     "--image-size 8 --train-images 256 --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
@@ -82,6 +84,20 @@ def blocks_of(page: Path) -> list[Block]:
             )
         )
     return found
+
+
+INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+PLACEHOLDER = re.compile(r"\.\.\.|\u2026|<[a-z][a-z _-]*>")  # in `python -m x --stage ...` or `mnclglf knn <run>`
+
+
+def unpasteable(text: str) -> list[str]:
+    """Returns the commands of a page, in blocks or inline, that cannot be pasted: with `...` or `<name>` in them."""
+    blocks = [match["text"] for match in BLOCK.finditer(text) if match["language"].strip() != "python"]
+    lines = [line for block in blocks for line in block.splitlines()] + INLINE.findall(BLOCK.sub("", text))
+    commands = [line[2:] for line in lines if line.startswith("$ ")]
+    # `mnclglf on mnist5k: ...` is what a run prints.
+    commands += [line for line in lines if line.split(" ")[0] in COMMANDS and not line.startswith("mnclglf on ")]
+    return [command for command in commands if PLACEHOLDER.search(command.split("  #")[0])]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -173,6 +189,38 @@ def test_each_block_is_of_a_kind_that_is_checked(page: Path) -> None:
             assert not first & COMMANDS, f"{block.name}: commands stand in a console block, each after '$ '"
         elif block.language == "console":
             assert block.commands, f"{block.name}: no command after a '$ '"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_can_be_pasted(page: Path) -> None:
+    assert unpasteable(page.read_text()) == []
+
+
+def test_a_command_with_a_gap_is_found() -> None:
+    text = """
+`mnclglf on mnist5k: 4,000 images ...` is output, `...` a word, and `python -m bench.gpu_report --stage ...` a gap.
+
+```console
+$ mnclglf train --method simsiam ...
+$ FOO=1 make train DATASET=<name>
+$ mnclglf knn runs/x > plan.txt  # and so on ...
+step 1 ...
+```
+
+```python
+x[...] = 1
+```
+
+```bash
+make bench \u2026
+```
+"""
+    assert unpasteable(text) == [
+        "mnclglf train --method simsiam ...",
+        "FOO=1 make train DATASET=<name>",
+        "make bench \u2026",
+        "python -m bench.gpu_report --stage ...",
+    ]
 
 
 def is_slow(block: Block) -> bool:

@@ -23,6 +23,7 @@ from mnclglf.config import (
     OptimConfig,
     RunConfig,
     ViewConfig,
+    with_whole_paths,
 )
 from mnclglf.data.images import ImageFiles
 from mnclglf.evaluation import run as module
@@ -244,3 +245,55 @@ def test_a_former_run_whose_data_dir_was_ignored_is_evaluated(place: Path) -> No
     values["data"]["data_dir"] = "/nowhere"
     path.write_text(json.dumps(values))
     assert evaluate_run(place / "run", KNN, silent())
+
+
+def test_a_part_of_the_images_is_another_set_of_images(place: Path) -> None:
+    part = shutil.copytree(place / "photos" / "train", place / "Trn")
+    with pytest.raises(ValueError, match=r"test images of folder:\S*Trn .*--data-dir, which is \S*Trn"):
+        evaluate_run(place / "run", dataclasses.replace(KNN, data_dir=part), silent())
+    with pytest.raises(CheckpointError, match=r"other images than folder:\S*Trn .*test images.*put the old ones back"):
+        Trainer(config_of(place / "photos", data_dir=part), place / "run", console=silent())
+    shutil.rmtree(place / "photos" / "val")  # in its own place it is still the run's folder
+    assert Trainer(config_of(place / "photos"), place / "run", console=silent()).start == 4
+    console = silent()
+    with pytest.raises(ValueError, match=r"no test images"):
+        evaluate_run(place / "run", KNN, console)
+
+
+@pytest.mark.parametrize("how", ["relative", "dots", "slash", "link", "home"])
+def test_the_new_place_in_any_spelling(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, moved = place / "run", (place / "photos").rename(place / "moved")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(place))
+    (place / "link").symlink_to(moved)
+    spelled = {
+        "relative": "moved", "dots": "run/../moved/train/..", "slash": f"{moved}/", "link": "link", "home": "~/moved"
+    }[how]  # fmt: skip
+    assert evaluate_run(run, dataclasses.replace(KNN, data_dir=Path(spelled)), silent())
+    resumed = Trainer(with_whole_paths(config_of(place / "photos", data_dir=Path(spelled))), run, console=silent())
+    assert (resumed.start, resumed.config.dataset) == (4, f"folder:{moved}")
+
+
+def test_one_class_is_nothing_to_tell_apart(place: Path) -> None:
+    for part in ("train", "val"):
+        shutil.rmtree(place / "photos" / part / "dogs")
+    train(config_of(place / "photos"), place / "one")
+    with pytest.raises(ValueError, match=r"one class, cats.*subfolder"):
+        evaluate_run(place / "one", KNN, silent())
+
+
+def test_digits_take_no_folder_and_a_former_run_with_one_is_evaluated(place: Path) -> None:
+    config = dataclasses.replace(config_of(place), dataset="digits", optim=OptimConfig(epochs=1, batch_size=700))
+    with_folder = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=place))
+    with pytest.raises(ValueError, match=r"data_dir .*digits.*leave out --data-dir"):
+        Trainer(with_folder, place / "refused", console=silent())
+    assert not (place / "refused").exists()
+    run = place / "digits"
+    train(config, run)
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    values["data"]["data_dir"] = "/nowhere"  # earlier versions ignored it
+    path.write_text(json.dumps(values))
+    assert evaluate_run(run, KNN, silent())
+    with pytest.raises(ValueError, match=r"data_dir .*digits.*leave out --data-dir"):
+        evaluate_run(run, dataclasses.replace(KNN, data_dir=place), silent())

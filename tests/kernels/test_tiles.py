@@ -1,10 +1,14 @@
 """Tests of the launch configurations, and of the tuning file that overrides them."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from mnclglf.runs.files import cache_folder
 from mnclglf_kernels import contrastive_loss, tune
 from mnclglf_kernels._triton import launch, tiles
 from mnclglf_kernels._triton.tiles import ARCHITECTURES, TABLE, WIDTHS, Tile, Tuning, tile
@@ -165,3 +169,48 @@ def test_candidates_fit_into_shared_memory(dtype):
     assert len(found) > 20
     assert len(set(found)) == len(found)
     assert all((t.stages - 1) * (t.rows + t.columns) * t.depth * dtype.itemsize <= 99 << 10 for t in found)
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent", "here", "cached"])
+def test_the_tuning_file_is_where_all_caches_are(home, tmp_path, monkeypatch):
+    """Also without a home, and with one where nothing can be made, as in a container under any user number."""
+    for name in ("MNCLGLF_TUNING", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_001)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
+    if home is not None:
+        monkeypatch.setenv("HOME", str(tmp_path / home) if home in ("here", "cached") else home)
+    if home == "cached":
+        (tmp_path / home / ".cache" / "mnclglf").mkdir(parents=True)
+    if home != "here":
+        monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    path = tiles.tuning_path()
+    assert path.parent == cache_folder()
+    assert path.parent == tmp_path / {"here": "here/.cache/mnclglf", "cached": "cached/.cache/mnclglf"}.get(
+        str(home), "temporary/mnclglf-4000000001"
+    )
+    tiles.write_tuning(path, {"x": Tile(64, 64, 64, 8, 2)})
+    assert tiles.read_tuning(path) == {"x": Tile(64, 64, 64, 8, 2)}
+    assert not (tmp_path / "~").exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "chosen"))
+    assert tiles.tuning_path().parent == cache_folder() == tmp_path / "chosen" / "mnclglf"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+def test_a_home_of_another_user_is_no_home(tmp_path):
+    """So it is where HOME=/root stays set in a container that runs under another number."""
+    home = tmp_path / "root"
+    home.mkdir(mode=0o700)
+    code = """import os, tempfile
+from pathlib import Path
+from mnclglf.runs.files import cache_folder
+from mnclglf_kernels._triton import tiles
+os.setuid(4_000_000)
+assert tiles.tuning_path().parent == cache_folder() == Path(tempfile.gettempdir(), "mnclglf-4000000")
+assert tiles.read_tuning(tiles.tuning_path()) == {}
+assert tiles.read_tuning(Path(os.environ["HOME"], "tuning.json")) == {}
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MNCLGLF_TUNING", "XDG_CACHE_HOME")}
+    environment |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

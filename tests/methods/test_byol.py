@@ -3,7 +3,15 @@
 import method_oracles
 import pytest
 import torch
-from method_steps import Stepper, assert_one_view_trains, break_momentum_embedding, compare, make_batch, make_method, make_oracle
+from method_steps import (
+    Stepper,
+    assert_one_view_trains,
+    break_momentum_embedding,
+    compare,
+    make_batch,
+    make_method,
+    make_oracle,
+)
 
 from mnclglf.methods import BYOL
 from mnclglf.training.guard import NonFiniteError

@@ -1,5 +1,8 @@
 """The contract of mnclglf.methods.base, for every method of the table."""
 
+import json
+import math
+import sys
 from typing import Any
 
 import oracles
@@ -7,11 +10,13 @@ import pytest
 import torch
 from method_steps import CLASSES, Stepper, inputs_of, make_batch, make_method
 from methods.test_compiled_step import TinyEncoder
+from methods.test_mnclglf import SIDE, N
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnclglf.config import METHOD_NAMES, MethodName, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS, Method
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.roofline import step_parts
 
@@ -185,3 +190,41 @@ def test_the_table_holds_the_files() -> None:
     assert {name: kind.__module__ for name, kind in METHODS.items()} == {
         name: f"mnclglf.methods.{name}" for name in METHODS
     }
+
+
+@EVERY
+def test_the_views_that_it_says_are_cut_are_cut(name: MethodName, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = []
+
+    def divide(images: Tensor, **options: Any) -> Tensor:
+        cut.append(images)
+        return real(images, **options)
+
+    method = make_method(METHODS[name])
+    if "divide" in method.operators:
+        module = sys.modules[METHODS[name].__module__]
+        real = module.divide
+        monkeypatch.setattr(module, "divide", divide)
+    batch = make_batch(views=method.views)
+    method(*inputs_of(method, batch))
+    assert method.divided_views == tuple(
+        number for number, view in enumerate(batch.each(), 1) if any(torch.equal(view, images) for images in cut)
+    )
+
+
+@EVERY
+def test_it_says_whether_its_terms_are_ln_n_while_all_images_look_alike(name: MethodName) -> None:
+    method = make_method(METHODS[name])
+    for layer in batch_norms(method):  # a bias of 0 would leave rounding errors alone, in any direction
+        torch.nn.init.normal_(layer.bias)
+    image = torch.randn(1, 3, SIDE, SIDE, dtype=torch.float64)
+    labels = torch.zeros(N, dtype=torch.int64) if method.needs_labels else None
+    terms = method(image.expand(method.views * N, -1, -1, -1), labels).terms
+    level = [abs(term.item() - math.log(N)) < 1e-6 for term in terms.values()]
+    assert all(level) == method.batch_candidates
+
+
+def test_what_a_method_says_of_itself_is_json() -> None:
+    for method in METHODS.values():
+        facts = method.facts()
+        assert json.loads(json.dumps(facts)) == facts

@@ -6,7 +6,15 @@ from typing import Any
 import method_oracles
 import pytest
 import torch
-from method_steps import Stepper, break_momentum_embedding, compare, gradients_of_views, make_batch, make_method, make_oracle
+from method_steps import (
+    Stepper,
+    break_momentum_embedding,
+    compare,
+    gradients_of_views,
+    make_batch,
+    make_method,
+    make_oracle,
+)
 from torch import Tensor
 
 from mnclglf.methods import FastMoCo

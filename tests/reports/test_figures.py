@@ -112,6 +112,13 @@ def test_loss_panels_hold_the_loss_the_terms_and_the_level(drawn):
     assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "loss" for axis in drawn[0].axes)
 
 
+def test_every_term_is_drawn(drawn):
+    names = ["loss_a", "loss_b", "loss_c", "loss_d"]
+    loss_curves([{"step": step, "loss": 4.0, **dict.fromkeys(names, 1.0)} for step in (1, 2)])
+    shown = [axis for axis in drawn[0].axes if axis.axison]
+    assert [line.get_label() for axis in shown[1:] for line in axis.get_lines()] == names
+
+
 def test_health_panels_are_those_that_were_logged(drawn):
     health_curves([{"step": 1, "feature_std": 0.5, "queue_fill": 0.25}, {"step": 2, "feature_std": 0.6}])
     shown = [axis for axis in drawn[0].axes if axis.axison]

@@ -1,7 +1,6 @@
 """Tests of the report page for whole, partial, hostile and damaged run directories."""
 
 import base64
-import importlib
 import json
 import re
 from html.parser import HTMLParser
@@ -9,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from mnclglf.config import ModelConfig, ObjectiveConfig
-from mnclglf.methods import METHODS
+from mnclglf.methods import METHODS, Method
 from mnclglf.reports import page as html
 from mnclglf.reports.page import Picture, progress, speed_lines, state_line, write_report
 from mnclglf.reports.run_files import RunFiles, read_run
@@ -154,15 +151,41 @@ def of_method(run: Path, method: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_words_follow_from_the_method(make_run, method):
-    words = report(of_method(make_run(), method)).words
-    labeled, divided = METHODS[method].needs_labels, "divide" in METHODS[method].operators
+def assert_words_of(words: str, method: type[Method]) -> None:
+    labeled, divided = method.needs_labels, "divide" in method.operators
     assert ("without seeing their labels" in words) == ("self-supervised" in words) == (not labeled)
     assert ("never to train" in words) == (not labeled)
     assert ("supervised training" in words) == ("from training with labels" in words) == labeled
     assert ("patches" in words) == divided
-    assert ("dashed line" in words) == (method in html.OF_N_CANDIDATES)
+    assert ("dashed line" in words) == method.batch_candidates
+
+
+@pytest.mark.parametrize("method", html.FORMER_METHODS)
+def test_words_follow_from_the_method_in_runs_of_before(make_run, method):
+    assert_words_of(report(of_method(make_run(), method)).words, METHODS[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_words_follow_from_what_the_method_says_of_itself(make_run, method):
+    run = of_method(make_run(), "a_new_one")
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"method": METHODS[method].facts()}))
+    words = report(run).words
+    assert_words_of(words, METHODS[method])
+    assert "batch_candidates" not in words
+
+
+@pytest.mark.parametrize("method", html.FORMER_METHODS)
+def test_what_is_known_of_runs_of_before_is_what_the_method_says(method):
+    nothing = {"needs_labels": False, "divided_views": [], "batch_candidates": False}
+    assert nothing | html.FORMER_METHODS[method] == METHODS[method].facts()
+
+
+@pytest.mark.parametrize("said", [3, {}, {"divided_views": 2}, {"divided_views": ["a", -1, 9]}])
+def test_a_method_that_says_nonsense_has_no_panels(make_run, said, real_pictures):
+    run = make_run()
+    (run / "environment.json").write_text(json.dumps({"method": said}))
+    assert ("dashed line" in report(run).words) == (said == 3)
 
 
 def test_captions_are_of_what_is_drawn(make_run):
@@ -178,6 +201,13 @@ def test_captions_are_of_what_is_drawn(make_run):
     for absent in ("pale line", "terms", "neighbor", "queue fill", "never to train", "EMA"):
         assert absent not in page.words + " ".join(alternatives) or absent == "neighbor", absent
     assert "pale line" in report(make_run()).words
+
+
+def test_sentences_of_a_caption_have_a_space_between_them(make_run):
+    source = report(make_run()).source
+    captions = [" ".join(caption.split()) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", source, re.S)]
+    assert len([caption for caption in captions if ". " in caption]) == 2  # of the losses, of the signs of collapse
+    assert not [caption for caption in captions if re.search(r"\.[A-Z]", caption)]
 
 
 def test_notes_are_of_the_protocols_that_were_run(make_run):
@@ -196,26 +226,6 @@ def test_a_run_of_an_unknown_method_has_neutral_words(make_run):
     words = report(run).words
     assert "one run of training" in words
     assert not [claim for claim in ("supervised", "their labels", "patches", "dashed") if claim in words]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_views_that_are_cut_are_those_of_the_method(name, monkeypatch):
-    cut = []
-
-    def divide(images, **_):
-        cut.append(images)
-        return real(images, backend="torch")
-
-    method = METHODS[name](ModelConfig(width=2, projector_width=8, predictor_width=8, classes=3), ObjectiveConfig())
-    if "divide" in method.operators:
-        module = importlib.import_module(f"mnclglf.methods.{name}")
-        real = module.divide
-        monkeypatch.setattr(module, "divide", divide)
-    views = [torch.rand(4, 3, 8, 8) for _ in range(method.views)]
-    method(views, torch.arange(4) % 3)
-    numbers = tuple(i + 1 for i, view in enumerate(views) if any(view is images for images in cut))
-    assert html.DIVIDED_VIEWS.get(name, ()) == numbers
-    assert (name in html.LABELED) == method.needs_labels
 
 
 def test_results_of_other_settings_are_below_the_protocols_own(make_run):

@@ -10,10 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -22,12 +22,13 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from mnclglf.cli import Train, parse
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
 from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, batch_indices
-from mnclglf.methods import METHODS, Losses, Supervised
+from mnclglf.methods import METHODS, Losses, Method, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.console import LastingConsole
@@ -118,6 +119,8 @@ def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (environment["loader"], environment["kernels"]) == ("reference", "torch")
+    assert environment["method"] == {"needs_labels": False, "divided_views": [1, 3], "batch_candidates": True}
+    assert environment["cuda_graphs"] == "not used, the run is on the CPU"
     assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [10, 12]
     assert list((straight / "tensorboard").iterdir())
     with np.load(straight / "views.npz") as arrays:
@@ -656,3 +659,100 @@ def test_a_folder_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "photos" / "07.png").unlink()
     with pytest.raises(CheckpointError, match="other images"):
         trainer(tmp_path / "run", **changes)
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Pretends a compiler whose forward is the method's own; returns a list to which each `graphs` is appended."""
+    found: list[bool] = []
+
+    def pretended(method: Method, *, graphs: bool) -> Method:
+        found.append(graphs)
+        return method
+
+    monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
+    monkeypatch.setattr("mnclglf.training.step.compiled", pretended)
+    monkeypatch.setattr("mnclglf.training.loop.compiled", pretended)
+    return found
+
+
+def decided(out: Path) -> str:
+    return json.loads((out / "environment.json").read_text())["cuda_graphs"]
+
+
+def test_the_proof_of_graphs_does_not_change_the_run(straight: Path, tmp_path: Path, compiles: list[bool]) -> None:
+    console, out = silent(), tmp_path / "run"
+    trainer(out, console=console).train()
+    assert "CUDA graphs: used, 2 replays were bit-equal" in printed(console)
+    assert decided(out).startswith("used, ")
+    assert compiles == [True]
+    assert_identical(final_state(straight), final_state(out))
+    assert figures(straight) == figures(out)
+
+
+def broken(run: Trainer) -> None:
+    """Makes a replay of the run change one running statistic."""
+    forward, calls = run.step.forward, []
+
+    def wrong(*inputs: Any) -> Losses:
+        calls.append(inputs)
+        if len(calls) > 1:
+            run.method.encoder.bn1.running_mean.data[0] += 1  # pyright: ignore[reportOptionalSubscript]
+        return forward(*inputs)
+
+    run.step.forward = wrong
+
+
+def test_graphs_that_are_not_proved_are_not_used(straight: Path, tmp_path: Path, compiles: list[bool]) -> None:
+    console, out = silent(), tmp_path / "run"
+    run = trainer(out, console=console)
+    broken(run)
+    run.train()
+    assert "CUDA graphs: not used, the first difference is in encoder.bn1.running_mean: 1 of 2 values" in printed(
+        console
+    )
+    assert "encoder.bn1.running_mean" in decided(out)
+    assert compiles == [True, False]
+    assert_identical(final_state(straight), final_state(out))
+
+
+@pytest.mark.usefixtures("compiles")
+def test_graphs_that_were_asked_for_have_to_be_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnclglf.training.start.choose_device", lambda _: torch.device("cpu"))
+    run = trainer(tmp_path / "run", engine=dataclasses.replace(CONFIG.engine, graphs="on", device="auto"))
+    broken(run)
+    with pytest.raises(RuntimeError, match=r"encoder\.bn1\.running_mean: 1 of 2 .*--graphs auto"):
+        run.train()
+
+
+@pytest.mark.usefixtures("compiles")
+def test_a_failing_compiler_decides_against_graphs(tmp_path: Path) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise BackendCompilerFailed(loop, ValueError("no such instruction"), None)
+
+    console, out = silent(), tmp_path / "run"
+    run = trainer(out, console=console)
+    run.step.forward = run._or_eager(failing)  # pyright: ignore[reportPrivateUsage]
+    run.train()
+    assert "CUDA graphs: not used, torch.compile failed" in printed(console)
+    assert decided(out) == "not used, torch.compile failed"
+
+
+def test_a_resumed_run_says_what_is_decided_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: list[bool]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trainer(first).train()
+    assert compiles
+    monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "off")
+    checkpoint = str(list_checkpoints(first / "checkpoints")[0][1])
+    for out, resume in ((second, checkpoint), (first, "auto")):
+        console = silent()
+        trainer(out, resume=resume, console=console).train()
+        assert re.search(r"CUDA graphs: not used, the run is on the CPU; before .*: used, 2 replays", printed(console))
+    console = silent()
+    trainer(first, console=console).train()
+    assert "CUDA graphs: not used, the run is on the CPU\n" in printed(console)
+    monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
+    trainer(first).train()  # at its end nothing is replayed, so that nothing is decided anew
+    assert decided(first) == "not used, the run is on the CPU"

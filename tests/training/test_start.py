@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS
-from mnclglf.training.start import Machine, choose_backends, describe_backends, graphs_proven, keep_kernels_in_cache
+from mnclglf.training.start import Machine, choose_backends, describe_backends, keep_kernels_in_cache
 from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch
 
@@ -116,11 +116,3 @@ def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path: Path, mo
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)  # of no entry in passwd
     keep_kernels_in_cache()
     assert os.environ.pop("TRITON_HOME") == str(tmp_path / "cache" / "mnclglf")
-
-
-def test_without_a_home_no_cuda_graph_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
-    assert not graphs_proven(CPU)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -111,11 +112,24 @@ def key(family: str, dtype: torch.dtype, width: int, arch: int) -> str:
 
 
 def tuning_path() -> Path:
-    """Returns the path of the tuning file: MNCLGLF_TUNING, or else a file in the user's cache folder."""
+    """Returns the path of the tuning file: MNCLGLF_TUNING, or else a file in the user's cache folder.
+
+    That folder is mnclglf's (cache_folder in mnclglf/runs/files.py, which cannot be imported from here): without a home
+    that can be written it is mnclglf-<user number> in the temporary folder.
+    """
     if chosen := os.environ.get("MNCLGLF_TUNING"):
         return Path(chosen)
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~/.cache" as is without a home
-    return Path(cache_home) / "mnclglf" / "tuning.json"
+    home = os.path.expanduser("~")  # "~" as is without HOME and an entry in passwd
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "mnclglf"
+    if not os.environ.get("XDG_CACHE_HOME") and (home == "~" or not _usable(usual)):
+        usual = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+    return usual / "tuning.json"
+
+
+def _usable(folder: Path) -> bool:
+    """Returns whether the folder is there, or can be made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return nearest == folder or os.access(nearest, os.W_OK | os.X_OK)
 
 
 @cache
@@ -125,7 +139,7 @@ def read_tuning(path: Path) -> dict[str, Tile]:
     Raises:
         ValueError: `tune` did not write this file.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a folder that this user may not search
         return {}
     try:
         found = {name: Tile(**entry) for name, entry in json.loads(path.read_text())["tiles"].items()}

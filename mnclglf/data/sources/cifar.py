@@ -58,7 +58,7 @@ class Cifar(Source):
             found = self._find(folder)
         if found is None:
             looked = " or ".join(f"{form.folder}/ or {form.archive}" for form in self.forms)
-            raise missing(self.title, looked, [folder])
+            raise missing(self.title, looked, [folder], request)
         form, files = found
         train = [files / name for name in form.train]
         return self._read(form, train, "train", self.records[0]), self._read(

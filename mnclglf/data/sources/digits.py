@@ -21,6 +21,7 @@ _CLASSES = tuple("0123456789")
 class HandwrittenDigits(Source):
     """Digits of ten classes, never flipped (a mirrored digit is another sign) and gray, so without color changes."""
 
+    needs_files = False
     flips = False
     quick_data = DataConfig(image_size=16)
     quick_epochs = 40

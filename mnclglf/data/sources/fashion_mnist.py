@@ -47,6 +47,7 @@ class FashionMnist(Source):
                 "Fashion-MNIST",
                 "train-images-idx3-ubyte.gz and its three companions",
                 places,
+                request,
                 otherwise=", or install Debian's package: apt install dataset-fashion-mnist",
             )
         return _read(found, "train", 60_000), _read(found, "t10k", 10_000)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -22,30 +18,16 @@ from mnclglf.config import FOLDER, DataConfig
 from mnclglf.data.decoding import decode_image, orientation_of, read_file
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles, moments_of
+from mnclglf.data.sources.layout import few, find_images, find_splits, is_drawn, report_pictures
 from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir
 from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif", ".jpe")
-UNREAD = {
-    *(".apng", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dib", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif"),
-    *(".hif", ".ico", ".j2k", ".jp2", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".raf"),
-    *(".raw", ".rw2", ".svg", ".tga", ".tif", ".tiff", ".xbm", ".xpm"),
-}
-"""Suffixes of image files that Pillow and DALI do not both read to the same pixels."""
-PICTURES = ("-images.png", "-views.png")
-"""Ends of the names of the pictures that `mnclglf data` draws."""
-_OF_SYSTEMS = frozenset(("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"))
-_SPLITS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing", "tst"), "test"),
-}
-_FILLERS = frozenset(("data", "dataset", "image", "images", "img", "imgs", "seg", "set", "split"))
 SMALLEST_SIDE = 8  # pixels
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
+_DRAWN = "is a picture that mnclglf drew"
 _MANY = 2000  # number of files from which on a message says that reading takes a while
 
 
@@ -93,10 +75,17 @@ class Folder(Source):
     ) -> ImageFiles:
         paths, labels, classes = find_images(root, classes)
         found = examine(root, paths)
+        report_pictures(
+            root, [root / path for path, entry in zip(paths, found, strict=True) if entry.problem == _DRAWN]
+        )
         whole = np.array([not entry.problem for entry in found])
-        if not whole.all():
+        if not all(entry.problem in ("", _DRAWN) for entry in found):
             _report_corrupt(root, paths, found, skip_corrupt)
         kept = [number for number in range(len(paths)) if whole[number]]
+        unusable = set(labels) - {labels[number] for number in kept}
+        if unusable and split == "train":
+            names = few([classes[label] for label in sorted(unusable)]) if classes else "any"
+            raise DataError(f"{root} has no image of class {names} that can be used; repair them, or remove its folder")
         orientations = np.array([found[number].orientation for number in kept], dtype=np.uint8)
         return ImageFiles(
             name=self.name,
@@ -112,278 +101,6 @@ class Folder(Source):
             orientations=orientations if (orientations > 1).any() else None,
             digests=tuple(found[number].digest for number in kept),
         )
-
-
-def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """Returns the folder of the training images and that of the images to test on, or None.
-
-    Folders named train and val (or test), in any usual spelling and case, are a split. Others are classes, all of
-    `root` is then for training.
-
-    Raises:
-        DataError: a split has no train, has one part twice, or lies beside further images.
-    """
-    folders = [folder for folder in _folders(root) if split_of(folder.name) or _holds_image(folder)]
-    parts: dict[str | None, list[Path]] = {}
-    for folder in folders:
-        parts.setdefault(split_of(folder.name), []).append(folder)
-    classes = parts.pop(None, [])
-    complete = "train" in parts and len(parts) > 1
-    if not parts or (classes and not complete):
-        _refuse_hidden_split(root, folders)
-        return root, None
-    twice = next((found for found in parts.values() if len(found) > 1), None)
-    if twice is not None:
-        raise DataError(
-            f"{root} holds {few(twice)}, which are one part of a split; rename one of them, or, if all are classes, "
-            "move all into a folder named train"
-        )
-    if "train" not in parts:
-        (first,), *_ = parts.values()
-        raise DataError(
-            f"{root} holds {few(folders)} and no train; rename the folder of the training images to train, or give "
-            f"{FOLDER}{first} to train on that one"
-        )
-    beside = [*classes, *(path for path in root.iterdir() if _is_image(path) and not _is_picture(path))]
-    if beside:
-        raise DataError(
-            f"{root} holds {few(beside)} beside {few([path for (path,) in parts.values()])}: if these are a split, "
-            "move the first away or into train; if all are classes, move all into a folder named train"
-        )
-    (train,), tests = parts["train"], [parts[name][0] for name in ("val", "test") if name in parts]
-    if len(tests) == 2:
-        logger.warning("%s has %s: evaluating on %s", root, few(tests), tests[0].name)
-    if tests and tests[0].resolve() == train.resolve():
-        raise DataError(
-            f"{tests[0]} is the same folder as {train}; remove it, and hold images out with --validation-images"
-        )
-    return train, tests[0] if tests else None
-
-
-def split_of(name: str) -> str | None:
-    """Returns train, val or test for a usual spelling of it in a folder's name, e.g. Valid, test_set or train2017."""
-    words = _words(name)
-    rest = [word for word in words if word not in _SPLITS]
-    found = {_SPLITS[word] for word in words if word in _SPLITS}
-    return found.pop() if len(found) == 1 and _FILLERS.issuperset(rest) else None
-
-
-def _words(name: str) -> list[str]:
-    words = [re.sub(r"(19|20)\d\d$", "", word) for word in re.split("[^a-z0-9]+", name.lower())]
-    return [word.removesuffix("set") if word.removesuffix("set") in _SPLITS else word for word in words if word]
-
-
-def _refuse_hidden_split(root: Path, folders: Sequence[Path]) -> None:
-    """Raises DataError if a folder named after a split has a subfolder of the same name as one beside it."""
-    inside = {folder: {inner.name for inner in _folders(folder)} for folder in folders}
-    for folder, names in inside.items():
-        for other, others in inside.items():
-            if other != folder and names & others and any(word in _SPLITS for word in _words(folder.name)):
-                raise DataError(
-                    f"{root} holds {folder.name} and {other.name}, both with {few(sorted(names & others))}: if these "
-                    "are a split, rename them to train and val; if all are classes, move all into a folder named train"
-                )
-
-
-def find_images(root: Path, known: tuple[str, ...] | None = None) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Returns the paths of the images relative to `root`, their labels, and the classes (none without subfolders).
-
-    Args:
-        root: folder of the images.
-        known: classes of the training images, for images to test on; None for the names of the subfolders.
-
-    Raises:
-        DataError: there is no image, a subfolder has no image, images lie beside subfolders, two subfolders are one, or
-            a class is not among those known.
-    """
-    search = Search()
-    inside = _images_of_folders(root, search)
-    loose = sorted(path.name for path in root.iterdir() if search.counts(path))
-    if loose and inside:
-        raise DataError(
-            f"{root} holds {loose[0]} beside the folder {next(iter(inside))}: move the images into folders, one a "
-            "class, or the folders away, for images without labels"
-        )
-    present = [name for name, paths in inside.items() if paths]
-    if not loose and not present and (known is not None or not inside):
-        raise DataError(f"{root} holds no image; {', '.join(SUFFIXES)} are read{search.unread_text('; not ')}")
-    empty = [name for name in inside if name not in present]
-    if empty and known is None:
-        why = search.taken.get(empty[0], "") + search.unread_text("; not ")
-        raise DataError(
-            f"{root / empty[0]} holds no image ({', '.join(SUFFIXES)}{why}); fill it or remove it, among the images to "
-            "test on too"
-        )
-    classes = tuple(inside) if known is None else known
-    unknown = set(present) - set(classes) if classes else {*present}
-    if loose and classes:
-        unknown = set(classes)
-    if unknown:
-        raise DataError(
-            f"train and {root.name} have other classes, {few(sorted(unknown))}; give both the same subfolders ({root})"
-        )
-    search.report(root)
-    labels = {name: label for label, name in enumerate(classes)}
-    paths = [path for part in inside.values() for path in part]
-    return loose + paths, [-1] * len(loose) + [labels[name] for name in inside for _ in inside[name]], classes
-
-
-def _images_of_folders(root: Path, search: Search) -> dict[str, list[str]]:
-    """Returns the paths, relative to `root`, of the images in each subfolder but those that hold only runs of ours.
-
-    Raises:
-        DataError: two subfolders are one, or one is a link to a folder around it.
-    """
-    folders = _folders(root)
-    real = {folder: os.path.realpath(folder) for folder in folders}
-    by_real: dict[str, Path] = {}
-    for folder in sorted(folders, key=lambda folder: folder.is_symlink()):  # links last, so that they are blamed
-        first = by_real.setdefault(real[folder], folder)
-        if first != folder:
-            raise DataError(f"{folder} is a link to {first}, so its images would have two classes; remove the link")
-        if os.path.realpath(root).startswith(f"{real[folder]}{os.sep}") or real[folder] == os.path.realpath(root):
-            raise DataError(f"{folder} is a link to a folder around it; remove the link")
-    found: dict[str, list[str]] = {}
-    for folder in folders:
-        others = {real[other]: other.name for other in folders if other != folder} | {os.path.realpath(root): ""}
-        inside = sorted(str(path.relative_to(root)) for path in search.walk(folder, others))
-        if inside or folder not in search.of_runs:
-            found[folder.name] = inside
-    return found
-
-
-def _folders(root: Path) -> list[Path]:
-    """Returns the subfolders that may hold images, sorted by name.
-
-    Raises:
-        DataError: the folder cannot be listed.
-    """
-    try:
-        return sorted(path for path in root.iterdir() if _is_visible(path.name) and path.is_dir())
-    except PermissionError as error:
-        raise DataError(
-            f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away"
-        ) from error
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
-
-
-def _holds_image(folder: Path) -> bool:
-    return next(Search().walk(folder, {}), None) is not None
-
-
-def _is_image(path: Path) -> bool:
-    """Returns whether the name is that of an image; a broken link counts, and is later reported as corrupt."""
-    return path.suffix.lower() in SUFFIXES and _is_visible(path.name) and not path.is_dir()
-
-
-def _is_picture(path: Path) -> bool:
-    """Returns whether a file is a picture that `mnclglf data` drew."""
-    if not path.name.endswith(PICTURES) or path.name.startswith("folder-"):
-        return path.name.endswith(PICTURES)
-    try:
-        with path.open("rb") as file:
-            return b"Software\0mnclglf" in file.read(1024)
-    except OSError:  # reported as corrupt, as any image that cannot be read
-        return False
-
-
-def _is_run(folder: Path) -> bool:
-    """Returns whether a folder is a run directory, by its config.json."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and {"method", "dataset", "recipe"} <= set(cast("dict[str, object]", config))
-
-
-def check_picture(picture: Path, dataset: str) -> None:
-    """Raises DataError if a picture would become an image of the data set that it shows."""
-    if not dataset.startswith(FOLDER) or picture.name.endswith(PICTURES):
-        return
-    root = Path(dataset.removeprefix(FOLDER)).expanduser().resolve()
-    if picture.resolve().is_relative_to(root):
-        raise DataError(
-            f"--out {picture} lies in {root} and would become one of its images; give a path outside, or a name that "
-            f"ends in {' or '.join(PICTURES)}"
-        )
-
-
-def few(names: Sequence[Path] | Sequence[str]) -> str:
-    """Returns the first names of a sequence, for a message."""
-    shown = [name.name if isinstance(name, Path) else name for name in names[:_NAMED]]
-    return f"{', '.join(shown)}{', ...' if len(names) > _NAMED else ''}"
-
-
-class Search:
-    """A search for images, which notes what it leaves out."""
-
-    def __init__(self) -> None:
-        self.unread: Counter[str] = Counter()
-        """Number of image files by suffix, of formats that are not read."""
-        self.pictures: list[Path] = []
-        """Pictures that `mnclglf data` drew."""
-        self.of_runs: set[Path] = set()
-        """Folders searched that hold a run directory."""
-        self.taken: dict[str, str] = {}
-        """By the name of a folder searched, which other class has its images."""
-
-    def counts(self, path: Path) -> bool:
-        """Returns whether a file is an image to read, and notes one that is left out."""
-        if path.suffix.lower() in UNREAD and _is_visible(path.name) and not path.is_dir():
-            self.unread[path.suffix.lower()] += 1
-        if not _is_image(path):
-            return False
-        if _is_picture(path):
-            self.pictures.append(path)
-            return False
-        return True
-
-    def walk(self, folder: Path, others: Mapping[str, str]) -> Iterator[Path]:
-        """Yields the images below a folder; follows links, but enters each real folder once.
-
-        Args:
-            folder: folder to search.
-            others: real paths that are not entered, other classes' among them, with these classes' names.
-
-        Raises:
-            DataError: a folder cannot be listed.
-        """
-
-        def unreadable(error: OSError) -> None:
-            raise DataError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away")
-
-        seen: set[str] = set()
-        for at, inner, files in os.walk(folder, followlinks=True, onerror=unreadable):
-            real = os.path.realpath(at)
-            if real in seen or real in others or ("config.json" in files and _is_run(Path(at))):
-                if others.get(real):
-                    self.taken[folder.name] = f"; those below it are of class {others[real]}"
-                if real not in seen and real not in others:
-                    self.of_runs.add(folder)
-                inner.clear()
-                continue
-            seen.add(real)
-            inner[:] = sorted(name for name in inner if _is_visible(name))
-            yield from (path for path in (Path(at, name) for name in files) if self.counts(path))
-
-    def unread_text(self, start: str) -> str:
-        """Returns how many files of which formats are not read, after `start`; empty if there are none."""
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread.items()))
-        return f"{start}{counts}" if counts else ""
-
-    def report(self, root: Path) -> None:
-        """Logs what is left out."""
-        if self.unread:
-            logger.warning(
-                "%s: left out as their formats are not read: %s; convert them to PNG, for instance",
-                root,
-                self.unread_text(""),
-            )
-        if self.pictures:
-            logger.warning("%s: left out as pictures that mnclglf drew: %s", root, few(self.pictures))
 
 
 @dataclass(frozen=True)
@@ -435,6 +152,8 @@ def _look(path: Path) -> Examined:
     before = stamp(path)
     try:
         data = read_file(path)
+        if is_drawn(data):
+            return Examined(before, problem=_DRAWN)
         pixels = decode_image(data, path)
     except DataError as error:
         return Examined(before, problem=str(error).removeprefix(f"{path} "))
@@ -450,7 +169,8 @@ def _look(path: Path) -> Examined:
 
 def _report_corrupt(root: Path, paths: Sequence[str], found: Sequence[Examined], skip: bool) -> None:
     """Warns of the number of corrupt files if they may be skipped; else raises DataError that names the first."""
-    corrupt = [f"{path} {entry.problem}" for path, entry in zip(paths, found, strict=True) if entry.problem]
+    bad = [(path, entry) for path, entry in zip(paths, found, strict=True) if entry.problem not in ("", _DRAWN)]
+    corrupt = [f"{path} {entry.problem}" for path, entry in bad]
     count = f"{len(corrupt)} of {len(paths)} image files of {root} cannot be used"
     if not skip:
         raise DataError(

@@ -51,6 +51,7 @@ class Source(ABC):
     Attributes:
         name: the name that --dataset takes.
         class_count: number of classes.
+        needs_files: False if the images come with a Python package.
         flips: False if a mirrored image has another meaning; its views are then never flipped.
         tuned: True if the settings of --recipe tuned were made for such images.
         quick_data: image settings of --recipe quick.
@@ -60,11 +61,19 @@ class Source(ABC):
 
     name: str
     class_count: int = 10
+    needs_files: bool = True
     flips: bool = True
     tuned: bool = False
     quick_data: DataConfig = DataConfig(image_size=16)
     quick_epochs: int = 16
     quick_view: Mapping[str, float] = MappingProxyType({})
+
+    def check_folder(self, data_dir: Path | None) -> None:
+        """Raises DataError for a folder of a data set that comes with a package, where it would have no effect."""
+        if data_dir is not None and not self.needs_files:
+            raise DataError(
+                f"data_dir {data_dir} has no effect: {self.name} comes with a Python package; leave out --data-dir"
+            )
 
     @abstractmethod
     def load(self, request: Request) -> tuple[ImageSet, ImageSet | None]:
@@ -110,10 +119,15 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
     )
 
 
-def missing(title: str, looked_for: str, places: Sequence[Path], *, otherwise: str = "") -> DataError:
+def missing(title: str, looked_for: str, places: Sequence[Path], request: Request, *, otherwise: str = "") -> DataError:
     """Returns an error that names the missing files, the places searched and the remedy."""
     where = ", ".join(str(place) for place in places)
+    now, remedy = (
+        (" even after --download", "")
+        if request.download
+        else ("", ", or let --download of `mnclglf train` or `mnclglf data inspect` fetch them")
+    )
     return DataError(
-        f"{title}'s files are missing: looked for {looked_for} in {where}; give the folder that holds them as "
-        f"--data-dir, or let --download fetch them{otherwise}"
+        f"{title}'s files are missing{now}: looked for {looked_for} in {where}; give the folder that holds them as "
+        f"--data-dir{remedy}{otherwise}"
     )

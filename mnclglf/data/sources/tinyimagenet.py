@@ -21,6 +21,7 @@ from mnclglf.data.archives import extract
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageArray
+from mnclglf.data.sources.layout import is_visible
 from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir, check_md5, download, missing
 from mnclglf.runs.files import write_atomically
 
@@ -52,7 +53,7 @@ class TinyImageNet(Source):
             download([URL], folder / ARCHIVE, MD5)
             root = _find(folder)
         if root is None:
-            raise missing("TinyImageNet", f"{FOLDER}/ or {ARCHIVE}", [folder])
+            raise missing("TinyImageNet", f"{FOLDER}/ or {ARCHIVE}", [folder], request)
         classes = _classes(root)
         train = [(path, label) for label, wnid in enumerate(classes) for path in _class_files(root, wnid)]
         names = _class_names(root, classes)
@@ -81,7 +82,7 @@ def _find(folder: Path) -> Path | None:
 
 def _classes(root: Path) -> list[str]:
     """Returns the wnids, which are the folders of train/, sorted."""
-    found = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(path.name for path in (root / "train").iterdir() if is_visible(path.name) and path.is_dir())
     if not found:
         raise damaged(root / "train", "holds no folder of a class")
     return found
@@ -89,7 +90,7 @@ def _classes(root: Path) -> list[str]:
 
 def _class_files(root: Path, wnid: str) -> list[Path]:
     folder = root / "train" / wnid / "images"
-    found = sorted(path for path in folder.glob("*.JPEG") if not path.name.startswith(".")) if folder.is_dir() else []
+    found = sorted(path for path in folder.glob("*.JPEG") if is_visible(path.name)) if folder.is_dir() else []
     if not found:
         raise damaged(folder, "holds no *.JPEG")
     return found
