@@ -122,11 +122,9 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
 def missing(title: str, looked_for: str, places: Sequence[Path], request: Request, *, otherwise: str = "") -> DataError:
     """Returns an error that names the missing files, the places searched and the remedy."""
     where = ", ".join(str(place) for place in places)
-    now, remedy = (
-        (" even after --download", "")
-        if request.download
-        else ("", ", or let --download of `mnclglf train` or `mnclglf data inspect` fetch them")
-    )
+    now, remedy = "", ", or let --download of `mnclglf train` or `mnclglf data inspect` fetch them"
+    if request.download:
+        now, remedy = " even after --download", ""
     return DataError(
         f"{title}'s files are missing{now}: looked for {looked_for} in {where}; give the folder that holds them as "
         f"--data-dir{remedy}{otherwise}"
