@@ -15,7 +15,7 @@ BENCH ?= $(if $(filter bench/%,$(ARGS)),,bench/ $(if $(QUICK),--ignore=bench/ben
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-report check-aot check docs clean
+.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-day check-aot check docs clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -53,8 +53,8 @@ bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pyte
 bench-compare: setup ## list ratios that fell since the last results; ARGS may name two files
 	$(BIN)/python -m bench.compare $(ARGS)
 
-gpu-report: setup ## everything that needs a GPU to be measured or checked, into bench/results/gpu-report.md
-	$(BIN)/python -m bench.gpu_report $(ARGS)
+gpu-day: setup ## all that only a GPU can tell, in nine minutes, into bench/results/gpu-day.md; ARGS=--rehearse on a CPU
+	$(BIN)/python -m bench.gpu_day $(ARGS)
 
 check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
 	$(BIN)/python -m pytest tests/kernels/test_aot.py -m aot $(ARGS)
