@@ -122,6 +122,13 @@ def test_a_run_takes_the_epochs_that_fit(tiny, monkeypatch):
     assert not [*tiny.folder.rglob("*.pt")]
 
 
+def test_a_run_that_had_no_time_for_a_step_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(gpu_stages, "train_until", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_stages, "real_images", lambda _: ("mnist5k", None, 4000))
+    (wrong,) = figures_of(gpu_stages.run, replace(tiny, seconds=0.3))[WRONG]
+    assert "recorded nothing" in wrong
+
+
 def test_training_stops_when_the_time_is_up(monkeypatch, tmp_path, capsys):
     """Checks Ctrl-C's way: the run saves itself, and the stage goes on."""
 

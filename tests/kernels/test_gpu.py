@@ -33,7 +33,7 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
     self_check,
 )
-from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.backend import faiss_problem
 from mnclglf_kernels.operators import OPERATORS, Arguments
 from mnclglf_kernels.ops.augment import ViewFormat
 from mnclglf_kernels.sizes import PAPER, Sizes
@@ -212,8 +212,9 @@ def test_the_lowest_index_wins_a_tie_and_nan_never():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_faiss(dtype):
-    if not HAS_FAISS or faiss_gpus() == 0:
-        pytest.skip("needs a build of faiss that sees a GPU")
+    problem = faiss_problem(DEVICE)
+    if problem is not None:
+        pytest.skip(str(problem))
     queries, queue = torch.randn(65, 256).to(dtype), F.normalize(torch.randn(4096, 256)).to(dtype)
     index = nearest_neighbor(*on_gpu([queries, queue]), backend="faiss").cpu()
     assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # FAISS may round scores to the queue's dtype
