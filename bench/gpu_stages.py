@@ -147,6 +147,9 @@ def on_a_cpu(*, seconds: float = math.inf, **given: Any) -> Setting:
 
     from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
     from mnclglf_kernels.sizes import Sizes
+    from tests.helpers.interpreter import index_one_element
+
+    index_one_element()
 
     def milliseconds(call: Callable[[], object]) -> float:
         since = time.perf_counter()

@@ -26,9 +26,10 @@ import torch
 ON_GPU = os.environ.get("MNCLGLF_TEST_GPU") == "1"
 REHEARSED = os.environ.get("MNCLGLF_TEST_GPU") == "rehearse"
 if not ON_GPU:
-    from interpreter import round_to_nearest_bf16
+    from interpreter import index_one_element, round_to_nearest_bf16
 
     round_to_nearest_bf16()
+    index_one_element()
 
 BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
