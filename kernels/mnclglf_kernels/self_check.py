@@ -112,5 +112,5 @@ def check_context(name: OperatorName, problem: str, device: torch.device) -> Non
     except Exception as error:
         raise RuntimeError(
             f"the Triton kernel of {name} took the CUDA context down ({problem}); take --kernels off, and "
-            "report it; in a checkout, `make gpu-report` writes a file to attach"
+            "report it; in a checkout, `make gpu-day` writes a file to attach"
         ) from error

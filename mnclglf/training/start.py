@@ -390,7 +390,7 @@ def choose_backends(
             console.print(
                 f"WARNING: the Triton kernel of {name} fails its self-check on this machine ({problem}); "
                 "falling back to PyTorch. "
-                "Please report it; in a checkout, `make gpu-report` writes a file to attach.",
+                "Please report it; in a checkout, `make gpu-day` writes a file to attach.",
                 style="bold red",
                 markup=False,
                 highlight=False,

@@ -1,5 +1,6 @@
 """Tests of the operators on a GPU: against PyTorch in fp64 on the CPU and in the same dtype, repeated and compiled."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +33,15 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
     self_check,
 )
-from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.backend import faiss_problem
 from mnclglf_kernels.operators import OPERATORS, Arguments
 from mnclglf_kernels.ops.augment import ViewFormat
 from mnclglf_kernels.sizes import PAPER, Sizes
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda")
+REHEARSED = os.environ.get("MNCLGLF_TEST_GPU") == "rehearse"  # on a CPU, with interpreted kernels
+DEVICE = torch.device("cpu" if REHEARSED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAUNCHES = 20
 PLAIN = oracles.Algorithm1AsPrinted
@@ -210,8 +212,9 @@ def test_the_lowest_index_wins_a_tie_and_nan_never():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_faiss(dtype):
-    if not HAS_FAISS or faiss_gpus() == 0:
-        pytest.skip("needs a build of faiss that sees a GPU")
+    problem = faiss_problem(DEVICE)
+    if problem is not None:
+        pytest.skip(str(problem))
     queries, queue = torch.randn(65, 256).to(dtype), F.normalize(torch.randn(4096, 256)).to(dtype)
     index = nearest_neighbor(*on_gpu([queries, queue]), backend="faiss").cpu()
     assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # FAISS may round scores to the queue's dtype
@@ -287,6 +290,28 @@ def test_the_operators_compile_into_one_graph(dtype):
     for actual, expected in zip(ours, eager, strict=True):
         # The queue's loss is a mean of 65 numbers.
         torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+
+
+def test_a_cuda_graph_of_lookup_and_loss_replays_on_other_values():
+    queries, queue = torch.randn(64, 512, device=DEVICE), F.normalize(torch.randn(4096, 512, device=DEVICE))
+
+    def call() -> list[Tensor]:
+        found = nearest_neighbor(queries, queue, backend="triton")
+        return [found, *contrastive_losses([(queue[found], queries)], 0.5, backend="triton")]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        queries.copy_(torch.randn_like(queries))
+        graph.replay()
+        for replayed, eager in zip(captured, call(), strict=True):
+            assert torch.equal(replayed, eager)
 
 
 def test_nothing_waits_for_the_gpu():
