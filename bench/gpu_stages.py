@@ -388,15 +388,14 @@ def training(
 def leave_out_stages(method: Any) -> None:
     """Leaves the first three stages out of a method's encoders, and one block of the last."""
     from torch import nn
-    from torchvision.models.resnet import BasicBlock
 
-    from mnclglf.models.batch_norm import without_batch_counters
-    from mnclglf.models.encoder import ResNet18
+    from mnclglf.models.batch_norm import BatchNorm, Stack, without_batch_counters
+    from mnclglf.models.encoder import Block, ResNet18
 
     networks = [module for module in method.modules() if isinstance(module, ResNet18)]
     width = networks[0].conv1.out_channels
-    shortcut = nn.Sequential(nn.Conv2d(width, 8 * width, 1, 2, bias=False), nn.BatchNorm2d(8 * width))
-    block = BasicBlock(width, 8 * width, 2, shortcut)
+    shortcut = Stack(nn.Conv2d(width, 8 * width, 1, 2, bias=False), BatchNorm(8 * width))
+    block = Block(width, 8 * width, 2, shortcut, norm_layer=BatchNorm)
     without_batch_counters(block)
     for network in networks:
         network.layer1 = network.layer2 = network.layer3 = nn.Sequential()
