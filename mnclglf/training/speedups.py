@@ -78,7 +78,8 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     """Returns the method's forward with each weight cast once per step, for all forwards of its networks.
 
     Autocast caches only casts of weights that require gradients. It casts a momentum network's weights again in each
-    forward.
+    forward. In a compiled forward Inductor merges equal casts, but launches one kernel per weight: here it launches one
+    per multi-tensor copy.
     """
     if dtype == torch.float32:
         return method
@@ -100,12 +101,11 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     return forward
 
 
-def compiled(method: Method, *, graphs: bool) -> Forward:
-    """Returns the method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
+def compiled(method: Forward, *, graphs: bool) -> Forward:
+    """Returns a method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
 
     The alternative, a compiled encoder that each forward calls, is as fast on a CPU, and its first step took 77 s there
-    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph, and one graph merges equal casts of a
-    weight.
+    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph.
     """
     from torch._functorch import config  # takes a second, which an eager run need not wait for
 

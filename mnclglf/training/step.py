@@ -53,7 +53,9 @@ class TrainStep:
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
             checkpoint_activations(method)
-        self.forward = share_casts(method, dtype) if compile == "off" else compiled(method, graphs=compile == "graphs")
+        self.forward = share_casts(method, dtype)
+        if compile != "off":
+            self.forward = compiled(self.forward, graphs=compile == "graphs")
         self.optimizer = make_optimizer(method, optim)
         self.rates = self._rates()
         self.guard = Guard(self.device)
