@@ -55,7 +55,8 @@ class TrainStep:
             checkpoint_activations(method)
         self.forward = share_casts(method, dtype)
         if compile != "off":
-            self.forward = compiled(self.forward, graphs=compile == "graphs")
+            combo = engine.combo_kernels and self.device.type == "cuda"
+            self.forward = compiled(self.forward, graphs=compile == "graphs", combo_kernels=combo)
         self.optimizer = make_optimizer(method, optim)
         self.rates = self._rates()
         self.guard = Guard(self.device)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from methods.test_fake_cuda import make as make_on_cuda
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training.test_step import (
     FP64,
     assert_same_training,
@@ -149,6 +151,19 @@ def test_a_compiled_step_has_the_casts_of_the_eager_one(monkeypatch: pytest.Monk
     monkeypatch.setattr("mnclglf.training.step.compiled", lambda forward, **how: compiled_of.append(forward))
     TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.bfloat16, compile="on")
     assert compiled_of == [torch.bfloat16]
+
+
+def test_combo_kernels_are_asked_for_on_a_gpu_only(asked: dict[str, object]) -> None:
+    """The C++ code that Inductor writes for a CPU has none."""
+    engine = EngineConfig(combo_kernels=True)
+    TrainStep(make_method(), OptimConfig(), engine, torch.float32, compile="on")
+    assert asked == {"fullgraph": True, "dynamic": False, "mode": None}
+    for compile, graphs in (("on", False), ("graphs", True)):
+        asked.clear()
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            TrainStep(make_on_cuda("mnclglf", "torch"), OptimConfig(), engine, torch.float32, compile=compile)
+        options = {"triton.cudagraphs": graphs, "combo_kernels": True}
+        assert asked == {"fullgraph": True, "dynamic": False, "options": options}
 
 
 def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
