@@ -78,7 +78,8 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     """Returns the method's forward with each weight cast once per step, for all forwards of its networks.
 
     Autocast caches only casts of weights that require gradients. It casts a momentum network's weights again in each
-    forward.
+    forward. In a compiled forward Inductor merges equal casts, but launches one kernel per weight: here it launches one
+    per multi-tensor copy.
     """
     if dtype == torch.float32:
         return method
@@ -100,16 +101,19 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     return forward
 
 
-def compiled(method: Method, *, graphs: bool) -> Forward:
-    """Returns the method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
+def compiled(method: Forward, *, graphs: bool, combo_kernels: bool = False) -> Forward:
+    """Returns a method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
 
     The alternative, a compiled encoder that each forward calls, is as fast on a CPU, and its first step took 77 s there
-    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph, and one graph merges equal casts of a
-    weight.
+    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph. `combo_kernels` merges kernels that do
+    not depend on each other, those of the views above all, into one launch; Inductor can do that on a GPU only.
     """
     from torch._functorch import config  # takes a second, which an eager run need not wait for
 
-    one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
+    how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
+    if combo_kernels:  # torch.compile takes a mode or options; the mode stands for this option
+        how = {"options": {"triton.cudagraphs": graphs, "combo_kernels": True}}
+    one_graph = torch.compile(method, fullgraph=True, dynamic=False, **how)
 
     def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         if graphs:

@@ -53,7 +53,10 @@ class TrainStep:
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
             checkpoint_activations(method)
-        self.forward = share_casts(method, dtype) if compile == "off" else compiled(method, graphs=compile == "graphs")
+        self.forward = share_casts(method, dtype)
+        if compile != "off":
+            combo = engine.combo_kernels and self.device.type == "cuda"
+            self.forward = compiled(self.forward, graphs=compile == "graphs", combo_kernels=combo)
         self.optimizer = make_optimizer(method, optim)
         self.rates = self._rates()
         self.guard = Guard(self.device)
