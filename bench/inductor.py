@@ -255,8 +255,8 @@ def count_step(config: RunConfig, side: int, arch: int) -> list[Counted]:
     dtype, images = torch.bfloat16, config.optim.batch_size
     method = build_method(config, dtype).train()
     method.backends = Backends.all("triton")
-    views = noise(Size(images, side), torch.device("cpu"), method.views)
-    views = [view.to(dtype, memory_format=torch.channels_last) for view in views]
+    views = torch.cat(noise(Size(images, side), torch.device("cpu"), method.views))
+    views = views.to(dtype, memory_format=torch.channels_last)
     labels = torch.zeros(images, dtype=torch.int64) if method.needs_labels else None
     step = compiled(share_casts(method, dtype), graphs=False, combo_kernels=config.engine.combo_kernels)
     with torch.autocast("cpu", dtype=dtype):

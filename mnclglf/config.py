@@ -291,6 +291,7 @@ class EngineConfig:
     graphs: Switch = "auto"
     """Replay CUDA graphs of the compiled forward. auto: if replays of the first batch are bit-equal to the
     compiled step. on: error if they are not."""
+    combo_kernels: bool = False
     """Merge kernels of a compiled step that do not depend on each other into one launch, on a GPU: a quarter of
     Inductor's launches, by count. Not timed yet."""
     log_every: int = 10

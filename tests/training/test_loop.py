@@ -672,7 +672,6 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
     monkeypatch.setattr("mnclglf.training.step.compiled", pretended)
-    monkeypatch.setattr("mnclglf.training.loop.compiled", pretended)
     return found
 
 
