@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ FAULTS: dict[str, Callable[[Any], Callable[[Losses], Any]]] = {
     ),
     "loss_m": lambda _: lambda losses: losses._replace(terms=losses.terms | {"loss_m": flip(losses.terms["loss_m"])}),
     "features": lambda _: lambda losses: losses._replace(features=flip(losses.features)),
-    "keys": lambda _: lambda losses: losses._replace(keys=flip(losses.keys)),
+    "keys": lambda _: lambda losses: losses._replace(keys=flip(cast(Tensor, losses.keys))),
     "the gradient of encoder.conv1.weight": lambda method: gradient_of(method.encoder.conv1.weight),
     "encoder.bn1.running_var": lambda method: lambda _: flip_in_place(method.encoder.bn1.running_var),
     "queue.rows": lambda method: lambda _: flip_in_place(method.queue.rows[39]),  # the step writes rows 0 to 15

@@ -693,11 +693,13 @@ def broken(run: Trainer) -> None:
     """Makes a replay of the run change one running statistic."""
     forward, calls = run.step.forward, []
 
-    def wrong(*inputs: Any) -> Losses:
-        calls.append(inputs)
+    def wrong(views: Any, labels: torch.Tensor | None = None) -> Losses:
+        calls.append(views)
         if len(calls) > 1:
-            run.method.encoder.bn1.running_mean.data[0] += 1  # pyright: ignore[reportOptionalSubscript]
-        return forward(*inputs)
+            mean = run.method.encoder.bn1.running_mean
+            assert mean is not None
+            mean[0] += 1
+        return forward(views, labels)
 
     run.step.forward = wrong
 
@@ -726,7 +728,7 @@ def test_graphs_that_were_asked_for_have_to_be_proved(tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("compiles")
 def test_a_failing_compiler_decides_against_graphs(tmp_path: Path) -> None:
-    def failing(*_: object) -> NoReturn:
+    def failing(views: Any, labels: torch.Tensor | None = None) -> NoReturn:
         raise BackendCompilerFailed(loop, ValueError("no such instruction"), None)
 
     console, out = silent(), tmp_path / "run"
