@@ -74,7 +74,7 @@ def test_a_projection_that_is_not_finite_is_kept_out_of_the_queue(view: int) -> 
     before, forward = stepper.method.queue.rows.clone(), stepper.method.projector.forward
     broken = torch.ones(2, 1)
     broken[view] = torch.nan
-    stepper.method.projector.forward = lambda rows, views: forward(rows, views) * broken.repeat_interleave(N, 0)
+    stepper.method.projector.forward = lambda rows, views=1: forward(rows, views) * broken.repeat_interleave(N, 0)
     stepper(batch)
     assert torch.equal(stepper.method.queue.rows, before)
     with pytest.raises(NonFiniteError, match="gradient, keys not finite"):
@@ -86,7 +86,7 @@ def test_keys_that_are_not_finite_are_found_though_the_losses_are() -> None:
     stepper, last = Stepper(method), batch_norms(method.projector)[-1]
     last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0
     before, predict = method.queue.rows.clone(), method.predictor.forward
-    method.predictor.forward = lambda input, views: predict(input.nan_to_num(), views)
+    method.predictor.forward = lambda input, views=1: predict(input.nan_to_num(), views)
     losses = stepper(make_batch())
     assert all(value.isfinite() for value in losses.values())
     assert torch.equal(method.queue.rows, before)

@@ -107,8 +107,8 @@ class TwoNetworks(nn.Module):
         self.followed.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def forward(self, views: list[Tensor], labels: None = None) -> Tensor:
-        first, second = views
+    def forward(self, views: Tensor, labels: None = None) -> Tensor:
+        first, second = views.chunk(2)
         ahead = self.trained(first).float() - self.followed(second).float()
         back = self.trained(second).float() - self.followed(first).float()
         return ahead.square().mean() + back.square().mean()
@@ -129,7 +129,7 @@ def test_a_compiled_forward_casts_weights_by_one_copy_per_network_and_gradients_
     method: Any = TwoNetworks()
     eager, forward = share_casts(method, torch.bfloat16), compiled(share_casts(method, torch.bfloat16), graphs=False)
     results: list[list[Tensor]] = []
-    views = [torch.ones(2, 3, 8, 8, dtype=torch.bfloat16).cumsum(axis) for axis in (2, 3)]
+    views = torch.cat([torch.ones(2, 3, 8, 8, dtype=torch.bfloat16).cumsum(axis) for axis in (2, 3)])
     for call in (eager, forward):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss: Any = call(views)

@@ -28,7 +28,7 @@ from mnclglf.cli import Train, parse
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
 from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, batch_indices
-from mnclglf.methods import METHODS, Losses, Method, Supervised
+from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.console import LastingConsole
@@ -36,6 +36,7 @@ from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
 from mnclglf.training import loop
 from mnclglf.training.loop import Trainer, TrainingError
+from mnclglf.training.speedups import Forward
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
 
@@ -666,9 +667,9 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Pretends a compiler whose forward is the method's own; returns a list to which each `graphs` is appended."""
     found: list[bool] = []
 
-    def pretended(method: Method, *, graphs: bool) -> Method:
+    def pretended(forward: Forward, *, graphs: bool, combo_kernels: bool) -> Forward:
         found.append(graphs)
-        return method
+        return forward
 
     monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
     monkeypatch.setattr("mnclglf.training.step.compiled", pretended)
