@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,15 @@ class Case(NamedTuple):
 
     def leaves(self, dtype: torch.dtype | None = None) -> Case:
         """Returns leaves that share the memory of these, or copies in another dtype."""
-        return Case(*(None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in self))
+        return self.each(lambda x: x.detach().to(dtype or x.dtype).requires_grad_())
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Case:
+        """Returns a function of each tensor."""
+        residual = None if self.residual is None else function(self.residual)
+        return Case(function(self.x), function(self.weight), function(self.bias), residual)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self if x is not None]
 
 
 def case(
@@ -125,7 +133,7 @@ def check(
 ) -> None:
     """Compares results and gradients with the oracle in fp64, and the errors with those of plain PyTorch."""
     how: dict[str, Any] = dict(views=views, relu=relu)
-    there = Case(*(None if x is None else x.to(device) for x in drawn))
+    there = drawn.each(lambda x: x.to(device))
     ours, theirs, exact = there.leaves(), there.leaves(), drawn.leaves(torch.float64)
     y = batch_norm(*ours[:3], residual=ours.residual, eps=EPS, **how, backend=backend)
     truth, expected = oracle(*exact, **how), plain(*theirs, **how)
@@ -134,12 +142,12 @@ def check(
     scales = scales_of(drawn, upstream, views)
     if relu:  # within rounding of 0 it may pass all of a gradient or nothing: no gradient comes from there
         least = (4 * torch.finfo(y.dtype).eps * scales.forward).reshape(-1, *[1] * (y.dim() - 2))
-        if (truth.abs() < least).any():
-            upstream = upstream * (truth.detach().abs() > least)
+        before = oracle(*drawn.leaves(torch.float64), views=views, relu=False).detach()
+        if (before.abs() < least).any():
+            upstream = upstream * (before.abs() > least)
     results = []
     for out, side in ((y, ours), (expected, theirs), (truth, exact)):
-        leaves = [x for x in side if x is not None]
-        found = [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.device, out.dtype))]
+        found = [out.detach(), *torch.autograd.grad(out, side.tensors(), upstream.to(out.device, out.dtype))]
         results.append([x.cpu() for x in found])
     names = ["y", "gradient of x", "gradient of weight", "gradient of bias", "gradient of residual"]
     scale_of = dict(zip(names, [*scales, torch.zeros_like(scales.bias)], strict=True))

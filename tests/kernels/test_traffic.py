@@ -130,8 +130,8 @@ def batch_norm_launches() -> list[launch.Launch]:
         for residual in (None, x.clone()):
             for running in ((None, None), (mean, variance)):
                 for relu in (False, True):
-                    how = dict(views=views, residual=residual, relu=relu)
-                    found += batch_norm.launches(x, weight, bias, *running, **how)
+                    given = x, weight, bias, *running
+                    found += batch_norm.launches(*given, views=views, residual=residual, relu=relu)
     return filled(found)
 
 

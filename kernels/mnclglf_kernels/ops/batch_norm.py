@@ -138,7 +138,7 @@ def torch_batch_norm(
     running: Pair = running_mean, running_var
     pairs = [running] * views
     if fold is not None:  # with momentum 1 a call leaves its own statistics
-        momentum, pairs = 1.0, [(empty_twin(running_mean), empty_twin(running_var)) for _ in range(views)]
+        momentum, pairs = 1.0, [(zero_statistic(running_mean), zero_statistic(running_var)) for _ in range(views)]
     eager_cpu = x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
     apply = _InOneTensor.apply if eager_cpu else concatenated
     y = apply(x, weight, bias, residual, pairs, momentum, eps, relu)
@@ -149,8 +149,8 @@ def torch_batch_norm(
     return y
 
 
-def empty_twin(x: Tensor | None) -> Tensor | None:
-    """Returns zeros that momentum 1 replaces, since 0 times uninitialized memory may be NaN."""
+def zero_statistic(x: Tensor | None) -> Tensor | None:
+    """Returns zeros for momentum 1 to replace; 0 times uninitialized memory may be NaN."""
     return None if x is None else torch.zeros_like(x)
 
 

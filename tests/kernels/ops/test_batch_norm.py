@@ -15,19 +15,20 @@ from mnclglf_kernels import batch_norm
 from mnclglf_kernels._triton.batch_norm import PARTS, shape_of
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Views and shape: fewer rows than lanes, one row less or more than a tile, several tiles of channels, several parts.
+# Views and shape: fewer rows than lanes, a row more than a tile, several tiles of channels, parts of several tiles.
 SHAPES = [
     (2, (4, 1)),
     (1, (3, 5)),
     (2, (130, 63)),
     (3, (195, 123)),
     (4, (8, 65, 1, 1)),
+    (1, (300, 64)),
     (2, (2, 1, 3, 7)),
     (3, (6, 64, 5, 3)),
     (1, (65, 3, 4, 4)),
     (2, (4, 123, 9, 8)),
 ]
-MANY_PARTS = [(1, (18000, 1)), (1, (9000, 5)), (1, (23, 3, 28, 28))]
+MANY_PARTS = [(1, (18000, 1)), (1, (9000, 5)), (1, (6000, 64))]
 
 
 @pytest.mark.parametrize(("residual", "relu"), VARIANTS, ids=VARIANT_NAMES)
@@ -105,14 +106,14 @@ def test_batch_norm_strided(view, shape, of, backend):
     strided = dict(x=view(drawn.x), residual=view(drawn.residual), upstream=view(upstream_of(drawn)))
     used = {name: x if name == of else x.contiguous() for name, x in strided.items()}
     upstream, channels = used.pop("upstream"), used["x"].shape[1]
-    arguments = Case(weight=drawn.weight[:channels], bias=drawn.bias[:channels], **used)
+    arguments = Case(used["x"], drawn.weight[:channels], drawn.bias[:channels], used["residual"])
     check(arguments, views=2, relu=False, backend=backend, upstream=upstream)
 
 
 def test_batch_norm_strided_weights(backend):
     x, _, _, residual = case((6, 5), torch.float64)
     vectors = torch.randn(5, 2, dtype=torch.float64).unbind(1)
-    check(Case(x, *vectors, residual), views=2, relu=True, backend=backend)
+    check(Case(x, vectors[0], vectors[1], residual), views=2, relu=True, backend=backend)
     one = torch.ones(1, dtype=torch.float64).expand(5)
     check(Case(x, one, one, None), views=2, relu=True, backend=backend)
 
@@ -141,7 +142,8 @@ def test_batch_norm_holds_a_small_deviation_beside_a_large_mean(backend):
     last = torch.finfo(torch.float32).eps
     assert_as_accurate_as_plain(y.t(), expected.t(), truth.t(), ULPS_FP32 * last * truth.abs().max(), what="y")
     mean, variance = statistics(x[-500:].double())
-    assert_as_accurate_as_plain(running[0], theirs[0], mean, last * mean, what="mean")
+    last_places = (running[0] - mean).abs().max() / 2**-10
+    assert last_places < (0.6 if backend == "triton" else 2)  # Triton: hardly more than one rounding
     # A mean is off by half its last place, whose square is added to the variance.
     floor = ULPS_FP32 * last * variance + (last * mean).square()
     assert_as_accurate_as_plain(running[1], theirs[1], variance * 500 / 499, floor, what="variance")
@@ -178,7 +180,7 @@ def test_batch_norm_keeps_what_is_not_finite(of, value, backend):
     for part in drawn.x.chunk(2):
         F.batch_norm(part, *expected_running, training=True)
     outs = ((y, ours), (expected, theirs))
-    results, true = ([x.detach(), *torch.autograd.grad(x, [*side], upstream_of(drawn))] for x, side in outs)
+    results, true = ([x.detach(), *torch.autograd.grad(x, side.tensors(), upstream_of(drawn))] for x, side in outs)
     for pair in zip([*results, running], [*true, expected_running], strict=True):
         finite = [torch.where(x.isfinite(), x, torch.nan) for x in pair]  # a sum may take either of NaN and infinity
         torch.testing.assert_close(*finite, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -196,6 +198,7 @@ def test_batch_norm_backward_masks_what_forward_did(backend):
 
 def test_batch_norm_gradient_of_the_residual_is_the_upstream_where_the_result_is_positive(backend):
     drawn = case((6, 5, 3, 3), torch.bfloat16).leaves()
+    assert drawn.residual is not None
     upstream = upstream_of(drawn)
     for relu in (False, True):
         y = batch_norm(*drawn[:3], views=3, residual=drawn.residual, relu=relu, backend=backend)
@@ -249,7 +252,7 @@ def test_batch_norm_is_equal_from_launch_to_launch():
     for _ in range(2):
         leaves, running = drawn.leaves(), torch.ones(2, 123)
         y = batch_norm(*leaves[:3], *running, views=2, residual=leaves.residual, relu=True, backend="triton")
-        found.append([y, running, *torch.autograd.grad(y, [*leaves], upstream_of(drawn))])
+        found.append([y, running, *torch.autograd.grad(y, leaves.tensors(), upstream_of(drawn))])
     for pair in zip(*found, strict=True):
         assert torch.equal(*pair)
 
@@ -257,7 +260,7 @@ def test_batch_norm_is_equal_from_launch_to_launch():
 @pytest.mark.parametrize(("residual", "relu"), VARIANTS, ids=VARIANT_NAMES)
 def test_batch_norm_backward_twice_and_inputs_left_alone(residual, relu, backend):
     drawn = case((6, 5, 3, 2), torch.float32, residual).leaves()
-    leaves = [x for x in drawn if x is not None]
+    leaves = drawn.tensors()
     before = [x.detach().clone() for x in leaves]
     y = batch_norm(*drawn[:3], views=2, residual=drawn.residual, relu=relu, backend=backend)
     upstream, result = upstream_of(drawn), y.detach().clone()
@@ -296,7 +299,7 @@ def test_batch_norm_gradcheck(residual, relu, backend):
     def call(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None = None) -> Tensor:
         return batch_norm(x, weight, bias, views=2, residual=other, relu=relu, eps=0.1, backend=backend)
 
-    assert torch.autograd.gradcheck(call, [x for x in drawn if x is not None])
+    assert torch.autograd.gradcheck(call, drawn.tensors())
 
 
 def test_batch_norm_refuses_a_second_derivative():
