@@ -117,6 +117,7 @@ class Operator:
         kind: kind of operator, which decides the possible backends; see `resolve`.
         inputs: makes the arguments of a call. The self-check differentiates those that require a gradient.
         tolerance: tolerance of the self-check.
+        variants: changes of the example's arguments for each call of the self-check, where a run makes several kinds.
         check: custom self-check, for results that cannot be compared element by element. It returns None for a pass.
         exports: further public functions of the same file.
     """
@@ -125,6 +126,7 @@ class Operator:
     kind: Kind
     inputs: Callable[[Example], Arguments]
     tolerance: Tolerance = SUMS
+    variants: tuple[Arguments, ...] = ({},)
     check: Callable[[Example, Arguments], str | None] | None = None
     exports: tuple[Callable[..., Any], ...] = ()
 
@@ -287,9 +289,13 @@ def _batch_norm(example: Example) -> Arguments:
     No result is within rounding of 0, where a ReLU passes all of a gradient or nothing.
     """
     sizes, channels = example.sizes, -(-example.sizes.features // 8)
+    images, side = (
+        min(sizes.images, PAPER.images),
+        min(sizes.side, PAPER.side),
+    )  # fp64 copies have to fit where a run does
 
     def signed(least: float) -> Tensor:
-        shape = sizes.views * sizes.images, channels, sizes.side, sizes.side
+        shape = sizes.views * images, channels, side, side
         x = (least + example.uniform(*shape) / 2).copysign(example.random(*shape, dtype=torch.float32))
         return x.to(example.dtype, memory_format=torch.channels_last).requires_grad_()
 
@@ -305,6 +311,15 @@ def _batch_norm(example: Example) -> Arguments:
     )
 
 
+_NO_RUNNING: Arguments = dict(running_mean=None, running_var=None)
+_BATCH_NORMS: tuple[Arguments, ...] = (  # residual and ReLU; ReLU alone; neither; and without running statistics
+    {},
+    dict(residual=None),
+    dict(residual=None, relu=False),
+    _NO_RUNNING | dict(residual=None),
+)
+
+
 _ROWS = (
     Operator(function=divide, kind="elementwise", inputs=_divide, tolerance=EXACT),  # copies
     Operator(function=combine, kind="elementwise", inputs=_combine),
@@ -313,7 +328,7 @@ _ROWS = (
     Operator(function=enqueue, kind="elementwise", inputs=_enqueue, check=_check_enqueue),
     Operator(function=nt_xent, kind="matmul", inputs=_nt_xent),
     Operator(function=queue_contrastive_loss, kind="matmul", inputs=_queue_contrastive_loss),
-    Operator(function=batch_norm, kind="elementwise", inputs=_batch_norm),
+    Operator(function=batch_norm, kind="elementwise", inputs=_batch_norm, variants=_BATCH_NORMS),
     Operator(function=augment, kind="elementwise", inputs=_augment, check=_check_augment),
 )
 OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import batch_norms
 import method_oracles
 import oracles
 import pytest
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from mnclglf_kernels import (
     Backend,
     augment,
+    batch_norm,
     combine,
     contrastive_losses,
     divide,
@@ -117,6 +119,31 @@ def test_combine(dtype, size, k):
         assert_as_accurate_as_plain(
             actual[i], plain[i], truth[i], combine_floor(read, truth[i]), what=("combine", "its gradient")[i]
         )
+
+
+BATCHES = [(3, (48, 123, 9, 8)), (3, (192, 64, 16, 16)), (2, (512, 512, 4, 4)), (3, (768, 2048)), (2, (130, 63))]
+
+
+@pytest.mark.parametrize(("residual", "relu"), batch_norms.VARIANTS, ids=batch_norms.VARIANT_NAMES)
+@pytest.mark.parametrize(("views", "shape"), BATCHES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm(dtype, views, shape, residual, relu):
+    drawn = batch_norms.case(shape, dtype, residual, vectors=torch.float32)
+    batch_norms.check(drawn, views=views, relu=relu, backend="triton", device=DEVICE)
+
+
+def test_a_batch_of_more_than_2_to_the_31_elements():
+    """All rows but the last two are zero, and so is almost the whole mean."""
+    x = torch.zeros(2**25 + 64, 64, dtype=torch.float16, device=DEVICE)
+    x[-2:] = 1000
+    running = torch.zeros(2, 64, device=DEVICE)
+    one, zero = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    y = batch_norm(x, one, zero, *running, momentum=1.0, eps=1.0, backend="triton")
+    mean = 2 * 1000 / len(x)
+    variance = 2 * 1000**2 / len(x) - mean**2
+    torch.testing.assert_close(running.cpu()[:, 0], torch.tensor([mean, variance]), rtol=1e-4, atol=0)
+    expected = torch.tensor([-mean, 1000 - mean], dtype=torch.float64) / (variance + 1) ** 0.5
+    torch.testing.assert_close(y[[0, -1], 0].double().cpu(), expected, rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)

@@ -35,14 +35,16 @@ WARPS = 8
 @triton.jit
 def merged_moments(moments, view, columns, inside, R, C, ROWS, P: tl.constexpr, PARTS: tl.constexpr, SUM: tl.constexpr):
     """Returns mean and biased variance of one view from those of its parts, [columns] each (Chan et al. 1979)."""
-    first = moments + view.to(tl.int64) * (P * 2 * C) + columns[None, :]
-    mean = tl.zeros(columns.shape, SUM)
+    start = moments + view.to(tl.int64) * (P * 2 * C) + columns
+    base = tl.load(start, mask=inside, other=0)  # a sum of differences from it rounds less than one of means
+    first, mean = start[None, :], tl.zeros(columns.shape, SUM)
     for part in range(0, P, PARTS):
         parts = part + tl.arange(0, PARTS)
         here = (parts < P)[:, None] & inside[None, :]
         rows = tl.minimum(R - parts * ROWS, ROWS).to(SUM)[:, None]
-        mean += tl.sum(rows * tl.load(first + parts[:, None] * (2 * C), mask=here, other=0), 0)
-    mean /= R
+        off = tl.where(here, tl.load(first + parts[:, None] * (2 * C), mask=here, other=0) - base[None, :], 0)
+        mean += tl.sum(rows * off, 0)
+    mean = base + mean / R
     squares = tl.zeros(columns.shape, SUM)
     for part in range(0, P, PARTS):
         parts = part + tl.arange(0, PARTS)
@@ -96,7 +98,8 @@ def batch_norm_moments_kernel(
         squares += off * (value - mean)
     count = tl.minimum(R - start, ROWS)
     counts = tl.maximum((count - lanes + LANES - 1) // LANES, 0).to(SUM)[:, None]  # rows of a lane
-    center = tl.sum(counts * mean, 0) / count
+    base = tl.sum(tl.where((lanes == 0)[:, None], mean, 0), 0)  # the first lane's, as in merged_moments
+    center = base + tl.sum(counts * (mean - base[None, :]), 0) / count
     off = mean - center[None, :]
     total = tl.sum(squares + counts * off * off, 0)
     place = moments + (view.to(tl.int64) * P + part) * (2 * C) + columns
@@ -137,18 +140,17 @@ def batch_norm_apply_kernel(
     if part == 0:
         tl.store(mean + view * C + columns, center, mask=inside)
         tl.store(deviation + view * C + columns, inverse, mask=inside)
-        if running_mean is not None:
-            if view == 0:
-                new_mean = FACTORS[1] * tl.load(running_mean + columns, mask=inside).to(SUM)
-                new_var = FACTORS[1] * tl.load(running_var + columns, mask=inside).to(SUM)
-                for v in tl.static_range(V):
-                    other_mean, other_var = merged_moments(
-                        moments, view + v, columns, inside, R, C, ROWS, P, PARTS, SUM
-                    )
-                    new_mean += FACTORS[2 + v] * other_mean
-                    new_var += FACTORS[2 + v] * (other_var * R / (R - 1))
-                tl.store(running_mean + columns, new_mean, mask=inside)
-                tl.store(running_var + columns, new_var, mask=inside)
+    if running_mean is not None:
+        owns_running = (part == 0) & (view == 0)
+        if owns_running:
+            new_mean = FACTORS[1] * tl.load(running_mean + columns, mask=inside).to(SUM)
+            new_var = FACTORS[1] * tl.load(running_var + columns, mask=inside).to(SUM)
+            for v in tl.static_range(V):
+                other_mean, other_var = merged_moments(moments, view + v, columns, inside, R, C, ROWS, P, PARTS, SUM)
+                new_mean += FACTORS[2 + v] * other_mean
+                new_var += FACTORS[2 + v] * (other_var * R / (R - 1))
+            tl.store(running_mean + columns, new_mean, mask=inside)
+            tl.store(running_var + columns, new_var, mask=inside)
     scale = inverse * tl.load(weight + columns, mask=inside).to(SUM)
     shift = tl.load(bias + columns, mask=inside).to(SUM)
     first = view.to(tl.int64) * (R * C) + columns[None, :]
@@ -203,7 +205,7 @@ def batch_norm_sums_kernel(
         gradient = tl.load(upstream + place, mask=here, other=0).to(SUM)
         if RELU:
             if y is None:
-                gradient = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, gradient)
+                gradient = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, gradient)  # pyright: ignore[reportPossiblyUnboundVariable]
             else:
                 gradient = tl.where(tl.load(y + place, mask=here, other=0).to(SUM) <= 0, 0, gradient)
         if masked is not None:
@@ -242,15 +244,14 @@ def batch_norm_gradient_kernel(
     part, view = tl.program_id(0), tl.program_id(1)
     columns, lanes = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, LANES)
     inside = columns < C
-    if part == 0:
-        if view == 0:
-            of_weight, of_bias = tl.zeros([COLUMNS], SUM), tl.zeros([COLUMNS], SUM)
-            for v in tl.static_range(V):
-                plain, weighted = merged_sums(sums, view + v, columns, inside, C, P, PARTS, SUM)
-                of_weight += weighted * tl.load(deviation + v * C + columns, mask=inside)
-                of_bias += plain
-            tl.store(weight_gradient + columns, of_weight, mask=inside)
-            tl.store(bias_gradient + columns, of_bias, mask=inside)
+    if (part == 0) & (view == 0):
+        of_weight, of_bias = tl.zeros([COLUMNS], SUM), tl.zeros([COLUMNS], SUM)
+        for v in tl.static_range(V):
+            plain, weighted = merged_sums(sums, view + v, columns, inside, C, P, PARTS, SUM)
+            of_weight += weighted * tl.load(deviation + v * C + columns, mask=inside)
+            of_bias += plain
+        tl.store(weight_gradient + columns, of_weight, mask=inside)
+        tl.store(bias_gradient + columns, of_bias, mask=inside)
     plain, weighted = merged_sums(sums, view, columns, inside, C, P, PARTS, SUM)
     center = tl.load(mean + view * C + columns, mask=inside).to(SUM)
     inverse = tl.load(deviation + view * C + columns, mask=inside).to(SUM)
@@ -266,7 +267,7 @@ def batch_norm_gradient_kernel(
         off = tl.load(x + place, mask=here, other=0).to(SUM) - center[None, :]
         value = tl.load(upstream + place, mask=here, other=0).to(SUM)
         if MASK:
-            value = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, value)
+            value = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, value)  # pyright: ignore[reportPossiblyUnboundVariable]
         value = scale[None, :] * (value - average[None, :] - slope[None, :] * off)
         tl.store(gradient + place, value, mask=here)
 
@@ -378,7 +379,7 @@ def apply_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     dense = total_bytes([x for x in (a["x"], a["residual"], a["y"]) if x is not None])
     kept, vectors = total_bytes([a["mean"], a["deviation"]]), total_bytes([a["weight"], a["bias"]])
     moments = total_bytes([a["moments"]])
-    again = 3 * moments // 2  # means are read twice
+    again = 3 * moments // 2 + total_bytes([a["mean"]])  # means are read twice, those of the first parts thrice
     issued = again * (a["P"] + updates) + vectors * a["P"] * a["V"]
     return Traffic(0, dense + kept + running + moments + vectors, dense + kept + running + issued)
 

@@ -6,10 +6,12 @@ Ioffe and Szegedy 2015, Algorithm 1. Letters: V views, N images per view, C chan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_floating
@@ -60,23 +62,22 @@ def batch_norm(
     """
     check_batch(x, views)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean or running_var is None; give both or neither")
+    check_running(running_mean=running_mean, running_var=running_var)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)}, x {x.dtype} of {tuple(x.shape)}; "
             "they must agree"
         )
-    factors = running_factors(momentum, views) if fold is None else [*fold]
-    if len(factors) != views + 1:
-        raise ValueError(f"fold has {len(factors)} factors; {views} views need {views + 1}")
-    given = [x for x in (x, weight, bias, running_mean, running_var, residual) if x is not None]
+    if fold is not None and len(fold) != views + 1:
+        raise ValueError(f"fold has {len(fold)} factors; {views} views need {views + 1}")
+    operands = x, weight, bias, running_mean, running_var, residual
+    given = [x for x in operands if x is not None]
     if resolve(backend, *given) == "triton" and x.numel():  # an empty grid cannot be launched
-        operands = x, weight, bias, running_mean, running_var, residual
         from mnclglf_kernels._triton.batch_norm import differentiable_batch_norm  # it needs triton
 
+        factors = running_factors(momentum, views) if fold is None else [*fold]
         return differentiable_batch_norm(*operands, factors, eps, relu)
-    return torch_batch_norm(x, weight, bias, running_mean, running_var, residual, factors, eps, relu)
+    return torch_batch_norm(*operands, views, momentum, fold, eps, relu)
 
 
 def running_factors(momentum: float, views: int) -> list[float]:
@@ -88,8 +89,10 @@ def running_factors(momentum: float, views: int) -> list[float]:
 def check_batch(x: Tensor, views: int) -> None:
     """Raises ValueError or TypeError unless x is [V * N, C, H, W] or [V * N, C] with two values per channel or more."""
     check_floating("x", x)
-    if x.dim() not in (2, 4):
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [V * N, C, H, W] or [V * N, C]")
+    if x.dim() not in (2, 4) or not x.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be [V * N, C, H, W] or [V * N, C], with a channel or more"
+        )
     if views < 1 or len(x) % views:
         raise ValueError(f"views {views} do not divide a batch of {len(x)}; a batch holds whole views")
     if x.numel() and x.numel() // (views * x.shape[1]) == 1:
@@ -105,6 +108,19 @@ def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
                 raise ValueError(f"{name} has shape {tuple(vector.shape)}; x has {x.shape[1]} channels")
 
 
+def check_running(**vectors: Tensor | None) -> None:
+    """Raises ValueError unless both running statistics can be written in place, or both are None."""
+    missing = [name for name, vector in vectors.items() if vector is None]
+    if len(missing) == 1:
+        raise ValueError(f"{missing[0]} is None and the other is not; give both running statistics or neither")
+    for name, vector in vectors.items():
+        if vector is not None and not vector.is_contiguous():
+            raise ValueError(f"{name} has strides {vector.stride()}; it is written in place and must be contiguous")
+
+
+Pair = tuple[Tensor | None, Tensor | None]  # running mean and variance
+
+
 def torch_batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -112,23 +128,92 @@ def torch_batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
-    factors: Sequence[float],
+    views: int,
+    momentum: float,
+    fold: Sequence[float] | None,
     eps: float,
     relu: bool,
 ) -> Tensor:
     """Computes batch_norm with torch's batch norm per view."""
-    views = len(factors) - 1
-    # momentum 1: each view's own statistics, the variances unbiased
-    means, variances = (None if x is None else x.new_zeros(views, *x.shape) for x in (running_mean, running_var))
-    parts: list[Tensor] = []
-    for view, part in enumerate(x.chunk(views)):
-        own = (None, None) if means is None or variances is None else (means[view], variances[view])
-        parts.append(F.batch_norm(part, *own, weight, bias, training=True, momentum=1.0, eps=eps))
-    y = parts[0] if views == 1 else torch.cat(parts)
-    if residual is not None:
-        y = y + residual
-    for running, found in ((running_mean, means), (running_var, variances)):
-        if running is not None and found is not None:
-            taken = sum(factor * own for factor, own in zip(factors[1:], found, strict=True))
-            running.mul_(factors[0]).add_(taken)
+    running: Pair = running_mean, running_var
+    pairs = [running] * views
+    if fold is not None:  # with momentum 1 a call leaves its own statistics
+        momentum, pairs = 1.0, [(zero_statistic(running_mean), zero_statistic(running_var)) for _ in range(views)]
+    eager_cpu = x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
+    apply = _InOneTensor.apply if eager_cpu else concatenated
+    y = apply(x, weight, bias, residual, pairs, momentum, eps, relu)
+    if fold is not None and x.numel():
+        for old, *own in zip(running, *pairs, strict=True):
+            if old is not None:
+                old.mul_(fold[0]).add_(sum(factor * new for factor, new in zip(fold[1:], own, strict=True)))
+    return y
+
+
+def zero_statistic(x: Tensor | None) -> Tensor | None:
+    """Returns zeros for momentum 1 to replace; 0 times uninitialized memory may be NaN."""
+    return None if x is None else torch.zeros_like(x)
+
+
+def concatenated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    pairs: Sequence[Pair],
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Normalizes view by view and concatenates the results."""
+    parts = [
+        F.batch_norm(part, *pair, weight, bias, training=True, momentum=momentum, eps=eps)
+        for part, pair in zip(x.chunk(len(pairs)), pairs, strict=True)
+    ]
+    y = torch.cat(parts)
+    y = y if residual is None else y + residual
     return F.relu(y) if relu else y
+
+
+class _InOneTensor(torch.autograd.Function):
+    """The same in fewer passes on a CPU: each view's part is written where it stays, and finished in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x, weight, bias, residual, pairs, momentum, eps, relu = operands
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()  # torch writes nothing into an out= of other strides
+        y, views = torch.empty_like(x), len(pairs)
+        means, deviations = weight.new_empty(2, views, len(weight))
+        others = [None] * views if residual is None else residual.chunk(views)
+        columns = x.chunk(views), others, y.chunk(views), means, deviations, pairs
+        for part, other, out, mean, deviation, pair in zip(*columns, strict=True):
+            outs = dict(out=out, save_mean=mean, save_invstd=deviation)
+            torch.ops.aten.native_batch_norm.out(part, weight, bias, *pair, True, momentum, eps, **outs)
+            if other is not None:
+                out.add_(other)
+            if relu:
+                out.relu_()
+        ctx.eps, ctx.relu, ctx.has_residual = eps, relu, residual is not None
+        ctx.save_for_backward(x, weight, means, deviations, y if relu else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, means, deviations, y = ctx.saved_tensors
+        views, gradient, (masked,) = len(means), torch.empty_like(x), upstream
+        if ctx.relu:  # a part is read before it is overwritten
+            masked = torch.empty_like(x) if ctx.has_residual else gradient
+        ys: Sequence[Tensor | None] = [None] * views if y is None else y.chunk(views)
+        columns = x.chunk(views), ys, upstream[0].chunk(views), masked.chunk(views), gradient.chunk(views)
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        for part, out, given, passed, result, mean, deviation in zip(*columns, means, deviations, strict=True):
+            if out is not None:
+                torch.ops.aten.threshold_backward.grad_input(given, out, 0, grad_input=passed)
+            of_x, *vectors = torch.ops.aten.native_batch_norm_backward(
+                passed, part, weight, None, None, mean, deviation, True, ctx.eps, [True] * 3
+            )
+            result.copy_(of_x)
+            of_weight += vectors[0]
+            of_bias += vectors[1]
+        return gradient, of_weight, of_bias, masked if ctx.has_residual else None, None, None, None, None
