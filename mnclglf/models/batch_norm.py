@@ -27,11 +27,6 @@ class Views(NamedTuple):
     after: tuple[int, ...]
     decays: int
 
-    @classmethod
-    def of(cls, views: Views | int) -> Views:
-        """Returns the views of a step that are all in one batch, given their number."""
-        return views if isinstance(views, Views) else cls(tuple(reversed(range(views))), views)
-
     def factors(self, momentum: float) -> list[float]:
         """Returns the factors of a running statistic as it was, and of that of each view, after the whole step."""
         return [(1 - momentum) ** self.decays, *(momentum * (1 - momentum) ** after for after in self.after)]
@@ -51,7 +46,6 @@ class BatchNorm(_BatchNorm):
     def forward(
         self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        views = Views.of(views)
         if self.training:
             tracked = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
             assert self.momentum is not None, "a cumulative average has no momentum"
@@ -60,8 +54,9 @@ class BatchNorm(_BatchNorm):
                 self.weight,
                 self.bias,
                 *tracked,
-                views=len(views.after),
-                fold=views.factors(self.momentum),
+                views=views if isinstance(views, int) else len(views.after),
+                momentum=self.momentum,
+                fold=None if isinstance(views, int) else views.factors(self.momentum),
                 eps=self.eps,
                 residual=residual,
                 relu=relu,

@@ -139,8 +139,8 @@ def torch_batch_norm(
     pairs = [running] * views
     if fold is not None:  # with momentum 1 a call leaves its own statistics
         momentum, pairs = 1.0, [(zero_statistic(running_mean), zero_statistic(running_var)) for _ in range(views)]
-    eager_cpu = x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
-    apply = _InOneTensor.apply if eager_cpu else concatenated
+    in_one = views > 1 and x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
+    apply = _InOneTensor.apply if in_one else concatenated
     y = apply(x, weight, bias, residual, pairs, momentum, eps, relu)
     if fold is not None and x.numel():
         for old, *own in zip(running, *pairs, strict=True):
@@ -169,9 +169,9 @@ def concatenated(
         F.batch_norm(part, *pair, weight, bias, training=True, momentum=momentum, eps=eps)
         for part, pair in zip(x.chunk(len(pairs)), pairs, strict=True)
     ]
-    y = torch.cat(parts)
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    y = y if residual is None else y.add_(residual)
+    return F.relu(y, inplace=True) if relu else y
 
 
 class _InOneTensor(torch.autograd.Function):

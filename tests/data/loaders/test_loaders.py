@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mnclglf.config import ViewConfig
+from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, ViewConfig
 from mnclglf.data import loaders as loader_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.errors import DataError
@@ -27,7 +27,9 @@ from mnclglf.data.loaders import make_loader
 from mnclglf.data.loaders.reference import render_view
 from mnclglf.data.loaders.resident import ResidentLoader
 from mnclglf.data.views import draw_parameters
+from mnclglf.methods import Losses, SimCLR
 from mnclglf.recipes import VIEWS
+from mnclglf.training.step import TrainStep
 
 try:
     import nvidia.dali  # noqa: F401
@@ -289,6 +291,23 @@ def test_ranks_share_out_the_batches_of_one(images: ImageArray, backend: str, ra
         assert torch.equal(torch.cat([part[step].indices for part in parts]), batch.indices)
         for view, *shares in zip(batch.each(), *(part[step].each() for part in parts), strict=True):
             assert torch.equal(torch.cat(shares), view)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_reads_the_views_where_the_loader_wrote_them(images: ImageArray, backend: str) -> None:
+    method = SimCLR(ModelConfig(width=4, projector_width=8), ObjectiveConfig()).train()
+    step, seen = TrainStep(method, OptimConfig(), EngineConfig(), torch.float32), []
+    forward = step.forward
+
+    def watched(views: torch.Tensor, labels: torch.Tensor | None = None) -> Losses:
+        seen.append(views.data_ptr())
+        return forward(views, labels)
+
+    step.forward = watched
+    (batch,) = loader_of(images, backend, views=2).batches(0, 1)
+    step(0, batch, lr=0.1, momentum=0.9)
+    assert seen == [batch.views.data_ptr()]
+    assert [view.data_ptr() for view in batch.each()] == [seen[0], seen[0] + batch.views.nbytes // 2]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(images: ImageArray) -> None:
