@@ -133,24 +133,24 @@ def emulated(network: nn.Module, kind: str, seen: Seen | None = None) -> Generat
     dtype, convolve = KINDS[kind]
 
     def convolution(
-        name: str, layer: nn.Conv2d, weight: Tensor, plain: Callable[[Tensor], Tensor], x: Tensor
+        name: str, layer: nn.Conv2d, weight: Tensor, plain: Callable[[Tensor], Tensor], input: Tensor
     ) -> Tensor:
         if torch.is_grad_enabled():
-            return plain(x)
+            return plain(input)
         stride = getattr(layer, "step", layer.stride[0])  # of a NarrowShortcut
         watching = {"watch": partial(seen.sums, name)} if seen and convolve is half_sum_conv2d else {}
-        with torch.autocast(x.device.type, enabled=False):
-            result = convolve(x, weight, stride, layer.padding[0], **watching)
+        with torch.autocast(input.device.type, enabled=False):
+            result = convolve(input, weight, stride, layer.padding[0], **watching)
         if seen:
             seen.result(name, result)
         return result.float()
 
-    def product(layer: nn.Linear, weight: Tensor, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def product(layer: nn.Linear, weight: Tensor, plain: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return plain(x)
-        with torch.autocast(x.device.type, enabled=False):
+            return plain(input)
+        with torch.autocast(input.device.type, enabled=False):
             bias = None if layer.bias is None else layer.bias.float()
-            return F.linear(x.to(dtype).float(), weight.to(dtype).float(), bias).to(dtype).float()
+            return F.linear(input.to(dtype).float(), weight.to(dtype).float(), bias).to(dtype).float()
 
     def rounded(plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         result = plain(*args, **kwargs)

@@ -3,11 +3,13 @@
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from bench.half_sums import HALF_SUMS, KINDS, Closeness, Seen, closeness, embed, emulated, half_sum_conv2d, main, table
 from mnclglf.api import train
@@ -72,6 +74,13 @@ def test_a_network_with_gradient_stays_what_it_is(kind):
         assert torch.equal(encoder(images), plain)  # and afterwards all is as it was
 
 
+def test_it_reads_the_weights_that_a_step_casts_to_bf16():
+    encoder, images = ResNet18(width=8).train(), torch.randn(4, 3, 8, 8)
+    weights = {name: weight.bfloat16() for name, weight in encoder.named_parameters() if weight.ndim == 4}
+    with torch.no_grad(), emulated(encoder, HALF_SUMS):
+        assert torch.equal(functional_call(encoder, weights, (images,)), encoder(images))
+
+
 def test_fp16_sums_lie_between_fp16_and_bf16_on_an_untrained_encoder():
     encoder, images = ResNet18(width=16).train(), torch.randn(32, 3, 16, 16)
     exact = embed(encoder, images)
@@ -114,7 +123,7 @@ def test_the_table_names_the_largest_sums_and_the_overflows():
 
 
 def test_the_command_compares_a_run(tmp_path, capsys):
-    small = dict(image_size=8, width=8, projector_width=16, predictor_width=8, batch_size=64)
+    small: dict[str, Any] = dict(image_size=8, width=8, projector_width=16, predictor_width=8, batch_size=64)
     run = train(method="byol", dataset="digits", recipe="quick", epochs=1, train_images=128, out=tmp_path, **small)
     main(["--run", str(run.path), "--width", "8", "--side", "8", "--images", "64"])
     printed = capsys.readouterr().out
