@@ -245,7 +245,8 @@ def train(config: RunConfig, out: Path, kind: str | None = None) -> None:
     """Trains a run, with its networks without gradient in a way of KINDS if one is given."""
     trainer = Trainer(config, out, console=Console(quiet=True))
     with emulated(trainer.method, kind) if kind else nullcontext():
-        trainer.train()
+        if signal := trainer.train():  # it has caught it
+            raise KeyboardInterrupt(f"stopped by signal {signal}")
 
 
 def table(found: Mapping[str, Mapping[str, tuple[Closeness, Seen]]]) -> str:
