@@ -31,7 +31,7 @@ run_name = $(call method_name,$(call one_word,METHOD))$(call dataset_name,$(call
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-report check-aot check docs clean
+.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-day check-aot check docs clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -68,8 +68,8 @@ bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pyte
 bench-compare: setup ## list ratios that fell since the last results; ARGS may name two files
 	$(BIN)/python -m bench.compare $(value ARGS)
 
-gpu-report: setup ## everything that needs a GPU to be measured or checked, into bench/results/gpu-report.md
-	$(BIN)/python -m bench.gpu_report $(value ARGS)
+gpu-day: setup ## all that only a GPU can tell, in nine minutes, into bench/results/gpu-day.md; ARGS=--rehearse on a CPU
+	$(BIN)/python -m bench.gpu_day $(value ARGS)
 
 check-aot: setup ## compile every kernel for sm_80, sm_89 and sm_90; make test does sm_86
 	$(BIN)/python -m pytest tests/kernels/test_aot.py -m aot $(value ARGS)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -174,6 +175,36 @@ def enqueue_reference(queue: Tensor, rows: Tensor, **_: Any) -> Outputs:
     return [queue]
 
 
+# batch_norm: a network without it, which has its views in one batch, normalizes view by view.
+
+
+def batch_norm_inputs(dtype: torch.dtype, device: torch.device, *, rows: int, channels: int, views: int = 3) -> Inputs:
+    """Makes rows of a head, with a ReLU, as under autocast."""
+    x = torch.randn(rows, channels, device=device).to(dtype).requires_grad_()
+    weight, bias, mean, variance = torch.ones(4, channels, device=device).unbind()
+    vectors = dict(weight=weight.clone().requires_grad_(), bias=bias.clone().requires_grad_())
+    return {"x": x, **vectors, "running_mean": mean, "running_var": variance, "views": views, "relu": True}
+
+
+def batch_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    views: int,
+    relu: bool,
+    residual: Tensor | None = None,
+) -> Outputs:
+    others = [None] * views if residual is None else residual.chunk(views)
+    found: list[Tensor] = []
+    for part, other in zip(x.chunk(views), others, strict=True):
+        y = F.batch_norm(part, running_mean, running_var, weight, bias, training=True)
+        y = y if other is None else y + other
+        found.append(F.relu(y) if relu else y)
+    return [torch.cat(found)]
+
+
 BENCHES: Mapping[str, OperatorBench] = {
     "augment": OperatorBench(
         "augment",
@@ -230,6 +261,22 @@ BENCHES: Mapping[str, OperatorBench] = {
             *(
                 Shape(f"N 64, K {size}, D 512", sizes(images=64, queue=size, width=512), [BOTH])
                 for size in (4096, 16384)
+            ),
+        ],
+    ),
+    "batch_norm": OperatorBench(
+        "batch norm",
+        batch_norm_reference,
+        [
+            Shape("3 x 256, 64 x 32 x 32, residual, ReLU", directions=DIRECTIONS),
+            Shape("3 x 256, 16 x 16 x 16, residual, ReLU", sizes(side=16, features=128), DIRECTIONS),
+            *(
+                Shape(
+                    f"3 x 256, {channels}, ReLU",
+                    directions=DIRECTIONS,
+                    inputs=partial(batch_norm_inputs, rows=768, channels=channels),
+                )
+                for channels in (512, 2048)
             ),
         ],
     ),

@@ -5,31 +5,20 @@ A run that passed is remembered by a digest of the sources, so that only a chang
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.digest import ROOT, digest
+
 KEPT = "bench/proven"  # the key in pytest's cache
 STEP_TESTS = ["tests/methods/test_mnclglf.py", "tests/training/test_step.py"]
 GPU_TESTS = ["tests/kernels/test_gpu.py", "tests/training/test_compiling.py"]
 OPERATOR_TESTS = ["tests/kernels/ops"]
-
-
-def digest(root: Path = ROOT) -> str:
-    """Returns a digest of all sources that the tests run."""
-    sources = sorted(path for part in ("mnclglf", "kernels", "tests") for path in (root / part).rglob("*.py"))
-    sources += (root / "bench").glob("reference.py")
-    found = hashlib.sha256()
-    for path in sources:
-        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
 
 
 def require_proof(config: pytest.Config, tests: Sequence[str] = (*STEP_TESTS, *OPERATOR_TESTS)) -> None:

@@ -138,9 +138,10 @@ def our_step(
         use_fast_math(config.engine, dtype)
     labels = torch.zeros(config.optim.batch_size, dtype=torch.int64, device=device)
     train = TrainStep(method, config.optim, config.engine, dtype, compile=compile, labels=labels)
-    views = noise(Size(config.optim.batch_size, side), device, method.views)
-    views = tuple(view.to(dtype, memory_format=train.memory_format) for view in views)
-    batch = Batch(views, torch.arange(len(views[0]), device=device))
+    views = torch.cat(noise(Size(config.optim.batch_size, side), device, method.views))
+    batch = Batch(
+        views.to(dtype, memory_format=train.memory_format), torch.arange(config.optim.batch_size, device=device)
+    )
     return lambda: train(0, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
 
 

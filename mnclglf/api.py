@@ -26,6 +26,7 @@ from mnclglf.config import (
     with_whole_paths,
 )
 from mnclglf.evaluation.run import evaluate_run
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.recipes import RECIPES
 from mnclglf.reports.page import write_report
@@ -132,9 +133,8 @@ def load_encoder(run: RunPath, checkpoint: RunPath | None = None) -> ResNet18:
         method = build_method(config, torch.float32)
     method.load_state_dict(state["method"])
     encoder = method.encoder.eval()
-    for module in encoder.modules():  # training counts no batches here, and torchvision's state has the count
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.num_batches_tracked = torch.tensor(0)
+    for layer in batch_norms(encoder):  # training counts no batches here, and torchvision's state has the count
+        layer.num_batches_tracked = torch.tensor(0)
     mean, std, side = normalization(folder, state)
     encoder.register_buffer("mean", mean[:, None, None], persistent=False)
     encoder.register_buffer("std", std[:, None, None], persistent=False)

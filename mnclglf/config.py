@@ -291,6 +291,9 @@ class EngineConfig:
     graphs: Switch = "auto"
     """Replay CUDA graphs of the compiled forward. auto: if replays of the first batch are bit-equal to the
     compiled step. on: error if they are not."""
+    combo_kernels: bool = False
+    """Merge kernels of a compiled step that do not depend on each other into one launch, on a GPU: a quarter of
+    Inductor's launches, by count. Not timed yet."""
     log_every: int = 10
     """Steps between two records of metrics."""
     save_every: float = 1.0
@@ -305,6 +308,11 @@ class EngineConfig:
         require(
             self.graphs != "on" or self.compile != "off",
             "graphs on replays what compile made, and compile is off; take --compile auto, or --graphs off",
+        )
+        require(
+            not self.combo_kernels or self.compile != "off",
+            "combo_kernels merges kernels of what compile made, and compile is off; take --compile auto, or leave "
+            "--combo-kernels out",
         )
         require(
             self.lookup == "auto" or self.graphs != "on",

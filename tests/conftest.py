@@ -11,7 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests are the same on every machine: on the CPU, with the Triton kernels in Triton's interpreter. `make test-gpu`
-# sets this variable and runs those marked gpu. Both settings are read when torch and triton are loaded.
+# sets this variable and runs those marked gpu. Both settings are read when torch and triton are loaded. With "rehearse"
+# those marked gpu are not left out on a CPU: the rehearsal of `make gpu-day` runs some of them, interpreted.
 if os.environ.get("MNCLGLF_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -23,10 +24,12 @@ import pytest
 import torch
 
 ON_GPU = os.environ.get("MNCLGLF_TEST_GPU") == "1"
+REHEARSED = os.environ.get("MNCLGLF_TEST_GPU") == "rehearse"
 if not ON_GPU:
-    from interpreter import round_to_nearest_bf16
+    from interpreter import index_one_element, round_to_nearest_bf16
 
     round_to_nearest_bf16()
+    index_one_element()
 
 BACKENDS = ["torch"] if ON_GPU else ["torch", "triton"]
 
@@ -43,7 +46,7 @@ NOT_ON_GPU = pytest.StashKey[str]()  # the line that counts what was not run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects tests marked gpu on a machine without one, and counts them."""
     waiting = [item for item in items if item.get_closest_marker("gpu")]
-    if waiting and not (ON_GPU and torch.cuda.is_available()):
+    if waiting and not (ON_GPU and torch.cuda.is_available()) and not REHEARSED:
         reason = "torch sees no CUDA device" if ON_GPU else "they run with `make test-gpu`"
         config.stash[NOT_ON_GPU] = f"{len(waiting)} tests marked gpu were not run: {reason}"
         config.hook.pytest_deselected(items=waiting)

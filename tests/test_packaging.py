@@ -21,7 +21,7 @@ from mnclglf.methods import METHODS
 from tools.setup_environment import TESTED_PYTHONS
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "gpu-report"]
+TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "gpu-day"]
 TARGETS += ["check-aot", "check", "docs", "clean"]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 

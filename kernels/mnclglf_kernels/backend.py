@@ -86,7 +86,14 @@ def faiss_problem(device: torch.device) -> Exception | None:
             "backend 'faiss' needs the package faiss, which is not installed; pip install 'mnclglf[faiss-gpu]' on a "
             "machine with an NVIDIA GPU, 'mnclglf[faiss-cpu]' elsewhere, or use 'auto'"
         )
-    if device.type == "cuda" and faiss_gpus() == 0:  # knn_gpu would abort the process
+    try:
+        gpus = faiss_gpus() if device.type == "cuda" else 0
+    except (ImportError, OSError) as error:  # a library of another CUDA version
+        return RuntimeError(
+            f"backend 'faiss' was asked for, and the installed faiss does not load ({error}); PyPI's is for "
+            "CUDA 12: pip install nvidia-cublas-cu12 nvidia-cuda-runtime-cu12, or use 'auto'"
+        )
+    if device.type == "cuda" and gpus == 0:  # knn_gpu would abort the process
         return RuntimeError(
             f"backend 'faiss' was given tensors on {device}, but this build of faiss sees no GPU; pip install "
             "'mnclglf[faiss-gpu]' in place of faiss-cpu, or use 'auto'"

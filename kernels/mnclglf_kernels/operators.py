@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from mnclglf_kernels.backend import Backend, Kind
 from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, ViewFormat, augment
+from mnclglf_kernels.ops.batch_norm import batch_norm
 from mnclglf_kernels.ops.combine import combine
 from mnclglf_kernels.ops.contrastive_losses import contrastive_loss, contrastive_losses
 from mnclglf_kernels.ops.divide import divide
@@ -116,6 +117,7 @@ class Operator:
         kind: kind of operator, which decides the possible backends; see `resolve`.
         inputs: makes the arguments of a call. The self-check differentiates those that require a gradient.
         tolerance: tolerance of the self-check.
+        variants: changes of the example's arguments for each call of the self-check, where a run makes several kinds.
         check: custom self-check, for results that cannot be compared element by element. It returns None for a pass.
         exports: further public functions of the same file.
     """
@@ -124,6 +126,7 @@ class Operator:
     kind: Kind
     inputs: Callable[[Example], Arguments]
     tolerance: Tolerance = SUMS
+    variants: tuple[Arguments, ...] = ({},)
     check: Callable[[Example, Arguments], str | None] | None = None
     exports: tuple[Callable[..., Any], ...] = ()
 
@@ -280,6 +283,43 @@ def _check_augment(example: Example, arguments: Arguments) -> str | None:
     return None
 
 
+def _batch_norm(example: Example) -> Arguments:
+    """Makes a first stage of the online network: images, residual and ReLU.
+
+    No result is within rounding of 0, where a ReLU passes all of a gradient or nothing.
+    """
+    sizes, channels = example.sizes, -(-example.sizes.features // 8)
+    images, side = (
+        min(sizes.images, PAPER.images),
+        min(sizes.side, PAPER.side),
+    )  # fp64 copies have to fit where a run does
+
+    def signed(least: float) -> Tensor:
+        shape = sizes.views * images, channels, side, side
+        x = (least + example.uniform(*shape) / 2).copysign(example.random(*shape, dtype=torch.float32))
+        return x.to(example.dtype, memory_format=torch.channels_last).requires_grad_()
+
+    return dict(
+        x=signed(0.5),
+        weight=(0.5 + example.uniform(channels)).requires_grad_(),
+        bias=(example.uniform(channels) / 10).requires_grad_(),
+        running_mean=example.uniform(channels),
+        running_var=example.uniform(channels),
+        views=sizes.views,
+        residual=signed(3),
+        relu=True,
+    )
+
+
+_NO_RUNNING: Arguments = dict(running_mean=None, running_var=None)
+_BATCH_NORMS: tuple[Arguments, ...] = (  # residual and ReLU; ReLU alone; neither; and without running statistics
+    {},
+    dict(residual=None),
+    dict(residual=None, relu=False),
+    _NO_RUNNING | dict(residual=None),
+)
+
+
 _ROWS = (
     Operator(function=divide, kind="elementwise", inputs=_divide, tolerance=EXACT),  # copies
     Operator(function=combine, kind="elementwise", inputs=_combine),
@@ -288,6 +328,7 @@ _ROWS = (
     Operator(function=enqueue, kind="elementwise", inputs=_enqueue, check=_check_enqueue),
     Operator(function=nt_xent, kind="matmul", inputs=_nt_xent),
     Operator(function=queue_contrastive_loss, kind="matmul", inputs=_queue_contrastive_loss),
+    Operator(function=batch_norm, kind="elementwise", inputs=_batch_norm, variants=_BATCH_NORMS),
     Operator(function=augment, kind="elementwise", inputs=_augment, check=_check_augment),
 )
 OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}

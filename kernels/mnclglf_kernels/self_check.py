@@ -69,18 +69,26 @@ def failures(
 
 
 def check(row: Operator, example: Example) -> str | None:
-    """Compares results and gradients of Triton with PyTorch in fp64; returns the problem, or None."""
+    """Compares Triton with PyTorch in fp64 for every variant of a row's example; returns the problem, or None."""
     arguments = row.inputs(example)
     if row.check is not None:
         return row.check(example, arguments)
+    problems = (compare(row, example, arguments | changes) for changes in row.variants)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def compare(row: Operator, example: Example, arguments: dict[str, Any]) -> str | None:
+    """Compares the results of one call, the gradients, and the arguments after it, which it may have written into."""
+    given = tree_map_only(Tensor, lambda x: x if x.requires_grad else x.clone(), arguments)
     twins = tree_map_only(Tensor, in_fp64, arguments)
-    results = tree_leaves(row.function(**arguments, backend="triton"))
+    results = tree_leaves(row.function(**given, backend="triton"))
     expected = tree_leaves(row.function(**twins, backend="torch"))
     upstream = [upstream_of(example, i, x) for i, x in enumerate(results)]
-    gradients = torch.autograd.grad(results, learning(arguments), upstream)
+    gradients = torch.autograd.grad(results, learning(given), upstream)
     expected_gradients = torch.autograd.grad(expected, learning(twins), [x.double() for x in upstream])
     pairs = [("the result", *pair) for pair in zip(results, expected, strict=True)]
     pairs += [("a gradient", *pair) for pair in zip(gradients, expected_gradients, strict=True)]
+    pairs += [("an argument", *pair) for pair in zip(fixed(given), fixed(twins), strict=True)]
     problems = (row.tolerance.excess(name, actual, truth) for name, actual, truth in pairs)
     return next((problem for problem in problems if problem is not None), None)
 
@@ -95,6 +103,12 @@ def in_fp64(x: Tensor) -> Tensor:
 def learning(arguments: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors among an operator's arguments that require a gradient."""
     return [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def fixed(arguments: dict[str, Any]) -> list[Tensor]:
+    """Returns the floating-point tensors among an operator's arguments that require no gradient."""
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tensors if not x.requires_grad]
 
 
 def upstream_of(example: Example, place: int, result: Tensor) -> Tensor:
@@ -112,5 +126,5 @@ def check_context(name: OperatorName, problem: str, device: torch.device) -> Non
     except Exception as error:
         raise RuntimeError(
             f"the Triton kernel of {name} took the CUDA context down ({problem}); take --kernels off, and "
-            "report it; in a checkout, `make gpu-report` writes a file to attach"
+            "report it; in a checkout, `make gpu-day` writes a file to attach"
         ) from error

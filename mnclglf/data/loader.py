@@ -24,10 +24,14 @@ from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 class Batch(NamedTuple):
     """The input of a training step."""
 
-    views: tuple[Tensor, ...]
-    """Each [N, 3, S, S], normalized, channels_last, in the autocast dtype, on the device."""
+    views: Tensor
+    """[V * N, 3, S, S], view by view, normalized, channels_last, in the autocast dtype, on the device."""
     indices: Tensor
     """Rows of the image set, int64 [N], on the device."""
+
+    def each(self) -> tuple[Tensor, ...]:
+        """Returns the V views, [N, 3, S, S] each, which share the batch's memory."""
+        return self.views.split(len(self.indices))
 
 
 def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
@@ -133,6 +137,9 @@ class Loader(ABC):
             indices = indices.pin_memory()  # a copy from pageable memory would wait for the device
         return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
 
-    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Moves [N, S, S, 3] to the device, as [N, 3, S, S] in the same order of memory: channels_last."""
-        return tuple(view.to(self._device, dtype, non_blocking=True).permute(0, 3, 1, 2) for view in views)
+    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Moves V times [N, S, S, 3] to the device, as [V * N, 3, S, S] in the same order of memory: channels_last."""
+        moved = torch.empty(len(views), *views[0].shape, dtype=dtype, device=self._device)
+        for place, view in zip(moved, views, strict=True):
+            place.copy_(view, non_blocking=True)
+        return moved.flatten(0, 1).permute(0, 3, 1, 2)

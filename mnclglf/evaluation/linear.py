@@ -59,7 +59,7 @@ def train_linear(
     with eval_mode(encoder):
         for step, batch in enumerate(loader.batches(0, total)):
             with torch.no_grad(), autocast(labels.device, dtype):
-                features = encoder(batch.views[0])
+                features = encoder(batch.views)
             loss = F.cross_entropy(classifier(features.float()), labels[batch.indices])
             optimizer.zero_grad()
             loss.backward()

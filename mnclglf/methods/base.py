@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
+from mnclglf.models.batch_norm import Network, batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.momentum import update_momentum
@@ -44,7 +44,6 @@ class Method(nn.Module, ABC):
         projector: g_o, where `build` makes one.
         momentum: f_m and g_m, the momentum network (BYOL's target network), where `build` makes one.
         queue: Q, the feature queue, where `build` makes one.
-        backends: backend of each operator; may be set before the first step.
     """
 
     views: int
@@ -74,20 +73,20 @@ class Method(nn.Module, ABC):
         """
         super().__init__()
         self.objective = objective
-        self.backends = Backends.all(backend)
         self.encoder = ResNet18(model.stem, model.width)
         self.build(model, queue_dtype)
+        self.backends = Backends.all(backend)
 
     @abstractmethod
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         """Makes the networks beside the encoder, and the queue; arguments as of the constructor."""
 
     @abstractmethod
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
         """Returns the losses of one batch.
 
         Args:
-            views: [N, 3, H, W] each, row n of all of the same image.
+            views: [V * N, 3, H, W], one view after the other; row n of each is of the same image.
             labels: [N] int64, of a method that needs them.
         """
 
@@ -105,10 +104,21 @@ class Method(nn.Module, ABC):
         """
         # hasattr, as `build` assigns modules: a class attribute of None would hide them from nn.Module.
         if hasattr(self, "momentum"):
-            update_momentum(self.momentum, nn.Sequential(self.encoder, self.projector), momentum, should_update)
+            update_momentum(self.momentum, Network(self.encoder, self.projector), momentum, should_update)
         if hasattr(self, "queue"):
             assert losses.keys is not None, "a method with a queue gives the keys that it takes in"
             self.queue.push(losses.keys[: len(indices)], indices, should_update, self.backends.enqueue)
+
+    @property
+    def backends(self) -> Backends:
+        """Returns the backend of each operator; may be set before the first step."""
+        return self._backends
+
+    @backends.setter
+    def backends(self, backends: Backends) -> None:
+        self._backends = backends
+        for layer in batch_norms(self):
+            layer.backend = backends.batch_norm  # pyright: ignore[reportAttributeAccessIssue]  # a BatchNorm
 
     @classmethod
     def facts(cls) -> dict[str, Any]:

@@ -13,13 +13,12 @@ paper's, as in every method here; m rises to 1 as theirs does with ema_schedule 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
+from mnclglf.models.batch_norm import Network
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.losses import negative_cosine
 from mnclglf.models.momentum import momentum_copy
@@ -33,17 +32,16 @@ class BYOL(Method):
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
-        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+        self.momentum = momentum_copy(Network(self.encoder, self.projector))
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        x1, x2 = views
-        f1, f2 = self.encoder(x1), self.encoder(x2)  # [N, F]; batch statistics are per view
-        p1, p2 = (self.predictor(self.projector(f)) for f in (f1, f2))  # [N, D]
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        f = self.encoder(views, 2)  # [2N, F]; one batch, with batch statistics per view
+        p1, p2 = self.predictor(self.projector(f, 2), 2).chunk(2)  # [N, D]
         with torch.no_grad():
-            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]; what is not finite in them shows in the loss
+            z1, z2 = self.momentum(views, 2).chunk(2)  # [N, D]; what is not finite in them shows in the loss
         p1_z2, p2_z1 = negative_cosine(p1, z2), negative_cosine(p2, z1)
         return Losses(
             total=(p1_z2 + p2_z1) / 2,
             terms={"loss_p1_z2": p1_z2, "loss_p2_z1": p2_z1},
-            features=f1.detach(),
+            features=f[: len(p1)].detach(),
         )

@@ -16,13 +16,12 @@ constant. The online encoder sees patches only, and so do the running statistics
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
+from mnclglf.models.batch_norm import Network
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy
 from mnclglf_kernels import combine, contrastive_losses, divide
@@ -39,16 +38,15 @@ class FastMoCo(Method):
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
-        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+        self.momentum = momentum_copy(Network(self.encoder, self.projector))
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        x1, x2 = views
-        y1, y2 = (divide(x, backend=self.backends.divide) for x in (x1, x2))  # [4N, 3, H/2, W/2]
-        f1, f2 = self.encoder(y1), self.encoder(y2)  # [4N, F]; batch statistics are those of a view's patches
-        v1, v2 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2))  # [S * N, F]
-        c1, c2 = (self.predictor(self.projector(v)) for v in (v1, v2))  # [S * N, D]
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        y = torch.cat([divide(x, backend=self.backends.divide) for x in views.chunk(2)])  # [8N, 3, H/2, W/2]
+        f1, f2 = self.encoder(y, 2).chunk(2)  # [4N, F]; batch statistics are those of a view's patches
+        v = torch.cat([combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2)])
+        c1, c2 = self.predictor(self.projector(v, 2), 2).chunk(2)  # [S * N, D], of v, [2 * S * N, F]
         with torch.no_grad():
-            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]; what is not finite in them shows in the loss
+            z1, z2 = self.momentum(views, 2).chunk(2)  # [N, D]; what is not finite in them shows in the loss
         c1_z2, c2_z1 = contrastive_losses(
             [(c1, z2), (c2, z1)], self.objective.temperature, backend=self.backends.contrastive_losses
         )

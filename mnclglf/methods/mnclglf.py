@@ -17,14 +17,12 @@ docs/reference/algorithm.md says how the points that the paper leaves open are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
-from mnclglf.models.batch_norm import batch_statistics_only
+from mnclglf.models.batch_norm import Network, batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy
@@ -42,18 +40,17 @@ class MNCLGLF(Method):
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
-        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+        self.momentum = momentum_copy(Network(self.encoder, self.projector))
         self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        x1, x2, x3 = views
-        # The online forwards come first: autocast caches a weight's cast at its first use, which must carry gradients.
-        f1, f2, f3 = self.encoder(x1), self.encoder(x2), self.encoder(x3)  # [N, F]; batch statistics are per view
-        p1, p2, p3 = (self.predictor(self.projector(f)) for f in (f1, f2, f3))  # [N, D]
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        x1, _, x3 = views.chunk(3)
+        # The online forward comes first: autocast caches a weight's cast at its first use, which must carry gradients.
+        f = self.encoder(views, 3)  # [3N, F]; one batch, with batch statistics per view
+        p1, p2, p3 = self.predictor(self.projector(f, 3), 3).chunk(3)  # [N, D]
 
         with torch.no_grad():
-            z1, z2 = self.momentum(x1), self.momentum(x2)  # [N, D]
-            keys = torch.cat([z1, z2])  # one lookup for both; z1 comes first, as the queue takes in the first N
+            keys = self.momentum(views[: 2 * len(x1)], 2)  # [2N, D]: z1, which the queue takes in, and z2
             neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
@@ -64,18 +61,18 @@ class MNCLGLF(Method):
         return Losses(
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},
-            features=f1.detach(),
+            features=f[: len(x1)].detach(),
             keys=keys,
-            neighbors=sources[: len(z1)],
+            neighbors=sources[: len(x1)],
         )
 
     def stop_gradient_network(self, x1: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
         """Returns c1, c3: online weights (equations 5, 6) on combined patches; no online running statistic changes."""
         with batch_statistics_only(self.encoder, self.projector):
-            y1, y3 = (divide(x, backend=self.backends.divide) for x in (x1, x3))  # [4N, C, H/2, W/2]
-            f1, f3 = self.encoder(y1), self.encoder(y3)  # [4N, F]
-            v1, v3 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f3))  # [S * N, F]
-            c1, c3 = self.projector(v1), self.projector(v3)
+            y = torch.cat([divide(x, backend=self.backends.divide) for x in (x1, x3)])  # [8N, C, H/2, W/2]
+            f1, f3 = self.encoder(y, 2).chunk(2)  # [4N, F]
+            v = torch.cat([combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f3)])
+            c1, c3 = self.projector(v, 2).chunk(2)  # of v, [2 * S * N, F]
         if self.objective.one_embedding:  # Table 5: one of the S combinations, drawn once per step
             subsets = len(c1) // len(x1)
             drawn = torch.randint(subsets, (1,), device=c1.device)

@@ -23,15 +23,13 @@ that is not a multiple of the batch, where it drops the rows that do not fit; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
-from mnclglf.models.batch_norm import batch_norms
+from mnclglf.models.batch_norm import Network, Views, batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
@@ -49,7 +47,7 @@ class MNCLGLFOfficial(Method):
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
         momentum_encoder = ResNet18(model.stem, model.width)
-        self.momentum = nn.Sequential(momentum_encoder, projector(self.encoder.features, model.projector_width))
+        self.momentum = Network(momentum_encoder, projector(self.encoder.features, model.projector_width))
         self.momentum.requires_grad_(False)
         self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
         for head in (self.projector, self.predictor, self.momentum[1]):
@@ -59,19 +57,19 @@ class MNCLGLFOfficial(Method):
             if isinstance(block, BasicBlock):
                 nn.init.zeros_(block.bn2.weight)  # pyright: ignore[reportArgumentType]  # a Module to torchvision's types
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        x1, x2, x3 = views
-        # Running statistics depend on this order. Autocast caches a weight's cast at its first use, which must carry
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        x1, x2, x3 = views.chunk(3)
+        x13 = torch.cat([x1, x3])  # one batch, with batch statistics per view; x2 needs no gradient, so another one
+        # Running statistics take in x1, x2, x3. Autocast caches a weight's cast at its first use, which must carry
         # gradients.
-        f1 = self.encoder(x1)  # [N, F]; batch statistics are per view
-        p1 = self.predictor(self.projector(f1))  # [N, D]
-        with torch.no_grad():
-            p2 = self.predictor(self.projector(self.encoder(x2)))
-        p3 = self.predictor(self.projector(self.encoder(x3)))
+        of_13, of_2 = Views(after=(2, 0), decays=3), Views(after=(1,), decays=0)
+        f = self.encoder(x13, of_13)  # [2N, F]
+        p1, p3 = self.predictor(self.projector(f, of_13), of_13).chunk(2)  # [N, D]
 
         with torch.no_grad():
+            p2 = self.predictor(self.projector(self.encoder(x2, of_2), of_2), of_2)
             loss_s = self.local_loss(x1, x2, p1.detach(), p2)
-            z1, z3 = self.momentum(x1), self.momentum(x3)  # [N, D]
+            z1, z3 = self.momentum(x13, 2).chunk(2)  # [N, D]
             keys = torch.cat([z3, z1])  # the queue takes in the first N: z3
             neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n3, n1 = neighbors.chunk(2)
@@ -82,17 +80,17 @@ class MNCLGLFOfficial(Method):
         return Losses(
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},
-            features=f1.detach(),
+            features=f[: len(x1)].detach(),
             keys=keys,
             neighbors=sources[: len(z3)],
         )
 
     def local_loss(self, x1: Tensor, x2: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
         """Returns loss_s: each view's predictions against every combination of the other view's patches."""
-        y1, y2 = (divide(x, backend=self.backends.divide) for x in (x1, x2))  # [4N, 3, H/2, W/2]
-        f1, f2 = self.encoder(y1), self.encoder(y2)  # [4N, F]
-        v1, v2 = (combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2))  # [S * N, F]
-        c1, c2 = self.projector(v1), self.projector(v2)  # [S * N, D]
+        y = torch.cat([divide(x, backend=self.backends.divide) for x in (x1, x2)])  # [8N, 3, H/2, W/2]
+        f1, f2 = self.encoder(y, 2).chunk(2)  # [4N, F]
+        v = torch.cat([combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2)])
+        c1, c2 = self.projector(v, 2).chunk(2)  # [S * N, D], of v, [2 * S * N, F]
         pairs = [(p, candidates) for p, c in ((p2, c1), (p1, c2)) for candidates in c.split(len(p))]
         losses = contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)
         return torch.stack(losses).mean()

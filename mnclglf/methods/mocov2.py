@@ -15,13 +15,12 @@ images among GPUs, and has nothing to swap on one: q and k are normalized by the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
+from mnclglf.models.batch_norm import Network
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import projector
 from mnclglf.models.momentum import momentum_copy
@@ -36,11 +35,11 @@ class MoCoV2(Method):
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
-        self.momentum = momentum_copy(nn.Sequential(self.encoder, self.projector))
+        self.momentum = momentum_copy(Network(self.encoder, self.projector))
         self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        x1, x2 = views
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        x1, x2 = views.chunk(2)
         f1 = self.encoder(x1)  # [N, F]
         q = self.projector(f1)  # [N, D]
         with torch.no_grad():

@@ -14,8 +14,6 @@ Heads are the paper's, as in every method here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -38,11 +36,11 @@ class NNCLR(Method):
         self.predictor = predictor(model.projector_width, model.predictor_width)
         self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view
-        z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
-        p1, p2 = self.predictor(z1), self.predictor(z2)  # [N, D]
-        keys = torch.cat([z1, z2]).detach()  # the queue takes in the first N: z1
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        f = self.encoder(views, 2)  # [2N, F]; one batch, with batch statistics per view
+        z = self.projector(f, 2)  # [2N, D]
+        p1, p2 = self.predictor(z, 2).chunk(2)  # [N, D]
+        keys = z.detach()  # the queue takes in the first N: z1
         neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
         n1, n2 = neighbors.chunk(2)
         n1_p2, n2_p1 = contrastive_losses(
@@ -51,7 +49,7 @@ class NNCLR(Method):
         return Losses(
             total=(n1_p2 + n2_p1) / 2,
             terms={"loss_n1_p2": n1_p2, "loss_n2_p1": n2_p1},
-            features=f1.detach(),
+            features=f[: len(p1)].detach(),
             keys=keys,
-            neighbors=sources[: len(z1)],
+            neighbors=sources[: len(p1)],
         )

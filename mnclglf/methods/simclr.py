@@ -11,8 +11,6 @@ The projector is the paper's, as in every method here. Batch statistics are per 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -31,8 +29,8 @@ class SimCLR(Method):
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        f1, f2 = (self.encoder(x) for x in views)  # [N, F]
-        z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        f = self.encoder(views, 2)  # [2N, F]
+        z1, z2 = self.projector(f, 2).chunk(2)  # [N, D]
         loss = nt_xent(z1, z2, self.objective.temperature, backend=self.backends.nt_xent)
-        return Losses(total=loss, terms={"nt_xent": loss}, features=f1.detach())
+        return Losses(total=loss, terms={"nt_xent": loss}, features=f[: len(z1)].detach())

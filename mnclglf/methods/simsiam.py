@@ -12,8 +12,6 @@ the same embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -32,13 +30,14 @@ class SimSiam(Method):
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
-        f1, f2 = (self.encoder(x) for x in views)  # [N, F]; batch statistics are per view
-        z1, z2 = self.projector(f1), self.projector(f2)  # [N, D]
-        p1, p2 = self.predictor(z1), self.predictor(z2)  # [N, D]
-        p1_z2, p2_z1 = negative_cosine(p1, z2.detach()), negative_cosine(p2, z1.detach())
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
+        f = self.encoder(views, 2)  # [2N, F]; one batch, with batch statistics per view
+        z = self.projector(f, 2)  # [2N, D]
+        p1, p2 = self.predictor(z, 2).chunk(2)  # [N, D]
+        z1, z2 = z.detach().chunk(2)
+        p1_z2, p2_z1 = negative_cosine(p1, z2), negative_cosine(p2, z1)
         return Losses(
             total=(p1_z2 + p2_z1) / 2,
             terms={"loss_p1_z2": p1_z2, "loss_p2_z1": p2_z1},
-            features=f1.detach(),
+            features=f[: len(p1)].detach(),
         )

@@ -9,8 +9,6 @@ There is no projector: the classifier reads the features that are evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +32,8 @@ class Supervised(Method):
             raise ValueError("classes None: a classifier needs their number, as in ModelConfig(classes=10)")
         self.classifier = nn.Linear(self.encoder.features, model.classes)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
         assert labels is not None
-        (x,) = views
-        f = self.encoder(x)  # [N, F]
+        f = self.encoder(views)  # [N, F]
         loss = F.cross_entropy(self.classifier(f), labels)  # in fp32 also under autocast
         return Losses(total=loss, terms={"cross_entropy": loss}, features=f.detach())

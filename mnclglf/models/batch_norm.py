@@ -1,12 +1,96 @@
-"""Batch normalization as self-supervised training needs it."""
+"""Batch normalization as self-supervised training needs it: statistics per view."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NamedTuple
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # the base of all of them
+
+from mnclglf_kernels import Backend, batch_norm
+
+
+class Views(NamedTuple):
+    """The views in a batch, one after the other, and the place of each in the order of the running statistics.
+
+    A network that sees all views of a step in one batch needs only their number. Views in several batches need their
+    places, as running statistics are those of one forward per view, in the order of the views.
+
+    Attributes:
+        after: for each view, the number of views of this step that come later.
+        decays: number of views by which this batch ages the running statistics as they were before the step.
+    """
+
+    after: tuple[int, ...]
+    decays: int
+
+    def factors(self, momentum: float) -> list[float]:
+        """Returns the factors of a running statistic as it was, and of that of each view, after the whole step."""
+        return [(1 - momentum) ** self.decays, *(momentum * (1 - momentum) ** after for after in self.after)]
+
+
+class BatchNorm(_BatchNorm):
+    """Batch norm of [V * N, C, H, W] images or [V * N, C] rows, with a residual addition and a ReLU that follow.
+
+    In train mode each view has statistics of its own, and the running ones take in the views in order.
+
+    Attributes:
+        backend: backend of the operator, see mnclglf_kernels.resolve.
+    """
+
+    backend: Backend = "auto"
+
+    def forward(
+        self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        if self.training:
+            tracked = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+            assert self.momentum is not None, "a cumulative average has no momentum"
+            return batch_norm(
+                input,
+                self.weight,
+                self.bias,
+                *tracked,
+                views=views if isinstance(views, int) else len(views.after),
+                momentum=self.momentum,
+                fold=None if isinstance(views, int) else views.factors(self.momentum),
+                eps=self.eps,
+                residual=residual,
+                relu=relu,
+                backend=self.backend,
+            )
+        normalized = super().forward(input)
+        if residual is not None:
+            normalized = normalized + residual
+        return F.relu(normalized, inplace=True) if relu else normalized
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accepts any shape that the operator takes; the base class asks for this function."""
+
+
+class Stack(nn.Sequential):
+    """Layers one after the other, of which batch norms learn how many views the batch has, and apply the ReLU."""
+
+    def forward(self, input: Tensor, views: Views | int = 1) -> Tensor:
+        layers = [*self]
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, BatchNorm):
+                input = layer(input, views, relu=isinstance(following, nn.ReLU))
+            elif not isinstance(layer, nn.ReLU):
+                input = layer(input)
+        return input
+
+
+class Network(nn.Sequential):
+    """Networks one after the other, each of which takes the views in its batch: an encoder and heads."""
+
+    def forward(self, input: Tensor, views: Views | int = 1) -> Tensor:
+        for network in self:
+            input = network(input, views)
+        return input
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

@@ -11,7 +11,7 @@ from torch.nn.utils.init import skip_init
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mnclglf.config import Stem
-from mnclglf.models.batch_norm import without_batch_counters
+from mnclglf.models.batch_norm import BatchNorm, Stack, Views, without_batch_counters
 
 
 class ResNet18(nn.Module):
@@ -27,7 +27,7 @@ class ResNet18(nn.Module):
         self.stem, self.features = stem, 8 * width
         kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (7, 2, 3)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.layer1 = _stage(width, width, stride=1)
         self.layer2 = _stage(width, 2 * width, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, stride=2)
@@ -37,25 +37,37 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         without_batch_counters(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+    def forward(self, images: Tensor, views: Views | int = 1) -> Tensor:
+        """Returns the features, [V * N, 8 * width], of V views that share a batch, one after the other."""
+        x = self.bn1(self.conv1(images), views, relu=True)
         if self.stem == "imagenet":
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, views)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+class Block(BasicBlock):
+    """torchvision's residual block, with each batch norm, the addition and the ReLU after it as one operator."""
+
+    def forward(self, x: Tensor, views: Views | int = 1) -> Tensor:
+        y = self.bn1(self.conv1(x), views, relu=True)
+        shortcut = x if self.downsample is None else self.downsample(x, views)
+        return self.bn2(self.conv2(y), views, residual=shortcut, relu=True)
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     shortcut = None
     if stride != 1 or inputs != outputs:
         convolution = conv1x1(inputs, outputs, stride) if inputs >= 8 else NarrowShortcut(inputs, outputs, stride)
-        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-    first = BasicBlock(inputs, outputs, stride, shortcut)
+        shortcut = Stack(convolution, BatchNorm(outputs))
+    first = Block(inputs, outputs, stride, shortcut, norm_layer=BatchNorm)
     if stride != 1:  # skip_init draws no random numbers, so that a seed gives the same weights as plain BasicBlocks
         place = first.conv1.weight.device
         convolution = skip_init(StridedConv2d, inputs, outputs, 3, stride, 1, bias=False, device=place)
         first.conv1 = cast(StridedConv2d, convolution)
-    return nn.Sequential(first, BasicBlock(outputs, outputs))
+    return nn.Sequential(first, Block(outputs, outputs, norm_layer=BatchNorm))
 
 
 class NarrowShortcut(nn.Conv2d):

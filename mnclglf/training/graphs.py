@@ -59,7 +59,7 @@ def first_difference(
     Returns:
         The first loss, gradient or tensor of the method's state after the step that is not bit-equal; None if all are.
     """
-    other = Batch(tuple(view.roll(1, 0) for view in batch.views), batch.indices.roll(1, 0))
+    other = Batch(batch.views.roll(1, 0), batch.indices.roll(1, 0))
     start = _saved(step)
     try:
         expected = _outcome(step, plain, batch, lr, momentum)

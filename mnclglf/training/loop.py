@@ -36,7 +36,7 @@ from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
-from mnclglf.training.speedups import Forward, compiled, or_eager, share_casts
+from mnclglf.training.speedups import Forward, or_eager, share_casts
 from mnclglf.training.start import changed_images, saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
@@ -372,7 +372,7 @@ class Trainer:
             self._say("compiling the forward again, without them ...")
             torch.compiler.reset()  # gives the memory of the graphs back
             self.compile = "on"
-            self.step.forward = self._or_eager(compiled(self.method, graphs=False))
+            self.step.forward = self._or_eager(self.step.forward_of("on"))
 
     def _decide_graphs(self, decision: str) -> None:
         """Prints what was decided about CUDA graphs, and what it was before a resume, and notes it with the run."""

@@ -65,7 +65,9 @@ def step_memory(config: RunConfig, images: int, side: int, dtype: torch.dtype) -
         casts=narrow * weights,
         gradients=(4 + narrow) * trained,
         activations=sum(saved.values()),
-        passing=3 * largest,
+        # A gradient that comes, one that goes, and a workspace. With checkpoints also what a block computes again: the
+        # results of its two convolutions and of its two batch norms, for all views of the batch.
+        passing=(7 if config.engine.activation_checkpointing else 3) * largest,
     )
 
 

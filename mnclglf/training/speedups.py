@@ -29,7 +29,7 @@ P = ParamSpec("P")
 class Forward(Protocol):
     """A method, or a faster form of its forward with the same losses."""
 
-    def __call__(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Losses: ...
+    def __call__(self, views: Tensor, labels: Tensor | None = None) -> Losses: ...
 
 
 def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
@@ -78,7 +78,8 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     """Returns the method's forward with each weight cast once per step, for all forwards of its networks.
 
     Autocast caches only casts of weights that require gradients. It casts a momentum network's weights again in each
-    forward.
+    forward. In a compiled forward Inductor merges equal casts, but launches one kernel per weight: here it launches one
+    per multi-tensor copy.
     """
     if dtype == torch.float32:
         return method
@@ -91,7 +92,7 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
 
-    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
         if followed:
             casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
@@ -100,18 +101,21 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     return forward
 
 
-def compiled(method: Method, *, graphs: bool) -> Forward:
-    """Returns the method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
+def compiled(method: Forward, *, graphs: bool, combo_kernels: bool = False) -> Forward:
+    """Returns a method's forward as one graph of torch.compile; with `graphs`, replayed as CUDA graphs.
 
     The alternative, a compiled encoder that each forward calls, is as fast on a CPU, and its first step took 77 s there
-    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph, and one graph merges equal casts of a
-    weight.
+    instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph. `combo_kernels` merges kernels that do
+    not depend on each other, those of the views above all, into one launch; Inductor can do that on a GPU only.
     """
     from torch._functorch import config  # takes a second, which an eager run need not wait for
 
-    one_graph = torch.compile(method, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
+    how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
+    if combo_kernels:  # torch.compile takes a mode or options; the mode stands for this option
+        how = {"options": {"triton.cudagraphs": graphs, "combo_kernels": True}}
+    one_graph = torch.compile(method, fullgraph=True, dynamic=False, **how)
 
-    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten now
         # backward_pass_autocast: the backward is traced outside autocast, as it runs in eager mode; otherwise the fp32

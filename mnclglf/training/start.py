@@ -377,7 +377,7 @@ def choose_backends(
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
         needed: Sequence[OperatorName] = (
-            (*METHODS[config.method].operators, "augment") if operators is None else operators
+            (*METHODS[config.method].operators, "batch_norm", "augment") if operators is None else operators
         )
         used: list[OperatorName] = [
             op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")
@@ -390,7 +390,7 @@ def choose_backends(
             console.print(
                 f"WARNING: the Triton kernel of {name} fails its self-check on this machine ({problem}); "
                 "falling back to PyTorch. "
-                "Please report it; in a checkout, `make gpu-report` writes a file to attach.",
+                "Please report it; in a checkout, `make gpu-day` writes a file to attach.",
                 style="bold red",
                 markup=False,
                 highlight=False,

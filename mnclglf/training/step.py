@@ -14,7 +14,7 @@ from mnclglf.data.loader import Batch
 from mnclglf.methods.base import Losses, Method
 from mnclglf.training.guard import Guard
 from mnclglf.training.optim import make_optimizer, rate_tensor, scheduled_groups
-from mnclglf.training.speedups import checkpoint_activations, compiled, share_casts
+from mnclglf.training.speedups import Forward, checkpoint_activations, compiled, share_casts
 
 
 class TrainStep:
@@ -53,7 +53,8 @@ class TrainStep:
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
             checkpoint_activations(method)
-        self.forward = share_casts(method, dtype) if compile == "off" else compiled(method, graphs=compile == "graphs")
+        self.combo_kernels = engine.combo_kernels and self.device.type == "cuda"
+        self.forward = self.forward_of(compile)
         self.optimizer = make_optimizer(method, optim)
         self.rates = self._rates()
         self.guard = Guard(self.device)
@@ -71,10 +72,17 @@ class TrainStep:
         losses = self.backward(batch)
         return losses, self.update(step, losses, batch, lr=lr, momentum=momentum)
 
+    def forward_of(self, compile: str) -> Forward:
+        """Returns the method's forward with shared casts: eager ("off"), compiled ("on") or replayed ("graphs")."""
+        eager = share_casts(self.method, self.dtype)
+        if compile == "off":
+            return eager
+        return compiled(eager, graphs=compile == "graphs", combo_kernels=self.combo_kernels)
+
     def backward(self, batch: Batch) -> Losses:
         """Returns the losses of a batch, with their gradients, times the loss scale, in the parameters."""
         # No copy if the loader already made the views channels_last.
-        views = [view.contiguous(memory_format=self.memory_format) for view in batch.views]
+        views = batch.views.contiguous(memory_format=self.memory_format)
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
         # Backward runs outside autocast, as PyTorch's documentation recommends: it uses the dtypes of the forward.

@@ -56,7 +56,7 @@ def _method_reads(config: RunConfig) -> tuple[set[str], Method]:
         method = METHODS[config.method](
             cast(ModelConfig, _Reads(model, read)), cast(ObjectiveConfig, _Reads(objective, read)), backend="torch"
         ).train()
-        views = [torch.rand(images, 3, side, side) for _ in range(method.views)]
+        views = torch.rand(method.views * images, 3, side, side)
         method(views, torch.zeros(images, dtype=torch.int64) if method.needs_labels else None)
     return read, method
 

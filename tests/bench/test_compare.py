@@ -32,6 +32,6 @@ def test_a_ratio_that_fell_by_more_than_a_tenth_is_flagged(tmp_path, capsys):
 def test_the_last_two_results_are_compared(tmp_path):
     with pytest.raises(SystemExit, match=r"0 results.*make bench"):
         compare.newest(tmp_path)
-    for name in ("20260103-000000", "20260101-000000", "20260102-000000", "gpu-report"):
+    for name in ("20260103-000000", "20260101-000000", "20260102-000000", "gpu-day"):
         (tmp_path / f"{name}.json").touch()
     assert [path.stem for path in compare.newest(tmp_path)] == ["20260102-000000", "20260103-000000"]

@@ -9,7 +9,16 @@ import torch
 
 from bench import harness, operator_cases
 from bench.harness import BOTH, DEVICE, DIRECTIONS, BenchCase, Implementation
-from bench.operator_cases import BENCHES, Shape, all_cases, bench_of, cases, contrastive_inputs, enqueue_inputs
+from bench.operator_cases import (
+    BENCHES,
+    Shape,
+    all_cases,
+    batch_norm_inputs,
+    bench_of,
+    cases,
+    contrastive_inputs,
+    enqueue_inputs,
+)
 from mnclglf_kernels import Backend, combine
 from mnclglf_kernels.operators import OPERATORS, Operator
 from mnclglf_kernels.sizes import Sizes
@@ -24,6 +33,10 @@ def pairs(*subsets: int, both_sides: bool = False) -> Shape:
 
 
 SHAPES = {
+    "batch_norm": [
+        Shape("images", SMALL, DIRECTIONS),
+        Shape("rows", directions=DIRECTIONS, inputs=partial(batch_norm_inputs, rows=12, channels=5)),
+    ],
     "contrastive_losses": [pairs(6), pairs(6, 6, 1, 1), pairs(2, both_sides=True)],
     "enqueue": [Shape("small", inputs=partial(enqueue_inputs, sizes=SMALL))],
     "nearest_neighbor": [Shape("small", SMALL)],

@@ -74,9 +74,9 @@ from mnclglf.methods import METHODS
 torch.manual_seed(0)
 width = 6
 method = METHODS["barlow_twins"](ModelConfig(width=2, projector_width=width), ObjectiveConfig()).double().train()
-views = [torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
+views = torch.randn(10, 3, 8, 8, dtype=torch.float64)
 losses = method(views)
-z1, z2 = (method.projector(method.encoder(view)).detach().numpy() for view in views)
+z1, z2 = (method.projector(method.encoder(view)).detach().numpy() for view in views.chunk(2))
 correlation = np.corrcoef(z1, z2, rowvar=False)[:width, width:]
 invariance = sum((1 - correlation[i, i]) ** 2 for i in range(width))
 redundancy = sum(correlation[i, j] ** 2 for i in range(width) for j in range(width) if i != j)

@@ -198,7 +198,7 @@ def test_commands_can_be_pasted(page: Path) -> None:
 
 def test_a_command_with_a_gap_is_found() -> None:
     text = """
-`mnclglf on mnist5k: 4,000 images ...` is output, `...` a word, and `python -m bench.gpu_report --stage ...` a gap.
+`mnclglf on mnist5k: 4,000 images ...` is output, `...` a word, and `python -m bench.gpu_day --stage ...` a gap.
 
 ```console
 $ mnclglf train --method simsiam ...
@@ -219,7 +219,7 @@ make bench \u2026
         "mnclglf train --method simsiam ...",
         "FOO=1 make train DATASET=<name>",
         "make bench \u2026",
-        "python -m bench.gpu_report --stage ...",
+        "python -m bench.gpu_day --stage ...",
     ]
 
 

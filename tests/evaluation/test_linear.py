@@ -83,7 +83,7 @@ def test_agrees_with_a_transcription(encoder: ResNet18, images: ImageArray):
     encoder.eval()
     batches = list(loader_of(images).batches(0, 15))
     with torch.no_grad():
-        features = [encoder(batch.views[0]).double().numpy() for batch in batches]
+        features = [encoder(batch.views).double().numpy() for batch in batches]
     labels = [images.labels[batch.indices.numpy()] for batch in batches]
     expected = by_hand(features, labels, [p.detach().numpy() for p in initial.parameters()], peak=20.0)
     encoder.train()

@@ -25,6 +25,17 @@ def round_to_nearest_bf16() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
+def index_one_element() -> None:
+    """Lets a tensor of one element be an index: triton 3.6's interpreter converts an array, which numpy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 @dataclass
 class Counted:
     """Bytes that interpreted kernels loaded and stored, in total and by unique address (loads and stores apart)."""

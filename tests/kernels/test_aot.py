@@ -79,7 +79,7 @@ def test_augment_multiplies_on_tensor_cores_whatever_it_writes(variants):
 
 def test_loads_are_wide_where_the_width_allows():
     for v in json.loads(aot("--json"))["variants"]:
-        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_write_kernel"):
+        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_write_kernel") or v["op"] == "batch_norm":
             assert v["wide_loads"], v
         if v["kernel"] in MATMULS:
             assert v["async_copies"], v
@@ -133,8 +133,45 @@ def test_what_is_compiled_ahead_of_time_is_what_a_launch_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", JIT]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(printed) >= 24  # launches of the operators that there are today
+    assert len(printed) >= 28  # launches of the operators that there are today
     assert set(printed) >= MATMULS
+
+
+BATCH_NORM = """
+import re
+import sys
+import torch
+from mnclglf_kernels._triton.batch_norm import launches
+from mnclglf_kernels.aot import compile_launch, resources
+
+seen = set()
+arch, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+for views, shape in ((3, (768, 2048)), (3, (768, 512, 4, 4)), (2, (512, 64, 32, 32)), (8, (2048, 128, 8, 8))):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    weight, bias, mean, variance = torch.empty(4, shape[1], device="meta").unbind()
+    for residual, relu, running in ((None, False, False), (None, True, True), (x, False, True), (x, True, True)):
+        given = (mean, variance) if running else (None, None)
+        for launch in launches(x, weight, bias, *given, views=views, residual=residual, relu=relu):
+            constants = [(k, getattr(v, "dtype", v)) for k, v in launch.arguments.items()]
+            if str((launch.kernel.__name__, constants)) in seen:
+                continue
+            seen.add(str((launch.kernel.__name__, constants)))
+            compiled = compile_launch(launch, arch)
+            wide = re.findall("ld.global[^ ]*[.](?:v4.b32|v2.b64|v8.b16)", compiled.asm["ptx"])
+            print(launch.kernel.__name__, len(wide), resources(compiled.asm["cubin"])[1], compiled.metadata.shared)
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", LIMITS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_batch_norm_spills_in_no_variant_and_loads_128_bits(dtype, arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BATCH_NORM, arch.removeprefix("sm_"), dtype]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in printed.splitlines()]
+    assert len(rows) == 4 * (1 + 4 + 3 + 2)  # per shape: moments, applications, sums, gradients
+    assert [row for row in rows if not int(row[1]) or int(row[2]) or int(row[3]) > LIMITS[arch] * 1024] == []
 
 
 AUGMENT = """

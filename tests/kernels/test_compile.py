@@ -1,15 +1,17 @@
 """Tests of each operator under torch.compile(fullgraph=True), forward and backward, against eager mode."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from table import arguments_of, outcomes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from mnclglf_kernels import contrastive_loss, enqueue, nearest_neighbor
+from mnclglf_kernels import Backend, batch_norm, contrastive_loss, enqueue, nearest_neighbor
+from mnclglf_kernels._triton import launch
 from mnclglf_kernels.operators import OPERATORS
 
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -86,6 +88,74 @@ def test_enqueue(keep, compiler, backend):
         results.append((ring, pointer))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, **FP32)
+
+
+class Block(nn.Module):
+    """A convolution and three batch norms, of which the second has a residual and the last neither that nor a ReLU."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self.backend: Backend = backend
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x)
+        for norm, residual, relu in zip(self.norms, (None, x * 2, None), (True, True, False), strict=True):
+            assert isinstance(norm, nn.BatchNorm2d)
+            given = x, norm.weight, norm.bias, norm.running_mean, norm.running_var
+            x = batch_norm(*given, views=2, residual=residual, relu=relu, backend=self.backend)
+        return x.float().exp().mean()
+
+
+@pytest.mark.parametrize("compiler", ["eager", *COMPILERS])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_batch_norm_in_a_module(autocast, compiler, backend):
+    """Trains three steps: losses, gradients and running statistics are those of eager mode."""
+    torch._dynamo.reset()
+    tolerance = BF16 if autocast else FP32
+    module = Block(backend)
+    twin = deepcopy(module)
+    compiled = torch.compile(twin, fullgraph=True, backend=compiler)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = module(x), compiled(x)
+        torch.testing.assert_close(*losses, **tolerance)
+        for loss, side in zip(losses, (module, twin), strict=True):
+            side.zero_grad()
+            loss.backward()
+        for (name, ours), theirs in zip(twin.named_parameters(), module.parameters(), strict=True):
+            # In bf16 a sum of some 100 terms, each rounded or, where Inductor fuses, not rounded, from three layers.
+            limit: dict[str, Any] = dict(rtol=2**-5, atol=2**-5) if autocast else FP32
+            torch.testing.assert_close(ours.grad, theirs.grad, **limit, msg=lambda text, at=name: f"{at}: {text}")
+        for ours, theirs in zip(twin.buffers(), module.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, **tolerance)
+        with torch.no_grad():
+            for ours, theirs in zip(twin.parameters(), module.parameters(), strict=True):
+                assert ours.grad is not None
+                assert theirs.grad is not None
+                ours -= 0.1 * ours.grad
+                theirs -= 0.1 * theirs.grad
+            torch.testing.assert_close(compiled(x), module(x), **tolerance)
+
+
+@pytest.mark.slow
+def test_inductor_gives_batch_norm_the_buffers_themselves(monkeypatch):
+    """Checks their addresses: a copy would be written back after each call."""
+    torch._dynamo.reset()
+    run, written = launch.run, []
+
+    def note(launches: list[launch.Launch], device: torch.device) -> None:
+        found = [x.arguments[name] for x in launches for name in ("running_mean", "running_var") if name in x.arguments]
+        written.extend(x.data_ptr() for x in found)
+        run(launches, device)
+
+    monkeypatch.setattr(launch, "run", note)
+    module = Block("triton")
+    torch.compile(module, fullgraph=True)(torch.randn(4, 3, 5, 5)).backward()
+    buffers = [x.data_ptr() for name, x in module.named_buffers() if "running" in name]
+    assert written == buffers
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

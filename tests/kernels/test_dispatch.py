@@ -1,6 +1,7 @@
 """Tests of the choice of a backend, of tensors on two devices, and of the modules that an import loads."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import mnclglf_kernels
-from mnclglf_kernels import enqueue, nearest_neighbor
+from mnclglf_kernels import backend, enqueue, nearest_neighbor
 from mnclglf_kernels.operators import OPERATORS
 
 WITHOUT_FAISS = [name for name, row in OPERATORS.items() if row.kind != "lookup"]
@@ -53,6 +54,16 @@ def test_backend_is_a_keyword(function):
 def test_faiss_does_nothing_but_look_up(name):
     with pytest.raises(ValueError, match=r"'faiss'.*'auto'"):
         call(name, "faiss")
+
+
+def test_faiss_that_does_not_load_is_named_with_what_it_lacks(monkeypatch):
+    def gpus() -> int:
+        raise ImportError("libcublas.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(backend, "HAS_FAISS", True)
+    monkeypatch.setattr(backend, "faiss_gpus", gpus)
+    problem = backend.faiss_problem(torch.device("cuda"))
+    assert re.search(r"libcublas\.so\.12.*nvidia-cublas-cu12", str(problem))
 
 
 def test_faiss_that_is_not_installed_is_named_with_its_extras(monkeypatch):

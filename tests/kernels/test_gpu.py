@@ -1,8 +1,10 @@
 """Tests of the operators on a GPU: against PyTorch in fp64 on the CPU and in the same dtype, repeated and compiled."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import batch_norms
 import method_oracles
 import oracles
 import pytest
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from mnclglf_kernels import (
     Backend,
     augment,
+    batch_norm,
     combine,
     contrastive_losses,
     divide,
@@ -32,14 +35,15 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
     self_check,
 )
-from mnclglf_kernels.backend import HAS_FAISS, faiss_gpus
+from mnclglf_kernels.backend import faiss_problem
 from mnclglf_kernels.operators import OPERATORS, Arguments
 from mnclglf_kernels.ops.augment import ViewFormat
 from mnclglf_kernels.sizes import PAPER, Sizes
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda")
+REHEARSED = os.environ.get("MNCLGLF_TEST_GPU") == "rehearse"  # on a CPU, with interpreted kernels
+DEVICE = torch.device("cpu" if REHEARSED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAUNCHES = 20
 PLAIN = oracles.Algorithm1AsPrinted
@@ -115,6 +119,31 @@ def test_combine(dtype, size, k):
         assert_as_accurate_as_plain(
             actual[i], plain[i], truth[i], combine_floor(read, truth[i]), what=("combine", "its gradient")[i]
         )
+
+
+BATCHES = [(3, (48, 123, 9, 8)), (3, (192, 64, 16, 16)), (2, (512, 512, 4, 4)), (3, (768, 2048)), (2, (130, 63))]
+
+
+@pytest.mark.parametrize(("residual", "relu"), batch_norms.VARIANTS, ids=batch_norms.VARIANT_NAMES)
+@pytest.mark.parametrize(("views", "shape"), BATCHES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm(dtype, views, shape, residual, relu):
+    drawn = batch_norms.case(shape, dtype, residual, vectors=torch.float32)
+    batch_norms.check(drawn, views=views, relu=relu, backend="triton", device=DEVICE)
+
+
+def test_a_batch_of_more_than_2_to_the_31_elements():
+    """All rows but the last two are zero, and so is almost the whole mean."""
+    x = torch.zeros(2**25 + 64, 64, dtype=torch.float16, device=DEVICE)
+    x[-2:] = 1000
+    running = torch.zeros(2, 64, device=DEVICE)
+    one, zero = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    y = batch_norm(x, one, zero, *running, momentum=1.0, eps=1.0, backend="triton")
+    mean = 2 * 1000 / len(x)
+    variance = 2 * 1000**2 / len(x) - mean**2
+    torch.testing.assert_close(running.cpu()[:, 0], torch.tensor([mean, variance]), rtol=1e-4, atol=0)
+    expected = torch.tensor([-mean, 1000 - mean], dtype=torch.float64) / (variance + 1) ** 0.5
+    torch.testing.assert_close(y[[0, -1], 0].double().cpu(), expected, rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)
@@ -210,8 +239,9 @@ def test_the_lowest_index_wins_a_tie_and_nan_never():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_faiss(dtype):
-    if not HAS_FAISS or faiss_gpus() == 0:
-        pytest.skip("needs a build of faiss that sees a GPU")
+    problem = faiss_problem(DEVICE)
+    if problem is not None:
+        pytest.skip(str(problem))
     queries, queue = torch.randn(65, 256).to(dtype), F.normalize(torch.randn(4096, 256)).to(dtype)
     index = nearest_neighbor(*on_gpu([queries, queue]), backend="faiss").cpu()
     assert_nearest(index, queries, queue, torch.finfo(dtype).eps)  # FAISS may round scores to the queue's dtype
@@ -287,6 +317,28 @@ def test_the_operators_compile_into_one_graph(dtype):
     for actual, expected in zip(ours, eager, strict=True):
         # The queue's loss is a mean of 65 numbers.
         torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+
+
+def test_a_cuda_graph_of_lookup_and_loss_replays_on_other_values():
+    queries, queue = torch.randn(64, 512, device=DEVICE), F.normalize(torch.randn(4096, 512, device=DEVICE))
+
+    def call() -> list[Tensor]:
+        found = nearest_neighbor(queries, queue, backend="triton")
+        return [found, *contrastive_losses([(queue[found], queries)], 0.5, backend="triton")]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        queries.copy_(torch.randn_like(queries))
+        graph.replay()
+        for replayed, eager in zip(captured, call(), strict=True):
+            assert torch.equal(replayed, eager)
 
 
 def test_nothing_waits_for_the_gpu():

@@ -10,7 +10,7 @@ from tolerance import assert_nearest
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnclglf_kernels import augment, combine, divide, enqueue, nearest_neighbor
+from mnclglf_kernels import augment, batch_norm, combine, divide, enqueue, nearest_neighbor
 from mnclglf_kernels.ops.augment import ViewFormat, view_parameters
 
 LIMIT = 2**31
@@ -86,6 +86,16 @@ def test_combine_gradient(strides, far, backend):
     (expected,) = torch.autograd.grad(combined, leaf, upstream, retain_graph=True)
     (gradient,) = torch.autograd.grad(combined, leaf, place(upstream, far, strides))
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("strides", [(LIMIT // 3 + 1, 1), (1, LIMIT // 2)], ids=["rows", "columns"])
+def test_batch_norm(strides, far, backend):
+    x, vectors = torch.randn(4, 3).half(), torch.rand(2, 3)
+    expected = batch_norm(x, *vectors, views=2, backend=backend)
+    assert torch.equal(batch_norm(place(x, far, strides), *vectors, views=2, backend=backend), expected)
+    residual = place(torch.randn(4, 3).half(), far, strides)
+    near = batch_norm(x, *vectors, residual=residual.clone(), backend=backend)
+    assert torch.equal(batch_norm(x, *vectors, residual=residual, backend=backend), near)
 
 
 @pytest.mark.parametrize("strides", [(LIMIT // 2, 1), (1, LIMIT // 6 + 1)], ids=["rows", "columns"])

@@ -1,5 +1,7 @@
 """Tests of launches: their number, blank memory before them, and the checks of conftest.py on them."""
 
+from typing import Any
+
 import pytest
 import torch
 from interpreter import confined
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from mnclglf_kernels import (
     augment,
+    batch_norm,
     combine,
     contrastive_losses,
     divide,
@@ -53,6 +56,10 @@ def learner(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
+def normalized(**how: Any) -> Tensor:
+    return batch_norm(learner(6, 4), learner(4), learner(4), views=3, **how, backend="triton")
+
+
 def queue_loss(queries: Tensor, keys: Tensor) -> Tensor:
     return queue_contrastive_loss(queries, keys, torch.randn(7, 4), 0.5, backend="triton")
 
@@ -86,6 +93,9 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     [
         (lambda: divide(torch.randn(2, 3, 4, 4, requires_grad=True), backend="triton").sum().backward(), 2),
         (lambda: combine(torch.randn(8, 5, requires_grad=True), 2, backend="triton").sum().backward(), 2),
+        (lambda: normalized(running_mean=torch.zeros(4), running_var=torch.ones(4)), 2),
+        (lambda: normalized(relu=True).sum().backward(), 4),
+        (lambda: normalized(relu=True, residual=learner(6, 4)).sum().backward(), 4),
         (lambda: augment(*stored(), view_format=ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
@@ -101,6 +111,9 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
     ids=[
         "divide and its gradient",
         "combine and its gradient",
+        "batch_norm",
+        "batch_norm and its gradients",
+        "batch_norm with a residual and its gradients",
         "augment",
         "nearest_neighbor",
         "enqueue",
@@ -165,12 +178,19 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
     saved = [known(x) for x in saved]
     operators.queue_contrastive_loss_backward(known(torch.ones_like(losses)), *three, *saved, 0.5, True, True)
 
+    x, residual, upstream = (known(torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)) for _ in range(3))
+    weight, bias, *running = (known(x) for x in torch.ones(4, 5).unbind())
+    y, *saved = operators.batch_norm(x, weight, bias, *running, residual, [0.4, 0.3, 0.3], 1e-5, True)
+    saved = [known(x) for x in saved]
+    operators.batch_norm_backward(upstream, x, known(y), weight, bias, *saved, True)
+
     assert written == {
         *("patches", "images", "combined", "features"),
         *("scores", "rows", "nearest"),
         *("maxima", "sums", "positives", "tops", "log_sums", "losses", "inverse_targets", "inverse_predictions"),
         *("coefficients", "target_dots", "prediction_dots", "dots", "other_dots", "gradients"),
         *("misses", "inverse_queries", "inverse_keys"),
+        *("moments", "y", "mean", "deviation", "gradient", "weight_gradient", "bias_gradient", "masked", "upstream"),
     }
 
 

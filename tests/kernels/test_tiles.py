@@ -163,6 +163,23 @@ def test_a_candidate_that_cannot_be_launched_is_passed_over(capsys):
     assert "out of resource" in capsys.readouterr().out
 
 
+def test_a_tuning_that_is_cut_keeps_what_it_found(tuning):
+    """Checks that each family is in the file before the next is measured."""
+    families = [x.family for row in OPERATORS.values() for x in row.tunings(SMALL)]
+    measuring = tune.tune(SMALL, tuning, 99 << 10, lambda call: 1.0, seconds=0)
+    for number in (1, 2):
+        next(measuring)
+        assert [key.split("/")[0] for key in tiles.read_tuning(tuning)] == families[:number]
+
+
+def test_a_tuning_ends_in_time(tuning, capsys):
+    """Checks no time at all: every family keeps the table's configuration, and no other is launched."""
+    found = [*tune.tune(SMALL, tuning, 99 << 10, lambda call: 1.0, seconds=0)]
+    assert all(fastest == table for _, fastest, _, table, _ in found)
+    assert {family for family, *_ in found} == {family for family, _ in TABLE}
+    assert capsys.readouterr().out.count("the time is up after 0 of") == len(found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_candidates_fit_into_shared_memory(dtype):
     found = tune.candidates(dtype, 99 << 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter import counting
 
-from mnclglf_kernels._triton import augment, combine, divide, launch, nt_xent
+from mnclglf_kernels._triton import augment, batch_norm, combine, divide, launch, nt_xent
 from mnclglf_kernels._triton import contrastive_losses as contrastive
 from mnclglf_kernels._triton import enqueue as queue
 from mnclglf_kernels._triton import nearest_neighbor as neighbor
@@ -19,6 +19,15 @@ from mnclglf_kernels.sizes import Sizes
 CHANGES = dict(flip=1, brightness=1.2, contrast=0.8, saturation=1.1, hue=0.1, sigma=1, solarize=1)
 TILES = [Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2)]
 ELEMENTWISE = {"divide_kernel", "combine_kernel", "enqueue_write_kernel"}
+
+
+def filled(found: list[launch.Launch]) -> list[launch.Launch]:
+    """Returns the launches with NaN in uninitialized memory replaced: the interpreter warns when it casts one."""
+    for value in (value for x in found for value in x.arguments.values()):
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                tensor.nan_to_num_()
+    return found
 
 
 def augment_launches() -> list[launch.Launch]:
@@ -108,6 +117,24 @@ def queue_launches() -> list[launch.Launch]:
     return found
 
 
+def batch_norm_launches() -> list[launch.Launch]:
+    """Returns those of every variant, with lanes that a part does not fill and more parts than are summed at a time."""
+    found = []
+    for dtype, views, shape in (
+        (torch.float16, 3, (6, 5, 3, 3)),
+        (torch.float32, 2, (260, 123)),
+        (torch.float64, 4, (8, 65)),
+        (torch.float16, 1, (23, 3, 28, 28)),
+    ):
+        x, weight, bias, mean, variance = torch.randn(shape).to(dtype), *torch.ones(4, shape[1]).unbind()
+        for residual in (None, x.clone()):
+            for running in ((None, None), (mean, variance)):
+                for relu in (False, True):
+                    given = x, weight, bias, *running
+                    found += batch_norm.launches(*given, views=views, residual=residual, relu=relu)
+    return filled(found)
+
+
 CASES = {
     "augment": augment_launches,
     "divide": divide_launches,
@@ -117,18 +144,14 @@ CASES = {
     "contrastive_losses": contrastive_launches,
     "nt_xent": nt_xent_launches,
     "queue_contrastive_loss": queue_launches,
+    "batch_norm": batch_norm_launches,
 }  # shapes at the edges of the tiles
 SMALL = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
 
 
 def example_launches(op: str) -> list[launch.Launch]:
-    """Returns the launches of the row's own example, with NaN in uninitialized memory replaced."""
-    found = OPERATORS[op].launches(Example(sizes=SMALL, device=torch.device("cpu")))
-    for value in (value for x in found for value in x.arguments.values()):
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.nan_to_num_()  # the interpreter warns when it casts NaN
-    return found
+    """Returns the launches of the row's own example."""
+    return filled(OPERATORS[op].launches(Example(sizes=SMALL, device=torch.device("cpu"))))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,15 @@
 import method_oracles
 import pytest
 import torch
-from method_steps import Stepper, assert_one_view_trains, compare, make_batch, make_method, make_oracle
+from method_steps import (
+    Stepper,
+    assert_one_view_trains,
+    break_momentum_embedding,
+    compare,
+    make_batch,
+    make_method,
+    make_oracle,
+)
 
 from mnclglf.methods import BYOL
 from mnclglf.training.guard import NonFiniteError
@@ -27,17 +35,9 @@ def test_a_gradient_reaches_the_predictions_only() -> None:
 @pytest.mark.parametrize(("view", "term"), [(0, "loss_p2_z1"), (1, "loss_p1_z2")])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_a_momentum_embedding_that_is_not_finite_shows_in_its_term(view: int, term: str, broken: float) -> None:
-    stepper, batch = Stepper(make_method(BYOL)), make_batch()
-    forward = stepper.method.momentum.forward
-
-    def break_one(x: torch.Tensor) -> torch.Tensor:
-        embeddings = forward(x)
-        if x is batch.views[view]:
-            embeddings[2, 3] = broken
-        return embeddings
-
-    stepper.method.momentum.forward = break_one
-    stepper(batch)
+    stepper = Stepper(make_method(BYOL))
+    break_momentum_embedding(stepper.method, view, broken)
+    stepper(make_batch())
     with pytest.raises(NonFiniteError, match=f"step 0: {term}, gradient not finite"):
         stepper.guard.raise_if_failed()
 

@@ -10,19 +10,19 @@ from torch._inductor import config as inductor
 
 from mnclglf.config import Stem
 from mnclglf.methods import MNCLGLF
-from mnclglf.models.batch_norm import without_batch_counters
+from mnclglf.models.batch_norm import BatchNorm, Stack, without_batch_counters
 from mnclglf_kernels import Backend
 
 BACKENDS = ["torch", "triton"]
 
 
-class TinyEncoder(nn.Sequential):
+class TinyEncoder(Stack):
     """One convolution in place of a ResNet-18, whose graph costs Inductor minutes."""
 
     features = 8
 
     def __init__(self, stem: Stem, width: int) -> None:
-        norm = nn.BatchNorm2d(8)
+        norm = BatchNorm(8)
         super().__init__(
             nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
@@ -83,10 +83,12 @@ def test_interpreted_steps_are_as_accurate_as_algorithm_1_in_fp32():
     for step in range(3):
         batch = make_batch(torch.float32, first=step * N)
         losses = ours(batch)
-        plain_losses, true_losses = plain.step(*batch.views), truth.step(*(view.double() for view in batch.views))
-        for name, value in losses.items():
-            error, plain_error = (abs(x - true_losses[name]) for x in (value.item(), plain_losses[name]))
-            assert error <= 4 * plain_error + 1e-5 * abs(true_losses[name]), f"{name} of step {step}"
+        plain_losses, true_losses = plain.step(*batch.each()), truth.step(*(view.double() for view in batch.each()))
+        # The worst of the losses: through batch norms of six rows, one of plain fp32 may be near the truth by chance.
+        # PyTorch sums batch norms in fp64 on a CPU, the kernels in fp32.
+        found = {name: value.item() for name, value in losses.items()}
+        error, plain_error = (max(abs(x[name] - true_losses[name]) for name in found) for x in (found, plain_losses))
+        assert error <= 4 * plain_error + 1e-5 * max(true_losses[name] for name in found), f"step {step}"
     true_state, plain_state = oracle_state(truth), oracle_state(plain)
 
     def error_of(state: dict[str, Tensor]) -> float:

@@ -38,7 +38,7 @@ def make(name: str, backend: Backend, **objective: Any) -> Method:
 
 def step(method: Method) -> dict[str, Tensor]:
     """Forward, guard, moving average and queue (a backward asks for a driver); gives every tensor that came of it."""
-    views = [torch.randn(N, 3, SIDE, SIDE, device=CUDA) for _ in range(method.views)]
+    views = torch.randn(method.views * N, 3, SIDE, SIDE, device=CUDA)
     losses = method(views, torch.zeros(N, dtype=torch.int64, device=CUDA) if method.needs_labels else None)
     keys = {} if losses.keys is None else {"keys": losses.keys}
     keep = Guard(CUDA).check(0, {**losses.terms, **keys})

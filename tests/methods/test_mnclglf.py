@@ -50,8 +50,7 @@ def make_oracle(method: MNCLGLF) -> oracles.Algorithm1:
 
 
 def make_batch(dtype: torch.dtype = torch.float64, first: int = 0) -> Batch:
-    views = tuple(torch.randn(N, 3, SIDE, SIDE, dtype=dtype) for _ in range(3))
-    return Batch(views, torch.arange(first, first + N))
+    return Batch(torch.randn(3 * N, 3, SIDE, SIDE, dtype=dtype), torch.arange(first, first + N))
 
 
 class Stepper:
@@ -97,7 +96,7 @@ def compare(method: MNCLGLF, steps: int = 5) -> None:
             with torch.random.fork_rng():
                 subset = int(torch.randint(6, (1,)))
         losses = ours(batch)
-        expected = oracle.step(*batch.views, subset=subset)
+        expected = oracle.step(*batch.each(), subset=subset)
         for name, value in losses.items():
             assert value.item() == pytest.approx(expected[name], rel=FP64["rtol"]), f"{name} of step {step}"
         assert_same_state(method, oracle)
@@ -113,8 +112,8 @@ def test_fp32_steps_are_as_accurate_as_algorithm_1_in_fp32() -> None:
     for step in range(2):
         batch = make_batch(torch.float32, first=step * N)
         ours(batch)
-        plain.step(*batch.views)
-        truth.step(*(view.double() for view in batch.views))
+        plain.step(*batch.each())
+        truth.step(*(view.double() for view in batch.each()))
     true_state, plain_state = oracle_state(truth), oracle_state(plain)
 
     def error(state: dict[str, Tensor]) -> float:
@@ -148,7 +147,7 @@ def test_settings_equal_algorithm_1(setting: dict[str, Any]) -> None:
 
 def test_one_embedding_draws_every_combination() -> None:
     method = make_method(one_embedding=True)
-    x1, _, x3 = make_batch().views
+    x1, _, x3 = make_batch().each()
     with torch.no_grad():
         drawn = {round(method.stop_gradient_network(x1, x3)[0].sum().item(), 9) for _ in range(80)}
     assert len(drawn) == 6  # C(4, 2); the chance of missing one in 80 draws is below 3e-6
@@ -159,7 +158,7 @@ def test_queue_takes_in_the_momentum_projection_of_view_1_from_before_the_lookup
     batch, before = make_batch(first=40), copy.deepcopy(method)
     Stepper(method)(batch)
     with torch.no_grad():
-        z1 = before.momentum(batch.views[0])  # the momentum weights as they stood before this step's update
+        z1 = before.momentum(batch.each()[0])  # the momentum weights as they stood before this step's update
     torch.testing.assert_close(method.queue.rows[:N], F.normalize(z1), **FP64)
     torch.testing.assert_close(method.queue.rows[N:], before.queue.rows[N:], rtol=0, atol=0)
     assert method.queue.sources.tolist() == [*range(40, 40 + N), *[-1] * (K - N)]
@@ -172,7 +171,7 @@ def test_neighbors_are_those_of_view_1_as_images() -> None:
     batch = make_batch()  # images that the queue does not hold
     with torch.no_grad():
         losses = method(batch.views)
-        z1 = method.momentum(batch.views[0])
+        z1 = method.momentum(batch.each()[0])
     nearest = (F.normalize(z1) @ method.queue.rows.T).argmax(dim=1)
     assert losses.neighbors is not None
     assert losses.neighbors.tolist() == (100 + nearest).tolist()
@@ -180,7 +179,7 @@ def test_neighbors_are_those_of_view_1_as_images() -> None:
 
 def test_stop_gradient_network_leaves_the_online_running_statistics() -> None:
     method = make_method()
-    x1, _, x3 = make_batch().views
+    x1, _, x3 = make_batch().each()
     before = {name: buffer.clone() for name, buffer in method.encoder.named_buffers()}
     with torch.no_grad():
         c1, _ = method.stop_gradient_network(x1, x3)
@@ -193,8 +192,9 @@ def test_stop_gradient_network_leaves_the_online_running_statistics() -> None:
 
 def test_online_batch_statistics_are_per_view() -> None:
     method = make_method()
-    views = make_batch().views
-    shifted = (views[0], views[1] + 3.0, views[2])
+    batch = make_batch()
+    views, shifted = batch.views, batch.views.clone()
+    shifted[N : 2 * N] += 3.0
     first, second = method(views).features, method(shifted).features
     torch.testing.assert_close(first, second, rtol=0, atol=0)  # view 1's features do not see view 2
 
@@ -244,7 +244,7 @@ def test_nothing_is_kept_of_a_non_finite_step_or_any_after_it() -> None:
     stepper(make_batch())
     before = state_of(stepper)
     broken = make_batch()
-    broken.views[1][2, 0, 3, 3] = torch.nan
+    broken.each()[1][2, 0, 3, 3] = torch.nan
     stepper(broken)
     stepper(make_batch())  # the host has not looked yet
     assert_unchanged(stepper, before)
@@ -268,7 +268,8 @@ def test_non_finite_keys_with_finite_losses_are_kept_out_of_the_queue() -> None:
 def test_a_non_finite_second_momentum_embedding_is_found() -> None:
     stepper, batch = Stepper(make_method()), make_batch()
     forward = stepper.method.momentum.forward
-    stepper.method.momentum.forward = lambda x: forward(x) * (torch.nan if x is batch.views[1] else 1)
+    second = torch.tensor([1.0, torch.nan]).repeat_interleave(N)[:, None]
+    stepper.method.momentum.forward = lambda x, views: forward(x, views) * second
     assert all(value.isfinite() for value in stepper(batch).values())
     with pytest.raises(NonFiniteError, match="step 0: keys not finite"):
         stepper.guard.raise_if_failed()

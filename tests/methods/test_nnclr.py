@@ -43,7 +43,7 @@ def test_the_queue_takes_in_the_projection_of_view_1_from_before_the_lookup() ->
     before = copy.deepcopy(method)
     Stepper(method)(batch)
     with torch.no_grad():
-        z1 = before.projector(before.encoder(batch.views[0]))
+        z1 = before.projector(before.encoder(batch.each()[0]))
     torch.testing.assert_close(method.queue.rows[:N], F.normalize(z1), **FP64)
     torch.testing.assert_close(method.queue.rows[N:], before.queue.rows[N:], rtol=0, atol=0)
     assert method.queue.sources.tolist() == [*range(40, 40 + N), *[-1] * (K - N)]
@@ -56,7 +56,7 @@ def test_neighbors_are_those_of_view_1_as_images() -> None:
     batch = make_batch()  # images that the queue does not hold
     with torch.no_grad():
         losses = method(batch.views)
-        z1 = method.projector(method.encoder(batch.views[0]))
+        z1 = method.projector(method.encoder(batch.each()[0]))
     nearest = (F.normalize(z1) @ method.queue.rows.T).argmax(dim=1)
     assert losses.neighbors is not None
     assert losses.neighbors.tolist() == (100 + nearest).tolist()
@@ -71,13 +71,10 @@ def test_a_gradient_reaches_the_predictions_only() -> None:
 @pytest.mark.parametrize("view", [0, 1])
 def test_a_projection_that_is_not_finite_is_kept_out_of_the_queue(view: int) -> None:
     stepper, batch = Stepper(make_method(NNCLR)), make_batch()
-    before, forward, calls = stepper.method.queue.rows.clone(), stepper.method.projector.forward, []
-
-    def break_one(features: Tensor) -> Tensor:
-        calls.append(features)
-        return forward(features) * (torch.nan if len(calls) == view + 1 else 1)
-
-    stepper.method.projector.forward = break_one
+    before, forward = stepper.method.queue.rows.clone(), stepper.method.projector.forward
+    broken = torch.ones(2, 1)
+    broken[view] = torch.nan
+    stepper.method.projector.forward = lambda rows, views=1: forward(rows, views) * broken.repeat_interleave(N, 0)
     stepper(batch)
     assert torch.equal(stepper.method.queue.rows, before)
     with pytest.raises(NonFiniteError, match="gradient, keys not finite"):
@@ -89,7 +86,7 @@ def test_keys_that_are_not_finite_are_found_though_the_losses_are() -> None:
     stepper, last = Stepper(method), batch_norms(method.projector)[-1]
     last.bias.data[3] = torch.nan  # every score is NaN, so every neighbor is row 0
     before, predict = method.queue.rows.clone(), method.predictor.forward
-    method.predictor.forward = lambda input: predict(input.nan_to_num())
+    method.predictor.forward = lambda input, views=1: predict(input.nan_to_num(), views)
     losses = stepper(make_batch())
     assert all(value.isfinite() for value in losses.values())
     assert torch.equal(method.queue.rows, before)

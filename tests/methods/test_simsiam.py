@@ -36,7 +36,7 @@ def short_run() -> tuple[float, float]:
     step = TrainStep(method, OptimConfig(), EngineConfig(), torch.float32)
     images, total = torch.randn(16, 3, 8, 8), torch.zeros(())
     for number in range(30):
-        views = tuple(images + 0.5 * torch.randn_like(images) for _ in range(2))
+        views = torch.cat([images + 0.5 * torch.randn_like(images) for _ in range(2)])
         total = step(number, Batch(views, torch.arange(16)), lr=2.0, momentum=0.0)[0].total
     step.guard.raise_if_failed()
     with torch.no_grad():

@@ -58,7 +58,7 @@ def test_five_steps_equal_a_plain_training_loop_in_fp64() -> None:
     for number in range(5):
         images = torch.randn(IMAGES, 3, SIDE, SIDE, dtype=torch.float64)
         rows = torch.randperm(40)[:IMAGES]
-        losses, _ = step(number, Batch((images,), rows), lr=0.05, momentum=0.99)
+        losses, _ = step(number, Batch(images, rows), lr=0.05, momentum=0.99)
 
         optimizer.zero_grad()
         loss = criterion(network(images), labels[rows])
@@ -159,7 +159,7 @@ def test_it_learns_the_labels() -> None:
     stepper, batch = Stepper(method), make_batch(views=1)
     losses = [stepper(batch)["loss"].item() for _ in range(30)]
     assert losses[-1] < 0.1 * losses[0]
-    (view,), labels = inputs_of(method, batch)
+    view, labels = inputs_of(method, batch)
     assert labels is not None
     assert torch.equal(method.classifier(method.encoder(view)).argmax(dim=1), labels)
 

@@ -1,5 +1,6 @@
 """Tests of compiling: one unbroken graph, decided and reported once, with a fallback to eager."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -7,10 +8,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from methods.test_fake_cuda import make as make_on_cuda
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training.test_step import (
     FP64,
     assert_same_training,
@@ -21,7 +26,7 @@ from training.test_step import (
 
 from mnclglf.config import EngineConfig, OptimConfig
 from mnclglf.training import start as compiling
-from mnclglf.training.speedups import compiled, or_eager
+from mnclglf.training.speedups import compiled, or_eager, share_casts
 from mnclglf.training.start import (
     choose_compile,
     compiler_problem,
@@ -64,6 +69,12 @@ def test_a_compiled_step_trains_as_the_eager_one(asked: dict[str, object]) -> No
     assert_same_training(ours, expected, **FP64)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_in_bf16_trains_to_the_bit_as_the_eager_one(asked: dict[str, object]) -> None:
+    ours, expected = (trained(EngineConfig(), dtype=torch.bfloat16, compile=compile) for compile in ("on", "off"))
+    assert_same_training(ours, expected, rtol=0, atol=0)
+
+
 class FullPrecision(nn.Linear):
     """A forward whose product is in fp32 even under autocast, as the products of the losses are."""
 
@@ -82,6 +93,74 @@ def test_a_compiled_backward_multiplies_in_the_dtypes_of_an_eager_one(asked: dic
             total = forward(views)
         gradients += torch.autograd.grad(total, [method.weight])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())  # fp32
+
+
+class TwoNetworks(nn.Module):
+    """One trained network and one that is not, each with a convolution and a linear layer, on two views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.followed = (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8))
+            for _ in range(2)
+        )
+        self.followed.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, views: Tensor, labels: None = None) -> Tensor:
+        first, second = views.chunk(2)
+        ahead = self.trained(first).float() - self.followed(second).float()
+        back = self.trained(second).float() - self.followed(first).float()
+        return ahead.square().mean() + back.square().mean()
+
+
+def test_a_compiled_forward_casts_weights_by_one_copy_per_network_and_gradients_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend, compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep), torch.compile
+    monkeypatch.setattr("torch.compile", lambda method, **how: compiler(method, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
+    method: Any = TwoNetworks()
+    eager, forward = share_casts(method, torch.bfloat16), compiled(share_casts(method, torch.bfloat16), graphs=False)
+    results: list[list[Tensor]] = []
+    views = torch.cat([torch.ones(2, 3, 8, 8, dtype=torch.bfloat16).cumsum(axis) for axis in (2, 3)])
+    for call in (eager, forward):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss: Any = call(views)
+        results.append([loss, *torch.autograd.grad(loss, [*method.trained.parameters()])])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert results[1][1].is_contiguous(memory_format=torch.channels_last)
+    operations = [Counter(node.target for node in graph.graph.nodes) for graph in graphs]
+    assert [counted[torch.ops.aten._foreach_copy.default] for counted in operations] == [2, 1]
+    casts = [node for node in graphs[0].graph.nodes if node.target == torch.ops.aten._to_copy.default]
+    assert not [node for node in casts if node.args[0].op == "placeholder"]
+
+
+def test_a_compiled_step_has_the_casts_of_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_of: list[object] = []
+    monkeypatch.setattr("mnclglf.training.step.share_casts", lambda method, dtype: dtype)
+    monkeypatch.setattr("mnclglf.training.step.compiled", lambda forward, **how: compiled_of.append(forward))
+    TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.bfloat16, compile="on")
+    assert compiled_of == [torch.bfloat16]
+
+
+def test_combo_kernels_are_asked_for_on_a_gpu_only(asked: dict[str, object]) -> None:
+    """The C++ code that Inductor writes for a CPU has none."""
+    engine = EngineConfig(combo_kernels=True)
+    TrainStep(make_method(), OptimConfig(), engine, torch.float32, compile="on")
+    assert asked == {"fullgraph": True, "dynamic": False, "mode": None}
+    for compile, graphs in (("on", False), ("graphs", True)):
+        asked.clear()
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            TrainStep(make_on_cuda("mnclglf", "torch"), OptimConfig(), engine, torch.float32, compile=compile)
+        options = {"triton.cudagraphs": graphs, "combo_kernels": True}
+        assert asked == {"fullgraph": True, "dynamic": False, "options": options}
 
 
 def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:

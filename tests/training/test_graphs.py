@@ -1,7 +1,7 @@
 """Tests of the proof of CUDA graphs: what a replay may get wrong shows, and the run's state stays to the bit."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ def with_fault(step: TrainStep, fault: Callable[[Losses], Losses | None], *, at_
     """Returns the method's forward with a fault in one call; calls 2 and 4 of the replayed one are compared."""
     calls = 0
 
-    def forward(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         nonlocal calls
         calls += 1
         losses = step.method(views, labels)
@@ -125,7 +125,7 @@ def test_one_bit_is_seen_and_named(name: str, call: int) -> None:
 def test_a_replay_of_old_inputs_is_seen() -> None:
     step, first = make_step(), []
 
-    def stale(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def stale(views: Tensor, labels: Tensor | None = None) -> Losses:
         first.append(views)
         return step.method(first[0], labels)
 
@@ -137,7 +137,7 @@ def test_a_replay_of_old_inputs_is_seen() -> None:
 def test_a_replay_of_old_weights_is_seen() -> None:
     step, old = make_step(), []
 
-    def stale(views: Sequence[Tensor], labels: Tensor | None = None) -> Losses:
+    def stale(views: Tensor, labels: Tensor | None = None) -> Losses:
         if not old:
             old.append(copy.deepcopy(step.method.encoder.state_dict()))
         step.method.encoder.load_state_dict(old[0])

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -28,7 +28,7 @@ from mnclglf.cli import Train, parse
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
 from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, batch_indices
-from mnclglf.methods import METHODS, Losses, Method, Supervised
+from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.reports.page import write_report
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.console import LastingConsole
@@ -36,6 +36,7 @@ from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
 from mnclglf.training import loop
 from mnclglf.training.loop import Trainer, TrainingError
+from mnclglf.training.speedups import Forward
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
 
@@ -424,7 +425,7 @@ def test_milestones_of_an_earlier_version_stay(tmp_path: Path) -> None:
 
 def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
-    at_batch(broken, 5, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 5, lambda batch: batch.each()[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"step 6: loss_m, gradient, keys not finite"):
         broken.train()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
@@ -611,7 +612,7 @@ def test_a_run_on_image_files(tmp_path: Path, labeled: bool, loader: str) -> Non
             trainer(tmp_path / "none", method="supervised", **changes)
         assert not (tmp_path / "none").exists()
     broken = trainer(tmp_path / "broken", **changes)
-    at_batch(broken, 1, lambda batch: batch.views[1].fill_(torch.nan))
+    at_batch(broken, 1, lambda batch: batch.each()[1].fill_(torch.nan))
     with pytest.raises(TrainingError, match=r"images (a/|b/|)\d\d\.png"):
         broken.train()
 
@@ -620,7 +621,7 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     run = trainer(tmp_path, method="supervised")
     forward, seen = run.step.forward, []
 
-    def watched(views: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Losses:
+    def watched(views: torch.Tensor, labels: torch.Tensor | None = None) -> Losses:
         seen.append((len(views), labels))
         return forward(views, labels)
 
@@ -629,7 +630,7 @@ def test_a_labeled_method_trains_on_the_labels_of_its_images(tmp_path: Path) -> 
     assert len(seen) == STEPS
     for step, (views, labels) in enumerate(seen):
         rows = batch_indices(CONFIG.seed, step, 128, 32)
-        assert views == 1
+        assert views == 32
         assert labels is not None
         assert labels.tolist() == digits().target[run.images.published_rows(rows)].tolist()
     records = read_records(tmp_path / "metrics.jsonl")[0]
@@ -666,13 +667,12 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Pretends a compiler whose forward is the method's own; returns a list to which each `graphs` is appended."""
     found: list[bool] = []
 
-    def pretended(method: Method, *, graphs: bool) -> Method:
+    def pretended(forward: Forward, *, graphs: bool, combo_kernels: bool) -> Forward:
         found.append(graphs)
-        return method
+        return forward
 
     monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
     monkeypatch.setattr("mnclglf.training.step.compiled", pretended)
-    monkeypatch.setattr("mnclglf.training.loop.compiled", pretended)
     return found
 
 

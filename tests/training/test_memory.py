@@ -32,8 +32,8 @@ def make_step(config: RunConfig) -> tuple[TrainStep, Batch]:
     method.backends = Backends.all("triton")  # as on a GPU, interpreted
     labels = torch.arange(IMAGES) % 4
     step = TrainStep(method, config.optim, config.engine, torch.float32, labels=labels)
-    views = torch.randn(method.views, IMAGES, 3, SIDE, SIDE).unbind()
-    return step, Batch(tuple(view.to(memory_format=torch.channels_last) for view in views), torch.arange(IMAGES))
+    views = torch.randn(method.views * IMAGES, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
+    return step, Batch(views, torch.arange(IMAGES))
 
 
 def saved_bytes(config: RunConfig) -> int:

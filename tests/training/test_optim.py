@@ -19,6 +19,7 @@ from mnclglf.cli import Train, main, parse
 from mnclglf.config import EngineConfig, ObjectiveConfig, OptimConfig, RunConfig, from_dict, to_dict
 from mnclglf.data.loader import Batch
 from mnclglf.methods import SimSiam
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.runs.checkpoint import list_checkpoints, load_checkpoint
 from mnclglf.runs.files import differences, read_config
 from mnclglf.training.guard import NonFiniteError
@@ -302,7 +303,8 @@ def test_lars_adapts_and_decays_weights_but_neither_biases_nor_norms() -> None:
     others = {p for group in optimizer.param_groups if not group["adapts"] for p in group["params"]}
     assert adapted == multiplied
     assert others == {*method.trained_parameters()} - multiplied
-    norms = [module for module in method.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = batch_norms(method)
+    assert len(norms) > 20
     assert {p for norm in norms for p in norm.parameters()} <= others
     assert [group["weight_decay"] for group in optimizer.param_groups if not group["adapts"]] == [0.0]
     before = {parameter: parameter.clone() for parameter in method.trained_parameters()}

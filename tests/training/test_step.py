@@ -59,8 +59,7 @@ def make_method(
 
 def make_batch(device: torch.device = CPU, dtype: torch.dtype = torch.float32, first: int = 0) -> Batch:
     """Returns a batch of noise, the same on every device."""
-    views = torch.randn(3, 16, 3, 16, 16).to(device, dtype).unbind()
-    views = tuple(view.to(memory_format=torch.channels_last) for view in views)
+    views = torch.randn(48, 3, 16, 16).to(device, dtype, memory_format=torch.channels_last)
     return Batch(views, torch.arange(first, first + 16, device=device))
 
 
@@ -121,7 +120,7 @@ def test_nothing_of_a_step_comes_to_the_host(fused_sgd_on_meta: None) -> None:
 def test_a_method_with_labels_trains_without_reading_back() -> None:
     method = Supervised(dataclasses.replace(MODEL, classes=4), ObjectiveConfig()).train()
     step = TrainStep(method, OptimConfig(), EngineConfig(), torch.bfloat16, labels=torch.arange(16) % 4)
-    batch = Batch(make_batch(dtype=torch.bfloat16).views[:1], torch.arange(16))
+    batch = Batch(make_batch(dtype=torch.bfloat16).views[:16], torch.arange(16))
     with NoReadBack():
         first, _ = step(0, batch, lr=0.1, momentum=0.99)
         second, _ = step(1, batch, lr=0.1, momentum=0.99)
@@ -197,7 +196,7 @@ def test_checkpointing_saves_less_and_computes_again() -> None:
         saved_and_forwards(SWITCHES["activation_checkpointing"] if on else PLAIN) for on in (False, True)
     )
     assert checkpointed < 0.6 * plain
-    assert again == once + 3 * 19  # all but the stem's, for each of the three views
+    assert again == once + 19  # all but the stem's, for the three views in one batch
 
 
 def names_of_casts(method: MNCLGLF, forward: Callable[..., Any], batch: Batch) -> Counter[str]:
@@ -225,7 +224,6 @@ def test_a_weight_is_cast_once_a_step() -> None:
         for name, _ in module.named_parameters(recurse=False)
     }
     assert names_of_casts(method, share_casts(method, torch.bfloat16), batch) == dict.fromkeys(multiplied, 1)
-    assert names_of_casts(method, method, batch)["momentum.0.conv1.weight"] == 2  # plain autocast
     assert share_casts(method, torch.float32) is method
 
 
@@ -456,7 +454,7 @@ def test_a_step_that_is_not_kept_changes_nothing_on_the_gpu() -> None:
     weights = {name: value.clone() for name, value in step.method.named_parameters()}
     rows, pointer = step.method.queue.rows.clone(), step.method.queue.pointer.clone()
     broken = make_batch(device)
-    broken.views[0][0, 0, 0, 0] = torch.nan
+    broken.views[0, 0, 0, 0] = torch.nan
     step(1, broken, lr=0.1, momentum=0.9)
     for name, value in step.method.named_parameters():
         assert torch.equal(value, weights[name]), name

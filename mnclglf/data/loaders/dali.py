@@ -51,7 +51,7 @@ class DaliLoader(Loader):
 
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
         (views,) = self._made(iter([(indices, epoch)]), len(indices))
-        return self._to_device(views, torch.float32)
+        return self._to_device(views, torch.float32).split(len(indices))
 
     def _made(self, plan: Iterator[tuple[NDArray[np.int64], int]], most: int) -> Generator[list[Tensor]]:
         """Yields one tensor [N, S, S, 3] per view, float32 in DALI's memory, for each (rows, epoch); N <= `most`."""

@@ -73,7 +73,7 @@ class ReferenceLoader(Loader):
             yield self._batch(self._made(rows, step // self.steps_per_epoch), rows)
 
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        return self._to_device(self._made(indices, epoch), torch.float32)
+        return self._to_device(self._made(indices, epoch), torch.float32).split(len(indices))
 
     def _made(self, rows: NDArray[np.int64], epoch: int) -> list[Tensor]:
         """Makes one tensor per view, float32 [N, S, S, 3]."""

@@ -61,13 +61,12 @@ class ResidentLoader(Loader):
 
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
         rows, parameters = (x.to(self._device) for x in self._tensors(indices, epoch))
-        return self._made(rows, parameters, torch.float32)
+        return self._made(rows, parameters, torch.float32).split(len(indices))
 
-    def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Returns V tensors [N, 3, S, S]."""
+    def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns views [V * N, 3, S, S]."""
         given = self._stored, rows, parameters, self._mean, self._std
-        views = augment(*given, self._format, dtype=dtype, backend=self._backend)
-        return views.chunk(self._views)
+        return augment(*given, self._format, dtype=dtype, backend=self._backend)
 
     def _numbers(self, step: int) -> tuple[Tensor, Tensor]:
         rows, parameters = self._tensors(self._rows(step), step // self.steps_per_epoch)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mnclglf.config import ViewConfig
+from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, ViewConfig
 from mnclglf.data import loaders as loader_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.errors import DataError
@@ -27,7 +27,9 @@ from mnclglf.data.loaders import make_loader
 from mnclglf.data.loaders.reference import render_view
 from mnclglf.data.loaders.resident import ResidentLoader
 from mnclglf.data.views import draw_parameters
+from mnclglf.methods import Losses, SimCLR
 from mnclglf.recipes import VIEWS
+from mnclglf.training.step import TrainStep
 
 try:
     import nvidia.dali  # noqa: F401
@@ -62,7 +64,7 @@ def loader_of(images: ImageSet, backend: str, **changes: Any) -> Loader:
 
 def assert_same(one: Batch, two: Batch) -> None:
     assert torch.equal(one.indices, two.indices)
-    for first, second in zip(one.views, two.views, strict=True):
+    for first, second in zip(one.each(), two.each(), strict=True):
         assert torch.equal(first, second)
 
 
@@ -125,10 +127,10 @@ def test_batches_hold_the_views_of_their_images(images: ImageArray, backend: str
         rows = batch.indices.numpy()
         np.testing.assert_array_equal(rows, batch_indices(5, step, IMAGES, BATCH))
         rendered = loader.render(rows, step // loader.steps_per_epoch)
-        for view, expected in zip(batch.views, rendered, strict=True):
+        for view, expected in zip(batch.each(), rendered, strict=True):
             assert torch.equal(view, expected)
         alone = loader.render(rows[2:3], step // loader.steps_per_epoch)
-        for view, expected in zip(batch.views, alone, strict=True):
+        for view, expected in zip(batch.each(), alone, strict=True):
             assert torch.equal(view[2:3], expected)
         seen += rows.tolist()
     assert len(set(seen[: loader.steps_per_epoch * BATCH])) == loader.steps_per_epoch * BATCH
@@ -150,13 +152,13 @@ def test_a_batch_is_what_the_model_eats(images: ImageArray, backend: str, dtype:
     (batch,) = loader_of(images, backend, dtype=dtype).batches(0, 1)
     assert batch.indices.dtype == torch.int64
     assert batch.indices.shape == (BATCH,)
-    assert len(batch.views) == 3
-    for view in batch.views:
+    assert len(batch.each()) == 3
+    for view in batch.each():
         assert view.shape == (BATCH, 3, SIDE, SIDE)
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=torch.channels_last)
     (exact,) = loader_of(images, backend).batches(0, 1)
-    for view, truth in zip(batch.views, exact.views, strict=True):
+    for view, truth in zip(batch.each(), exact.each(), strict=True):
         torch.testing.assert_close(view.float(), truth, rtol=2**-8, atol=0)  # bfloat16 keeps 8 bits
     assert not torch.equal(exact.views[0], exact.views[1])
 
@@ -182,7 +184,7 @@ def test_the_loaders_agree(images: ImageArray, backend: str) -> None:
     ours, truth = (list(loader_of(images, name).batches(2, 7)) for name in (backend, "reference"))
     for one, two in zip(ours, truth, strict=True):
         assert torch.equal(one.indices, two.indices)
-        for first, second in zip(one.views, two.views, strict=True):
+        for first, second in zip(one.each(), two.each(), strict=True):
             # 0.25 levels (see test_parity) of about 1 / 60 deviation each
             assert (first - second).abs().mean() < 0.005
 
@@ -198,10 +200,10 @@ def test_threads_do_not_change_the_batches(images: ImageArray) -> None:
 def test_a_batch_outlives_the_batches_after_it(images: ImageArray, backend: str) -> None:
     """Checks that DALI's memory, which is not copied, is not written again while a tensor uses it."""
     loader = loader_of(images, backend)
-    copies = [tuple(view.clone() for view in batch.views) for batch in loader.batches(0, 9)]
+    copies = [tuple(view.clone() for view in batch.each()) for batch in loader.batches(0, 9)]
     kept = list(loader.batches(0, 9))
     for batch, copy in zip(kept, copies, strict=True):
-        for view, expected in zip(batch.views, copy, strict=True):
+        for view, expected in zip(batch.each(), copy, strict=True):
             assert torch.equal(view, expected)
 
 
@@ -287,8 +289,25 @@ def test_ranks_share_out_the_batches_of_one(images: ImageArray, backend: str, ra
     parts = [list(loader_of(images, backend, rank=rank, ranks=ranks).batches(3, 7)) for rank in range(ranks)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].indices for part in parts]), batch.indices)
-        for view in range(3):
-            assert torch.equal(torch.cat([part[step].views[view] for part in parts]), batch.views[view])
+        for view, *shares in zip(batch.each(), *(part[step].each() for part in parts), strict=True):
+            assert torch.equal(torch.cat(shares), view)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_reads_the_views_where_the_loader_wrote_them(images: ImageArray, backend: str) -> None:
+    method = SimCLR(ModelConfig(width=4, projector_width=8), ObjectiveConfig()).train()
+    step, seen = TrainStep(method, OptimConfig(), EngineConfig(), torch.float32), []
+    forward = step.forward
+
+    def watched(views: torch.Tensor, labels: torch.Tensor | None = None) -> Losses:
+        seen.append(views.data_ptr())
+        return forward(views, labels)
+
+    step.forward = watched
+    (batch,) = loader_of(images, backend, views=2).batches(0, 1)
+    step(0, batch, lr=0.1, momentum=0.9)
+    assert seen == [batch.views.data_ptr()]
+    assert [view.data_ptr() for view in batch.each()] == [seen[0], seen[0] + batch.views.nbytes // 2]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(images: ImageArray) -> None:
@@ -339,7 +358,7 @@ def test_dali_reads_files_as_the_reference_does(files: ImageFiles) -> None:
     ours, truth = (list(loader_of(files, name).batches(2, 7)) for name in ("dali", "reference"))
     for one, two in zip(ours, truth, strict=True):
         assert torch.equal(one.indices, two.indices)
-        for first, second in zip(one.views, two.views, strict=True):
+        for first, second in zip(one.each(), two.each(), strict=True):
             assert (first - second).abs().mean() < 0.01  # as in test_parity; enlarged three times, some more
 
 
