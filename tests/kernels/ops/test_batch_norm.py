@@ -351,3 +351,14 @@ RUNNING = dict(running_mean=torch.zeros(3), running_var=torch.zeros(3))
 def test_batch_norm_names_what_is_wrong(wrong, error, named, backend):
     with pytest.raises(error, match=named):
         batch_norm(**FOUR_ROWS | wrong, backend=backend)
+
+
+def test_batch_norm_sums_an_upstream_of_other_strides_in_full(backend):
+    """torch sums it in bf16 where its strides are not those of x."""
+    x = torch.randn(32, 4, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    upstream = torch.randn(x.shape).bfloat16()
+    (of_bias,) = torch.autograd.grad(batch_norm(x, weight, bias, views=2, backend=backend), bias, upstream)
+    expected = upstream.double().sum(dim=(0, 2, 3))
+    # Tolerance: fp32 sums of 32,768 numbers near 1, whose sums are below 1000 on the way.
+    torch.testing.assert_close(of_bias.double(), expected, rtol=0, atol=1000 * 2**-20)
