@@ -104,6 +104,7 @@ def printed_step(size: Size, device: torch.device, how: Printed) -> Step:
     if how.autocast and device.type == "cuda":
         use_fast_math(config.engine, dtype)
     method: Any = build_method(config, torch.float32)  # its networks are MNCLGLF's
+    method.backends = Backends.all("torch")
     algorithm = (_SharedUnitNorm if how.unit_norm else _Shared) if how.shared else Algorithm1AsPrinted
     network = algorithm(
         method.encoder.to(device, memory_format=memory_format),

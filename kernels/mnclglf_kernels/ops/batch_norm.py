@@ -210,7 +210,10 @@ class _InOneTensor(torch.autograd.Function):
         ys: Sequence[Tensor | None] = [None] * views if y is None else y.chunk(views)
         columns = x.chunk(views), ys, upstream.chunk(views), masked.chunk(views), gradient.chunk(views)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        for part, out, given, passed, result, mean, deviation in zip(*columns, means, deviations, strict=True):
+        # From the last view on, as autograd adds the gradients of weight and bias: equal to the bit.
+        for part, out, given, passed, result, mean, deviation in reversed(
+            [*zip(*columns, means, deviations, strict=True)]
+        ):
             if out is not None:
                 torch.ops.aten.threshold_backward.grad_input(given, out, 0, grad_input=passed)
             of_x, *vectors = torch.ops.aten.native_batch_norm_backward(
