@@ -106,7 +106,7 @@ def compiled(method: Forward, *, graphs: bool, combo_kernels: bool = False) -> F
 
     The alternative, a compiled encoder that each forward calls, is as fast on a CPU, and its first step took 77 s there
     instead of 125 s (docs/lab/performance.md). But CUDA graphs need one graph. `combo_kernels` merges kernels that do
-    not depend on each other, those of the views above all, into one launch; Inductor can do that on a GPU only.
+    not depend on each other into one launch; Inductor can do that on a GPU only.
     """
     from torch._functorch import config  # takes a second, which an eager run need not wait for
 

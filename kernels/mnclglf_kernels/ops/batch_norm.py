@@ -203,7 +203,7 @@ class _InOneTensor(torch.autograd.Function):
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, means, deviations, y = ctx.saved_tensors
         views, gradient = len(means), torch.empty_like(x)
-        # In x's strides: otherwise torch sums a gradient in bf16 to within 0.2%.
+        # In x's strides: with others torch's gradient of the bias was off by 0.2% in bf16 (measured, AMD EPYC).
         upstream = masked = arriving[0].contiguous(memory_format=memory_format(x))
         if ctx.relu:  # a part is read before it is overwritten
             masked = torch.empty_like(x) if ctx.has_residual else gradient
