@@ -348,7 +348,7 @@ def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.grid)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.margins(x=0.02)
     lowest, highest = axis.dataLim.intervaly

@@ -133,6 +133,13 @@ def test_gradient_norms_of_many_sizes_get_a_logarithmic_axis(drawn):
     assert [figure.axes[0].get_yscale() for figure in drawn] == ["linear", "log"]
 
 
+def test_a_single_step_is_one_tick(drawn):
+    schedule_curves([{"step": 10, "lr": 0.1, "images_per_second": 5.0}], theme=LIGHT)
+    for axis in drawn[0].axes:
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [10]
+
+
 def test_ema_momentum_is_shown_where_it_changes(drawn):
     for momenta in ((0.99, 0.99), (0.99, 0.995)):
         schedule_curves([{"step": i, "lr": 0.1, "ema_momentum": m} for i, m in enumerate(momenta)])
