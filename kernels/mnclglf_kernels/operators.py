@@ -312,10 +312,12 @@ def _batch_norm(example: Example) -> Arguments:
 
 
 _NO_RUNNING: Arguments = dict(running_mean=None, running_var=None)
-_BATCH_NORMS: tuple[Arguments, ...] = (  # residual and ReLU; ReLU alone; neither; and without running statistics
+_BATCH_NORMS: tuple[Arguments, ...] = (  # residual and ReLU; ReLU alone; neither; and more
     {},
     dict(residual=None),
     dict(residual=None, relu=False),
+    dict(fork=True),  # the result is used twice
+    dict(residual=None, fork=True),
     _NO_RUNNING | dict(residual=None),
 )
 

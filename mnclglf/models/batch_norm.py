@@ -6,11 +6,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # the base of all of them
 
 from mnclglf_kernels import Backend, batch_norm
+from mnclglf_kernels.ops.batch_norm import Settings
+
+Fork = tuple[Tensor, Tensor]  # one result, for two uses whose gradients are added as they are read
 
 
 class Views(NamedTuple):
@@ -47,25 +51,34 @@ class BatchNorm(_BatchNorm):
         self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         if self.training:
-            tracked = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-            assert self.momentum is not None, "a cumulative average has no momentum"
-            return batch_norm(
-                input,
-                self.weight,
-                self.bias,
-                *tracked,
-                views=views if isinstance(views, int) else len(views.after),
-                momentum=self.momentum,
-                fold=None if isinstance(views, int) else views.factors(self.momentum),
-                eps=self.eps,
-                residual=residual,
-                relu=relu,
-                backend=self.backend,
-            )
+            return batch_norm(input, *self._vectors(), **self._settings(views, residual, relu))
         normalized = super().forward(input)
         if residual is not None:
             normalized = normalized + residual
         return F.relu(normalized, inplace=True) if relu else normalized
+
+    def fork(self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None) -> Fork:
+        """Returns the result, after the ReLU, for each of its two uses."""
+        if self.training and torch.is_grad_enabled():
+            return batch_norm(input, *self._vectors(), fork=True, **self._settings(views, residual, relu=True))
+        y = self(input, views, residual, relu=True)
+        return y, y
+
+    def _vectors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        return self.weight, self.bias, *running
+
+    def _settings(self, views: Views | int, residual: Tensor | None, relu: bool) -> Settings:
+        assert self.momentum is not None, "a cumulative average has no momentum"
+        return Settings(
+            views=views if isinstance(views, int) else len(views.after),
+            momentum=self.momentum,
+            fold=None if isinstance(views, int) else views.factors(self.momentum),
+            eps=self.eps,
+            residual=residual,
+            relu=relu,
+            backend=self.backend,
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accepts any shape that the operator takes; the base class asks for this function."""

@@ -11,7 +11,7 @@ from torch.nn.utils.init import skip_init
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mnclglf.config import Stem
-from mnclglf.models.batch_norm import BatchNorm, Stack, Views, without_batch_counters
+from mnclglf.models.batch_norm import BatchNorm, Fork, Stack, Views, without_batch_counters
 
 
 class ResNet18(nn.Module):
@@ -39,22 +39,26 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Tensor, views: Views | int = 1) -> Tensor:
         """Returns the features, [V * N, 8 * width], of V views that share a batch, one after the other."""
-        x = self.bn1(self.conv1(images), views, relu=True)
+        x, shortcut = self.bn1.fork(self.conv1(images), views)
         if self.stem == "imagenet":
-            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+            x = shortcut = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = block(x, views)
+                x, shortcut = block(x, shortcut, views)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 
 class Block(BasicBlock):
-    """torchvision's residual block, with each batch norm, the addition and the ReLU after it as one operator."""
+    """torchvision's residual block, with each batch norm, the addition and the ReLU after it as one operator.
 
-    def forward(self, x: Tensor, views: Views | int = 1) -> Tensor:
+    It takes and returns a result twice: for the convolutions and for the shortcut.
+    """
+
+    def forward(self, x: Tensor, shortcut: Tensor, views: Views | int = 1) -> Fork:  # pyright: ignore[reportIncompatibleMethodOverride]
         y = self.bn1(self.conv1(x), views, relu=True)
-        shortcut = x if self.downsample is None else self.downsample(x, views)
-        return self.bn2(self.conv2(y), views, residual=shortcut, relu=True)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut, views)
+        return self.bn2.fork(self.conv2(y), views, residual=shortcut)  # pyright: ignore[reportCallIssue]
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:

@@ -41,9 +41,10 @@ PRODUCTS = {aten.mm.default, aten.addmm.default}
 # Passes over the activation. Batch norm reads its input twice (statistics, then normalization) and writes once: 3, and
 # 1 for a residual. Its backward reads input and gradient twice and writes once: 5. With a residual the first launch
 # also reads the result, for the ReLU's mask, and writes the residual's gradient: 7. Two gradients of one tensor are
-# added: 1, as a kernel could read both where it reads one.
+# added: 1, as a kernel can read both where it reads one.
 ACTIVATION_PASSES = {"mnclglf::batch_norm": 3, "mnclglf::batch_norm_backward": 5, "aten::add.Tensor": 1}
-PASSES_OF_RESIDUAL = {"mnclglf::batch_norm": (5, 1), "mnclglf::batch_norm_backward": (2, 2)}  # (argument, more passes)
+# Passes more, by the place of an argument: the residual; the second gradient and the result.
+MORE_PASSES = {"mnclglf::batch_norm": {5: 1}, "mnclglf::batch_norm_backward": {1: 1, 3: 2}}
 # End of torch's name of each GPU whose peaks aot.py has, and its architecture.
 GPU_NAMES = {"RTX 3090": 86, "RTX 4090": 89, "A100-SXM4-80GB": 80, "H100 80GB HBM3": 90}
 
@@ -96,8 +97,8 @@ class Counter(TorchDispatchMode):
             part.flops += flops
             part.unique_bytes += unique_bytes((args, result))
         elif func.name() in ACTIVATION_PASSES:
-            place, more = PASSES_OF_RESIDUAL.get(func.name(), (0, 0))
-            passes = ACTIVATION_PASSES[func.name()] + (more if args[place] is not None else 0)
+            more = MORE_PASSES.get(func.name(), {})
+            passes = ACTIVATION_PASSES[func.name()] + sum(more[i] for i in more if args[i] is not None)
             self.parts["batch norm and element-wise"].unique_bytes += passes * unique_bytes(args[0])
         return result
 

@@ -151,7 +151,8 @@ for views, shape in ((3, (768, 2048)), (3, (768, 512, 4, 4)), (2, (512, 64, 32, 
     weight, bias, mean, variance = torch.empty(4, shape[1], device="meta").unbind()
     for residual, relu, running in ((None, False, False), (None, True, True), (x, False, True), (x, True, True)):
         given = (mean, variance) if running else (None, None)
-        for launch in launches(x, weight, bias, *given, views=views, residual=residual, relu=relu):
+        how = dict(views=views, residual=residual, relu=relu)
+        for launch in launches(x, weight, bias, *given, **how) + launches(x, weight, bias, *given, fork=True, **how):
             constants = [(k, getattr(v, "dtype", v)) for k, v in launch.arguments.items()]
             if str((launch.kernel.__name__, constants)) in seen:
                 continue
@@ -170,7 +171,7 @@ def test_batch_norm_spills_in_no_variant_and_loads_128_bits(dtype, arch):
     command = [sys.executable, "-c", BATCH_NORM, arch.removeprefix("sm_"), dtype]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in printed.splitlines()]
-    assert len(rows) == 4 * (1 + 4 + 3 + 2)  # per shape: moments, applications, sums, gradients
+    assert len(rows) == 4 * (1 + 4 + 7 + 4)  # per shape: moments, applications, sums, gradients
     assert [row for row in rows if not int(row[1]) or int(row[2]) or int(row[3]) > LIMITS[arch] * 1024] == []
 
 

@@ -91,7 +91,7 @@ def test_enqueue(keep, compiler, backend):
 
 
 class Block(nn.Module):
-    """A convolution and three batch norms, of which the second has a residual and the last neither that nor a ReLU."""
+    """A convolution and three batch norms: one used twice, one with a residual, one with neither that nor a ReLU."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__()
@@ -101,10 +101,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convolution(x)
-        for norm, residual, relu in zip(self.norms, (None, x * 2, None), (True, True, False), strict=True):
+        shortcut = None
+        for norm, relu in zip(self.norms, (True, True, False), strict=True):
             assert isinstance(norm, nn.BatchNorm2d)
             given = x, norm.weight, norm.bias, norm.running_mean, norm.running_var
-            x = batch_norm(*given, views=2, residual=residual, relu=relu, backend=self.backend)
+            how: dict[str, Any] = dict(views=2, residual=shortcut, relu=relu, backend=self.backend)
+            x, shortcut = (
+                batch_norm(*given, fork=True, **how) if shortcut is None else (batch_norm(*given, **how), None)
+            )
         return x.float().exp().mean()
 
 

@@ -56,7 +56,7 @@ def learner(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
-def normalized(**how: Any) -> Tensor:
+def normalized(**how: Any) -> Any:
     return batch_norm(learner(6, 4), learner(4), learner(4), views=3, **how, backend="triton")
 
 
@@ -96,6 +96,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         (lambda: normalized(running_mean=torch.zeros(4), running_var=torch.ones(4)), 2),
         (lambda: normalized(relu=True).sum().backward(), 4),
         (lambda: normalized(relu=True, residual=learner(6, 4)).sum().backward(), 4),
+        (lambda: sum(normalized(relu=True, residual=learner(6, 4), fork=True)).sum().backward(), 4),
         (lambda: augment(*stored(), view_format=ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),
@@ -114,6 +115,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         "batch_norm",
         "batch_norm and its gradients",
         "batch_norm with a residual and its gradients",
+        "batch_norm with a residual and two uses",
         "augment",
         "nearest_neighbor",
         "enqueue",
@@ -182,7 +184,8 @@ def test_what_a_kernel_writes_is_blank_before(monkeypatch):
     weight, bias, *running = (known(x) for x in torch.ones(4, 5).unbind())
     y, *saved = operators.batch_norm(x, weight, bias, *running, residual, [0.4, 0.3, 0.3], 1e-5, True)
     saved = [known(x) for x in saved]
-    operators.batch_norm_backward(upstream, x, known(y), weight, bias, *saved, True)
+    other = known(torch.randn(y.shape).to(memory_format=torch.channels_last))
+    operators.batch_norm_backward(upstream, other, x, known(y), weight, bias, *saved, True, True)
 
     assert written == {
         *("patches", "images", "combined", "features"),

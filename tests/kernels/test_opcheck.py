@@ -98,10 +98,12 @@ def batch_norm_call(
     return x, weight, bias, *kept, residual, [0.5, 0.25, 0.25], 1e-5, relu
 
 
-def batch_norm_backward_call(x: Tensor, relu: bool, y: Tensor | None = None) -> tuple[Any, ...]:
+def batch_norm_backward_call(
+    x: Tensor, relu: bool, y: Tensor | None = None, other: Tensor | None = None
+) -> tuple[Any, ...]:
     weight, bias = torch.rand(2, x.shape[1])
     mean, deviation = torch.rand(2, 2, x.shape[1])
-    return torch.randn(x.shape), x, y, weight, bias, mean, deviation, relu
+    return torch.randn(x.shape), other, x, y, weight, bias, mean, deviation, relu, y is not None
 
 
 # Strides, mixed dtypes, and choices of what learns that the examples do not have.
@@ -143,6 +145,7 @@ FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "batch_norm_backward": [
         lambda: batch_norm_backward_call(torch.randn(4, 5), False),
         lambda: batch_norm_backward_call(torch.randn(4, 5, 3, 2), True),
+        lambda: batch_norm_backward_call(torch.randn(4, 5, 3, 2), True, other=torch.randn(4, 5, 2, 3).transpose(2, 3)),
         lambda: batch_norm_backward_call(
             torch.randn(4, 5, 3, 2), True, torch.randn(4, 5, 3, 2).contiguous(memory_format=CHANNELS_LAST)
         ),

@@ -131,7 +131,8 @@ def batch_norm_launches() -> list[launch.Launch]:
             for running in ((None, None), (mean, variance)):
                 for relu in (False, True):
                     given = x, weight, bias, *running
-                    found += batch_norm.launches(*given, views=views, residual=residual, relu=relu)
+                    for fork in (False, True):
+                        found += batch_norm.launches(*given, views=views, residual=residual, relu=relu, fork=fork)
     return filled(found)
 
 

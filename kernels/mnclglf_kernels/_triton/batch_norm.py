@@ -4,7 +4,8 @@ Forward, the first launch reads x and writes the moments of parts of each view, 
 and writes the result: 3 passes over a tensor of x's size, 4 with a residual. Backward, the first launch reads x and the
 upstream gradient and writes sums of parts, the second reads both again and writes the gradient of x: 5 passes. The
 mask of the ReLU follows from x. With a residual it follows from the result, and the first launch writes the masked
-gradient, which is the residual's and which the second one reads: 7 passes.
+gradient, which is the residual's and which the second one reads: 7 passes. Where the result has two uses, the launches
+add their gradients as they read them: 7 passes, 8 with a residual, and none before that adds them.
 
 Letters: V views, R = N * H * W rows per view (a channels_last image is H * W rows), C channels, P parts per view.
 Every sum has a fixed order: rows of a lane, lanes of a program, parts of a view, views.
@@ -170,6 +171,7 @@ def batch_norm_apply_kernel(
 @triton.jit
 def batch_norm_sums_kernel(
     upstream,
+    other,  # None, or the gradient of the result's second use
     x,
     y,  # None: the mask follows from x
     mean,
@@ -203,6 +205,8 @@ def batch_norm_sums_kernel(
         place = first + rows.to(tl.int64)[:, None] * C
         off = tl.load(x + place, mask=here, other=0).to(SUM) - center[None, :]
         gradient = tl.load(upstream + place, mask=here, other=0).to(SUM)
+        if other is not None:
+            gradient += tl.load(other + place, mask=here, other=0).to(SUM)
         if RELU:
             if y is None:
                 gradient = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, gradient)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -220,6 +224,7 @@ def batch_norm_sums_kernel(
 @triton.jit
 def batch_norm_gradient_kernel(
     upstream,  # masked already, unless MASK
+    other,  # None, or the gradient of the result's second use, where `upstream` does not hold their sum
     x,
     mean,
     deviation,
@@ -266,6 +271,8 @@ def batch_norm_gradient_kernel(
         place = first + rows.to(tl.int64)[:, None] * C
         off = tl.load(x + place, mask=here, other=0).to(SUM) - center[None, :]
         value = tl.load(upstream + place, mask=here, other=0).to(SUM)
+        if other is not None:
+            value += tl.load(other + place, mask=here, other=0).to(SUM)
         if MASK:
             value = tl.where(off * scale[None, :] + shift[None, :] <= 0, 0, value)  # pyright: ignore[reportPossiblyUnboundVariable]
         value = scale[None, :] * (value - average[None, :] - slope[None, :] * off)
@@ -334,6 +341,7 @@ def forward_launches(
 
 def backward_launches(
     upstream: Tensor,
+    other: Tensor | None,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
@@ -346,14 +354,15 @@ def backward_launches(
     bias_gradient: Tensor,
     masked: Tensor | None,
 ) -> list[Launch]:
-    """The launches from the upstream gradient to those of x, weight and bias, and the masked one, the residual's."""
+    """The launches from the upstream gradients to those of x, weight and bias, and `masked`, the residual's."""
     views = len(mean)
     shape = shape_of(x, views)
     grid, sums = grid_of(views, shape), empty_sums(mean, shape)
     statistics = dict(x=x, mean=mean, deviation=deviation, weight=weight, bias=bias, sums=sums, **shape)
-    first = dict(upstream=upstream, y=y, masked=masked, RELU=relu, **statistics)
+    first = dict(upstream=upstream, other=other, y=y, masked=masked, RELU=relu, **statistics)
     second = dict(
         upstream=upstream if masked is None else masked,
+        other=other if masked is None else None,
         gradient=gradient,
         weight_gradient=weight_gradient,
         bias_gradient=bias_gradient,
@@ -385,7 +394,8 @@ def apply_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 def sums_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
-    dense = total_bytes([x for x in (a["upstream"], a["x"], a["y"], a["masked"], a["sums"]) if x is not None])
+    tensors = (a[name] for name in ("upstream", "other", "x", "y", "masked", "sums"))
+    dense = total_bytes([x for x in tensors if x is not None])
     mean, masks = total_bytes([a["mean"]]), a["RELU"] and a["y"] is None
     vectors = total_bytes([a["weight"], a["bias"]]) if masks else 0
     deviation = total_bytes([a["deviation"]]) if masks else 0
@@ -394,7 +404,8 @@ def sums_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
 
 
 def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
-    dense = total_bytes([a["upstream"], a["x"], a["gradient"], a["weight_gradient"], a["bias_gradient"]])
+    tensors = (a[name] for name in ("upstream", "other", "x", "gradient", "weight_gradient", "bias_gradient"))
+    dense = total_bytes([x for x in tensors if x is not None])
     sums, mean, deviation = (total_bytes([a[name]]) for name in ("sums", "mean", "deviation"))
     vectors = total_bytes([a["weight"], a["bias"]] if a["MASK"] else [a["weight"]])
     issued = (sums + mean + deviation) * a["P"] + vectors * a["P"] * a["V"] + sums + deviation
@@ -423,10 +434,10 @@ def empty_sums(mean: Tensor, shape: dict[str, Any]) -> Tensor:
 
 
 def empty_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     gradients = empty_dense(x), torch.empty_like(weight), torch.empty_like(bias)
-    return (*gradients, None if y is None else empty_dense(x))
+    return (*gradients, empty_dense(x) if keeps else None)
 
 
 def launches(
@@ -439,6 +450,7 @@ def launches(
     views: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
+    fork: bool = False,
     arch: int = 86,
 ) -> list[Launch]:
     """The launches of one call and of its backward pass."""
@@ -446,9 +458,10 @@ def launches(
     operands = weight, bias, running_mean, running_var, residual
     forward = forward_launches(x, *operands, running_factors(0.1, views), 1e-5, relu, y, *statistics)
     kept = y if relu and residual is not None else None
-    *gradients, masked = empty_gradients(x, weight, bias, kept)
-    upstream = empty_dense(x)
-    return forward + backward_launches(upstream, x, kept, weight, bias, *statistics, relu, *gradients, masked)
+    keeps = residual is not None and (relu or fork)
+    *gradients, masked = empty_gradients(x, weight, bias, keeps)
+    upstreams = empty_dense(x), empty_dense(x) if fork else None
+    return forward + backward_launches(*upstreams, x, kept, weight, bias, *statistics, relu, *gradients, masked)
 
 
 @torch.library.custom_op("mnclglf::batch_norm", mutates_args=("running_mean", "running_var"))
@@ -475,6 +488,7 @@ def batch_norm(
 @torch.library.custom_op("mnclglf::batch_norm_backward", mutates_args=())
 def batch_norm_backward(
     upstream: Tensor,
+    other: Tensor | None,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
@@ -482,11 +496,13 @@ def batch_norm_backward(
     mean: Tensor,
     deviation: Tensor,
     relu: bool,
+    keeps: bool,
 ) -> list[Tensor]:
-    """Returns the gradients of x, weight and bias; if y is given, the masked upstream gradient too."""
+    """Returns the gradients of x, weight and bias; with `keeps` the sum of the upstream ones, masked, too."""
     x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
-    *gradients, masked = empty_gradients(x, weight, bias, y)
-    found = backward_launches(dense(upstream), x, y, weight, bias, mean, deviation, relu, *gradients, masked)
+    upstreams = dense(upstream), None if other is None else dense(other)
+    *gradients, masked = empty_gradients(x, weight, bias, keeps)
+    found = backward_launches(*upstreams, x, y, weight, bias, mean, deviation, relu, *gradients, masked)
     launch.run(found, x.device)
     return gradients if masked is None else [*gradients, masked]
 
@@ -497,29 +513,36 @@ def _(x: Tensor, w: Any, b: Any, mean: Any, var: Any, residual: Any, factors: Se
 
 
 @batch_norm_backward.register_fake
-def _(upstream: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> list[Tensor]:
-    return [gradient for gradient in empty_gradients(x, weight, bias, y) if gradient is not None]
+def _(upstream: Any, other: Any, x: Tensor, y: Any, weight: Tensor, bias: Tensor, *how: Any) -> list[Tensor]:
+    return [gradient for gradient in empty_gradients(x, weight, bias, how[-1]) if gradient is not None]
 
 
 class _BatchNorm(torch.autograd.Function):
     """The autograd formula. torch.library takes none for an operator that writes into an argument."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
         x, weight, bias, _, _, residual, _, _, ctx.relu = operands
         y, mean, deviation = batch_norm(*operands)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, mean, deviation)
-        return y
+        ctx.set_materialize_grads(False)  # zeros for a use that has no gradient would be one more pass
+        return y, y.detach()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        of_x, of_weight, of_bias, *masked = batch_norm_backward(*upstream, *ctx.saved_tensors, ctx.relu)
-        of_residual = (masked[0] if masked else upstream[0]) if ctx.has_residual else None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = [gradient for gradient in upstream if gradient is not None]
+        if not given:
+            return (None,) * 9
+        first, *others = given
+        keeps = ctx.has_residual and (ctx.relu or bool(others))
+        saved = ctx.saved_tensors
+        of_x, of_weight, of_bias, *masked = batch_norm_backward(first, *(others or [None]), *saved, ctx.relu, keeps)
+        of_residual = (masked[0] if masked else first) if ctx.has_residual else None
         return of_x, of_weight, of_bias, None, None, of_residual, None, None, None
 
 
 @torch.compiler.allow_in_graph  # Dynamo's own tracing of an autograd.Function refuses to write into an argument
-def differentiable_batch_norm(*operands: Any) -> Tensor:
-    """Returns the result of `batch_norm`; differentiable with respect to x, weight, bias and residual."""
-    return cast(Tensor, _BatchNorm.apply(*operands))
+def differentiable_batch_norm(*operands: Any) -> tuple[Tensor, Tensor]:
+    """Returns the result of `batch_norm` twice; differentiable with respect to x, weight, bias and residual."""
+    return cast(tuple[Tensor, Tensor], _BatchNorm.apply(*operands))

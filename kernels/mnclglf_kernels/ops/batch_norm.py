@@ -6,7 +6,7 @@ Ioffe and Szegedy 2015, Algorithm 1. Letters: V views, N images per view, C chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,53 @@ from mnclglf_kernels.checks import check_floating
 from mnclglf_kernels.layout import memory_format
 
 
+class Settings(TypedDict, total=False):
+    """Keywords of batch_norm."""
+
+    views: int
+    momentum: float
+    fold: Sequence[float] | None
+    eps: float
+    residual: Tensor | None
+    relu: bool
+    backend: Backend
+
+
+Running = Tensor | None
+
+
+@overload
 def batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
+    running_mean: Running = None,
+    running_var: Running = None,
+    *,
+    fork: Literal[False] = False,
+    **settings: Unpack[Settings],
+) -> Tensor: ...
+
+
+@overload
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Running = None,
+    running_var: Running = None,
+    *,
+    fork: Literal[True],
+    **settings: Unpack[Settings],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Running = None,
+    running_var: Running = None,
     *,
     views: int = 1,
     momentum: float = 0.1,
@@ -31,8 +72,9 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
+    fork: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalizes each channel of each view by the mean and variance of that view, then adds `residual`, then ReLU.
 
     A batch holds its V views one after the other, N rows each. The result is that of one call of torch's batch norm in
@@ -51,11 +93,13 @@ def batch_norm(
         eps: added to the variance.
         residual: tensor of x's shape.
         relu: true to set negative results to 0.
+        fork: true to return the result twice, for its two uses in a residual network. Both tensors share memory. Their
+            gradients are added as the Triton kernels read them, which saves a pass that adds them.
         backend: see `resolve`.
 
     Returns:
-        Tensor of the shape and dtype of x, channels_last for images on the Triton kernels. Differentiable with respect
-        to x, weight, bias and residual.
+        Tensor of the shape and dtype of x, channels_last for images on the Triton kernels; two with `fork`.
+        Differentiable with respect to x, weight, bias and residual.
 
     Raises:
         ValueError: shapes do not fit, or a view has a single value per channel.
@@ -77,8 +121,10 @@ def batch_norm(
         from mnclglf_kernels._triton.batch_norm import differentiable_batch_norm  # it needs triton
 
         factors = running_factors(momentum, views) if fold is None else [*fold]
-        return differentiable_batch_norm(*operands, factors, eps, relu)
-    return torch_batch_norm(*operands, views, momentum, fold, eps, relu)
+        y, again = differentiable_batch_norm(*operands, factors, eps, relu)
+    else:
+        y = again = torch_batch_norm(*operands, views, momentum, fold, eps, relu)
+    return (y, again) if fork else y
 
 
 def running_factors(momentum: float, views: int) -> list[float]:

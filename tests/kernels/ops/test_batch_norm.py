@@ -52,6 +52,35 @@ def test_batch_norm_of_half_precision_with_weights_in_fp32(dtype, backend):
     check(case((6, 5, 4, 3), dtype, vectors=torch.float32), views=3, relu=True, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("residual", "relu"), VARIANTS, ids=VARIANT_NAMES)
+@pytest.mark.parametrize(("views", "shape"), [(3, (6, 64, 5, 3)), (2, (130, 63))], ids=str)
+def test_batch_norm_adds_the_gradients_of_two_uses(views, shape, residual, relu, dtype, backend):
+    drawn = case(shape, dtype, residual, torch.promote_types(dtype, torch.float32))
+    check(drawn, views=views, relu=relu, backend=backend, fork=True)
+
+
+@pytest.mark.parametrize(("residual", "relu"), VARIANTS, ids=VARIANT_NAMES)
+@pytest.mark.parametrize("used", [0, 1])
+def test_batch_norm_of_one_use_of_two(used, residual, relu, backend):
+    drawn = case((6, 5, 3, 2), torch.float32, residual)
+    one, two = drawn.leaves(), drawn.leaves()
+    how: dict[str, Any] = dict(views=3, relu=relu, backend=backend)
+    y = batch_norm(*one[:3], residual=one.residual, **how)
+    other = batch_norm(*two[:3], residual=two.residual, fork=True, **how)[used]
+    upstream = upstream_of(drawn)
+    gradients = (torch.autograd.grad(out, side.tensors(), upstream) for out, side in ((y, one), (other, two)))
+    for pair in zip(*gradients, strict=True):
+        assert torch.equal(*pair)
+
+
+def test_batch_norm_of_two_uses_needs_no_gradient(backend):
+    x, weight, bias, _ = case((6, 3), torch.float32)
+    for result in batch_norm(x, weight, bias, views=2, relu=True, fork=True, backend=backend):
+        assert torch.equal(result, batch_norm(x, weight, bias, views=2, relu=True, backend=backend))
+        assert not result.requires_grad
+
+
 @pytest.mark.parametrize(("views", "shape"), MANY_PARTS, ids=str)
 def test_batch_norm_of_more_parts_than_are_summed_at_a_time(views, shape):
     drawn = case(shape, torch.float32)
