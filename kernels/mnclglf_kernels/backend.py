@@ -9,13 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch", "faiss"]
-Resolved = Literal["triton", "torch", "faiss"]
-Kind = Literal["elementwise", "matmul", "lookup"]
+Backend = Literal["auto", "triton", "torch", "faiss", "cudnn"]
+Resolved = Literal["triton", "torch", "faiss", "cudnn"]
+Kind = Literal["elementwise", "matmul", "lookup", "convolution"]
 
 
 HAS_TRITON = find_spec("triton") is not None
 HAS_FAISS = find_spec("faiss") is not None
+HAS_CUDNN = find_spec("cudnn") is not None  # nvidia-cudnn-frontend; cuDNN itself comes with torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 CPU_MULTIPLIES_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,13 +25,15 @@ TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> Resolved:
     """Returns the backend that an operator called with `backend` on `tensors` runs.
 
-    "auto" is "triton" on CUDA if Triton can run there, and "torch" otherwise. If TRITON_INTERPRET=1 is set before the
-    import, "triton" also runs on the CPU, where it interprets its kernels slowly. On the meta device it returns shapes.
+    "auto" is "triton" on CUDA if Triton can run there, and "torch" otherwise. A convolution's "auto" is "torch": which
+    one is fastest is to be timed. If TRITON_INTERPRET=1 is set before the import, "triton" also runs on the CPU, where
+    it interprets its kernels slowly. On the meta device it returns shapes.
 
     Args:
         backend: backend that the caller asked for.
         tensors: all tensor arguments of the operator.
-        kind: kind of operator. Only the lookup has FAISS. Triton kernels that multiply matrices have no fp64.
+        kind: kind of operator. Only the lookup has FAISS, only the convolution cuDNN. Triton kernels that multiply
+            matrices have no fp64.
 
     Raises:
         ValueError: `backend` is unknown or not available for this operator, or the tensors are on several devices.
@@ -44,12 +47,18 @@ def resolve(backend: Backend, *tensors: Tensor, kind: Kind = "elementwise") -> R
         if tensor.device != device:
             raise ValueError(f"tensors are on {device} and on {tensor.device}; move them to one device")
     if backend == "auto":
+        if kind == "convolution":
+            return "torch"
         return "triton" if device.type == "cuda" and triton_problem(tensors, kind) is None else "torch"
     if backend == "triton" and (problem := triton_problem(tensors, kind)) is not None:
         raise problem
     if backend == "faiss" and kind != "lookup":
         raise ValueError("backend 'faiss' has only nearest_neighbor; use 'auto' here")
     if backend == "faiss" and (problem := faiss_problem(device)) is not None:
+        raise problem
+    if backend == "cudnn" and kind != "convolution":
+        raise ValueError("backend 'cudnn' has only convolution; use 'auto' here")
+    if backend == "cudnn" and (problem := cudnn_problem(device, tensors[0].dtype)) is not None:
         raise problem
     return backend
 
@@ -100,6 +109,20 @@ def faiss_problem(device: torch.device) -> Exception | None:
         )
     if device.type not in ("cpu", "cuda"):
         return RuntimeError(f"backend 'faiss' searches on CUDA and on the CPU, not on {device}; use 'torch'")
+    return None
+
+
+def cudnn_problem(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    """Returns the reason why cuDNN's fused convolutions cannot run on this device in this dtype, or None."""
+    if not HAS_CUDNN:
+        return RuntimeError(
+            "backend 'cudnn' needs the package nvidia-cudnn-frontend, which is not installed; pip install "
+            "'mnclglf[cudnn]', or use 'auto'"
+        )
+    if device.type != "cuda" or torch.version.hip is not None:
+        return RuntimeError(f"backend 'cudnn' needs an NVIDIA GPU, got a tensor on {device}; use 'auto' or 'torch'")
+    if dtype not in (torch.float16, torch.bfloat16):
+        return TypeError(f"backend 'cudnn' convolves fp16 and bf16, not {dtype}; use 'auto' or 'torch'")
     return None
 
 

@@ -25,6 +25,7 @@ from mnclglf_kernels.ops.augment import LARGEST_SIDE, PARAMETERS, ViewFormat, au
 from mnclglf_kernels.ops.batch_norm import batch_norm
 from mnclglf_kernels.ops.combine import combine
 from mnclglf_kernels.ops.contrastive_losses import contrastive_loss, contrastive_losses
+from mnclglf_kernels.ops.convolution import Convolved, conv2d, convolution, normalized
 from mnclglf_kernels.ops.divide import divide
 from mnclglf_kernels.ops.enqueue import enqueue
 from mnclglf_kernels.ops.nearest_neighbor import nearest_neighbor
@@ -322,6 +323,36 @@ _BATCH_NORMS: tuple[Arguments, ...] = (  # residual and ReLU; ReLU alone; neithe
 )
 
 
+def _convolution(example: Example) -> Arguments:
+    """Makes the second convolution of a block of the first stage, in both views of a network without gradient."""
+    sizes, channels = example.sizes, 16 * -(-example.sizes.features // 128)
+    images, side = min(sizes.images, PAPER.images), min(sizes.side, PAPER.side)
+    weight = example.random(channels, channels, 3, 3, dtype=torch.float32) / (9 * channels) ** 0.5
+    return dict(
+        x=example.random(2 * images, channels, side, side).contiguous(memory_format=torch.channels_last),
+        weight=weight.to(example.dtype, memory_format=torch.channels_last),
+        padding=1,
+        views=2,
+        scale=0.5 + example.uniform(2, channels),
+        shift=example.uniform(2, channels),
+    )
+
+
+def _check_convolution(example: Example, arguments: Arguments) -> str | None:
+    """Compares a call with scale and shift and one without. The truth reads what the first one rounds."""
+    read = normalized(arguments["x"], arguments["scale"], arguments["shift"])
+    plain: Arguments = {**arguments, "scale": None, "shift": None}
+    for given, what in ((arguments, read), (plain, arguments["x"])):
+        found = convolution(**given, backend="triton")
+        doubles: Arguments = {**plain, "x": what.double(), "weight": given["weight"].double()}
+        truth = convolution(**doubles, backend="torch")
+        pairs = zip(Convolved._fields, found, truth, strict=True)
+        problem = next((excess for pair in pairs if (excess := SUMS.excess(*pair)) is not None), None)
+        if problem is not None:
+            return problem
+    return None
+
+
 _ROWS = (
     Operator(function=divide, kind="elementwise", inputs=_divide, tolerance=EXACT),  # copies
     Operator(function=combine, kind="elementwise", inputs=_combine),
@@ -331,6 +362,13 @@ _ROWS = (
     Operator(function=nt_xent, kind="matmul", inputs=_nt_xent),
     Operator(function=queue_contrastive_loss, kind="matmul", inputs=_queue_contrastive_loss),
     Operator(function=batch_norm, kind="elementwise", inputs=_batch_norm, variants=_BATCH_NORMS),
+    Operator(
+        function=convolution,
+        kind="convolution",
+        inputs=_convolution,
+        check=_check_convolution,
+        exports=(conv2d,),
+    ),
     Operator(function=augment, kind="elementwise", inputs=_augment, check=_check_augment),
 )
 OPERATORS: dict[OperatorName, Operator] = {row.name: row for row in _ROWS}
@@ -346,9 +384,9 @@ class Backends(
 
     @classmethod
     def all(cls, backend: Backend) -> Backends:
-        """Returns the same backend for every operator. With "faiss", all but the lookup are "auto"."""
-        everywhere = dict.fromkeys(OPERATORS, "auto" if backend == "faiss" else backend)
-        return cls(**everywhere | {"nearest_neighbor": backend})
+        """Returns the same backend for every operator that has it. With "faiss", all but the lookup are "auto"."""
+        only = {"faiss": "lookup", "cudnn": "convolution"}.get(backend)
+        return cls(**{name: backend if only in (None, row.kind) else "auto" for name, row in OPERATORS.items()})
 
 
 __all__ = ["Backends"]

@@ -106,13 +106,14 @@ def tune(
     Yields:
         (family, fastest configuration, its milliseconds, the table's configuration, its milliseconds).
     """
-    width, dtype = example.sizes.width, example.dtype
+    dtype = example.dtype
     arch = architecture(torch.empty(0, device=example.device))
     found = dict(tiles.read_tuning(path))
     tiles.write_tuning(path, found)  # fails now, not after the measurements, if the folder is read-only
     tunings = [tuning for row in OPERATORS.values() for tuning in row.tunings(example)]
     ends = None if seconds is None else time.monotonic() + seconds
     for left, tuning in zip(range(len(tunings), 0, -1), tunings, strict=True):
+        width = tuning.width or example.sizes.width
         table = tiles.tile(tuning.family, dtype, width, arch)
         now = time.monotonic()
         until = None if ends is None else now + (ends - now) / left

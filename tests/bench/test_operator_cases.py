@@ -38,6 +38,7 @@ SHAPES = {
         Shape("rows", directions=DIRECTIONS, inputs=partial(batch_norm_inputs, rows=12, channels=5)),
     ],
     "contrastive_losses": [pairs(6), pairs(6, 6, 1, 1), pairs(2, both_sides=True)],
+    "convolution": [Shape("small", SMALL)],
     "enqueue": [Shape("small", inputs=partial(enqueue_inputs, sizes=SMALL))],
     "nearest_neighbor": [Shape("small", SMALL)],
 }

@@ -21,6 +21,7 @@ MATMULS = {
     "queue_contrastive_loss_forward_kernel",
     "queue_contrastive_loss_coefficient_kernel",
     "queue_contrastive_loss_sum_kernel",
+    "convolution_kernel",
 }
 WIDTHS = [96, 123, 512, 2048]  # one per bucket of the table, and 123, which no vector load fits
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # KiB of shared memory per block
@@ -79,7 +80,10 @@ def test_augment_multiplies_on_tensor_cores_whatever_it_writes(variants):
 
 def test_loads_are_wide_where_the_width_allows():
     for v in json.loads(aot("--json"))["variants"]:
-        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_write_kernel") or v["op"] == "batch_norm":
+        if v["kernel"] in ("divide_kernel", "combine_kernel", "enqueue_write_kernel") or v["op"] in (
+            "batch_norm",
+            "convolution",
+        ):
             assert v["wide_loads"], v
         if v["kernel"] in MATMULS:
             assert v["async_copies"], v

@@ -17,6 +17,7 @@ from mnclglf_kernels import backend, enqueue, nearest_neighbor
 from mnclglf_kernels.operators import OPERATORS
 
 WITHOUT_FAISS = [name for name, row in OPERATORS.items() if row.kind != "lookup"]
+WITHOUT_CUDNN = [name for name, row in OPERATORS.items() if row.kind != "convolution"]
 
 
 def call(name: str, backend: str) -> None:
@@ -54,6 +55,39 @@ def test_backend_is_a_keyword(function):
 def test_faiss_does_nothing_but_look_up(name):
     with pytest.raises(ValueError, match=r"'faiss'.*'auto'"):
         call(name, "faiss")
+
+
+@pytest.mark.parametrize("name", WITHOUT_CUDNN)
+def test_cudnn_does_nothing_but_convolve(name):
+    with pytest.raises(ValueError, match=r"'cudnn'.*'auto'"):
+        call(name, "cudnn")
+
+
+def test_cudnn_s_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_CUDNN", False)
+    with pytest.raises(RuntimeError, match=r"nvidia-cudnn-frontend.*mnclglf\[cudnn\]"):
+        call("convolution", "cudnn")
+    call("convolution", "auto")
+
+
+def test_cudnn_names_a_device_and_a_dtype_that_it_has_no_convolution_for(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_CUDNN", True)
+    with pytest.raises(RuntimeError, match=r"cudnn.*cpu.*'auto'"):
+        call("convolution", "cudnn")
+    cuda = torch.device("cuda")
+    for dtype in (torch.float32, torch.float64):
+        assert re.search(rf"{dtype}.*'torch'", str(backend.cudnn_problem(cuda, dtype)))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert backend.cudnn_problem(cuda, dtype) is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in str(backend.cudnn_problem(cuda, torch.float16))
+
+
+def test_every_operator_gets_a_backend_that_it_has():
+    for name, kind in (("faiss", "lookup"), ("cudnn", "convolution")):
+        chosen = mnclglf_kernels.Backends.all(name)._asdict()
+        assert chosen == {op: name if row.kind == kind else "auto" for op, row in OPERATORS.items()}
+    assert set(mnclglf_kernels.Backends.all("triton")) == {"triton"}
 
 
 def test_faiss_that_does_not_load_is_named_with_what_it_lacks(monkeypatch):

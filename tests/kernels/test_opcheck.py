@@ -150,6 +150,15 @@ FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             torch.randn(4, 5, 3, 2), True, torch.randn(4, 5, 3, 2).contiguous(memory_format=CHANNELS_LAST)
         ),
     ],
+    "convolution": [
+        lambda: (torch.randn(2, 16, 3, 5), torch.randn(32, 16, 3, 3), None, None, 1),
+        lambda: (
+            torch.randn(4, 16, 3, 2).half().contiguous(memory_format=CHANNELS_LAST),
+            torch.randn(16, 16, 3, 3).half(),
+            *torch.randn(2, 16, 2).mT.unbind(),
+            2,
+        ),
+    ],
     "nt_xent": [lambda: (torch.randn(10, 4), 0.5)],
     "queue_contrastive_loss": [
         lambda: (torch.randn(5, 4), torch.randn(5, 4), torch.randn(9, 4), 0.5),

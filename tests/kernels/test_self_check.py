@@ -31,6 +31,10 @@ WRITTEN = [
     ("queue_contrastive_loss_coefficient_kernel", "coefficients", "queue_contrastive_loss"),
     ("queue_contrastive_loss_sum_kernel", "sums", "queue_contrastive_loss"),
     ("queue_contrastive_loss_gradient_kernel", "gradients", "queue_contrastive_loss"),
+    ("convolution_kernel", "y", "convolution"),
+    ("convolution_kernel", "moments", "convolution"),
+    ("convolution_combine_kernel", "mean", "convolution"),
+    ("convolution_combine_kernel", "var", "convolution"),
 ]
 
 

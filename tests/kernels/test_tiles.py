@@ -172,6 +172,21 @@ def test_a_tuning_that_is_cut_keeps_what_it_found(tuning):
         assert [key.split("/")[0] for key in tiles.read_tuning(tuning)] == families[:number]
 
 
+@pytest.mark.parametrize("name", [name for name, row in OPERATORS.items() if list(row.tunings(SMALL))])
+def test_a_tuned_tile_is_the_one_that_a_call_looks_up(name, tuning, monkeypatch):
+    """Also where the table's width is not D, as for a convolution, whose width is its channels."""
+    looked_up, row = set(), OPERATORS[name]
+    monkeypatch.setattr(tiles, "key", lambda *given, key=tiles.key: looked_up.add(key(*given)) or key(*given))
+    example = Example(sizes=SMALL.sizes._replace(width=2048), dtype=torch.float32, device=torch.device("cpu"))
+    row.launches(example)
+    launched = looked_up.copy()
+    looked_up.clear()
+    monkeypatch.setattr("mnclglf_kernels.tune.OPERATORS", {name: row})
+    monkeypatch.setattr(tune, "best", lambda tuning, table, *_: (table, 1.0, 1.0))
+    assert [*tune.tune(example, tuning, 99 << 10, lambda call: 1.0)]
+    assert looked_up <= launched  # nt_xent launches a family of contrastive_losses too
+
+
 def test_a_tuning_ends_in_time(tuning, capsys):
     """Checks no time at all: every family keeps the table's configuration, and no other is launched."""
     found = [*tune.tune(SMALL, tuning, 99 << 10, lambda call: 1.0, seconds=0)]

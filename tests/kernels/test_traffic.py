@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter import counting
 
-from mnclglf_kernels._triton import augment, batch_norm, combine, divide, launch, nt_xent
+from mnclglf_kernels._triton import augment, batch_norm, combine, convolution, divide, launch, nt_xent
 from mnclglf_kernels._triton import contrastive_losses as contrastive
 from mnclglf_kernels._triton import enqueue as queue
 from mnclglf_kernels._triton import nearest_neighbor as neighbor
@@ -136,6 +136,22 @@ def batch_norm_launches() -> list[launch.Launch]:
     return filled(found)
 
 
+def convolution_launches() -> list[launch.Launch]:
+    """Returns those with and without a prologue, with parts that are not full and more than one tile each way."""
+    found = []
+    for dtype, views, (n, c, k, h, w) in (
+        (torch.float16, 2, (6, 32, 48, 5, 3)),
+        (torch.float32, 1, (1, 16, 16, 1, 1)),
+        (torch.float64, 3, (3, 48, 16, 9, 1)),
+    ):
+        x, weight = torch.randn(n, h, w, c).to(dtype).permute(0, 3, 1, 2), torch.randn(k, 3, 3, c).to(dtype)
+        for vectors in ((None, None), torch.ones(2, views, c).to(torch.promote_types(dtype, torch.float32)).unbind()):
+            for t in TILES:
+                results = convolution.empty_results(x, k, views)
+                found += convolution.convolution_launches(x, weight.permute(0, 3, 1, 2), *vectors, *results, t)
+    return filled(found)
+
+
 CASES = {
     "augment": augment_launches,
     "divide": divide_launches,
@@ -146,6 +162,7 @@ CASES = {
     "nt_xent": nt_xent_launches,
     "queue_contrastive_loss": queue_launches,
     "batch_norm": batch_norm_launches,
+    "convolution": convolution_launches,
 }  # shapes at the edges of the tiles
 SMALL = Sizes(images=6, side=8, features=12, k=2, width=20, queue=40, source=9)
 

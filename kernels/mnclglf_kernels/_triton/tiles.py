@@ -72,11 +72,12 @@ def register(family: str, *, half: Entries, fp32: Entries) -> None:
 
 
 class Tuning(NamedTuple):
-    """Kernel family to measure: its launches for a given tile, and the tensors that they write."""
+    """Kernel family to measure: its launches for a given tile, the tensors that they write, its width if not D."""
 
     family: str
     launches: Callable[[Tile], list[Launch]]
     results: list[Tensor]
+    width: int | None = None
 
 
 def tile(family: str, dtype: torch.dtype, width: int, arch: int) -> Tile:
