@@ -119,6 +119,12 @@ class Method(nn.Module, ABC):
         self._backends = backends
         for layer in batch_norms(self):
             layer.backend = backends.batch_norm  # pyright: ignore[reportAttributeAccessIssue]  # a BatchNorm
+        for encoder in self.encoders():
+            encoder.convolution = backends.convolution
+
+    def encoders(self) -> list[ResNet18]:
+        """Returns the online encoder, and the momentum network's where there is one."""
+        return [module for module in self.modules() if isinstance(module, ResNet18)]
 
     @classmethod
     def facts(cls) -> dict[str, Any]:

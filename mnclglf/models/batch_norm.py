@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # the base of all of them
 
 from mnclglf_kernels import Backend, batch_norm
-from mnclglf_kernels.ops.batch_norm import Settings
+from mnclglf_kernels.ops.batch_norm import Settings, running_factors
 
 Fork = tuple[Tensor, Tensor]  # one result, for two uses whose gradients are added as they are read
 
@@ -34,6 +34,11 @@ class Views(NamedTuple):
     def factors(self, momentum: float) -> list[float]:
         """Returns the factors of a running statistic as it was, and of that of each view, after the whole step."""
         return [(1 - momentum) ** self.decays, *(momentum * (1 - momentum) ** after for after in self.after)]
+
+
+def fold_of(views: Views | int, momentum: float) -> list[float]:
+    """Returns the factors of a running statistic as it was, and of that of each view of a batch."""
+    return running_factors(momentum, views) if isinstance(views, int) else views.factors(momentum)
 
 
 class BatchNorm(_BatchNorm):
@@ -73,7 +78,7 @@ class BatchNorm(_BatchNorm):
         return Settings(
             views=views if isinstance(views, int) else len(views.after),
             momentum=self.momentum,
-            fold=None if isinstance(views, int) else views.factors(self.momentum),
+            fold=None if isinstance(views, int) else fold_of(views, self.momentum),
             eps=self.eps,
             residual=residual,
             relu=relu,

@@ -12,6 +12,8 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mnclglf.config import Stem
 from mnclglf.models.batch_norm import BatchNorm, Fork, Stack, Views, without_batch_counters
+from mnclglf.models.fused import features_without_gradient
+from mnclglf_kernels import Backend
 
 
 class ResNet18(nn.Module):
@@ -20,7 +22,16 @@ class ResNet18(nn.Module):
     Args:
         stem: "cifar" is a 3 x 3 convolution of stride 1 without max-pool; "imagenet" the 7 x 7 of stride 2 with it.
         width: channels of the first stage; 64 is ResNet-18.
+
+    Attributes:
+        convolution: backend of training forwards without gradient; "auto" and "torch" compute them as those with one.
+        half_sums: whether these sum in fp16, see `use_half`.
+        overflow: bool, 0-D: whether one of these was not finite since it was last set to false.
     """
+
+    convolution: Backend = "auto"
+    half_sums: bool = False
+    overflow: Tensor
 
     def __init__(self, stem: Stem = "cifar", width: int = 64) -> None:
         super().__init__()
@@ -36,9 +47,12 @@ class ResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         without_batch_counters(self)
+        self.register_buffer("overflow", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def forward(self, images: Tensor, views: Views | int = 1) -> Tensor:
         """Returns the features, [V * N, 8 * width], of V views that share a batch, one after the other."""
+        if self.convolution in ("triton", "cudnn") and self.training and not torch.is_grad_enabled():
+            return features_without_gradient(self, images, views)
         x, shortcut = self.bn1.fork(self.conv1(images), views)
         if self.stem == "imagenet":
             x = shortcut = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)

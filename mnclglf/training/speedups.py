@@ -91,11 +91,17 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     }
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
+    halves = {  # of forwards without gradient that compute in fp16
+        f"{path}.half_weight": module.weight
+        for path, module in method.named_modules()
+        if hasattr(module, "half_weight")
+    }
 
     def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
-        if followed:
-            casts |= zip(followed, cast([*followed.values()], dtype), strict=True)
+        for names, half in ((followed, dtype), (halves, torch.float16)):
+            if names:
+                casts |= zip(names, cast([*names.values()], half), strict=True)
         return functional_call(method, casts, (views, labels))
 
     return forward

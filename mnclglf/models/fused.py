@@ -1,0 +1,119 @@
+"""Forward of an encoder without gradient, by convolutions that do the work of the batch norms around them.
+
+Such a convolution applies the batch norm and the ReLU before it as it reads, and returns the statistics of its result,
+which the batch norm after it needs. So the result of a block's first batch norm is never in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnclglf.models.batch_norm import BatchNorm, Views, fold_of
+from mnclglf_kernels import convolution
+
+if TYPE_CHECKING:
+    from mnclglf.models.encoder import Block, ResNet18
+
+
+class Pending(NamedTuple):
+    """The result of a convolution, and the batch norm that follows, which has not been applied."""
+
+    y: Tensor  # [V * N, C, H, W]
+    scale: Tensor  # [V, C]
+    shift: Tensor
+
+    def applied(self) -> Tensor:
+        """Returns the result of the batch norm, [V * N, C, H, W], in the dtype of its sums."""
+        scale, shift = (x[:, None, :, None, None] for x in (self.scale, self.shift))
+        return (self.y.unflatten(0, (len(scale), -1)) * scale + shift).flatten(0, 1)
+
+
+def use_half(encoder: ResNet18) -> None:
+    """Lets the forwards without gradient compute in fp16 and sum in fp16 where cuDNN can.
+
+    A training step gives each convolution its weight in fp16 beside the one that autocast uses (share_casts).
+    """
+    encoder.half_sums = True
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_buffer("half_weight", layer.weight.detach().half(), persistent=False)
+
+
+def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | int) -> Tensor:
+    """Returns the features, [V * N, 8 * width], of V views that share a batch, normalized by their own statistics.
+
+    Sets `encoder.overflow` where a statistic is not finite: then so are the features, and a running statistic keeps
+    its value.
+    """
+    count = views if isinstance(views, int) else len(views.after)
+    device = images.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+    if encoder.half_sums:
+        dtype = torch.float16
+    statistics: list[Tensor] = []
+
+    def convolve(layer: nn.Conv2d, norm: BatchNorm, x: Tensor, before: Pending | None = None) -> Pending:
+        given: dict[str, Any] = {} if before is None else dict(scale=before.scale, shift=before.shift)
+        weight = layer.half_weight if encoder.half_sums else layer.weight
+        y, mean, var = convolution(
+            x,
+            cast(Tensor, weight).to(dtype),
+            stride=getattr(layer, "step", layer.stride[0]),  # of a NarrowShortcut
+            padding=int(layer.padding[0]),
+            views=count,
+            half_sums=encoder.half_sums,
+            backend=encoder.convolution,
+            **given,
+        )
+        statistics.extend((mean.flatten(), var.flatten()))
+        rows = y.numel() // mean.numel()
+        return Pending(y, *norm_of(norm, mean, var, rows, views))
+
+    def through(block: Block, x: Tensor) -> Tensor:
+        first = convolve(block.conv1, cast(BatchNorm, block.bn1), x)
+        second = convolve(block.conv2, cast(BatchNorm, block.bn2), first.y, first)
+        shortcut = x
+        if block.downsample is not None:
+            layer, norm = cast(nn.Sequential, block.downsample)
+            shortcut = convolve(cast(nn.Conv2d, layer), cast(BatchNorm, norm), x).applied()
+        return F.relu(second.applied() + shortcut).to(dtype)
+
+    with torch.autocast(device, enabled=False):
+        x = F.relu(convolve(encoder.conv1, encoder.bn1, images.to(dtype)).applied()).to(dtype)
+        if encoder.stem == "imagenet":
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+            for block in stage:
+                x = through(cast(Any, block), x)
+        features = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+    finite = torch.cat(statistics).isfinite().all() & features.isfinite().all()
+    encoder.overflow.logical_or_(~finite)
+    return torch.where(finite, features, torch.nan)
+
+
+def norm_of(norm: BatchNorm, mean: Tensor, var: Tensor, rows: int, views: Views | int) -> tuple[Tensor, Tensor]:
+    """Returns scale and shift, [V, C] each, of a batch norm whose input has these statistics.
+
+    Updates the running statistics, where the result is finite.
+
+    Args:
+        norm: the layer.
+        mean: [V, C].
+        var: [V, C], biased.
+        rows: values per view and channel.
+        views: the views in the batch.
+    """
+    if norm.track_running_stats:
+        assert norm.momentum is not None
+        kept, *new = fold_of(views, norm.momentum)
+        for running, own in ((norm.running_mean, mean), (norm.running_var, var * (rows / (rows - 1)))):
+            assert running is not None
+            weights = torch.tensor(new, dtype=own.dtype, device=own.device)
+            updated = kept * running + (weights[:, None] * own).sum(0)
+            running.copy_(torch.where(updated.isfinite(), updated, running))
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return scale, norm.bias - mean * scale
