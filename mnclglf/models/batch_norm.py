@@ -70,8 +70,9 @@ class BatchNorm(_BatchNorm):
         return y, y
 
     def _vectors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        return self.weight, self.bias, *running
+        if not self.track_running_stats:
+            return self.weight, self.bias, None, None
+        return self.weight, self.bias, self.running_mean, self.running_var
 
     def _settings(self, views: Views | int, residual: Tensor | None, relu: bool) -> Settings:
         assert self.momentum is not None, "a cumulative average has no momentum"
