@@ -258,7 +258,7 @@ def count_step(config: RunConfig, side: int, arch: int) -> list[Counted]:
     views = torch.cat(noise(Size(images, side), torch.device("cpu"), method.views))
     views = views.to(dtype, memory_format=torch.channels_last)
     labels = torch.zeros(images, dtype=torch.int64) if method.needs_labels else None
-    step = compiled(share_casts(method, dtype), graphs=False, combo_kernels=config.engine.combo_kernels)
+    step = compiled(share_casts(method, dtype), graphs=False, combo_kernels=config.engine.combo_kernels == "on")
     with torch.autocast("cpu", dtype=dtype):
         return count(step, views, labels, arch=arch)
 
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = replace(
         config,
         model=replace(config.model, width=options.width),
-        engine=replace(config.engine, combo_kernels=options.combo_kernels),
+        engine=replace(config.engine, combo_kernels="on" if options.combo_kernels else "off"),
     )
     graphs = count_step(config, options.side, options.arch)
     if options.json:

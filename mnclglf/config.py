@@ -31,6 +31,7 @@ Switch = Literal["auto", "on", "off"]
 Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
+Choices = Literal["auto", "safe", "all"]
 
 MOST_COUNT = 2**32 - 1
 MOST_FLOAT = (2 - 2**-23) * 2.0**127  # of fp32, in which a run computes
@@ -291,9 +292,13 @@ class EngineConfig:
     graphs: Switch = "auto"
     """Replay CUDA graphs of the compiled forward. auto: if replays of the first batch are bit-equal to the
     compiled step. on: error if they are not."""
-    combo_kernels: bool = False
-    """Merge kernels of a compiled step that do not depend on each other into one launch, on a GPU. By count it saves
-    two launches of MNCLGLF's step, whose views share a batch. Not timed yet."""
+    combo_kernels: Switch = "auto"
+    """Merge kernels of a compiled step that do not depend on each other into one launch, on a GPU. auto: as --choices
+    decides."""
+    choices: Choices = "auto"
+    """Parts of a compiled step on a GPU: our batch norm, combo kernels, CUDA graphs. safe: none of them. all: each that
+    can run here. auto: the first start on a machine times both and compares their errors, which takes minutes, and
+    later ones take what it found. Where an option names a part, that holds."""
     log_every: int = 10
     """Steps between two records of metrics."""
     save_every: float = 1.0
@@ -310,9 +315,9 @@ class EngineConfig:
             "graphs on replays what compile made, and compile is off; take --compile auto, or --graphs off",
         )
         require(
-            not self.combo_kernels or self.compile != "off",
-            "combo_kernels merges kernels of what compile made, and compile is off; take --compile auto, or leave "
-            "--combo-kernels out",
+            self.combo_kernels != "on" or self.compile != "off",
+            "combo_kernels on merges kernels of what compile made, and compile is off; take --compile auto, or "
+            "--combo-kernels auto",
         )
         require(
             self.lookup == "auto" or self.graphs != "on",
@@ -490,6 +495,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     made = dict(values)
     for name, section in SECTIONS.items():
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()}
+        if isinstance(combo := settings.get("combo_kernels"), bool):  # of an earlier version
+            settings["combo_kernels"] = "on" if combo else "off"
         if settings.get("data_dir") is not None:
             settings["data_dir"] = Path(settings["data_dir"])
         made[name] = section(**settings)

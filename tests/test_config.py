@@ -24,6 +24,7 @@ from mnclglf.config import (
     to_dict,
 )
 from mnclglf.recipes import RECIPES
+from mnclglf.runs.files import differences
 
 
 def test_there_and_back_through_json() -> None:
@@ -79,7 +80,7 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (EngineConfig, {"keep_last": 0}, "keep_last 0"),
         (EngineConfig, {"keep_every": 0}, "keep_every 0"),
         (EngineConfig, {"graphs": "on", "compile": "off"}, "graphs on replays what compile made, and compile is off"),
-        (EngineConfig, {"combo_kernels": True, "compile": "off"}, "combo_kernels .* compile is off"),
+        (EngineConfig, {"combo_kernels": "on", "compile": "off"}, "combo_kernels on .* compile is off"),
         (EngineConfig, {"graphs": "on", "lookup": "faiss"}, "lookup faiss cannot be in a CUDA graph"),
         (EngineConfig, {"activation_checkpointing": True, "compile": "on"}, "exclude each other; leave --compile on"),
         (RunConfig, {"seed": -1}, "seed -1"),
@@ -130,3 +131,14 @@ def test_a_file_with_a_setting_that_is_not_finite_names_it(text: str) -> None:
     values["optim"]["lr"] = float(text)
     with pytest.raises(ValueError, match=r"lr (inf|nan) .*finite"):
         from_dict(values)
+
+
+@pytest.mark.parametrize(("saved", "read"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_settings_of_an_earlier_version_are_read_and_hold_at_resume(saved: object, read: str) -> None:
+    """Checks configs of before --combo-kernels took a word and --choices was there."""
+    values = to_dict(RunConfig())
+    values["engine"]["combo_kernels"] = saved
+    del values["engine"]["choices"]
+    config = from_dict(values)
+    assert (config.engine.combo_kernels, config.engine.choices) == (read, "auto")
+    assert differences(config, RunConfig()) == []

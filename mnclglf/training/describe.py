@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +21,26 @@ from mnclglf_kernels.backend import HAS_TRITON
 PICTURED_IMAGES = 6  # in the report
 
 
-def write_run_files(start: Start, out: Path, cuda_graphs: str | None) -> None:
-    """Writes config.json, environment.json and the report's views into the run directory, making it if missing."""
+def write_run_files(start: Start, out: Path, before: Mapping[str, Any]) -> None:
+    """Writes config.json, environment.json and the report's views into the run directory, making it if missing.
+
+    Args:
+        start: the run.
+        out: run directory.
+        before: what was decided about the compiled step before the run was resumed; kept until it is decided anew.
+    """
     out.mkdir(parents=True, exist_ok=True)
     loader = start.loader
     chosen = {
         "precision": name_of(start.machine.dtype),
         "loader": loader.name,
         "kernels": describe_backends(start.method.backends),
-        "cuda_graphs": cuda_graphs,
+        "cuda_graphs": None,
         "image_side": start.data.side,
         "mean": loader.mean.tolist(),
         "std": loader.std.tolist(),
         "method": start.method.facts(),
+        **before,
     }
     write_json(out / "config.json", to_dict(start.config))
     write_json(out / "environment.json", describe_environment(start.machine.device, chosen))

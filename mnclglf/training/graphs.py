@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mnclglf.config import EngineConfig
@@ -60,18 +60,18 @@ def first_difference(
         The first loss, gradient or tensor of the method's state after the step that is not bit-equal; None if all are.
     """
     other = Batch(batch.views.roll(1, 0), batch.indices.roll(1, 0))
-    start = _saved(step)
+    start = saved_state(step)
     try:
         expected = _outcome(step, plain, batch, lr, momentum)
         for _ in range(REPLAYS):
             _outcome(step, replayed, other, lr, momentum)
-            _restore(step, start)
+            restore_state(step, start)
             problem = _difference(expected, _outcome(step, replayed, batch, lr, momentum))
             if problem is not None:
                 return f"the first difference is in {problem}"
         return None
     finally:
-        _restore(step, start)
+        restore_state(step, start)
 
 
 def _outcome(step: TrainStep, forward: Forward, batch: Batch, lr: float, momentum: float) -> dict[str, Tensor]:
@@ -83,11 +83,14 @@ def _outcome(step: TrainStep, forward: Forward, batch: Batch, lr: float, momentu
         step.forward = kept
     found = {"total": losses.total, **losses.terms, "features": losses.features}
     found |= {name: x for name, x in (("keys", losses.keys), ("neighbors", losses.neighbors)) if x is not None}
-    gradients = {name: x.grad for name, x in step.method.named_parameters() if x.grad is not None}
-    found |= {f"the gradient of {name}": gradient for name, gradient in gradients.items()}
-    copies = _copies(found)  # now: the next replay writes where these lie
+    found = copies(found | gradients_of(step.method))  # now: the next replay writes where these lie
     step.update(0, losses, batch, lr=lr, momentum=momentum)
-    return copies | _copies(step.method.state_dict())
+    return found | copies(step.method.state_dict())
+
+
+def gradients_of(method: nn.Module) -> dict[str, Tensor]:
+    """Returns the gradients of a method's parameters, by the words that name them to a user."""
+    return {f"the gradient of {name}": x.grad for name, x in method.named_parameters() if x.grad is not None}
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
@@ -102,14 +105,14 @@ def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     return None
 
 
-def _copies(values: Any) -> Any:
+def copies(values: Any) -> Any:
     """Returns nested values with each tensor copied into host memory, where a step of the largest batch leaves room."""
     return tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), values)
 
 
-def _saved(step: TrainStep) -> dict[str, Any]:
+def saved_state(step: TrainStep) -> dict[str, Any]:
     """Returns a copy of everything that a step changes."""
-    return _copies(
+    return copies(
         {
             "method": dict(step.method.state_dict()),
             "step": step.state_dict(),
@@ -120,9 +123,9 @@ def _saved(step: TrainStep) -> dict[str, Any]:
     )
 
 
-def _restore(step: TrainStep, saved: dict[str, Any]) -> None:
+def restore_state(step: TrainStep, saved: dict[str, Any]) -> None:
     """Sets everything that a step changes to a copy of `saved`; weights and buffers stay where graphs read them."""
-    saved = _copies(saved)
+    saved = copies(saved)
     for name, x in step.method.state_dict().items():
         x.copy_(saved["method"][name])
     step.optimizer.zero_grad()  # of a step that was broken off

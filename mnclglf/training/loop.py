@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -30,6 +31,20 @@ from mnclglf.runs.checkpoint import (
 from mnclglf.runs.console import LastingConsole, say
 from mnclglf.runs.files import check_writable, read_object, write_json
 from mnclglf.runs.locks import training_in
+from mnclglf.training.choices import (
+    Here,
+    apply,
+    changes,
+    choice_from,
+    choose,
+    chooses,
+    forced,
+    key_of,
+    problems_of,
+    recall,
+    remember,
+    require_graphs,
+)
 from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.graphs import USED, problem_of_replays, ruled_out
 from mnclglf.training.guard import NonFiniteError
@@ -37,7 +52,7 @@ from mnclglf.training.health import effective_rank, feature_std, neighbor_agreem
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import Forward, or_eager, share_casts
-from mnclglf.training.start import changed_images, saved_statistics, start_training
+from mnclglf.training.start import Compile, changed_images, describe_backends, saved_statistics, start_training
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -49,6 +64,8 @@ from mnclglf.training.timing import (
     peak_memory_bytes,
     speed_of,
 )
+
+DECIDED = ("cuda_graphs", "choices")  # entries of environment.json about the compiled step
 
 
 class TrainingError(RuntimeError):
@@ -106,8 +123,9 @@ class Trainer:
         )
         if self.compile != "off":
             self.step.forward = self._or_eager(self.step.forward)
+        self.here = Here(self.config.engine, self.device, self.method.backends)
         self.origin = None if checkpoint is None else checkpoint.resolve().parents[1]  # the run that is resumed
-        self.graphs_before: str | None = None  # what was decided there
+        self.before: dict[str, Any] = {}  # what was decided there of the compiled step, as DECIDED names it
         self.milestones: set[int] = set()  # steps of checkpoints that are there, and are never deleted
         self.least_seconds: float | None = None  # the roofline step time, once it is known
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
@@ -145,8 +163,8 @@ class Trainer:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
                 # Rates are closed forms of the step, so that a resumed run needs no schedule state.
                 lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum(step)
-                if step == self.start and self.compile == "graphs":
-                    self._prove_graphs(batch)
+                if step == self.start and self.compile != "off":
+                    self._settle(batch)
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)  # an event on the stream; nothing waits here
                 done = step + 1
@@ -196,8 +214,9 @@ class Trainer:
         record_milestones(self.checkpoints, self.milestones)
         if self.origin is not None:
             with suppress(ValueError):  # damaged: it is written again
-                self.graphs_before = (read_object(self.origin / "environment.json") or {}).get("cuda_graphs")
-        write_run_files(self.started, self.out, self.graphs_before)
+                found = read_object(self.origin / "environment.json") or {}
+                self.before = {name: found[name] for name in DECIDED if name in found}
+        write_run_files(self.started, self.out, self.before)
         self._say(self.started.describe())
         if self.compile != "graphs":
             reason = ruled_out(self.config.engine, self.device) or "torch.compile cannot run here"
@@ -351,23 +370,59 @@ class Trainer:
         whose = "" if self.device.type == "cuda" else " of the whole process"
         self._say(f"{text}; peak memory{whose} {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
-    def _prove_graphs(self, batch: Batch) -> None:
-        """Keeps CUDA graphs if replays of the first batch are bit-equal to the compiled step; changes no state.
+    def _settle(self, batch: Batch) -> None:
+        """Decides the parts of the compiled step on a GPU, and proves CUDA graphs by the first batch; changes no state.
 
         Raises:
-            RuntimeError: --graphs on was given, and they are not.
+            RuntimeError: --graphs on was given, and replays are not the compiled step.
         """
-        config = self.config
-        problem = problem_of_replays(self.step, batch, lr=config.optim.lr, momentum=config.objective.ema_momentum)
+        if chooses(self.device):
+            self._choose(batch)
+        elif self.compile == "graphs":
+            self._prove_graphs(batch)
+
+    def _choose(self, batch: Batch) -> None:
+        """Takes a decision about the parts that is known, or makes one."""
+        could_replay, key = self.compile == "graphs", key_of(self.config, self.here, self.side, self.dtype)
+        before = choice_from(self.before.get("choices"))
+        choice = forced(self.config.engine.choices, self.here)
+        if choice is None and before is not None and not problems_of(before.parts, self.here):
+            choice = replace(before, source="as before it was resumed")
+        known = choice = choice or recall(key, self.here)
+        if choice is not None:
+            apply(self.step, choice.parts)
+            self.step.forward = self.step.forward_of(self.step.compile)
+        else:
+            self._say("compiling the step in two settings and timing both, once on this machine ...")
+            choice = choose(self.step, batch, self.here, self._rates(), say=self._say)
+            remember(key, choice)
+        self.compile = cast(Compile, self.step.compile)
+        if self.compile != "off":
+            self.step.forward = self._or_eager(self.step.forward)
+        self._say("\n".join(choice.lines(self.here)))
+        if before is not None and (changed := changes(before.parts, choice.parts)):
+            self._say(f"choices before it was resumed: {changed}")
+        self._note(choices=choice.to_dict(), kernels=describe_backends(self.method.backends))
+        if self.compile == "graphs" and known is not None:  # those of a new decision are proved
+            self._prove_graphs(batch)
+        elif could_replay:
+            self._decide_graphs(
+                USED if self.compile == "graphs" else f"not used, {choice.taken} was taken: {choice.why}"
+            )
+
+    def _rates(self) -> dict[str, float]:
+        """Returns learning rate and momentum of steps that are tried out."""
+        return {"lr": self.config.optim.lr, "momentum": self.config.objective.ema_momentum}
+
+    def _prove_graphs(self, batch: Batch) -> None:
+        """Keeps CUDA graphs if replays of the first batch are bit-equal to the compiled step; changes no state."""
+        problem = problem_of_replays(self.step, batch, **self._rates())
         if self.compile == "off":  # it turned out as the first step compiled
             self._decide_graphs("not used, torch.compile failed")
         elif problem is None:
             self._decide_graphs(USED)
-        elif config.engine.graphs == "on":
-            raise RuntimeError(
-                f"graphs on was asked for, and replays are not the compiled step: {problem}; take --graphs auto or off"
-            )
         else:
+            require_graphs(self.config.engine, problem)
             self._decide_graphs(f"not used, {problem}")
             self._say("compiling the forward again, without them ...")
             torch.compiler.reset()  # gives the memory of the graphs back
@@ -376,18 +431,23 @@ class Trainer:
 
     def _decide_graphs(self, decision: str) -> None:
         """Prints what was decided about CUDA graphs, and what it was before a resume, and notes it with the run."""
-        before = self.graphs_before
+        before = self.before.get("cuda_graphs")
         changed = "" if before in (None, decision) else f"; before it was resumed: {before}"
         self._say(f"CUDA graphs: {decision}{changed}")
+        self._note(cuda_graphs=decision)
+
+    def _note(self, **decided: Any) -> None:
+        """Writes what was decided into environment.json."""
         path = self.out / "environment.json"
-        write_json(path, {**(read_object(path) or {}), "cuda_graphs": decision})
+        write_json(path, {**(read_object(path) or {}), **decided})
 
     def _or_eager(self, forward: Forward) -> Forward:
         """Returns a forward that goes on eagerly if it cannot be compiled: that makes the run slower, not end."""
         return or_eager(forward, share_casts(self.method, self.dtype), self._stay_eager)
 
     def _stay_eager(self, why: str) -> None:
-        self.compile = "off"
+        self.compile = self.step.compile = "off"
+        self.method.backends = self.here.backends  # which an eager step is faster with
         self._say(why)
 
     def _say(self, text: str) -> None:

@@ -29,6 +29,8 @@ class TrainStep:
         labels: labels of the run's images, int64 [n], on the device; used by a method that needs them.
 
     Attributes:
+        combo_kernels: whether a forward that is compiled from now on merges independent kernels; see choices.py.
+        compile: how the forward is made, as the argument says.
         optimizer: optimizer of optim.py; its learning rates are tensors on the device.
         guard: keeps non-finite values out of the state; its `raise_if_failed` waits for the device.
         scaler: loss scaling for float16; disabled in the other dtypes.
@@ -53,7 +55,8 @@ class TrainStep:
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
             checkpoint_activations(method)
-        self.combo_kernels = engine.combo_kernels and self.device.type == "cuda"
+        self.combo_kernels = engine.combo_kernels == "on" and self.device.type == "cuda"
+        self.compile = compile
         self.forward = self.forward_of(compile)
         self.optimizer = make_optimizer(method, optim)
         self.rates = self._rates()

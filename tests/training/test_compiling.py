@@ -152,7 +152,7 @@ def test_a_compiled_step_has_the_casts_of_the_eager_one(monkeypatch: pytest.Monk
 
 def test_combo_kernels_are_asked_for_on_a_gpu_only(asked: dict[str, object]) -> None:
     """The C++ code that Inductor writes for a CPU has none."""
-    engine = EngineConfig(combo_kernels=True)
+    engine = EngineConfig(combo_kernels="on")
     TrainStep(make_method(), OptimConfig(), engine, torch.float32, compile="on")
     assert asked == {"fullgraph": True, "dynamic": False, "mode": None}
     for compile, graphs in (("on", False), ("graphs", True)):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -758,3 +759,144 @@ def test_a_resumed_run_says_what_is_decided_otherwise(
     monkeypatch.setattr("mnclglf.training.start.choose_compile", lambda *_: "graphs")
     trainer(first).train()  # at its end nothing is replayed, so that nothing is decided anew
     assert decided(first) == "not used, the run is on the CPU"
+
+
+NO_DRAW: dict[str, Any] = {"objective": dataclasses.replace(CONFIG.objective, one_embedding=False)}
+"""Settings of a run whose steps draw no random numbers, so that they can be compared."""
+
+
+@pytest.fixture(scope="module")
+def without_draws(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("without_draws") / "run"
+    assert trainer(out, **NO_DRAW).train() is None
+    return out
+
+
+@pytest.fixture
+def as_on_a_gpu(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Pretends a machine where runs choose, and CUDA graphs are the part that can be on."""
+    monkeypatch.setattr("mnclglf.training.loop.chooses", lambda _: True)
+    reason = lambda engine, _: "--graphs off" if engine.graphs == "off" else None  # noqa: E731
+    monkeypatch.setattr("mnclglf.training.choices.ruled_out", reason)
+    monkeypatch.setattr("mnclglf.training.loop.choose", partial(loop.choose, rounds=1, steps=1))
+    return compiles
+
+
+def decide(monkeypatch: pytest.MonkeyPatch, verdict: str | None) -> list[int]:
+    """Lets a measurement end with a verdict, None for all; returns a list that grows by each measurement."""
+    measured: list[int] = []
+    monkeypatch.setattr("mnclglf.training.choices.verdict", lambda *_: measured.append(1) or verdict)
+    return measured
+
+
+def choices_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "environment.json").read_text())["choices"]
+
+
+def test_a_choice_does_not_change_the_run(
+    without_draws: Path, tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks a run that measures, one that takes what an earlier start found, and their report."""
+    console, out, measured = silent(), tmp_path / "run", decide(monkeypatch, None)
+    trainer(out, console=console, **NO_DRAW).train()
+    assert measured == [1]
+    assert as_on_a_gpu == [True, True, False]  # before the choice, and the two settings
+    text = printed(console)
+    assert re.search(r"choices, at this start:\n +part +safe +all\n", text)
+    number = r"\d+\.\d\d\S*"
+    assert re.search(rf"CUDA graphs +off +on\n +error +{number} +{number}\n +ms per step +{number} +{number}\n", text)
+    assert re.search(r"  taken: all, .* times as fast as safe", text)
+    assert decided(out).startswith("used, ")
+    assert choices_of(out)["parts"] == {"batch_norm": "torch", "combo_kernels": "off", "graphs": "on"}
+    assert "times as fast as safe" in write_report(out).read_text()
+    assert_identical(final_state(without_draws), final_state(out))
+    assert figures(without_draws) == figures(out)
+
+    console, again = silent(), tmp_path / "again"
+    trainer(again, console=console, **NO_DRAW).train()
+    assert measured == [1]
+    assert "choices, from an earlier start on this machine:" in printed(console)
+    assert choices_of(again)["parts"] == choices_of(out)["parts"]
+    assert "CUDA graphs: used, 2 replays" in printed(console)  # proved again
+    assert_identical(final_state(without_draws), final_state(again))
+
+
+def test_the_safe_setting_trains_to_the_same_bit(
+    without_draws: Path, tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, out = silent(), tmp_path / "run"
+    decide(monkeypatch, "it is slow")
+    trainer(out, console=console, **NO_DRAW).train()
+    assert as_on_a_gpu[-1] is False
+    assert "  taken: safe, it is slow" in printed(console)
+    assert "CUDA graphs: not used, safe was taken: it is slow" in printed(console)
+    assert choices_of(out)["taken"] == "safe"
+    assert_identical(final_state(without_draws), final_state(out))
+
+
+def test_a_resumed_run_takes_its_own_choice(
+    tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    decide(monkeypatch, "it is slow")
+    trainer(first, **NO_DRAW).train()
+    (Path(os.environ["XDG_CACHE_HOME"]) / "mnclglf" / "choices.json").unlink()
+    measured = decide(monkeypatch, None)
+    checkpoint = str(list_checkpoints(first / "checkpoints")[0][1])
+    console = silent()
+    trainer(second, resume=checkpoint, console=console, **NO_DRAW).train()
+    assert measured == []
+    assert "choices, as before it was resumed:" in printed(console)
+    assert choices_of(second)["parts"]["graphs"] == "off"
+    assert "choices before" not in printed(console)
+
+    engine = dataclasses.replace(CONFIG.engine, choices="all")
+    console = silent()
+    trainer(third, resume=checkpoint, console=console, engine=engine, **NO_DRAW).train()
+    assert measured == []
+    assert "choices before it was resumed: graphs off" in printed(console)
+    assert choices_of(third)["parts"]["graphs"] == "on"
+
+    # What the machine cannot run is chosen anew.
+    path = first / "environment.json"
+    parts = {**choices_of(first)["parts"], "graphs": "on"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "choices": {**choices_of(first), "parts": parts}}))
+    console = silent()
+    engine = dataclasses.replace(CONFIG.engine, graphs="off")
+    trainer(tmp_path / "fourth", resume=checkpoint, console=console, engine=engine, **NO_DRAW).train()
+    assert "choices before it was resumed: graphs on" in printed(console)
+    assert "taken: all, nothing else can run here" in printed(console)
+    assert measured == []
+
+
+def test_damaged_choices_of_a_run_are_made_anew(
+    tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measured = tmp_path / "run", decide(monkeypatch, None)
+    trainer(out, **NO_DRAW).train()
+    path = out / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "choices": {"taken": 3}}))
+    checkpoint = str(list_checkpoints(out / "checkpoints")[0][1])
+    console = silent()
+    trainer(tmp_path / "next", resume=checkpoint, console=console, **NO_DRAW).train()
+    assert "choices, from an earlier start" in printed(console)
+    assert measured == [1]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_compiler_that_fails_in_both_settings_leaves_an_eager_run(
+    without_draws: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise BackendCompilerFailed(loop, ValueError("no such instruction"), None)
+
+    monkeypatch.setattr("mnclglf.training.step.compiled", lambda *_, **__: failing)
+    console, out = silent(), tmp_path / "run"
+    trainer(out, console=console, **NO_DRAW).train()
+    assert "torch.compile failed, the step stays eager: " in printed(console)
+    assert "CUDA graphs: not used, safe was taken: all fails: " in printed(console)
+    assert_identical(final_state(without_draws), final_state(out))
+
+
+def test_a_run_on_the_cpu_has_no_choices(straight: Path) -> None:
+    assert "choices" not in json.loads((straight / "environment.json").read_text())
