@@ -12,6 +12,7 @@ from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.batch_norm import Network, batch_norms
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.feature_queue import FeatureQueue
+from mnclglf.models.fused import set_half
 from mnclglf.models.momentum import update_momentum
 from mnclglf_kernels import Backend, Backends
 from mnclglf_kernels.operators import OperatorName
@@ -37,6 +38,7 @@ class Method(nn.Module, ABC):
         views: number of views per image that `forward` takes.
         needs_labels: whether `forward` needs the images' labels.
         operators: names of the operators of mnclglf_kernels that a step calls.
+        without_gradient: whether a step has forwards of an encoder without gradient.
         divided_views: numbers, from 1, of the views that `forward` cuts into patches; for the report's picture.
         batch_candidates: whether each term of the loss picks one of N candidates, the images of the batch: it is ln N
             while all look alike, which the report draws as a dashed line.
@@ -49,6 +51,7 @@ class Method(nn.Module, ABC):
     views: int
     needs_labels: bool = False
     operators: tuple[OperatorName, ...] = ()
+    without_gradient: bool = False
     divided_views: tuple[int, ...] = ()
     batch_candidates: bool = False
     projector: nn.Module
@@ -119,12 +122,24 @@ class Method(nn.Module, ABC):
         self._backends = backends
         for layer in batch_norms(self):
             layer.backend = backends.batch_norm  # pyright: ignore[reportAttributeAccessIssue]  # a BatchNorm
-        for encoder in self.encoders():
-            encoder.convolution = backends.convolution
 
     def encoders(self) -> list[ResNet18]:
         """Returns the online encoder, and the momentum network's where there is one."""
         return [module for module in self.modules() if isinstance(module, ResNet18)]
+
+    def fuse(self, convolution: Backend, *, half_sums: bool = False) -> None:
+        """Chooses the convolutions of training forwards without gradient: models/fused.py has what they fuse.
+
+        Args:
+            convolution: "triton" or "cudnn" for those of the operator `convolution`; "torch" for PyTorch's own, which
+                are not fused.
+            half_sums: whether they compute in fp16, and sum in fp16 where cuDNN can.
+        """
+        for encoder in self.encoders():
+            encoder.convolution = convolution
+            set_half(encoder, half_sums)
+        for layer in batch_norms(self):
+            layer.after_half = half_sums  # pyright: ignore[reportArgumentType]  # a BatchNorm
 
     @classmethod
     def facts(cls) -> dict[str, Any]:

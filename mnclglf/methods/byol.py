@@ -28,6 +28,7 @@ class BYOL(Method):
     """Two networks. See the module for the algorithm."""
 
     views = 2
+    without_gradient = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)

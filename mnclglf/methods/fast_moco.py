@@ -32,6 +32,7 @@ class FastMoCo(Method):
 
     views = 2
     operators = ("divide", "combine", "contrastive_losses")
+    without_gradient = True
     divided_views = (1, 2)
     batch_candidates = True
 

@@ -34,6 +34,7 @@ class MNCLGLF(Method):
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
+    without_gradient = True
     divided_views = (1, 3)
     batch_candidates = True
 

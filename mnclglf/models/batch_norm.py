@@ -41,6 +41,12 @@ def fold_of(views: Views | int, momentum: float) -> list[float]:
     return running_factors(momentum, views) if isinstance(views, int) else views.factors(momentum)
 
 
+def update_where_finite(running: Tensor | None, new: Tensor | None) -> None:
+    """Sets a running statistic, if there is one, to its new values that are finite."""
+    if running is not None and new is not None:
+        running.copy_(torch.where(new.isfinite(), new, running))
+
+
 class BatchNorm(_BatchNorm):
     """Batch norm of [V * N, C, H, W] images or [V * N, C] rows, with a residual addition and a ReLU that follow.
 
@@ -48,15 +54,25 @@ class BatchNorm(_BatchNorm):
 
     Attributes:
         backend: backend of the operator, see mnclglf_kernels.resolve.
+        after_half: whether the inputs of forwards without gradient may have overflowed in fp16, see fused.py: a running
+            statistic then stays where the new one is not finite.
     """
 
     backend: Backend = "auto"
+    after_half: bool = False
 
     def forward(
         self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         if self.training:
-            return batch_norm(input, *self._vectors(), **self._settings(views, residual, relu))
+            weight, bias, *running = self._vectors()
+            guarded = self.after_half and not torch.is_grad_enabled()
+            updated = [x if x is None else x.clone() for x in running] if guarded else running
+            y = batch_norm(input, weight, bias, *updated, **self._settings(views, residual, relu))
+            if guarded:
+                for old, new in zip(running, updated, strict=True):
+                    update_where_finite(old, new)
+            return y
         normalized = super().forward(input)
         if residual is not None:
             normalized = normalized + residual

@@ -25,7 +25,7 @@ class ResNet18(nn.Module):
 
     Attributes:
         convolution: backend of training forwards without gradient; "auto" and "torch" compute them as those with one.
-        half_sums: whether these sum in fp16, see `use_half`.
+        half_sums: whether these sum in fp16, see `set_half`.
         overflow: bool, 0-D: whether one of these was not finite since it was last set to false.
     """
 

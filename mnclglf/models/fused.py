@@ -6,13 +6,14 @@ which the batch norm after it needs. So the result of a block's first batch norm
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnclglf.models.batch_norm import BatchNorm, Views, fold_of
+from mnclglf.models.batch_norm import BatchNorm, Views, fold_of, update_where_finite
 from mnclglf_kernels import convolution
 
 if TYPE_CHECKING:
@@ -32,15 +33,19 @@ class Pending(NamedTuple):
         return (self.y.unflatten(0, (len(scale), -1)) * scale + shift).flatten(0, 1)
 
 
-def use_half(encoder: ResNet18) -> None:
-    """Lets the forwards without gradient compute in fp16 and sum in fp16 where cuDNN can.
+def set_half(encoder: ResNet18, half: bool) -> None:
+    """Lets the forwards without gradient compute in fp16, and sum in fp16 where cuDNN can, or no longer.
 
     A training step gives each convolution its weight in fp16 beside the one that autocast uses (share_casts).
     """
-    encoder.half_sums = True
+    if half == encoder.half_sums:
+        return
+    encoder.half_sums = half
     for layer in encoder.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and half:
             layer.register_buffer("half_weight", layer.weight.detach().half(), persistent=False)
+        elif isinstance(layer, nn.Conv2d):
+            del layer.half_weight
 
 
 def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | int) -> Tensor:
@@ -51,9 +56,9 @@ def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | 
     """
     count = views if isinstance(views, int) else len(views.after)
     device = images.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
-    if encoder.half_sums:
-        dtype = torch.float16
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    outside = torch.get_autocast_dtype(device) if autocast else images.dtype
+    dtype = torch.float16 if encoder.half_sums else outside
     statistics: list[Tensor] = []
 
     def convolve(layer: nn.Conv2d, norm: BatchNorm, x: Tensor, before: Pending | None = None) -> Pending:
@@ -82,14 +87,15 @@ def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | 
             shortcut = convolve(cast(nn.Conv2d, layer), cast(BatchNorm, norm), x).applied()
         return F.relu(second.applied() + shortcut).to(dtype)
 
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         x = F.relu(convolve(encoder.conv1, encoder.bn1, images.to(dtype)).applied()).to(dtype)
         if encoder.stem == "imagenet":
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
             for block in stage:
                 x = through(cast(Any, block), x)
-        features = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        # Under autocast to bf16 no operator takes bf16 and fp16 together.
+        features = torch.flatten(F.adaptive_avg_pool2d(x.to(outside), 1), 1)
     finite = torch.cat(statistics).isfinite().all() & features.isfinite().all()
     encoder.overflow.logical_or_(~finite)
     return torch.where(finite, features, torch.nan)
@@ -113,7 +119,6 @@ def norm_of(norm: BatchNorm, mean: Tensor, var: Tensor, rows: int, views: Views 
         for running, own in ((norm.running_mean, mean), (norm.running_var, var * (rows / (rows - 1)))):
             assert running is not None
             weights = torch.tensor(new, dtype=own.dtype, device=own.device)
-            updated = kept * running + (weights[:, None] * own).sum(0)
-            running.copy_(torch.where(updated.isfinite(), updated, running))
+            update_where_finite(running, kept * running + (weights[:, None] * own).sum(0))
     scale = norm.weight * (var + norm.eps).rsqrt()
     return scale, norm.bias - mean * scale

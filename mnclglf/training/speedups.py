@@ -83,19 +83,17 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     """
     if dtype == torch.float32:
         return method
+    layers = {path: module for path, module in method.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    # Of forwards without gradient that compute in fp16. A momentum network has no others.
+    halves = {f"{path}.half_weight": module.weight for path, module in layers.items() if hasattr(module, "half_weight")}
     weights = {
         f"{path}.{name}": parameter
-        for path, module in method.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        for path, module in layers.items()
         for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad or not hasattr(module, "half_weight")
     }
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
-    halves = {  # of forwards without gradient that compute in fp16
-        f"{path}.half_weight": module.weight
-        for path, module in method.named_modules()
-        if hasattr(module, "half_weight")
-    }
 
     def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
         casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))

@@ -379,6 +379,8 @@ def choose_backends(
         needed: Sequence[OperatorName] = (
             (*METHODS[config.method].operators, "batch_norm", "augment") if operators is None else operators
         )
+        if operators is None and METHODS[config.method].without_gradient and dtype != torch.float32:
+            needed = (*needed, "convolution")  # that choices.py may take
         used: list[OperatorName] = [
             op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,8 @@ class TrainStep:
         optimizer: optimizer of optim.py; its learning rates are tensors on the device.
         guard: keeps non-finite values out of the state; its `raise_if_failed` waits for the device.
         scaler: loss scaling for float16; disabled in the other dtypes.
+        overflows: number of steps of this process in which a forward without gradient overflowed in fp16, on the
+            device.
     """
 
     def __init__(
@@ -62,12 +65,13 @@ class TrainStep:
         self.rates = self._rates()
         self.guard = Guard(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.overflows = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
         """Trains on one batch.
 
         If a loss, the gradient or the queue keys are not finite, weights, momentum network and queue do not change, in
-        this step or any later one. An fp16 overflow skips the step and halves the loss scale.
+        this step or any later one. An fp16 overflow skips the step; one of the gradient halves the loss scale.
 
         Returns:
             The losses and the gradient's norm before clipping, both still on the device.
@@ -115,14 +119,32 @@ class TrainStep:
 
     def should_update(self, step: int, losses: Losses, gradient_norm: Tensor) -> Tensor:
         """Returns whether the step may change the state: bool, 0-D, on the device."""
-        keys = {} if losses.keys is None else {"keys": losses.keys}
-        if not self.scaler.is_enabled():
-            return self.guard.check(step, {**losses.terms, "gradient": gradient_norm, **keys})
-        # An overflow at a scale of 1 or more only shows that the scale is too large, and GradScaler halves it. Below 1
-        # the unscaled gradient itself is not finite, which no scale can mend: the guard has to see it.
-        scale: Tensor = self.scaler._scale  # pyright: ignore  # get_scale() would wait for the device
-        gradient = torch.where(scale < 1, gradient_norm, torch.zeros_like(gradient_norm))
-        return self.guard.check(step, {**losses.terms, "gradient": gradient, **keys}) & gradient_norm.isfinite()
+        values = {**losses.terms, "gradient": gradient_norm} | ({} if losses.keys is None else {"keys": losses.keys})
+        gates: list[Tensor] = []
+        overflowed = self._overflowed()
+        if overflowed is not None:  # the guard would take what follows from it for the end of the run
+            values = {name: torch.where(overflowed, 0, value) for name, value in values.items()}
+            gates.append(~overflowed)
+        if self.scaler.is_enabled():
+            # An overflow at a scale of 1 or more only shows that the scale is too large, and GradScaler halves it.
+            # Below 1 the unscaled gradient itself is not finite, which no scale can mend: the guard has to see it.
+            scale: Tensor = self.scaler._scale  # pyright: ignore  # get_scale() would wait for the device
+            gates.append(gradient_norm.isfinite())
+            values["gradient"] = torch.where(scale < 1, values["gradient"], 0)
+        return reduce(torch.logical_and, gates, self.guard.check(step, values))
+
+    def _overflowed(self) -> Tensor | None:
+        """Returns whether a forward in fp16 without gradient overflowed in this step, and counts it; None without one.
+
+        Its features are NaN then, and so is what follows from them.
+        """
+        flags = [encoder.overflow for encoder in self.method.encoders() if encoder.half_sums]
+        if not flags:
+            return None
+        overflowed = torch.stack(flags).any()
+        self.overflows += overflowed
+        torch._foreach_zero_(flags)  # pyright: ignore
+        return overflowed
 
     def _rates(self) -> list[Tensor]:
         """Returns the learning rates that follow the schedule."""

@@ -227,6 +227,16 @@ def test_a_weight_is_cast_once_a_step() -> None:
     assert share_casts(method, torch.float32) is method
 
 
+def test_a_weight_is_cast_to_fp16_once_a_step_and_otherwise_only_if_that_is_used() -> None:
+    method, batch = fused_in_fp16(make_method(dtype=torch.bfloat16)), make_batch(dtype=torch.bfloat16)
+    counts = names_of_casts(method, share_casts(method, torch.bfloat16), batch)
+    convolutions = [f"{path}.weight" for path, x in method.encoder.named_modules() if isinstance(x, nn.Conv2d)]
+    assert {f"encoder.{name}": counts[f"encoder.{name}"] for name in convolutions} == {
+        f"encoder.{name}": 2 for name in convolutions
+    }
+    assert {counts[f"momentum.0.{name}"] for name in convolutions} == {1}
+
+
 def test_shared_casts_train_to_the_bit_as_autocast_does(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = trained(PLAIN, dtype=torch.bfloat16)
     monkeypatch.setattr("mnclglf.training.step.share_casts", lambda method, dtype: method)
@@ -352,6 +362,71 @@ def test_an_fp16_gradient_that_is_never_finite_is_an_error() -> None:
         step(number, make_batch(dtype=torch.float16), lr=0.1, momentum=0.9)
     with pytest.raises(NonFiniteError, match="step 17: gradient not finite"):
         step.guard.raise_if_failed()
+
+
+def fused_in_fp16(method: MNCLGLF) -> MNCLGLF:
+    """Lets both networks without gradient compute in fp16; the width has no Triton kernel, so PyTorch computes."""
+    method.fuse("triton", half_sums=True)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype"),
+    [("momentum", torch.bfloat16), ("momentum", torch.float16), ("stop-gradient", torch.bfloat16)],
+    ids=str,
+)
+def test_an_overflow_without_gradient_costs_its_step_alone(network: str, dtype: torch.dtype) -> None:
+    method, batch = fused_in_fp16(make_method(dtype=dtype)), make_batch(dtype=dtype)
+    step = TrainStep(method, OptimConfig(), EngineConfig(), dtype)
+    step(0, batch, lr=0.1, momentum=0.9)
+    encoder = method.encoder if network == "stop-gradient" else method.encoders()[1]
+    kept = encoder.layer2[0].conv1.weight.detach().clone()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    with torch.no_grad():  # of the weight in fp16 alone: a batch norm later the result would be the same in fp32
+        encoder.layer2[0].conv1.weight.mul_(1e8)
+    wrong = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+    losses, _ = step(1, batch, lr=0.1, momentum=0.9)
+    # A lookup of keys that are no numbers finds row 0, so the losses alone do not show it.
+    assert losses.total.isfinite() == (network == "momentum")
+    assert step.overflows == 1
+    step.guard.raise_if_failed()
+    for name, value in method.state_dict().items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, before[name]) or name in wrong or "running" in name, name
+    with torch.no_grad():
+        encoder.layer2[0].conv1.weight.copy_(kept)
+    losses, _ = step(2, batch, lr=0.1, momentum=0.9)
+    assert losses.total.isfinite()
+    assert step.overflows == 1
+    step.guard.raise_if_failed()
+    trains = dtype == torch.bfloat16  # in fp16 the first gradients overflow
+    assert torch.equal(method.encoder.conv1.weight, before["encoder.conv1.weight"]) != trains
+
+
+def test_a_loss_that_is_not_finite_without_an_overflow_is_an_error() -> None:
+    method = fused_in_fp16(make_method(dtype=torch.bfloat16))
+    step = TrainStep(method, OptimConfig(), EngineConfig(), torch.bfloat16)
+    with torch.no_grad():
+        method.predictor[0].weight[0, 0] = torch.nan
+    step(0, make_batch(dtype=torch.bfloat16), lr=0.1, momentum=0.9)
+    with pytest.raises(NonFiniteError, match="step 0"):
+        step.guard.raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_networks_without_gradient_in_fp16_train_as_those_in_fp32(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    batch, steps = make_batch(), []
+    for fused in (False, True):
+        method = make_method(dtype=torch.float32 if not fused else dtype)
+        step = TrainStep(
+            fused_in_fp16(method) if fused else method, OptimConfig(), PLAIN, dtype if fused else torch.float32
+        )
+        losses, _ = step(0, batch, lr=0.0, momentum=1.0)
+        steps.append(losses)
+    expected, found = steps
+    for name, value in found.terms.items():  # 2^-9 per rounding of the online network in bf16, through 20 layers
+        assert value.item() == pytest.approx(expected.terms[name].item(), rel=2e-2), name
 
 
 def test_fp16_trains_as_fp32_within_its_precision() -> None:
