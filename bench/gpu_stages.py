@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from mnclglf.config import MethodName, RunConfig
+    from mnclglf.data.loader import Batch
+    from mnclglf.training.choices import Choice
+    from mnclglf.training.step import TrainStep
     from mnclglf_kernels.sizes import Sizes
 
 Figures = dict[str, Any]
@@ -66,7 +69,6 @@ class Setting:
         shallow: true for encoders of one residual block in training stages, which compile in seconds.
         start: seconds that a real run takes before its second step: it checks, compiles and proves.
         compiled: method that the compiled steps train instead; None for the run's.
-        unknown: options of Inductor that its code for this device does not know; they stay as they are.
         seconds: time that the stage may use.
         folder: folder for files that outlive the stage.
         packs: unpacked packs, which may hold data sets too.
@@ -88,7 +90,6 @@ class Setting:
     shallow: bool = False
     start: float = 35.0
     compiled: MethodName | None = None
-    unknown: tuple[str, ...] = ()
     seconds: float = math.inf
     folder: Path = Path()
     packs: tuple[Path, ...] = ()
@@ -184,7 +185,6 @@ def on_a_cpu(*, seconds: float = math.inf, **given: Any) -> Setting:
         shallow=True,
         start=5,
         compiled="nnclr",  # two forwards where MNCLGLF has seven: a third of the code to compile
-        unknown=("combo_kernels",),  # with it the C++ code computed NaN (torch 2.14; pytorch#167780)
         seconds=min(seconds, 40.0),
         **given,
     )
@@ -306,29 +306,62 @@ def training(
         options: options of torch._inductor.config to compile with.
     """
     import torch
-    from rich.console import Console
     from torch._inductor import config as inductor
+
+    from mnclglf.training.roofline import least_seconds, peaks_of
+    from mnclglf.training.start import describe_backends
+    from mnclglf.training.timing import forget_peak_memory, peak_memory_bytes
+
+    device, dtype, sizes = setting.device, setting.dtype, setting.sizes
+    for name, value in (options or {}).items():
+        if not hasattr(inductor, name):
+            yield {LEFT_OUT: f"torch {torch.__version__} has no option {name} of Inductor"}
+            return
+        setattr(inductor, name, value)
+    config, train, batches = step_on_noise(setting, kernels=kernels, compile=compile)
+    if device.type == "cuda":
+        inductor.triton.cudagraph_or_error = compile == "graphs"
+        if hasattr(inductor, "graph_partition"):
+            inductor.graph_partition = False  # else what cannot be in a graph splits it silently
+    seconds: list[float] = []
+    losses: list[float] = []
+    for step in range(setting.steps):
+        if step == setting.steps // 5:
+            forget_peak_memory(device)
+        since = time.perf_counter()
+        found, _ = train(step, batches[step % NOISE_BATCHES], lr=0.1, momentum=0.99)
+        losses.append(found.total.item())  # waits for the device
+        seconds.append(time.perf_counter() - since)
+        if step == 0:
+            yield {"kernels": describe_backends(train.method.backends), "first step, seconds": round(seconds[0], 1)}
+    train.guard.raise_if_failed()
+    steady = statistics.median(seconds[setting.steps // 5 :])
+    least = least_seconds(config, sizes.side, dtype, peaks_of(device, dtype, tf32=config.engine.tf32))
+    yield {
+        "median step, ms": round(1000 * steady, 2),
+        "images/s": round(config.optim.batch_size / steady, 1),
+        "roofline fraction": round(least / steady, 3),
+        "peak memory, GiB": round(peak_memory_bytes(device) / 2**30, 2),
+        "first losses": ", ".join(f"{loss:.6f}" for loss in losses[:4]),
+        "loss at the end": round(losses[-1], 4),
+    }
+
+
+def step_on_noise(setting: Setting, *, kernels: str, compile: str) -> tuple[RunConfig, TrainStep, list[Batch]]:
+    """Makes the step of a training stage, and the batches that it sees in turn; `training` has the arguments."""
+    import torch
+    from rich.console import Console
 
     from mnclglf.config import EngineConfig
     from mnclglf.data.loader import Batch
-    from mnclglf.training.roofline import least_seconds, peaks_of
     from mnclglf.training.speedups import use_fast_math
-    from mnclglf.training.start import Machine, build_method, choose_backends, compiler_problem, describe_backends
+    from mnclglf.training.start import Machine, build_method, choose_backends, compiler_problem
     from mnclglf.training.step import TrainStep
-    from mnclglf.training.timing import forget_peak_memory, peak_memory_bytes
 
     device, dtype, sizes = setting.device, setting.dtype, setting.sizes
     if compile != "off":
         problem = compiler_problem(device)
         assert problem is None, problem
-    for name, value in (options or {}).items():
-        if not hasattr(inductor, name):
-            yield {LEFT_OUT: f"torch {torch.__version__} has no option {name} of Inductor"}
-            return
-        if name in setting.unknown:
-            yield {f"{name} stays {getattr(inductor, name)}": f"not for {setting.device}"}
-        else:
-            setattr(inductor, name, value)
     engine: Any = dict(kernels=kernels, precision={torch.float32: "fp32"}.get(dtype, "auto"))
     config = replace(setting.config, engine=EngineConfig(**engine))
     if compile != "off" and setting.compiled is not None:
@@ -341,9 +374,6 @@ def training(
     method.backends = choose_backends(config, sizes.source, sizes.side, Machine(device, dtype), console)
     if device.type == "cuda":
         use_fast_math(config.engine, dtype)
-        inductor.triton.cudagraph_or_error = compile == "graphs"
-        if hasattr(inductor, "graph_partition"):
-            inductor.graph_partition = False  # else what cannot be in a graph splits it silently
     train = TrainStep(method, config.optim, config.engine, dtype, compile=compile)
     noise = torch.randn(
         NOISE_BATCHES,
@@ -361,27 +391,72 @@ def training(
         )
         for views in noise
     ]
-    seconds: list[float] = []
-    losses: list[float] = []
-    for step in range(setting.steps):
-        if step == setting.steps // 5:
-            forget_peak_memory(device)
-        since = time.perf_counter()
-        found, _ = train(step, batches[step % NOISE_BATCHES], lr=0.1, momentum=0.99)
-        losses.append(found.total.item())  # waits for the device
-        seconds.append(time.perf_counter() - since)
-        if step == 0:
-            yield {"kernels": describe_backends(method.backends), "first step, seconds": round(seconds[0], 1)}
-    train.guard.raise_if_failed()
-    steady = statistics.median(seconds[setting.steps // 5 :])
-    least = least_seconds(config, sizes.side, dtype, peaks_of(device, dtype, tf32=config.engine.tf32))
-    yield {
-        "median step, ms": round(1000 * steady, 2),
-        "images/s": round(config.optim.batch_size / steady, 1),
-        "roofline fraction": round(least / steady, 3),
-        "peak memory, GiB": round(peak_memory_bytes(device) / 2**30, 2),
-        "first losses": ", ".join(f"{loss:.6f}" for loss in losses[:4]),
-        "loss at the end": round(losses[-1], 4),
+    return config, train, batches
+
+
+def choices(setting: Setting) -> Iterator[Figures]:
+    """Makes the choice of a run's start, then times `all` without each of its parts; later runs take the choice.
+
+    Each setting's losses and gradients have an error beside a step in fp64, at most twice that of `safe` if it is to
+    be taken.
+    """
+    import torch
+
+    from mnclglf.training import choices as made
+    from mnclglf.training.graphs import restore_state, saved_state
+    from mnclglf.training.timing import StepClock
+
+    began = time.monotonic()
+    kernels = "auto" if setting.device.type == "cuda" else "require"  # "auto" interprets nothing
+    config, step, (batch, *_) = step_on_noise(setting, kernels=kernels, compile="on")
+    config = replace(config, engine=replace(config.engine, kernels="auto"))
+    here = made.Here(config.engine, setting.device, step.method.backends)
+    rates = {"lr": 0.1, "momentum": 0.99}
+    rounds, steps = setting.rounds, max(1, setting.steps // 5)
+    start = saved_state(step)
+    truth = made.exact_outcome(step, batch)
+    restore_state(step, start)
+    yield {"step in fp64": truth if isinstance(truth, str) else f"done after {time.monotonic() - began:.0f} s"}
+    choice = made.choose(step, batch, here, rates, say=print, rounds=rounds, steps=steps, truth=truth)
+    made.remember(made.key_of(config, here, setting.sizes.side, setting.dtype), choice)
+    rows = [
+        {"setting": name, **choice.settings[name]} | measured(choice.errors[name], choice.milliseconds[name], choice)
+        for name in made.NAMES
+    ]
+    error, allowed = choice.errors[made.ALL], choice.errors[made.SAFE]
+    right = error is not None and allowed is not None and error <= made.MOST_ERROR * allowed
+    taken = {"taken": f"{choice.taken}: {choice.why}", "decided after, seconds": round(time.monotonic() - began)}
+    yield {"settings": [*rows], **taken, WRONG: [] if right or isinstance(truth, str) else [choice.why]}
+    if isinstance(truth, str):
+        return
+    longest = 0.0
+    best = choice.settings[made.ALL]
+    for part in reversed(made.PARTS):  # graphs first: without them little is compiled anew
+        value = made.settings_of(here)[made.SAFE][part.name]
+        if value == best[part.name]:
+            continue
+        since = time.monotonic()
+        if since - began + longest > setting.seconds:
+            yield {f"{LEFT_OUT}: all without {part.title}": "the stage's time is over"}
+            continue
+        torch.compiler.reset()  # gives the memory of graphs back
+        alone = made.Candidate(name=f"all without {part.title}", parts={**best, part.name: value})
+        made.try_out(alone, step, batch, here, rates, truth)
+        restore_state(step, start)
+        alone.problem = alone.problem or made.time_in_turns((alone,), step, batch, rates, StepClock, rounds, steps)
+        restore_state(step, start)
+        rows.append({"setting": alone.name, **alone.parts} | measured(alone.error, alone.milliseconds, choice))
+        longest = max(longest, time.monotonic() - since)
+        yield {"settings": [*rows], WRONG: [] if alone.problem is None else [f"{alone.name}: {alone.problem}"]}
+
+
+def measured(error: float | None, milliseconds: float | None, choice: Choice) -> Figures:
+    """Returns the cells of a setting: error, also in those of the safe setting, and time."""
+    safe = choice.errors["safe"]
+    return {
+        "error": "-" if error is None else f"{error:.2e}",
+        "of safe's": "-" if error is None or not safe else f"{error / safe:.2f}",
+        "ms": "-" if milliseconds is None else f"{milliseconds:.2f}",
     }
 
 
@@ -689,7 +764,7 @@ def run(setting: Setting) -> Iterator[Figures]:
 
 def seconds_of_a_step(folder: Path) -> float:
     """Returns the seconds of a training step that an earlier stage of this day has measured; 0.03 if none has."""
-    for name in (BASELINE, "compile", "triton"):
+    for name in (BASELINE, "triton"):
         log = folder / f"{name}.log"
         found = re.findall(r'"median step, ms": ([0-9.]+)', log.read_text(errors="replace") if log.exists() else "")
         if found:
@@ -733,28 +808,23 @@ STAGES: dict[str, Stage] = {
     "kernels": Stage("Kernels against PyTorch, repeated", kernels, 35),
     "eager": Stage("Steps, PyTorch operators", partial(training, kernels="off"), 20),
     "triton": Stage("Steps, Triton kernels", training, 15),
-    "peers": Stage("Steps beside lightly's, like for like", peers, 35),
-    "roofline": Stage("Parts and launches beside their roofline times", roofline, 30),
-    "loaders": Stage("Loaders beside torchvision", loaders, 30),
+    "peers": Stage("Steps beside lightly's, like for like", peers, 30),
+    "roofline": Stage("Parts and launches beside their roofline times", roofline, 25),
+    "loaders": Stage("Loaders beside torchvision", loaders, 25),
     "faiss": Stage("FAISS beside our lookup", faiss, 10),
-    # What compiles for long comes last. A row for the choices at start-up belongs above "graphs".
-    "graphs": Stage("Steps, compiled, CUDA graphs", partial(training, compile="graphs"), 75),
-    "combo_kernels": Stage(
-        "Steps, CUDA graphs, combo kernels",
-        partial(training, compile="graphs", options={"combo_kernels": True}),
-        40,
-    ),
-    "compile": Stage("Steps, compiled, no graphs", partial(training, compile="on"), 20),
-    "tune": Stage("Launch configurations", tune, 25),
+    # What compiles for long comes last.
+    "choices": Stage("The choice at start-up, and each part alone", choices, 140),
+    "graphs": Stage("Steps, compiled, CUDA graphs", partial(training, compile="graphs"), 35),
+    "tune": Stage("Launch configurations", tune, 15),
     "coordinate_descent": Stage(
         "Steps, CUDA graphs, coordinate descent",
         partial(training, compile="graphs", options={"coordinate_descent_tuning": True}),
-        25,
+        20,
     ),
     "max_autotune": Stage(
         "Steps, CUDA graphs, max-autotune", partial(training, compile="graphs", options={"max_autotune": True}), 25
     ),
-    "run": Stage("A real run", run, 70),
+    "run": Stage("A real run", run, 60),
 }
 """The stages in order of worth. The last one uses all the time that is left."""
 BASELINE = "graphs"  # the stage whose step the others are compared with

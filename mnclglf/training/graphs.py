@@ -35,12 +35,18 @@ def problem_of_replays(step: TrainStep, batch: Batch, *, lr: float, momentum: fl
 
     The first call of a forward of mode "reduce-overhead" launches the compiled kernels one by one, as without graphs;
     the second one records them, and replays begin with the third. So one compilation gives both sides.
+
+    Raises:
+        TorchDynamoException: the forward cannot be compiled.
     """
+    from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.utils import counters  # takes a second, which an eager run need not wait for
 
     before = counters["inductor"]["cudagraph_skips"]
     try:
         problem = first_difference(step, step.forward, step.forward, batch, lr=lr, momentum=momentum)
+    except TorchDynamoException:
+        raise
     except RuntimeError as error:  # of the recording: too little memory, or a kernel that cannot be recorded
         return f"they fail: {' '.join(str(error).split()[:40])}"
     if problem is None and counters["inductor"]["cudagraph_skips"] > before:

@@ -403,7 +403,7 @@ class Trainer:
         if before is not None and (changed := changes(before.parts, choice.parts)):
             self._say(f"choices before it was resumed: {changed}")
         self._note(choices=choice.to_dict(), kernels=describe_backends(self.method.backends))
-        if self.compile == "graphs" and known is not None:  # those of a new decision are proved
+        if self.compile == "graphs" and (known is not None or not choice.measured):  # else they are proved
             self._prove_graphs(batch)
         elif could_replay:
             self._decide_graphs(

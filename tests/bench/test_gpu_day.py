@@ -67,7 +67,7 @@ def test_the_budgets_and_their_order():
     assert not STAGES["environment"].needs_gpu
     assert all(stage.needs_gpu for name, stage in STAGES.items() if name != "environment")
     checks, measures = ["tests", "kernels"], ["eager", "triton", "peers", "roofline", "loaders", "faiss"]
-    compiled = ["graphs", "combo_kernels", "compile", "coordinate_descent", "max_autotune"]
+    compiled = ["choices", "graphs", "coordinate_descent", "max_autotune"]
     order = [name for name in names if name in (*checks, *measures, *compiled)]
     assert order == [*checks, *measures, *compiled]
     assert names[-1] == "run"  # which uses the time that is left
@@ -289,9 +289,9 @@ def test_the_steps_stand_beside_the_compiled_one():
     def step(name: str, milliseconds: float) -> gpu_day.Result:
         return gpu_day.Result(name, f"Step {name}", 10, "passed", figures={"median step, ms": milliseconds})
 
-    text = markdown([step("eager", 27.6), step(gpu_day.BASELINE, 16.2), step("combo_kernels", 13.5)])
+    text = markdown([step("eager", 27.6), step(gpu_day.BASELINE, 16.2), step("max_autotune", 13.5)])
     assert "| Step eager | 27.6 | - | - | - | - | 0.587 | - |" in text
-    assert "| Step combo_kernels | 13.5 | - | - | - | - | 1.200 | - |" in text
+    assert "| Step max_autotune | 13.5 | - | - | - | - | 1.200 | - |" in text
 
 
 def test_a_stage_runs_by_itself(tmp_path):
@@ -310,7 +310,8 @@ def test_the_process_that_starts_the_stages_does_not_load_torch():
 @pytest.mark.slow
 def test_the_whole_day_is_rehearsed_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "bench.gpu_day", "--rehearse", "--out", str(tmp_path / "day")]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # compiles as on a bare machine
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "own")}
+    environment = {**os.environ, **caches}  # compiles and chooses as on a bare machine
     environment.pop("MNCLGLF_TEST_GPU", None)
     printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     results = {entry["stage"]: entry for entry in json.loads((tmp_path / "day.json").read_text())["results"]}
@@ -320,11 +321,11 @@ def test_the_whole_day_is_rehearsed_on_a_cpu(tmp_path):
     )
     figures = {name: entry["figures"] for name, entry in results.items()}
     assert all(figures.values())
-    for name in ("eager", "triton", "graphs", "compile", "combo_kernels", "coordinate_descent", "max_autotune"):
+    for name in ("eager", "triton", "graphs", "coordinate_descent", "max_autotune"):
         assert figures[name]["median step, ms"] > 0, name
         assert figures[name]["kernels"] == ("torch" if name == "eager" else "triton")
     # Steps of a kind start from the same weights and see the same noise.
-    for names in (("eager", "triton"), ("graphs", "compile", "combo_kernels", "coordinate_descent", "max_autotune")):
+    for names in (("eager", "triton"), ("graphs", "coordinate_descent", "max_autotune")):
         first = [float(figures[name]["first losses"].split(",")[0]) for name in names]
         assert first == pytest.approx([first[0]] * len(first), rel=1e-4)
     assert " passed" in figures["tests"]["result"]
@@ -333,6 +334,9 @@ def test_the_whole_day_is_rehearsed_on_a_cpu(tmp_path):
     assert len(figures["roofline"]["launches"]) > 10
     assert {row["loader"] for row in figures["loaders"]["loaders"]} >= {"resident", "torchvision (reference)"}
     assert {row["lookup"] for row in figures["faiss"]["lookups"]} >= {"torch", "triton"}
+    assert [row["setting"] for row in figures["choices"]["settings"][:2]] == ["safe", "all"]
+    assert all(float(row["ms"]) > 0 for row in figures["choices"]["settings"])
+    assert figures["choices"]["taken"].startswith(("safe: ", "all: "))
     assert len(figures["tune"]["configurations"]) > 2
     assert figures["run"]["data set"] in ("fashion_mnist", "mnist5k")
     assert {"k-NN, pretrained", "k-NN, untrained", "k-NN, raw pixels"} <= set(figures["run"])

@@ -3,6 +3,7 @@
 The rehearsal in test_gpu_day.py runs all of them; here is what a passing one does not show.
 """
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from bench import gpu_stages
 from bench.gpu_stages import LEFT_OUT, WRONG, Figures, Setting, Work
+from mnclglf.training import choices
+from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels.operators import OPERATORS, Example
 
@@ -156,3 +159,65 @@ def test_real_images_come_from_a_pack_where_it_has_them(tmp_path, monkeypatch):
     (tmp_path / "clothes").mkdir()
     (tmp_path / "clothes" / "train-images-idx3-ubyte.gz").touch()
     assert gpu_stages.real_images([tmp_path]) == ("fashion_mnist", tmp_path / "clothes", 7)
+
+
+@pytest.fixture
+def pretended_compiler(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Pretends a compiler and a GPU's parts; returns a list of what is compiled: graphs, combo kernels."""
+    made: list[tuple[bool, bool]] = []
+
+    def compiled(forward: Any, *, graphs: bool, combo_kernels: bool) -> Any:
+        made.append((graphs, combo_kernels))
+        return forward
+
+    monkeypatch.setattr("mnclglf.training.step.compiled", compiled)
+    batch_norm, *others = choices.PARTS
+    allowed = [replace(part, ruled_out=lambda here, value: None) for part in others]
+    monkeypatch.setattr(choices, "PARTS", (batch_norm, *allowed))
+    return made
+
+
+@pytest.fixture
+def tiny_choice(tiny: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Setting:
+    """Returns a setting whose batch norm stays PyTorch's, which is not interpreted in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mnclglf.training.start.choose_backends", lambda *_: Backends.all("torch"))
+    return replace(tiny, seconds=1000.0, rounds=1, steps=5)
+
+
+def test_each_part_is_timed_alone(tiny_choice, pretended_compiler):
+    found = figures_of(gpu_stages.choices, tiny_choice)
+    assert found[WRONG] == []
+    rows = {row["setting"]: (row["graphs"], row["combo_kernels"]) for row in found["settings"]}
+    assert rows == {
+        "safe": ("off", "off"),
+        "all": ("on", "on"),
+        "all without CUDA graphs": ("off", "on"),
+        "all without combo kernels": ("on", "off"),
+    }
+    assert all(float(row["ms"]) > 0 and float(row["error"]) > 0 for row in found["settings"])
+    assert [row["of safe's"] for row in found["settings"]] == ["1.00"] * 4
+    assert {*pretended_compiler} == {(True, True), (False, False), (False, True), (True, False)}
+    assert found["taken"].startswith(("all: ", "safe: "))
+    assert len(json.loads((choices.cache_file()).read_text())) == 1  # for the real run, later on
+
+
+def test_no_part_is_begun_that_does_not_fit(tiny_choice, pretended_compiler):
+    found = figures_of(gpu_stages.choices, replace(tiny_choice, seconds=0.0))
+    assert [row["setting"] for row in found["settings"]] == ["safe", "all"]
+    assert "time is over" in found[f"{LEFT_OUT}: all without CUDA graphs"]
+
+
+def test_parts_that_compute_something_else_fail_their_stage(tiny_choice, monkeypatch):
+    def compiled(forward: Any, *, graphs: bool, combo_kernels: bool) -> Any:
+        def run(*inputs: Any) -> Any:
+            losses = forward(*inputs)
+            return losses._replace(total=losses.total * (3 if combo_kernels else 1))
+
+        return run
+
+    monkeypatch.setattr("mnclglf.training.step.compiled", compiled)
+    allowed = replace(choices.PARTS[1], ruled_out=lambda here, value: None)
+    monkeypatch.setattr(choices, "PARTS", (choices.PARTS[0], allowed, choices.PARTS[2]))
+    (wrong,) = figures_of(gpu_stages.choices, tiny_choice)[WRONG]
+    assert "of the losses, more than 2 times" in wrong

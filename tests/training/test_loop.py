@@ -900,3 +900,21 @@ def test_a_compiler_that_fails_in_both_settings_leaves_an_eager_run(
 
 def test_a_run_on_the_cpu_has_no_choices(straight: Path) -> None:
     assert "choices" not in json.loads((straight / "environment.json").read_text())
+
+
+def test_graphs_of_a_setting_that_was_not_measured_are_proved(
+    tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks --graphs on, whose steps draw random numbers, so that nothing is compared."""
+    monkeypatch.setattr("mnclglf.training.start.choose_device", lambda _: torch.device("cpu"))
+    proofs: list[int] = []
+    prove = loop.problem_of_replays
+    monkeypatch.setattr(loop, "problem_of_replays", lambda *x, **y: proofs.append(1) or prove(*x, **y))
+    monkeypatch.setattr("mnclglf.training.loop.forced", lambda *_: None)  # one setting is left, with graphs
+    engine = dataclasses.replace(CONFIG.engine, graphs="on", device="auto")
+    out = tmp_path / "run"
+    trainer(out, engine=engine).train()
+    assert choices_of(out)["parts"]["graphs"] == "on"
+    assert "random" in choices_of(out)["why"]
+    assert proofs == [1]
+    assert decided(out).startswith("used, ")
