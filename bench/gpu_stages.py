@@ -410,7 +410,8 @@ def choices(setting: Setting) -> Iterator[Figures]:
     kernels = "auto" if setting.device.type == "cuda" else "require"  # "auto" interprets nothing
     config, step, (batch, *_) = step_on_noise(setting, kernels=kernels, compile="on")
     config = replace(config, engine=replace(config.engine, kernels="auto"))
-    here = made.Here(config.engine, setting.device, step.method.backends)
+    method = step.method
+    here = made.Here(config.engine, setting.device, method.backends, setting.dtype, method.without_gradient)
     rates = {"lr": 0.1, "momentum": 0.99}
     rounds, steps = setting.rounds, max(1, setting.steps // 5)
     start = saved_state(step)

@@ -32,6 +32,7 @@ Device = Literal["auto", "cuda", "cpu"]
 KernelPolicy = Literal["auto", "require", "off"]
 Lookup = Literal["auto", "faiss"]
 Choices = Literal["auto", "safe", "all"]
+HalfSums = Literal["off", "forward", "input-gradient", "both"]
 
 MOST_COUNT = 2**32 - 1
 MOST_FLOAT = (2 - 2**-23) * 2.0**127  # of fp32, in which a run computes
@@ -295,10 +296,16 @@ class EngineConfig:
     combo_kernels: Switch = "auto"
     """Merge kernels of a compiled step that do not depend on each other into one launch, on a GPU. auto: as --choices
     decides."""
+    half_sums: Switch = "auto"
+    """Compute forwards without gradient in fp16, with convolutions that sum in fp16, which a GeForce does at twice the
+    rate (needs nvidia-cudnn-frontend). auto: as --choices decides."""
+    half_sums_online: HalfSums = "off"
+    """Sum in fp16 in the online network of a run in fp16 too: its forward, the gradient of a convolution's input, or
+    both. The gradient of the weights is always summed in fp32."""
     choices: Choices = "auto"
-    """Parts of a compiled step on a GPU: our batch norm, combo kernels, CUDA graphs. safe: none of them. all: each that
-    can run here. auto: the first start on a machine times both and compares their errors, which takes minutes, and
-    later ones take what it found. Where an option names a part, that holds."""
+    """Parts of a compiled step on a GPU: our batch norm, combo kernels, fused convolutions without gradient, CUDA
+    graphs. safe: none of them. all: each that can run here. auto: the first start on a machine times both and compares
+    their errors, which takes minutes, and later ones take what it found. Where an option names a part, that holds."""
     log_every: int = 10
     """Steps between two records of metrics."""
     save_every: float = 1.0
@@ -318,6 +325,15 @@ class EngineConfig:
             self.combo_kernels != "on" or self.compile != "off",
             "combo_kernels on merges kernels of what compile made, and compile is off; take --compile auto, or "
             "--combo-kernels auto",
+        )
+        require(
+            self.half_sums != "on" or self.compile != "off",
+            "half_sums on is a part of a compiled step, and compile is off; take --compile auto, or --half-sums auto",
+        )
+        require(
+            self.half_sums_online == "off" or self.precision == "fp16",
+            f"half_sums_online {self.half_sums_online} is for runs in fp16, and precision is {self.precision}; take "
+            "--precision fp16, or --half-sums-online off",
         )
         require(
             self.lookup == "auto" or self.graphs != "on",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import mnclglf_kernels
-from mnclglf.config import EngineConfig, RunConfig
+from mnclglf.config import EngineConfig, RunConfig, require
 from mnclglf.data.loader import Batch
 from mnclglf.runs.files import cache_folder, read_object, write_json
 from mnclglf.training.graphs import (
@@ -39,7 +39,7 @@ from mnclglf.training.speedups import Forward, checkpoint_activations, share_cas
 from mnclglf.training.step import TrainStep
 from mnclglf.training.timing import StepClock
 from mnclglf_kernels import Backends
-from mnclglf_kernels.backend import HAS_TRITON
+from mnclglf_kernels.backend import HAS_TRITON, cudnn_problem
 
 MOST_ERROR = 2.0  # of `all`, in errors of `safe`: what two orders of the same sums differ by
 ROUNDS, STEPS = 3, 10  # that are timed; the rounds of the settings take turns
@@ -60,6 +60,8 @@ class Here(NamedTuple):
     engine: EngineConfig
     device: torch.device
     backends: Backends  # as they were chosen at the start of the run
+    dtype: torch.dtype = torch.float32  # of autocast
+    without_gradient: bool = False  # whether the method has forwards without gradient
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,57 @@ def _apply_graphs(step: TrainStep, value: str) -> None:
     step.compile = "graphs" if value == "on" else "on"
 
 
+def _convolution_ruled_out(here: Here, value: str) -> str | None:
+    if here.engine.half_sums == "on" and value != "cudnn":
+        return "--half-sums on"
+    if value == "torch":
+        return None
+    if not here.without_gradient:
+        return "the method has no forward without gradient"
+    if here.dtype == torch.float32:
+        return "the run is in fp32"
+    if value == "triton":
+        if here.backends.convolution != "triton":
+            return "its kernels cannot run here"
+        return None if _is_geforce(here.device) else "Triton's convolutions are for GeForce GPUs"
+    if here.engine.half_sums == "off":
+        return "--half-sums off"
+    problem = cudnn_problem(here.device, torch.float16)
+    return None if problem is None else str(problem)
+
+
+def _is_geforce(device: torch.device) -> bool:
+    """Returns whether a GPU's tensor cores sum in fp32 at half rate, which leaves room for more instructions."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 6), (8, 9))
+
+
+def _apply_convolution(step: TrainStep, value: str) -> None:
+    step.method.fuse(value, half_sums=value == "cudnn")  # pyright: ignore[reportArgumentType]
+
+
+def check_half_sums(here: Here) -> None:
+    """Raises ValueError if sums in fp16 were asked for and cannot be had here."""
+    engine = here.engine
+    if engine.half_sums == "on":
+        reason = _convolution_ruled_out(here, "cudnn") or (
+            None if chooses(here.device) else "they are a part of a compiled step on a GPU"
+        )
+        require(reason is None, f"half_sums on was asked for, and {reason}; take --half-sums auto")
+    if engine.half_sums_online != "off":
+        problem = cudnn_problem(here.device, here.dtype)
+        require(problem is None, f"half_sums_online {engine.half_sums_online}: {problem}; take --half-sums-online off")
+
+
 PARTS: tuple[Part, ...] = (
     Part("batch_norm", "batch norm", ("torch", "triton"), _batch_norm_ruled_out, _apply_batch_norm),
     Part("combo_kernels", "combo kernels", ("off", "on"), _combo_kernels_ruled_out, _apply_combo_kernels),
+    Part(
+        "convolution",
+        "convolutions without gradient",
+        ("torch", "triton", "cudnn"),
+        _convolution_ruled_out,
+        _apply_convolution,
+    ),
     Part("graphs", "CUDA graphs", ("off", "on"), _graphs_ruled_out, _apply_graphs),
 )
 
@@ -413,6 +463,7 @@ def exact_outcome(step: TrainStep, batch: Batch) -> dict[str, Tensor] | str:
     try:
         method = copy.deepcopy(step.method).double()
         method.backends = Backends.all("torch")
+        method.fuse("torch")
         checkpoint_activations(method)
         views = batch.views.contiguous(memory_format=step.memory_format).double()
         losses = method(views, None if step.labels is None else step.labels[batch.indices])

@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +33,11 @@ from mnclglf.runs.console import LastingConsole, say
 from mnclglf.runs.files import check_writable, read_object, write_json
 from mnclglf.runs.locks import training_in
 from mnclglf.training.choices import (
+    Choice,
     Here,
     apply,
     changes,
+    check_half_sums,
     choice_from,
     choose,
     chooses,
@@ -52,7 +55,14 @@ from mnclglf.training.health import effective_rank, feature_std, neighbor_agreem
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import Forward, or_eager, share_casts
-from mnclglf.training.start import Compile, changed_images, describe_backends, saved_statistics, start_training
+from mnclglf.training.start import (
+    Compile,
+    changed_images,
+    describe_backends,
+    name_of,
+    saved_statistics,
+    start_training,
+)
 from mnclglf.training.step import TrainStep
 from mnclglf.training.stop import StopRequest
 from mnclglf.training.timing import (
@@ -65,6 +75,7 @@ from mnclglf.training.timing import (
     speed_of,
 )
 
+FEW_OVERFLOWS, MOST_OVERFLOWS = 3, 0.01  # steps, and the share of steps beyond them, that may overflow in fp16
 DECIDED = ("cuda_graphs", "choices")  # entries of environment.json about the compiled step
 
 
@@ -123,8 +134,11 @@ class Trainer:
         )
         if self.compile != "off":
             self.step.forward = self._or_eager(self.step.forward)
-        self.here = Here(self.config.engine, self.device, self.method.backends)
+        gradient_free = self.method.without_gradient
+        self.here = Here(self.config.engine, self.device, self.method.backends, self.dtype, gradient_free)
+        check_half_sums(self.here)
         self.origin = None if checkpoint is None else checkpoint.resolve().parents[1]  # the run that is resumed
+        self.choice: Choice | None = None  # of the parts of a compiled step
         self.before: dict[str, Any] = {}  # what was decided there of the compiled step, as DECIDED names it
         self.milestones: set[int] = set()  # steps of checkpoints that are there, and are never deleted
         self.least_seconds: float | None = None  # the roofline step time, once it is known
@@ -185,6 +199,7 @@ class Trainer:
                 # Log: every figure is read from the device, so a step that logs waits for it. Others do not.
                 if done % self.config.engine.log_every == 0 or done == total:
                     self._check()
+                    self._watch_overflows(done, batch)
                     log.write(self._record(done, losses, gradient_norm, batch) | self._speed(clock))
                     clock.restart()
 
@@ -321,6 +336,29 @@ class Trainer:
                 "Look at these images, or lower --lr or raise --temperature, in another --out"
             ) from error
 
+    def _watch_overflows(self, done: int, batch: Batch) -> None:
+        """Ends the use of fp16 in forwards without gradient if many steps have overflowed, and says so."""
+        if not self.method.encoder.half_sums:
+            return
+        overflows, steps = int(self.step.overflows.item()), done - self.start
+        if overflows <= FEW_OVERFLOWS + steps * MOST_OVERFLOWS:
+            return
+        self._say(
+            f"{overflows} of {steps} steps overflowed in fp16 and were skipped; forwards without gradient go on in "
+            f"{name_of(self.dtype)}, by PyTorch's convolutions"
+        )
+        self.method.fuse("torch")
+        if self.compile == "off":
+            self.step.forward = share_casts(self.method, self.dtype)
+        else:
+            torch.compiler.reset()
+            self.step.forward = self._or_eager(self.step.forward_of(self.compile))
+        if self.choice is not None:
+            self.choice = replace(self.choice, parts={**self.choice.parts, "convolution": "torch"})
+            self._note(choices=self.choice.to_dict())
+        if self.compile == "graphs":
+            self._prove_graphs(batch)
+
     def _record(self, done: int, losses: Losses, gradient_norm: Tensor, batch: Batch) -> dict[str, Any]:
         """Returns the figures of the step just done, as plain numbers; each waits for the device."""
         agreement = None
@@ -338,6 +376,7 @@ class Trainer:
             "effective_rank": effective_rank(losses.features),
             "neighbor_agreement": agreement,
             "queue_fill": self.method.queue_fill(),
+            **({"overflows": int(self.step.overflows.item())} if self.method.encoder.half_sums else {}),
         }
 
     def _speed(self, clock: StepClock) -> dict[str, Any]:
@@ -399,6 +438,7 @@ class Trainer:
         self.compile = cast(Compile, self.step.compile)
         if self.compile != "off":
             self.step.forward = self._or_eager(self.step.forward)
+        self.choice = choice
         self._say("\n".join(choice.lines(self.here)))
         if before is not None and (changed := changes(before.parts, choice.parts)):
             self._say(f"choices before it was resumed: {changed}")
@@ -443,11 +483,13 @@ class Trainer:
 
     def _or_eager(self, forward: Forward) -> Forward:
         """Returns a forward that goes on eagerly if it cannot be compiled: that makes the run slower, not end."""
-        return or_eager(forward, share_casts(self.method, self.dtype), self._stay_eager)
+        eager = cache(lambda: share_casts(self.method, self.dtype))  # made when _stay_eager has set the method
+        return or_eager(forward, lambda views, labels=None: eager()(views, labels), self._stay_eager)
 
     def _stay_eager(self, why: str) -> None:
         self.compile = self.step.compile = "off"
         self.method.backends = self.here.backends  # which an eager step is faster with
+        self.method.fuse("torch")
         self._say(why)
 
     def _say(self, text: str) -> None:

@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
-from mnclglf.config import EngineConfig
+from mnclglf.config import EngineConfig, HalfSums
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import running_statistics_kept
+from mnclglf_kernels import conv2d
 
 P = ParamSpec("P")
 
@@ -166,6 +167,27 @@ def checkpoint_activations(method: Method) -> None:
             block.forward = partial(
                 checkpoint, plain, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
             )
+
+
+def sum_in_half(method: Method, parts: HalfSums) -> None:
+    """Lets the convolutions of the online encoder sum in fp16: forward, the gradient of their input, or both."""
+    if parts == "off":
+        return
+    of_result, of_gradient = parts in ("forward", "both"), parts in ("input-gradient", "both")
+
+    def forward(layer: nn.Conv2d, input: Tensor) -> Tensor:
+        return conv2d(
+            input.to(layer.weight.dtype),  # share_casts has cast the weight
+            layer.weight,
+            stride=getattr(layer, "step", layer.stride[0]),  # of a NarrowShortcut
+            padding=int(layer.padding[0]),
+            half_sums_forward=of_result,
+            half_sums_input_gradient=of_gradient,
+        )
+
+    for layer in method.encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.forward = partial(forward, layer)
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -15,7 +15,7 @@ from mnclglf.data.loader import Batch
 from mnclglf.methods.base import Losses, Method
 from mnclglf.training.guard import Guard
 from mnclglf.training.optim import make_optimizer, rate_tensor, scheduled_groups
-from mnclglf.training.speedups import Forward, checkpoint_activations, compiled, share_casts
+from mnclglf.training.speedups import Forward, checkpoint_activations, compiled, share_casts, sum_in_half
 
 
 class TrainStep:
@@ -58,6 +58,7 @@ class TrainStep:
         self.memory_format = torch.channels_last if engine.channels_last else torch.contiguous_format
         if engine.activation_checkpointing:
             checkpoint_activations(method)
+        sum_in_half(method, engine.half_sums_online)
         self.combo_kernels = engine.combo_kernels == "on" and self.device.type == "cuda"
         self.compile = compile
         self.forward = self.forward_of(compile)

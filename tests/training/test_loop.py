@@ -36,8 +36,9 @@ from mnclglf.runs.console import LastingConsole
 from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
 from mnclglf.training import loop
+from mnclglf.training.choices import Choice
 from mnclglf.training.loop import Trainer, TrainingError
-from mnclglf.training.speedups import Forward
+from mnclglf.training.speedups import Forward, share_casts
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
 
@@ -918,3 +919,46 @@ def test_graphs_of_a_setting_that_was_not_measured_are_proved(
     assert "random" in choices_of(out)["why"]
     assert proofs == [1]
     assert decided(out).startswith("used, ")
+
+
+def fused_run(out: Path, console: Console, *, wrong: bool) -> Trainer:
+    """Returns a run whose forwards without gradient compute in fp16; `wrong`: those of one network overflow."""
+    engine = dataclasses.replace(CONFIG.engine, log_every=1)
+    run = trainer(out, console=console, engine=engine)
+    run.method.fuse("triton", half_sums=True)
+    run.step.forward = share_casts(run.method, torch.bfloat16)
+    run.step.dtype = torch.bfloat16
+    if wrong:  # a batch norm follows, so that in bf16 it computes the same
+        with torch.no_grad():
+            run.method.encoders()[1].layer2[0].conv1.weight.mul_(1e8)
+    parts = {"convolution": "cudnn", "graphs": "off"}
+    run.choice = Choice(taken="all", why="it is faster", parts=parts, settings={"safe": parts, "all": parts})
+    return run
+
+
+def test_a_run_with_many_overflows_goes_on_without_fp16_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "FEW_OVERFLOWS", 1)
+    console, out = silent(), tmp_path / "run"
+    run = fused_run(out, console, wrong=True)
+    before = run.method.encoder.conv1.weight.clone()
+    assert run.train() is None
+    assert "2 of 2 steps overflowed in fp16 and were skipped; forwards without gradient go on in" in printed(console)
+    assert printed(console).count("overflowed") == 1
+    assert run.step.overflows == 2
+    assert not run.method.encoder.half_sums
+    assert choices_of(out)["parts"] == {"convolution": "torch", "graphs": "off"}
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record.get("overflows") for record in records[:3]] == [1, None, None]
+    assert not torch.equal(run.method.encoder.conv1.weight, before)  # the later steps have trained
+
+
+def test_a_run_without_overflows_stays_in_fp16(tmp_path: Path) -> None:
+    console = silent()
+    run = fused_run(tmp_path / "run", console, wrong=False)
+    assert run.train() is None
+    assert "overflowed" not in printed(console)
+    assert run.method.encoder.half_sums
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["overflows"] for record in records} == {0}
