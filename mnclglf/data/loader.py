@@ -98,6 +98,9 @@ class Loader(ABC):
         self.mean, self.std = statistics or images.statistics()
         """[3] each, of the images scaled to [0, 1]: what views are normalized with."""
         self.side = side
+        self.into: Tensor | None = None
+        """Where the views of every batch are written, [V * N, 3, S, S] channels_last, over those of the batch before;
+        None for new tensors."""
         self._images = images
         self._config = config
         self._views = views
@@ -135,11 +138,15 @@ class Loader(ABC):
         indices = torch.from_numpy(rows.copy())
         if self._device.type == "cuda":
             indices = indices.pin_memory()  # a copy from pageable memory would wait for the device
-        return Batch(self._to_device(views, self._dtype), indices.to(self._device, non_blocking=True))
+        made = self._to_device(views, self._dtype, self.into)
+        return Batch(made, indices.to(self._device, non_blocking=True))
 
-    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _to_device(self, views: Sequence[Tensor], dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """Moves V times [N, S, S, 3] to the device, as [V * N, 3, S, S] in the same order of memory: channels_last."""
-        moved = torch.empty(len(views), *views[0].shape, dtype=dtype, device=self._device)
-        for place, view in zip(moved, views, strict=True):
-            place.copy_(view, non_blocking=True)
-        return moved.flatten(0, 1).permute(0, 3, 1, 2)
+        if into is None:
+            count, height, width, channels = len(views) * len(views[0]), *views[0].shape[1:]
+            shape = count, channels, height, width
+            into = torch.empty(shape, dtype=dtype, device=self._device, memory_format=torch.channels_last)
+        for place, view in zip(into.split(len(views[0])), views, strict=True):
+            place.copy_(view.permute(0, 3, 1, 2), non_blocking=True)
+        return into

@@ -92,15 +92,15 @@ class BatchNorm(_BatchNorm):
 
     def _settings(self, views: Views | int, residual: Tensor | None, relu: bool) -> Settings:
         assert self.momentum is not None, "a cumulative average has no momentum"
-        return Settings(
-            views=views if isinstance(views, int) else len(views.after),
-            momentum=self.momentum,
-            fold=None if isinstance(views, int) else fold_of(views, self.momentum),
-            eps=self.eps,
-            residual=residual,
-            relu=relu,
-            backend=self.backend,
-        )
+        return {  # a literal, as Dynamo does not trace a call of a TypedDict
+            "views": views if isinstance(views, int) else len(views.after),
+            "momentum": self.momentum,
+            "fold": None if isinstance(views, int) else fold_of(views, self.momentum),
+            "eps": self.eps,
+            "residual": residual,
+            "relu": relu,
+            "backend": self.backend,
+        }
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accepts any shape that the operator takes; the base class asks for this function."""

@@ -66,6 +66,7 @@ def first_difference(
         The first loss, gradient or tensor of the method's state after the step that is not bit-equal; None if all are.
     """
     other = Batch(batch.views.roll(1, 0), batch.indices.roll(1, 0))
+    batch = Batch(batch.views.clone(), batch.indices)  # they may lie where the steps on `other` write their input
     start = saved_state(step)
     try:
         expected = _outcome(step, plain, batch, lr, momentum)
@@ -78,6 +79,8 @@ def first_difference(
         return None
     finally:
         restore_state(step, start)
+        if step.input is not None:
+            step.input.copy_(batch.views)
 
 
 def _outcome(step: TrainStep, forward: Forward, batch: Batch, lr: float, momentum: float) -> dict[str, Tensor]:

@@ -134,6 +134,9 @@ class Trainer:
         )
         if self.compile != "off":
             self.step.forward = self._or_eager(self.step.forward)
+        if self.compile == "graphs" and self.config.engine.channels_last:
+            images = self.method.views * self.config.optim.batch_size
+            self.loader.into = self.step.fix_input((images, 3, self.side, self.side))
         gradient_free = self.method.without_gradient
         self.here = Here(self.config.engine, self.device, self.method.backends, self.dtype, gradient_free)
         check_half_sums(self.here)

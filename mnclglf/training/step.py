@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any, cast
@@ -35,6 +35,7 @@ class TrainStep:
         optimizer: optimizer of optim.py; its learning rates are tensors on the device.
         guard: keeps non-finite values out of the state; its `raise_if_failed` waits for the device.
         scaler: loss scaling for float16; disabled in the other dtypes.
+        input: where CUDA graphs read the views of every step; None to copy them into the graphs' own memory.
         overflows: number of steps of this process in which a forward without gradient overflowed in fp16, on the
             device.
     """
@@ -67,6 +68,7 @@ class TrainStep:
         self.guard = Guard(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.overflows = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.input: Tensor | None = None
 
     def __call__(self, step: int, batch: Batch, *, lr: float, momentum: float) -> tuple[Losses, Tensor]:
         """Trains on one batch.
@@ -87,10 +89,26 @@ class TrainStep:
             return eager
         return compiled(eager, graphs=compile == "graphs", combo_kernels=self.combo_kernels)
 
+    def fix_input(self, shape: Sequence[int]) -> Tensor:
+        """Makes the tensor in which CUDA graphs read the views of every step; what a loader writes there is not copied.
+
+        Args:
+            shape: [V * N, 3, S, S].
+        """
+        from torch._dynamo import mark_static_address  # takes a second, which an eager run need not wait for
+
+        self.input = torch.empty(tuple(shape), dtype=self.dtype, device=self.device, memory_format=self.memory_format)
+        mark_static_address(self.input)
+        return self.input
+
     def backward(self, batch: Batch) -> Losses:
         """Returns the losses of a batch, with their gradients, times the loss scale, in the parameters."""
-        # No copy if the loader already made the views channels_last.
+        # No copy if the loader already made the views channels_last, and in the graphs' input where there is one.
         views = batch.views.contiguous(memory_format=self.memory_format)
+        if self.input is not None:
+            if views.data_ptr() != self.input.data_ptr():
+                self.input.copy_(views)
+            views = self.input
         with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype):
             losses = self.forward(views, None if self.labels is None else self.labels[batch.indices])
         # Backward runs outside autocast, as PyTorch's documentation recommends: it uses the dtypes of the forward.

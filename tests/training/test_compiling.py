@@ -163,6 +163,31 @@ def test_combo_kernels_are_asked_for_on_a_gpu_only(asked: dict[str, object]) -> 
         assert asked == {"fullgraph": True, "dynamic": False, "options": options}
 
 
+def test_a_compiled_forward_takes_a_fixed_input_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs copy an input that is not static, as the parameters are, into memory of their own."""
+    static: list[set[torch.Size]] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        assert metadata is not None
+        static.append({inputs[place].shape for place in metadata.static_input_indices})
+        return make_boxed_func(graph.forward)
+
+    compiler = torch.compile
+    backend = aot_autograd(fw_compiler=note)
+    monkeypatch.setattr("torch.compile", lambda method, **_: compiler(method, fullgraph=True, backend=backend))
+    shape = torch.Size((48, 3, 16, 16))
+    for fixed in (False, True):
+        torch._dynamo.reset()
+        static.clear()
+        step = TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.float32, compile="graphs")
+        if fixed:
+            step.fix_input(shape)
+        step.backward(make_batch())
+        assert (shape in static[0]) == fixed
+        assert torch.Size((4, 3, 3, 3)) in static[0]  # a weight
+
+
 def test_graphs_are_asked_for_and_begin_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(

@@ -243,6 +243,30 @@ def test_shared_casts_train_to_the_bit_as_autocast_does(monkeypatch: pytest.Monk
     assert_same_training(ours, trained(PLAIN, dtype=torch.bfloat16), rtol=0, atol=0)
 
 
+def test_a_fixed_input_takes_any_batch_and_copies_none_that_lies_there() -> None:
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.ops.aten.copy_.default and args[0].shape == (48, 3, 16, 16):
+                copied.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(1)
+    copied: list[int] = []
+    steps = [TrainStep(make_method(), OptimConfig(), EngineConfig(), torch.float32) for _ in range(2)]
+    fixed = steps[1].fix_input((48, 3, 16, 16))
+    assert fixed.is_contiguous(memory_format=torch.channels_last)
+    for number, lies_there in enumerate((False, True, False)):
+        batch = make_batch(first=16 * number)
+        expected, _ = steps[0](number, batch, lr=0.1, momentum=0.9)
+        if lies_there:
+            batch = Batch(fixed.copy_(batch.views), batch.indices)
+        copied.clear()
+        with Copies():
+            found, _ = steps[1](number, batch, lr=0.1, momentum=0.9)
+        assert copied == ([] if lies_there else [fixed.data_ptr()])
+        assert torch.equal(found.total, expected.total)
+
+
 def test_a_cast_keeps_the_memory_format() -> None:
     weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
     (result,) = cast([weight], torch.bfloat16)

@@ -64,6 +64,7 @@ def augment(
     view_format: ViewFormat,
     *,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Returns views of images, ready for the network.
@@ -81,6 +82,7 @@ def augment(
         std: [3], their standard deviation.
         view_format: settings that all views share.
         dtype: dtype of the result.
+        out: where the result is written, of its shape and dtype, channels_last; None for a new tensor.
         backend: see `resolve`. The Triton form takes sides of at most 64.
 
     Returns:
@@ -91,6 +93,13 @@ def augment(
         TypeError: a dtype does not fit.
     """
     _check(images, rows, parameters, mean, std, view_format, dtype)
+    shape = (len(parameters), 3, view_format.side, view_format.side)
+    if out is not None and (
+        out.shape != shape or out.dtype != dtype or not out.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}; it must be {dtype} of {shape}, channels_last"
+        )
     resolved = resolve(backend, images, rows, parameters, mean, std)
     largest = max(*images.shape[2:], view_format.side)
     if resolved == "triton" and backend == "triton":
@@ -99,10 +108,15 @@ def augment(
         if parameters.dtype == torch.float64:
             raise TypeError("backend 'triton' augments in fp32; give fp32 parameters, or use 'torch'")
     if resolved == "triton" and largest <= LARGEST_SIDE and parameters.dtype == torch.float32 and len(parameters):
-        return torch.ops.mnclglf.augment(images, rows, parameters, mean, std, *view_format, dtype)
+        views = out
+        if views is None:
+            views = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+        torch.ops.mnclglf.augment(images, rows, parameters, mean, std, views, *view_format[1:])
+        return views
     device = "cpu" if images.is_meta else images.device.type  # there is no autocast for meta
     with torch.autocast(device, enabled=False):  # bf16 products would round the pixels
-        return _augment(images, rows, parameters, mean, std, view_format, dtype)
+        views = _augment(images, rows, parameters, mean, std, view_format, dtype)
+    return views if out is None else out.copy_(views)
 
 
 def _check(

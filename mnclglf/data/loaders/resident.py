@@ -57,16 +57,16 @@ class ResidentLoader(Loader):
                 rows, parameters = (x.to(self._device, non_blocking=True) for x in drawn.result())
                 if step + 1 < stop:
                     drawn = drawing.submit(self._numbers, step + 1)
-                yield Batch(self._made(rows, parameters, self._dtype), rows)
+                yield Batch(self._made(rows, parameters, self._dtype, self.into), rows)
 
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
         rows, parameters = (x.to(self._device) for x in self._tensors(indices, epoch))
         return self._made(rows, parameters, torch.float32).split(len(indices))
 
-    def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype) -> Tensor:
+    def _made(self, rows: Tensor, parameters: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """Returns views [V * N, 3, S, S]."""
         given = self._stored, rows, parameters, self._mean, self._std
-        return augment(*given, self._format, dtype=dtype, backend=self._backend)
+        return augment(*given, self._format, dtype=dtype, out=into, backend=self._backend)
 
     def _numbers(self, step: int) -> tuple[Tensor, Tensor]:
         rows, parameters = self._tensors(self._rows(step), step // self.steps_per_epoch)

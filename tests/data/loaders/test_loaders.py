@@ -208,6 +208,17 @@ def test_a_batch_outlives_the_batches_after_it(images: ImageArray, backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_batch_is_written_where_it_is_asked_for(images: ImageArray, backend: str, dtype: torch.dtype) -> None:
+    loader = loader_of(images, backend, dtype=dtype)
+    expected = list(loader.batches(0, 7))
+    loader.into = torch.zeros_like(expected[0].views)
+    for batch, truth in zip(loader.batches(0, 7), expected, strict=True):
+        assert batch.views.data_ptr() == loader.into.data_ptr()
+        assert_same(batch, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_through_one_loader_do_not_mix(images: ImageArray, backend: str) -> None:
     loader = loader_of(images, backend)
     expected = list(loader.batches(0, 4))
