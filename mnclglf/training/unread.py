@@ -75,7 +75,9 @@ def _unread_elsewhere(config: RunConfig) -> dict[str, str]:
     if config.engine.precision in ("bf16", "fp16"):
         unread["tf32"] = f"precision {config.engine.precision}"
     if config.engine.device == "cpu":
-        unread |= dict.fromkeys(("tf32", "cudnn_benchmark"), "device cpu")
+        unread |= dict.fromkeys(("tf32", "cudnn_benchmark", "combo_kernels", "choices"), "device cpu")
+    elif config.engine.compile == "off":
+        unread["choices"] = "compile off"
     if config.engine.device == "cuda":
         unread["keep_memory"] = "device cuda"
     if not config.dataset.startswith(FOLDER):

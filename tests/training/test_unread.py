@@ -53,10 +53,12 @@ def test_a_switched_off_operation_has_no_strength() -> None:
 
 def test_a_device_a_precision_and_a_source_rule_settings_out() -> None:
     def names(config: RunConfig) -> set[str]:
-        return set(unread_settings(config, {"tf32", "cudnn_benchmark", "keep_memory", "skip_corrupt"}))
+        given = {"tf32", "cudnn_benchmark", "keep_memory", "skip_corrupt", "combo_kernels", "choices"}
+        return set(unread_settings(config, given))
 
     config = RunConfig(dataset="folder:photos", engine=EngineConfig(device="cpu"))
-    assert names(config) == {"tf32", "cudnn_benchmark"}
+    assert names(config) == {"tf32", "cudnn_benchmark", "combo_kernels", "choices"}
+    assert names(replace(config, engine=EngineConfig(compile="off"))) == {"choices"}
     assert names(replace(config, engine=EngineConfig(precision="bf16"))) == {"tf32"}
     assert names(replace(config, engine=EngineConfig(device="cuda", precision="fp32"))) == {"keep_memory"}
     assert names(RunConfig(dataset="digits")) == {"skip_corrupt"}
