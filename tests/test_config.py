@@ -80,6 +80,8 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (EngineConfig, {"keep_last": 0}, "keep_last 0"),
         (EngineConfig, {"keep_every": 0}, "keep_every 0"),
         (EngineConfig, {"graphs": "on", "compile": "off"}, "graphs on replays what compile made, and compile is off"),
+        (EngineConfig, {"half_sums": "on", "compile": "off"}, "half_sums on .* compile is off"),
+        (EngineConfig, {"half_sums_online": "both", "precision": "bf16"}, "half_sums_online both .*bf16.*fp16"),
         (EngineConfig, {"combo_kernels": "on", "compile": "off"}, "combo_kernels on .* compile is off"),
         (EngineConfig, {"graphs": "on", "lookup": "faiss"}, "lookup faiss cannot be in a CUDA graph"),
         (EngineConfig, {"activation_checkpointing": True, "compile": "on"}, "exclude each other; leave --compile on"),

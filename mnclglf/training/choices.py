@@ -122,7 +122,7 @@ def _convolution_ruled_out(here: Here, value: str) -> str | None:
     if value == "torch":
         return None
     if not here.without_gradient:
-        return "the method has no forward without gradient"
+        return "every forward has a gradient"
     if here.dtype == torch.float32:
         return "the run is in fp32"
     if value == "triton":
@@ -251,7 +251,7 @@ class Choice:
         rows: list[tuple[str, ...]] = [("part", SAFE, ALL, "")]
         for part in PARTS:
             values = [self.settings[name].get(part.name, "-") for name in NAMES]
-            reasons = [reason for reason in offers(here)[part.name].values() if reason]
+            reasons = list(dict.fromkeys(reason for reason in offers(here)[part.name].values() if reason))
             rows.append((part.title, *values, f"({'; '.join(reasons)})" if reasons else ""))
         rows.append(("error", *(_cell(self.errors[name], ".2e") for name in NAMES), ""))
         rows.append(("ms per step", *(_cell(self.milliseconds[name], ".2f") for name in NAMES), ""))

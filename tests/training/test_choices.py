@@ -30,6 +30,7 @@ from mnclglf.training.choices import (
     apply,
     cache_file,
     changes,
+    check_half_sums,
     choice_from,
     choose,
     exact_outcome,
@@ -49,8 +50,8 @@ from mnclglf.training.step import TrainStep
 from mnclglf_kernels import Backends
 
 HERE = Here(EngineConfig(), CUDA, Backends.all("torch"))  # combo kernels and graphs are to be chosen
-SAFE = {"batch_norm": "torch", "combo_kernels": "off", "graphs": "off"}
-ALL = {"batch_norm": "torch", "combo_kernels": "on", "graphs": "on"}
+SAFE = {"batch_norm": "torch", "combo_kernels": "off", "convolution": "torch", "graphs": "off"}
+ALL = {"batch_norm": "torch", "combo_kernels": "on", "convolution": "torch", "graphs": "on"}
 Compiler = Callable[..., Forward]
 
 
@@ -375,15 +376,15 @@ TRITON = Backends.all("triton")
 @pytest.mark.parametrize(
     ("engine", "backends", "safe", "best"),
     [
-        ({}, TRITON, "torch off off", "triton on on"),
-        ({}, TRITON._replace(batch_norm="torch"), "torch off off", "torch on on"),
-        ({"kernels": "off"}, Backends.all("torch"), "torch off off", "torch on on"),
-        ({"kernels": "require"}, TRITON, "triton off off", "triton on on"),
-        ({"combo_kernels": "on"}, TRITON, "torch on off", "triton on on"),
-        ({"combo_kernels": "off"}, TRITON, "torch off off", "triton off on"),
-        ({"graphs": "on"}, TRITON, "torch off on", "triton on on"),
-        ({"graphs": "off"}, TRITON, "torch off off", "triton on off"),
-        ({"lookup": "faiss"}, TRITON, "torch off off", "triton on off"),
+        ({}, TRITON, "torch off torch off", "triton on torch on"),
+        ({}, TRITON._replace(batch_norm="torch"), "torch off torch off", "torch on torch on"),
+        ({"kernels": "off"}, Backends.all("torch"), "torch off torch off", "torch on torch on"),
+        ({"kernels": "require"}, TRITON, "triton off torch off", "triton on torch on"),
+        ({"combo_kernels": "on"}, TRITON, "torch on torch off", "triton on torch on"),
+        ({"combo_kernels": "off"}, TRITON, "torch off torch off", "triton off torch on"),
+        ({"graphs": "on"}, TRITON, "torch off torch on", "triton on torch on"),
+        ({"graphs": "off"}, TRITON, "torch off torch off", "triton on torch off"),
+        ({"lookup": "faiss"}, TRITON, "torch off torch off", "triton on torch off"),
     ],
 )
 def test_an_option_fixes_its_part_in_both_settings(
@@ -391,6 +392,50 @@ def test_an_option_fixes_its_part_in_both_settings(
 ) -> None:
     found = settings_of(Here(EngineConfig(**engine), CUDA, backends))
     assert {name: " ".join(setting.values()) for name, setting in found.items()} == {"safe": safe, "all": best}
+
+
+FUSES = Here(EngineConfig(graphs="off"), CUDA, TRITON, torch.bfloat16, without_gradient=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "changes", "best"),
+    [
+        ((8, 6), True, {}, "cudnn"),
+        ((9, 0), True, {"dtype": torch.float16}, "cudnn"),
+        ((8, 6), False, {}, "triton"),
+        ((8, 9), True, {"engine": EngineConfig(graphs="off", half_sums="off")}, "triton"),
+        ((9, 0), False, {}, "torch"),  # Triton's prologue takes half of such a GPU's peak
+        ((8, 6), False, {"backends": TRITON._replace(convolution="torch")}, "torch"),
+        ((8, 6), True, {"dtype": torch.float32}, "torch"),
+        ((8, 6), True, {"without_gradient": False}, "torch"),
+    ],
+)
+def test_the_convolutions_of_all_are_the_best_that_can_run(
+    capability: tuple[int, int], cudnn: bool, changes: dict[str, Any], best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    problem = None if cudnn else RuntimeError("not installed")
+    monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: problem)
+    found = settings_of(FUSES._replace(**changes))
+    assert (found["safe"]["convolution"], found["all"]["convolution"]) == ("torch", best)
+
+
+def test_half_sums_that_are_asked_for_are_in_both_settings_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = FUSES._replace(engine=EngineConfig(half_sums="on"))
+    monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: None)
+    assert {setting["convolution"] for setting in settings_of(here).values()} == {"cudnn"}
+    check_half_sums(here)
+    with pytest.raises(ValueError, match=r"half_sums on .*gradient.*--half-sums auto"):
+        check_half_sums(here._replace(without_gradient=False))
+    with pytest.raises(ValueError, match=r"half_sums on .*GPU.*--half-sums auto"):
+        check_half_sums(here._replace(device=CPU))
+    monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: RuntimeError("not installed"))
+    with pytest.raises(ValueError, match=r"half_sums on .*not installed.*--half-sums auto"):
+        check_half_sums(here)
+    online = EngineConfig(precision="fp16", half_sums_online="forward")
+    with pytest.raises(ValueError, match=r"half_sums_online forward: not installed.*--half-sums-online off"):
+        check_half_sums(here._replace(engine=online))
+    check_half_sums(here._replace(engine=EngineConfig()))
 
 
 def test_on_a_cpu_there_is_nothing_to_choose() -> None:
@@ -415,11 +460,15 @@ def test_a_setting_that_is_asked_for_is_not_timed() -> None:
 def test_parts_are_set_where_a_step_reads_them() -> None:
     step = make_step()
     step.method.backends = Backends.all("auto")
-    apply(step, {"batch_norm": "triton", "combo_kernels": "on", "graphs": "on"})
+    apply(step, {"batch_norm": "triton", "combo_kernels": "on", "convolution": "cudnn", "graphs": "on"})
     assert step.method.backends == Backends.all("auto")._replace(batch_norm="triton")
     assert step.method.encoder.bn1.backend == "triton"
     assert (step.combo_kernels, step.compile) == (True, "graphs")
+    assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("cudnn", True)] * 2
+    apply(step, {**SAFE, "convolution": "triton"})
+    assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("triton", False)] * 2
     apply(step, SAFE)
+    assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("torch", False)] * 2
     assert step.method.encoder.bn1.backend == "torch"
     assert (step.combo_kernels, step.compile) == (False, "on")
 
@@ -433,6 +482,7 @@ def test_the_reasons_stand_in_the_table() -> None:
         ["part", "safe", "all"],
         ["batch", "norm", "torch", "torch", "(its", "kernels", "cannot", "run", "here)"],
         ["combo", "kernels", "off", "on"],
+        ["convolutions", "without", "gradient", "torch", "torch", "(every", "forward", "has", "a", "gradient)"],
         ["CUDA", "graphs", "off", "off", "(--graphs", "off)"],
         ["error", "1.23e-02", "-"],
         ["ms", "per", "step", "3.00", "2.50"],
@@ -589,14 +639,15 @@ def test_what_a_decision_lacks_here_is_named() -> None:
     assert problems_of({"batch_norm": "cudnn", "graphs": "on"}, here) == [
         "batch_norm was cudnn",
         "combo_kernels was not chosen",
+        "convolution was not chosen",
         "graphs on: --graphs off",
     ]
     assert changes(ALL, SAFE) == "combo_kernels on, graphs on"
-    assert changes({"graphs": "off"}, SAFE) == "batch_norm not chosen, combo_kernels not chosen"
+    assert changes({"graphs": "off"}, SAFE) == "batch_norm not chosen, combo_kernels not chosen, convolution not chosen"
 
 
 def test_each_part_has_a_row() -> None:
-    assert {*offers(HERE)} == {"batch_norm", "combo_kernels", "graphs"}
+    assert {*offers(HERE)} == {"batch_norm", "combo_kernels", "convolution", "graphs"}
     assert all(len(values) > 1 for values in offers(HERE).values())
 
 

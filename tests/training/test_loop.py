@@ -808,7 +808,12 @@ def test_a_choice_does_not_change_the_run(
     assert re.search(rf"CUDA graphs +off +on\n +error +{number} +{number}\n +ms per step +{number} +{number}\n", text)
     assert re.search(r"  taken: all, .* times as fast as safe", text)
     assert decided(out).startswith("used, ")
-    assert choices_of(out)["parts"] == {"batch_norm": "torch", "combo_kernels": "off", "graphs": "on"}
+    assert choices_of(out)["parts"] == {
+        "batch_norm": "torch",
+        "combo_kernels": "off",
+        "convolution": "torch",
+        "graphs": "on",
+    }
     assert "times as fast as safe" in write_report(out).read_text()
     assert_identical(final_state(without_draws), final_state(out))
     assert figures(without_draws) == figures(out)
