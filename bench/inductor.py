@@ -46,7 +46,7 @@ from mnclglf.config import RunConfig
 from mnclglf.methods import METHODS
 from mnclglf.training.speedups import compiled, share_casts
 from mnclglf.training.start import build_method
-from mnclglf_kernels import Backends, backend
+from mnclglf_kernels import Backend, Backends, backend
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels.aot import GPUS
 
@@ -187,9 +187,9 @@ def read_code(code: str, own: Collection[str] = ()) -> Counted:
     for name in launched:
         counted.launches[kinds[name]] += 1
         counted.moved[kinds[name]] += round(moved[name])
-    called: list[str] = re.findall(r"(?:extern_kernels|torch\.ops\.\w+)\.(\w+)(?:\.\w+)?\(", code)
-    for name in called:
-        if name not in own:
+    called: list[tuple[str, str]] = re.findall(r"(extern_kernels|torch\.ops\.\w+)\.(\w+)(?:\.\w+)?\(", code)
+    for place, name in called:
+        if place != "torch.ops.mnclglf" or name not in own:
             counted.calls[LIBRARIES.get(name, name)] += 1
     return counted
 
@@ -250,11 +250,15 @@ def on_gpu(value: object) -> object:
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=CUDA)
 
 
-def count_step(config: RunConfig, side: int, arch: int) -> list[Counted]:
-    """Counts forward and backward of a run's compiled step in bf16, with all our operators."""
+def count_step(config: RunConfig, side: int, arch: int, convolution: Backend = "torch") -> list[Counted]:
+    """Counts forward and backward of a run's compiled step in bf16, with all our operators.
+
+    `convolution` is the backend of the fused convolutions in forwards without gradient; "torch" fuses none.
+    """
     dtype, images = torch.bfloat16, config.optim.batch_size
     method = build_method(config, dtype).train()
     method.backends = Backends.all("triton")
+    method.fuse(convolution)
     views = torch.cat(noise(Size(images, side), torch.device("cpu"), method.views))
     views = views.to(dtype, memory_format=torch.channels_last)
     labels = torch.zeros(images, dtype=torch.int64) if method.needs_labels else None
@@ -294,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--combo-kernels", action="store_true", help="merge independent kernels, as the run's option does"
     )
+    parser.add_argument(
+        "--convolution", choices=("torch", "triton"), default="torch", help="of forwards without gradient"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--width", type=int, default=64, help="channels of the encoder's first stage")
     parser.add_argument("--side", type=int, default=32)
@@ -305,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model=replace(config.model, width=options.width),
         engine=replace(config.engine, combo_kernels="on" if options.combo_kernels else "off"),
     )
-    graphs = count_step(config, options.side, options.arch)
+    graphs = count_step(config, options.side, options.arch, options.convolution)
     if options.json:
         figures = [{name: getattr(graph, name) for name in FIGURES} for graph in graphs]
         print(json.dumps({"torch": torch.__version__, "graphs": figures}, indent=1, sort_keys=True))
@@ -313,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = Size(options.batch, options.side, options.width)
     print(
         f"{options.method}, {size}, bf16, sm_{options.arch}, combo kernels {'on' if options.combo_kernels else 'off'}, "
+        f"convolutions without gradient {options.convolution}, "
         f"torch {torch.__version__}, triton {triton.__version__}\n\n{table(graphs)}"
     )
 

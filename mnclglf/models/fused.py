@@ -118,7 +118,6 @@ def norm_of(norm: BatchNorm, mean: Tensor, var: Tensor, rows: int, views: Views 
         kept, *new = fold_of(views, norm.momentum)
         for running, own in ((norm.running_mean, mean), (norm.running_var, var * (rows / (rows - 1)))):
             assert running is not None
-            weights = torch.tensor(new, dtype=own.dtype, device=own.device)
-            update_where_finite(running, kept * running + (weights[:, None] * own).sum(0))
+            update_where_finite(running, kept * running + sum(w * x for w, x in zip(new, own, strict=True)))
     scale = norm.weight * (var + norm.eps).rsqrt()
     return scale, norm.bias - mean * scale
