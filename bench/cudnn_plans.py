@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,15 +31,21 @@ from torch import Tensor, nn
 from bench.roofline import config_of
 from mnclglf.methods import METHODS
 from mnclglf.training.roofline import inputs_on_meta, on_meta
+from mnclglf_kernels._cudnn import graphs
+from mnclglf_kernels._cudnn.graphs import Form, Graph
 from mnclglf_kernels.aot import GPUS
 
-# Dtype of images and weights, dtype that the products are summed in.
 KINDS = {
-    "fp16": ("HALF", "FLOAT"),
-    "fp16, fp16 sums": ("HALF", "HALF"),
-    "bf16": ("BFLOAT16", "FLOAT"),
+    "fp16": Form(torch.float16),
+    "fp16, fp16 sums": Form(torch.float16, half_sums=True),
+    "bf16": Form(torch.bfloat16),
 }
-FUSIONS = {"plain": (), "prologue": ("prologue",), "epilogue": ("epilogue",), "both": ("prologue", "epilogue")}
+FUSIONS: Mapping[str, Mapping[str, bool]] = {
+    "plain": {},
+    "prologue": dict(prologue=True),
+    "epilogue": dict(epilogue=True),
+    "both": dict(prologue=True, epilogue=True),
+}
 COLUMNS = [(kind, fusion) for kind in KINDS for fusion in FUSIONS]
 
 # Functions of the driver that cuDNN 9.24 looks up before it compiles a kernel.
@@ -66,6 +72,12 @@ class Shape(NamedTuple):
     outputs: int  # channels
     taps: int  # side of the filter
     stride: int
+
+    def of_operator(self) -> graphs.Shape:
+        """Returns the same as the operator describes it, with all images in one view."""
+        return graphs.Shape(
+            self.images, self.inputs, self.side, self.side, self.outputs, self.taps, self.stride, self.taps // 2
+        )
 
     def __str__(self) -> str:
         size = f"{self.images} x {self.inputs} x {self.side} x {self.side}"
@@ -180,46 +192,19 @@ def ask(shape: Shape, kind: str, fusion: str, arch: int, *, fp32_vectors: bool =
         arch: compute capability of the described GPU.
         fp32_vectors: scale and bias of the prologue are in fp32, not in the images' dtype.
     """
+    form = KINDS[kind]._replace(**FUSIONS[fusion], fp32_vectors=fp32_vectors)
+    return plans(lambda cudnn, **place: graphs.forward(cudnn, shape.of_operator(), form, **place), arch, str(shape))
+
+
+def plans(make: Callable[..., Graph], arch: int, what: str) -> Plans:
+    """Returns what cuDNN has for a graph, which `make` builds on a GPU of this architecture."""
     cudnn = frontend()
-    io, sums = (getattr(cudnn.data_type, name) for name in KINDS[kind])
-    fp32 = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        io_data_type=io,
-        intermediate_data_type=fp32,
-        compute_data_type=fp32,
-        device_property=cudnn.create_device_properties(description(arch)),
-    )
-
-    def tensor(name: str, n: int, c: int, side: int, dtype: Any = io) -> Any:
-        stride = [side * side * c, 1, side * c, c]  # channels_last
-        return graph.tensor(name=name, dim=[n, c, side, side], stride=stride, data_type=dtype)
-
-    x = tensor("x", shape.images, shape.inputs, shape.side)
-    weight = tensor("weight", shape.outputs, shape.inputs, shape.taps)
-    if "prologue" in FUSIONS[fusion]:
-        vectors = fp32 if fp32_vectors else io
-        scale, bias = (tensor(name, 1, shape.inputs, 1, vectors) for name in ("scale", "bias"))
-        x = graph.relu(graph.add(graph.mul(x, scale), bias))
-        x.set_data_type(io)
-    y = graph.conv_fprop(
-        image=x,
-        weight=weight,
-        padding=[shape.taps // 2] * 2,
-        stride=[shape.stride] * 2,
-        dilation=[1, 1],
-        compute_data_type=sums,
-    )
-    y.set_output(True).set_data_type(io)
-    if "epilogue" in FUSIONS[fusion]:
-        for sum_per_channel in graph.genstats(y):
-            sum_per_channel.set_output(True).set_data_type(fp32)
+    graph = make(cudnn, device_property=cudnn.create_device_properties(description(arch))).graph
     try:
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graphs.propose(cudnn, graph)
     except cudnn.cudnnGraphNotSupportedError as error:
         if "CUDA driver library" in str(error):
-            raise RuntimeError(f"cuDNN could not ask its compiler about {shape}: {error}") from error
+            raise RuntimeError(f"cuDNN could not ask its compiler about {what}: {error}") from error
         return Plans(0, 0)
     graph.build_plan_at_index(0)
     return Plans(graph.get_execution_plan_count(), graph.get_workspace_size_plan_at_index(0))

@@ -4,6 +4,7 @@ Letters in shapes: N images, C channels, H and W sides, F feature width, S = C(4
 K queue rows, M queries.
 """
 
+from mnclglf_kernels import _cudnn as _cudnn  # registers torch.ops.mnclglf.cudnn_*
 from mnclglf_kernels import operators as _operators
 from mnclglf_kernels.backend import HAS_FAISS, HAS_TRITON, Backend, resolve
 from mnclglf_kernels.operators import *  # noqa: F403  # every operator, and Backends

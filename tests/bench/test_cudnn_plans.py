@@ -29,10 +29,10 @@ RESNET_18 = [
 ]
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process of its own, which a stand-in for the driver may be loaded into."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
 
 
@@ -125,6 +125,43 @@ def test_cudnn_s_answers_for_an_rtx_3090_where_the_extra_is_installed():
     counts = json.loads(done.stdout)
     declined = {"fp16, fp16 sums epilogue", "fp16, fp16 sums both", "bf16 epilogue", "bf16 both"}
     assert {name for name, count in counts.items() if not count} == declined
+
+
+OPERATOR = """
+from bench.cudnn_plans import plans, shapes
+from mnclglf_kernels._cudnn.plans import Question, describe
+import json, sys, torch
+
+arch, views = int(sys.argv[1]), {"online": 3, "momentum": 2, "stop-gradient": 8}
+half, brain = torch.float16, torch.bfloat16
+kinds = [(half, False), (half, True), (brain, False)]
+asked = set()
+for network, found in shapes("mnclglf", 256, 32).items():
+    for shape in found:
+        whole = shape.of_operator()
+        view = whole._replace(images=whole.images // views[network])
+        asked |= {Question(whole, half, half_sums=True), Question(whole, half, half_sums=True, gradient=True)}
+        asked |= {Question(view, *kind, prologue) for kind in kinds for prologue in (False, shape.inputs > 3)}
+counts = {}
+for question in asked:
+    assert question.misaligned() is None
+    has = [plans(lambda cudnn, **at: question.graph(cudnn, form, **at), arch, "") for form in question.forms()]
+    counts[describe(question)] = [x.count for x in has]
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.parametrize("arch", ["86", *(pytest.param(arch, marks=pytest.mark.aot) for arch in ("89", "90"))])
+def test_cudnn_has_a_plan_for_every_graph_that_the_operators_run_where_the_extra_is_installed(arch):
+    """Checks every convolution of the paper's step: per view, with and without a prologue; conv2d both ways."""
+    pytest.importorskip("cudnn")
+    done = run(OPERATOR, arch)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert len(counts) > 100
+    assert [question for question, found in counts.items() if not any(found)] == []
+    first = [question for question, found in counts.items() if not found[0]]
+    assert all(" x 3 x " in question for question in first)  # only three channels are without an epilogue
 
 
 def test_an_engine_that_finds_no_driver_is_no_answer_where_the_extra_is_installed():

@@ -84,7 +84,8 @@ def test_cudnn_names_a_device_and_a_dtype_that_it_has_no_convolution_for(monkeyp
 
 
 def test_every_operator_gets_a_backend_that_it_has():
-    for name, kind in (("faiss", "lookup"), ("cudnn", "convolution")):
+    cases: list[tuple[backend.Backend, str]] = [("faiss", "lookup"), ("cudnn", "convolution")]
+    for name, kind in cases:
         chosen = mnclglf_kernels.Backends.all(name)._asdict()
         assert chosen == {op: name if row.kind == kind else "auto" for op, row in OPERATORS.items()}
     assert set(mnclglf_kernels.Backends.all("triton")) == {"triton"}

@@ -159,6 +159,19 @@ FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             2,
         ),
     ],
+    "cudnn_convolution": [
+        lambda: (torch.randn(4, 3, 7, 5).half(), torch.randn(6, 3, 3, 3).half(), None, None, 2, 1, 2, True),
+        lambda: (torch.randn(2, 16, 3, 2), torch.randn(8, 16, 1, 1), *torch.randn(2, 1, 16).unbind(), 1, 0, 1, False),
+    ],
+    "cudnn_conv2d": [
+        lambda: (learner(torch.randn(2, 3, 7, 5)), learner(torch.randn(6, 3, 3, 3)), 2, 1, True, True),
+        lambda: (learner(torch.randn(2, 3, 7, 5)), torch.randn(6, 3, 3, 3), 1, 0, True, False),
+        lambda: (torch.randn(2, 3, 7, 5), learner(torch.randn(6, 3, 3, 3)), 1, 0, False, True),
+    ],
+    "cudnn_conv2d_backward": [
+        lambda of=of: (torch.randn(2, 6, 4, 3), torch.randn(2, 3, 7, 5), torch.randn(6, 3, 3, 3), 2, 1, True, *of)
+        for of in ((True, True), (True, False), (False, True))
+    ],
     "nt_xent": [lambda: (torch.randn(10, 4), 0.5)],
     "queue_contrastive_loss": [
         lambda: (torch.randn(5, 4), torch.randn(5, 4), torch.randn(9, 4), 0.5),

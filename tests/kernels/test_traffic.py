@@ -145,10 +145,12 @@ def convolution_launches() -> list[launch.Launch]:
         (torch.float64, 3, (3, 48, 16, 9, 1)),
     ):
         x, weight = torch.randn(n, h, w, c).to(dtype).permute(0, 3, 1, 2), torch.randn(k, 3, 3, c).to(dtype)
-        for vectors in ((None, None), torch.ones(2, views, c).to(torch.promote_types(dtype, torch.float32)).unbind()):
+        weight = weight.permute(0, 3, 1, 2)
+        for vector in (None, torch.ones(views, c, dtype=torch.promote_types(dtype, torch.float32))):
+            shift = None if vector is None else vector.clone()
             for t in TILES:
                 results = convolution.empty_results(x, k, views)
-                found += convolution.convolution_launches(x, weight.permute(0, 3, 1, 2), *vectors, *results, t)
+                found += convolution.convolution_launches(x, weight, vector, shift, *results, t)
     return filled(found)
 
 

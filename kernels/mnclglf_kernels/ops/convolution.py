@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnclglf_kernels.backend import Backend, resolve
+from mnclglf_kernels.backend import Backend, cudnn_problem, resolve
 from mnclglf_kernels.checks import check_floating
 
 MULTIPLE = 16  # of channels: the least that a tensor core multiplies
@@ -76,6 +76,9 @@ def convolution(
     resolved = resolve(backend, *tensors, kind="convolution")
     if resolved == "triton" and has_triton_kernel(x, weight, stride, padding, views):
         return Convolved(*torch.ops.mnclglf.convolution(x, weight, scale, shift, views))
+    if resolved == "cudnn":
+        operands = x, weight, scale, shift, stride, padding, views, half_sums
+        return Convolved(*torch.ops.mnclglf.cudnn_convolution(*operands))
     return torch_convolution(x, weight, stride, padding, views, scale, shift)
 
 
@@ -112,7 +115,12 @@ def conv2d(
         RuntimeError: the backend cannot run here.
     """
     check_operands(x, weight, stride, padding)
-    resolve(backend, x, weight, kind="convolution")
+    resolved = resolve(backend, x, weight, kind="convolution")
+    switches = (half_sums_forward, half_sums_input_gradient)
+    if backend == "auto" and any(switches) and cudnn_problem(x.device, x.dtype) is None:
+        resolved = "cudnn"
+    if resolved == "cudnn" and x.dtype == torch.float16 and any(switches):
+        return torch.ops.mnclglf.cudnn_conv2d(x, weight, stride, padding, *switches)
     return F.conv2d(x, weight, stride=stride, padding=padding)
 
 

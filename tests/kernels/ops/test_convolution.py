@@ -1,6 +1,8 @@
 """Tests of convolution against loops in fp64, and of its moments; conv2d beside torch's."""
 
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tolerance import ULPS_FP32
 from torch import Tensor
 
-from mnclglf_kernels import conv2d, convolution
+from mnclglf_kernels import Backend, conv2d, convolution
 from mnclglf_kernels._triton import convolution as kernels
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.tiles import Tile
@@ -18,7 +20,7 @@ from mnclglf_kernels.ops.convolution import has_triton_kernel
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
-KERNEL = dict(stride=1, padding=1)  # what the Triton kernel computes, of 3 taps
+KERNEL: dict[str, Any] = dict(stride=1, padding=1)  # what the Triton kernel computes, of 3 taps
 # Views, images per view, channels, channels of y, sides: a pixel; a part that is not full; more than one tile each way.
 SHAPES = [(1, 1, 16, 16, (1, 1)), (2, 3, 32, 16, (5, 3)), (3, 2, 16, 80, (9, 8)), (2, 1, 144, 48, (4, 4))]
 
@@ -31,7 +33,8 @@ def operands(dtype, views, images, inputs, outputs, sides, taps=3) -> tuple[Tens
     """Makes x, weight, scale and shift."""
     x = torch.randn(views * images, inputs, *sides).to(dtype)
     weight = (torch.randn(outputs, inputs, taps, taps) / (inputs * taps**2) ** 0.5).to(dtype)
-    return x, weight, *(torch.randn(2, views, inputs) + 0.5).to(wide(dtype)).unbind()
+    scale, shift = (torch.randn(2, views, inputs) + 0.5).to(wide(dtype)).unbind()
+    return x, weight, scale, shift
 
 
 def read(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def oracle_moments(y: Tensor, views: int) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(variances)
 
 
-def check(x, weight, scale=None, shift=None, *, views=1, stride=1, padding=0, backend: str) -> None:
+def check(x, weight, scale=None, shift=None, *, views=1, stride=1, padding=0, backend: Backend) -> None:
     """Holds y, mean and variance of a call against the oracle's."""
     given = x.clone(), weight.clone()
     y, mean, var = convolution(
@@ -73,7 +76,7 @@ def check(x, weight, scale=None, shift=None, *, views=1, stride=1, padding=0, ba
     )
     assert torch.equal(x, given[0])
     assert torch.equal(weight, given[1])
-    truth = oracle(x if scale is None else read(x, scale, shift), weight, stride, padding)
+    truth = oracle(x if scale is None or shift is None else read(x, scale, shift), weight, stride, padding)
     assert y.shape == truth.shape
     assert (y.dtype, mean.dtype, var.dtype) == (x.dtype, wide(x.dtype), wide(x.dtype))
     eps, sums = torch.finfo(x.dtype).eps, ULPS_FP32 * torch.finfo(wide(x.dtype)).eps
@@ -204,7 +207,7 @@ def test_parts_are_combined_as_if_there_were_one(rows, sides):
     torch.testing.assert_close(var[0].double(), spread, rtol=1e-5, atol=0)
 
 
-def bad(**changes):
+def bad(**changes: Any) -> dict[str, Any]:
     """Makes the arguments of a call with some changed."""
     x, weight, scale, shift = operands(torch.float32, 2, 2, 3, 4, (5, 5))
     return dict(x=x, weight=weight, scale=scale, shift=shift, views=2) | changes
@@ -264,8 +267,8 @@ def test_autocast_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("prologue", [False, True])
-def test_each_element_is_stored_once_and_the_bytes_are_those_that_are_counted(prologue):
-    """The kernel in fp64 too, which the operator does not offer: it is the formula without any rounding."""
+def test_the_kernel_in_fp64_is_the_formula(prologue):
+    """The operator does not offer fp64, in which nothing is rounded. conftest.py checks each store."""
     x, weight, scale, shift = (
         t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
         for t in operands(torch.float64, 2, 3, 32, 32, (5, 3))
@@ -283,12 +286,10 @@ def test_each_element_is_stored_once_and_the_bytes_are_those_that_are_counted(pr
 def test_conv2d_is_torch_s_without_a_gpu(dtype, backend):
     x, weight, *_ = operands(dtype, 1, 2, 3, 4, (5, 4))
     upstream, found = torch.randn(2, 4, 3, 2).to(dtype), []
-    for function in (F.conv2d, conv2d):
-        how = (
-            {} if function is F.conv2d else dict(half_sums_forward=True, half_sums_input_gradient=True, backend=backend)
-        )
+    ours = partial(conv2d, half_sums_forward=True, half_sums_input_gradient=True, backend=backend)
+    for function in (F.conv2d, ours):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = function(*leaves, stride=2, padding=1, **how)
+        y = function(*leaves, stride=2, padding=1)
         found.append((y, *torch.autograd.grad(y, leaves, upstream)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
