@@ -28,6 +28,8 @@ from mnclglf_kernels import (
     batch_norm,
     combine,
     contrastive_losses,
+    conv2d,
+    convolution,
     divide,
     enqueue,
     nearest_neighbor,
@@ -35,7 +37,8 @@ from mnclglf_kernels import (
     queue_contrastive_loss,
     self_check,
 )
-from mnclglf_kernels.backend import faiss_problem
+from mnclglf_kernels._cudnn.proof import plan_problem
+from mnclglf_kernels.backend import cudnn_problem, faiss_problem
 from mnclglf_kernels.operators import OPERATORS, Arguments
 from mnclglf_kernels.ops.augment import ViewFormat
 from mnclglf_kernels.sizes import PAPER, Sizes
@@ -144,6 +147,65 @@ def test_a_batch_of_more_than_2_to_the_31_elements():
     torch.testing.assert_close(running.cpu()[:, 0], torch.tensor([mean, variance]), rtol=1e-4, atol=0)
     expected = torch.tensor([-mean, 1000 - mean], dtype=torch.float64) / (variance + 1) ** 0.5
     torch.testing.assert_close(y[[0, -1], 0].double().cpu(), expected, rtol=2**-10, atol=0)
+
+
+CONVOLUTIONS = [(64, 32, 64, 3, 1), (128, 16, 256, 3, 2), (128, 16, 256, 1, 2), (512, 4, 512, 3, 1), (48, 7, 80, 3, 1)]
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cudnn"])
+def test_convolution(backend, dtype, layer, prologue):
+    """Checks y, mean and variance of two views; a layer without a kernel or a plan runs PyTorch's form."""
+    if backend == "cudnn" and (problem := cudnn_problem(DEVICE, dtype)) is not None:
+        pytest.skip(str(problem))
+    inputs, side, outputs, taps, stride = layer
+    x = torch.randn(16, inputs, side, side).to(dtype)
+    weight = (torch.randn(outputs, inputs, taps, taps) / (inputs * taps**2) ** 0.5).to(dtype)
+    vectors = torch.randn(2, 2, inputs).unbind() if prologue else ()
+    settings: dict[str, Any] = dict(stride=stride, padding=taps // 2, views=2)
+
+    def call(given: Sequence[Tensor], backend: Backend) -> list[Tensor]:
+        named: dict[str, Any] = dict(zip(("x", "weight", "scale", "shift"), given, strict=False))
+        return [result.cpu() for result in convolution(**named, **settings, backend=backend)]
+
+    given = [x, weight, *vectors]
+    actual, plain = (call(on_gpu(given), backend) for backend in (backend, "torch"))
+    truth = call(in_fp64(given), "torch")
+    eps, greatest = torch.finfo(dtype).eps, truth[0].abs().max().item()
+    floors = 2**-20 * greatest, eps * greatest, eps * greatest**2
+    for name, floor, ours, theirs, true in zip(("y", "mean", "var"), floors, actual, plain, truth, strict=True):
+        assert_as_accurate_as_plain(ours[None], theirs[None], true[None], floor, what=name)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("half_sums", [False, True])
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_plan_of_cudnn_passes_its_proof(dtype, layer, half_sums, prologue, gradient):
+    if (problem := cudnn_problem(DEVICE, dtype)) is not None:
+        pytest.skip(str(problem))
+    if (gradient and (prologue or not half_sums)) or (half_sums and dtype != torch.float16):
+        pytest.skip("no operator asks for it")
+    inputs, side, outputs, taps, stride = layer
+    shapes = (64, inputs, side, side), (outputs, inputs, taps, taps)
+    how = dict(half_sums=half_sums, prologue=prologue, gradient=gradient)
+    device = torch.empty(0, device=DEVICE).device  # with its number
+    assert plan_problem(*shapes, dtype, device, stride=stride, padding=taps // 2, **how) is None
+
+
+def test_conv2d_that_sums_in_fp16_can_be_captured_and_replayed():
+    if (problem := cudnn_problem(DEVICE, torch.float16)) is not None:
+        pytest.skip(str(problem))
+    x, weight = torch.randn(64, 64, 16, 16).half().to(DEVICE), torch.randn(64, 64, 3, 3).half().to(DEVICE) / 24
+    expected = conv2d(x, weight, padding=1, half_sums_forward=True)  # builds the plan
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = conv2d(x, weight, padding=1, half_sums_forward=True)
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)
