@@ -404,6 +404,7 @@ def choices(setting: Setting) -> Iterator[Figures]:
 
     from mnclglf.training import choices as made
     from mnclglf.training.graphs import restore_state, saved_state
+    from mnclglf.training.plans import prove_plans
     from mnclglf.training.timing import StepClock
 
     began = time.monotonic()
@@ -412,6 +413,10 @@ def choices(setting: Setting) -> Iterator[Figures]:
     config = replace(config, engine=replace(config.engine, kernels="auto"))
     method = step.method
     here = made.Here(config.engine, setting.device, method.backends, setting.dtype, method.without_gradient)
+    if any(setting["convolution"] == "cudnn" for setting in made.settings_of(here).values()):
+        left_out: list[str] = []
+        prove_plans(method, batch.views, without_gradient=True, online="off", say=left_out.append)
+        yield {"plans of cuDNN that are left out": "; ".join(left_out) or "none"}
     rates = {"lr": 0.1, "momentum": 0.99}
     rounds, steps = setting.rounds, max(1, setting.steps // 5)
     start = saved_state(step)

@@ -47,11 +47,13 @@ from mnclglf.training.choices import (
     recall,
     remember,
     require_graphs,
+    settings_of,
 )
 from mnclglf.training.describe import describe_limits, write_run_files
 from mnclglf.training.graphs import USED, problem_of_replays, ruled_out
 from mnclglf.training.guard import NonFiniteError
 from mnclglf.training.health import effective_rank, feature_std, neighbor_agreement
+from mnclglf.training.plans import prove_plans
 from mnclglf.training.progress import RunLog, duration
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.speedups import Forward, or_eager, share_casts
@@ -180,7 +182,7 @@ class Trainer:
             for step, batch, wait in waiting.timed(self.loader, self.start, total):
                 # Rates are closed forms of the step, so that a resumed run needs no schedule state.
                 lr, momentum = self.schedule.lr(step), self.schedule.ema_momentum(step)
-                if step == self.start and self.compile != "off":
+                if step == self.start:
                     self._settle(batch)
                 losses, gradient_norm = self.step(step, batch, lr=lr, momentum=momentum)
                 clock.stop(wait)  # an event on the stream; nothing waits here
@@ -413,15 +415,24 @@ class Trainer:
         self._say(f"{text}; peak memory{whose} {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
 
     def _settle(self, batch: Batch) -> None:
-        """Decides the parts of the compiled step on a GPU, and proves CUDA graphs by the first batch; changes no state.
+        """Proves what the step will use, and decides its parts on a GPU, by the first batch; changes no state.
 
         Raises:
             RuntimeError: --graphs on was given, and replays are not the compiled step.
         """
-        if chooses(self.device):
+        self._prove_plans(batch)
+        if chooses(self.device) and self.compile != "off":
             self._choose(batch)
         elif self.compile == "graphs":
             self._prove_graphs(batch)
+
+    def _prove_plans(self, batch: Batch) -> None:
+        """Compares cuDNN's plans that may be used with PyTorch; those that are wrong are left out."""
+        online = self.config.engine.half_sums_online
+        fused = self.compile != "off" and chooses(self.device)
+        fused = fused and any(x["convolution"] == "cudnn" for x in settings_of(self.here).values())
+        if fused or online != "off":
+            prove_plans(self.method, batch.views, without_gradient=fused, online=online, say=self._say)
 
     def _choose(self, batch: Batch) -> None:
         """Takes a decision about the parts that is known, or makes one."""

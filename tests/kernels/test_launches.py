@@ -96,7 +96,7 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         (lambda: normalized(running_mean=torch.zeros(4), running_var=torch.ones(4)), 2),
         (lambda: normalized(relu=True).sum().backward(), 4),
         (lambda: normalized(relu=True, residual=learner(6, 4)).sum().backward(), 4),
-        (lambda: sum(normalized(relu=True, residual=learner(6, 4), fork=True)).sum().backward(), 4),
+        (lambda: torch.stack(normalized(relu=True, residual=learner(6, 4), fork=True)).sum().backward(), 4),
         (lambda: augment(*stored(), view_format=ViewFormat(6), backend="triton"), 1),
         (lambda: nearest_neighbor(torch.randn(3, 5), torch.randn(7, 5), backend="triton"), 2),
         (lambda: enqueue(torch.randn(7, 5), torch.tensor(0), torch.randn(3, 5), backend="triton"), 2),

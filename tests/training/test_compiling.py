@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._guards import TracingContext
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training.test_step import (
@@ -168,7 +169,7 @@ def test_a_compiled_forward_takes_a_fixed_input_at_its_address(monkeypatch: pyte
     static: list[set[torch.Size]] = []
 
     def note(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
-        metadata = torch._guards.TracingContext.get().fw_metadata
+        metadata = TracingContext.get().fw_metadata
         assert metadata is not None
         static.append({inputs[place].shape for place in metadata.static_input_indices})
         return make_boxed_func(graph.forward)

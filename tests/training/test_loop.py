@@ -935,7 +935,7 @@ def fused_run(out: Path, console: Console, *, wrong: bool) -> Trainer:
     run.step.dtype = torch.bfloat16
     if wrong:  # a batch norm follows, so that in bf16 it computes the same
         with torch.no_grad():
-            run.method.encoders()[1].layer2[0].conv1.weight.mul_(1e8)
+            run.method.get_parameter("momentum.0.layer2.0.conv1.weight").mul_(1e8)
     parts = {"convolution": "cudnn", "graphs": "off"}
     run.choice = Choice(taken="all", why="it is faster", parts=parts, settings={"safe": parts, "all": parts})
     return run

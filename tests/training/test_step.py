@@ -404,10 +404,11 @@ def test_an_overflow_without_gradient_costs_its_step_alone(network: str, dtype: 
     step = TrainStep(method, OptimConfig(), EngineConfig(), dtype)
     step(0, batch, lr=0.1, momentum=0.9)
     encoder = method.encoder if network == "stop-gradient" else method.encoders()[1]
-    kept = encoder.layer2[0].conv1.weight.detach().clone()
+    weight = encoder.get_parameter("layer2.0.conv1.weight")
+    kept = weight.detach().clone()
     before = {name: value.clone() for name, value in method.state_dict().items()}
     with torch.no_grad():  # of the weight in fp16 alone: a batch norm later the result would be the same in fp32
-        encoder.layer2[0].conv1.weight.mul_(1e8)
+        weight.mul_(1e8)
     wrong = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     losses, _ = step(1, batch, lr=0.1, momentum=0.9)
     # A lookup of keys that are no numbers finds row 0, so the losses alone do not show it.
@@ -418,7 +419,7 @@ def test_an_overflow_without_gradient_costs_its_step_alone(network: str, dtype: 
         assert value.isfinite().all(), name
         assert torch.equal(value, before[name]) or name in wrong or "running" in name, name
     with torch.no_grad():
-        encoder.layer2[0].conv1.weight.copy_(kept)
+        weight.copy_(kept)
     losses, _ = step(2, batch, lr=0.1, momentum=0.9)
     assert losses.total.isfinite()
     assert step.overflows == 1
@@ -431,7 +432,7 @@ def test_a_loss_that_is_not_finite_without_an_overflow_is_an_error() -> None:
     method = fused_in_fp16(make_method(dtype=torch.bfloat16))
     step = TrainStep(method, OptimConfig(), EngineConfig(), torch.bfloat16)
     with torch.no_grad():
-        method.predictor[0].weight[0, 0] = torch.nan
+        method.get_parameter("predictor.0.weight")[0, 0] = torch.nan
     step(0, make_batch(dtype=torch.bfloat16), lr=0.1, momentum=0.9)
     with pytest.raises(NonFiniteError, match="step 0"):
         step.guard.raise_if_failed()
