@@ -40,7 +40,9 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=2.4; sys_platform == 'linux'"],
         "faiss-gpu": ["faiss-gpu>=1.15; sys_platform == 'linux'"],
         "faiss-cpu": ["faiss-cpu>=1.12"],
-        "cudnn": ["nvidia-cudnn-frontend>=1.32; sys_platform == 'linux'"],  # bench.cudnn_plans
+        "cudnn": [
+            "nvidia-cudnn-frontend>=1.32; sys_platform == 'linux'"
+        ],  # a choice of a run's start; bench.cudnn_plans
         "dev": [
             "pytest>=9",
             "pytest-benchmark>=5.2",

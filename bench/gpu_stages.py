@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 WRONG = "wrong"  # figure that makes a stage fail if it is not empty; several are joined
 LEFT_OUT = "left out"  # figure that says what could not run here, and why
-OPTIONAL = ("pytest", "xdist", "hypothesis", "nvidia.dali", "faiss", "lightly")  # packages that a stage can do without
+OPTIONAL = (
+    "pytest",
+    "xdist",
+    "hypothesis",
+    "nvidia.dali",
+    "faiss",
+    "cudnn",
+    "lightly",
+)  # packages that a stage can do without
 NOISE_BATCHES = 4  # in turn: a CUDA graph that reads an old batch computes wrong losses
 PARITY_IMAGES = 48
 # Greatest mean difference from torchvision's views, in levels of 1 / 255, and share of more than 3 levels: those of

@@ -26,7 +26,7 @@ class ResNet18(nn.Module):
     Attributes:
         convolution: backend of training forwards without gradient; "auto" and "torch" compute them as those with one.
         half_sums: whether these sum in fp16, see `set_half`.
-        overflow: bool, 0-D: whether one of these was not finite since it was last set to false.
+        overflow: bool, 0-D, there with `half_sums`: whether one of these was not finite since it was last set to false.
     """
 
     convolution: Backend = "auto"
@@ -47,7 +47,6 @@ class ResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         without_batch_counters(self)
-        self.register_buffer("overflow", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def forward(self, images: Tensor, views: Views | int = 1) -> Tensor:
         """Returns the features, [V * N, 8 * width], of V views that share a batch, one after the other."""

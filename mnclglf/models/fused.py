@@ -41,6 +41,11 @@ def set_half(encoder: ResNet18, half: bool) -> None:
     if half == encoder.half_sums:
         return
     encoder.half_sums = half
+    if half:
+        device = encoder.conv1.weight.device
+        encoder.register_buffer("overflow", torch.zeros((), dtype=torch.bool, device=device), persistent=False)
+    else:
+        del encoder.overflow
     for layer in encoder.modules():
         if isinstance(layer, nn.Conv2d) and half:
             layer.register_buffer("half_weight", layer.weight.detach().half(), persistent=False)
@@ -51,8 +56,8 @@ def set_half(encoder: ResNet18, half: bool) -> None:
 def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | int) -> Tensor:
     """Returns the features, [V * N, 8 * width], of V views that share a batch, normalized by their own statistics.
 
-    Sets `encoder.overflow` where a statistic is not finite: then so are the features, and a running statistic keeps
-    its value.
+    In fp16 it sets `encoder.overflow` where a statistic is not finite: then the features are NaN, and a running
+    statistic keeps its value.
     """
     count = views if isinstance(views, int) else len(views.after)
     device = images.device.type
@@ -96,6 +101,8 @@ def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | 
                 x = through(cast(Any, block), x)
         # Under autocast to bf16 no operator takes bf16 and fp16 together.
         features = torch.flatten(F.adaptive_avg_pool2d(x.to(outside), 1), 1)
+    if not encoder.half_sums:
+        return features
     finite = torch.cat(statistics).isfinite().all() & features.isfinite().all()
     encoder.overflow.logical_or_(~finite)
     return torch.where(finite, features, torch.nan)

@@ -138,7 +138,7 @@ def restore_state(step: TrainStep, saved: dict[str, Any]) -> None:
     for name, x in step.method.state_dict().items():
         x.copy_(saved["method"][name])
     step.optimizer.zero_grad()  # of a step that was broken off
-    for count in (step.overflows, *(encoder.overflow for encoder in step.method.encoders())):
+    for count in (step.overflows, *(encoder.overflow for encoder in step.method.encoders() if encoder.half_sums)):
         count.zero_()
     step.load_state_dict(saved["step"])
     vars(step.guard).update(tree_map_only(Tensor, lambda x: x.to(step.device), saved["guard"]))

@@ -430,7 +430,9 @@ class Trainer:
         """Compares cuDNN's plans that may be used with PyTorch; those that are wrong are left out."""
         online = self.config.engine.half_sums_online
         fused = self.compile != "off" and chooses(self.device)
-        fused = fused and any(x["convolution"] == "cudnn" for x in settings_of(self.here).values())
+        asked, settings = self.config.engine.choices, settings_of(self.here)
+        may = settings.values() if asked == "auto" else [settings[asked]]
+        fused = fused and any(setting["convolution"] == "cudnn" for setting in may)
         if fused or online != "off":
             prove_plans(self.method, batch.views, without_gradient=fused, online=online, say=self._say)
 

@@ -967,3 +967,43 @@ def test_a_run_without_overflows_stays_in_fp16(tmp_path: Path) -> None:
     assert run.method.encoder.half_sums
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {record["overflows"] for record in records} == {0}
+
+
+def test_fused_convolutions_that_win_train_and_are_noted(
+    tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks the choice and the run after it; the width has no Triton kernel, so PyTorch computes."""
+    monkeypatch.setattr("mnclglf.training.choices._is_geforce", lambda _: True)
+    measured, console, out = decide(monkeypatch, None), silent(), tmp_path / "run"
+    engine = dataclasses.replace(CONFIG.engine, precision="bf16", graphs="off")
+    run = trainer(out, console=console, engine=engine, **NO_DRAW)
+    backends = run.here.backends._replace(convolution="triton")
+    run.here = run.here._replace(backends=backends)
+    assert run.here.dtype == torch.bfloat16
+    assert run.train() is None
+    assert measured == [1]
+    assert re.search(r"convolutions without gradient +torch +triton", printed(console))
+    assert choices_of(out)["parts"]["convolution"] == "triton"
+    assert {encoder.convolution for encoder in run.method.encoders()} == {"triton"}
+    assert as_on_a_gpu
+
+
+def test_plans_of_cudnn_are_proved_before_they_are_used(
+    tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: None)
+    asked: list[dict[str, Any]] = []
+
+    def prove(*_: object, say: Callable[[str], object], **how: Any) -> None:
+        asked.append(how)
+        say("a plan is left out")
+
+    monkeypatch.setattr(loop, "prove_plans", prove)
+    console = silent()
+    for choices in ("safe", "auto"):  # auto finds that cuDNN cannot run here, and takes safe
+        engine = dataclasses.replace(CONFIG.engine, precision="bf16", graphs="off", choices=choices)
+        run = trainer(tmp_path / choices, console=console, engine=engine, **NO_DRAW)
+        assert run.train() is None
+        assert choices_of(tmp_path / choices)["parts"]["convolution"] == "torch"
+    assert asked == [dict(without_gradient=True, online="off")]  # safe has none
+    assert "a plan is left out" in printed(console)
