@@ -420,7 +420,8 @@ def choices(setting: Setting) -> Iterator[Figures]:
     config, step, (batch, *_) = step_on_noise(setting, kernels=kernels, compile="on")
     config = replace(config, engine=replace(config.engine, kernels="auto"))
     method = step.method
-    here = made.Here(config.engine, setting.device, method.backends, setting.dtype, method.without_gradient)
+    facts = method.without_gradient, method.half_sums_cleared
+    here = made.Here(config.engine, setting.device, method.backends, setting.dtype, *facts)
     if any(setting["convolution"] == "cudnn" for setting in made.settings_of(here).values()):
         left_out: list[str] = []
         prove_plans(method, batch.views, without_gradient=True, online="off", say=left_out.append)

@@ -39,6 +39,8 @@ class Method(nn.Module, ABC):
         needs_labels: whether `forward` needs the images' labels.
         operators: names of the operators of mnclglf_kernels that a step calls.
         without_gradient: whether a step has forwards of an encoder without gradient.
+        half_sums_cleared: whether these lost no accuracy with sums in fp16 in the study of docs/lab/half-precision.md;
+            only then does a start on a GPU take such sums by itself.
         divided_views: numbers, from 1, of the views that `forward` cuts into patches; for the report's picture.
         batch_candidates: whether each term of the loss picks one of N candidates, the images of the batch: it is ln N
             while all look alike, which the report draws as a dashed line.
@@ -52,6 +54,7 @@ class Method(nn.Module, ABC):
     needs_labels: bool = False
     operators: tuple[OperatorName, ...] = ()
     without_gradient: bool = False
+    half_sums_cleared: bool = False
     divided_views: tuple[int, ...] = ()
     batch_candidates: bool = False
     projector: nn.Module

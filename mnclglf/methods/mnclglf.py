@@ -34,7 +34,7 @@ class MNCLGLF(Method):
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue")
-    without_gradient = True
+    without_gradient = half_sums_cleared = True
     divided_views = (1, 3)
     batch_candidates = True
 

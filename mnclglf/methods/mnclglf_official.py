@@ -41,7 +41,7 @@ class MNCLGLFOfficial(Method):
 
     views = 3
     operators = ("divide", "combine", "contrastive_losses", "nt_xent", "nearest_neighbor", "enqueue")
-    without_gradient = True
+    without_gradient = half_sums_cleared = True
     divided_views = (1, 2)
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ class MoCoV2(Method):
 
     views = 2
     operators = ("queue_contrastive_loss", "enqueue")
-    without_gradient = True
+    without_gradient = half_sums_cleared = True
 
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)

@@ -62,6 +62,7 @@ class Here(NamedTuple):
     backends: Backends  # as they were chosen at the start of the run
     dtype: torch.dtype = torch.float32  # of autocast
     without_gradient: bool = False  # whether the method has forwards without gradient
+    half_sums_cleared: bool = False  # whether sums in fp16 there cost the method no accuracy in the study
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _convolution_ruled_out(here: Here, value: str) -> str | None:
         return None if _is_geforce(here.device) else "Triton's convolutions are for GeForce GPUs"
     if here.engine.half_sums == "off":
         return "--half-sums off"
+    if here.engine.half_sums == "auto" and not here.half_sums_cleared:
+        return "sums in fp16 are not cleared for this method (docs/lab/half-precision.md)"
     problem = cudnn_problem(here.device, torch.float16)
     return None if problem is None else str(problem)
 

@@ -139,8 +139,14 @@ class Trainer:
         if self.compile == "graphs" and self.config.engine.channels_last:
             images = self.method.views * self.config.optim.batch_size
             self.loader.into = self.step.fix_input((images, 3, self.side, self.side))
-        gradient_free = self.method.without_gradient
-        self.here = Here(self.config.engine, self.device, self.method.backends, self.dtype, gradient_free)
+        self.here = Here(
+            self.config.engine,
+            self.device,
+            self.method.backends,
+            self.dtype,
+            self.method.without_gradient,
+            self.method.half_sums_cleared,
+        )
         check_half_sums(self.here)
         self.origin = None if checkpoint is None else checkpoint.resolve().parents[1]  # the run that is resumed
         self.choice: Choice | None = None  # of the parts of a compiled step

@@ -394,7 +394,7 @@ def test_an_option_fixes_its_part_in_both_settings(
     assert {name: " ".join(setting.values()) for name, setting in found.items()} == {"safe": safe, "all": best}
 
 
-FUSES = Here(EngineConfig(graphs="off"), CUDA, TRITON, torch.bfloat16, without_gradient=True)
+FUSES = Here(EngineConfig(graphs="off"), CUDA, TRITON, torch.bfloat16, without_gradient=True, half_sums_cleared=True)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +408,7 @@ FUSES = Here(EngineConfig(graphs="off"), CUDA, TRITON, torch.bfloat16, without_g
         ((8, 6), False, {"backends": TRITON._replace(convolution="torch")}, "torch"),
         ((8, 6), True, {"dtype": torch.float32}, "torch"),
         ((8, 6), True, {"without_gradient": False}, "torch"),
+        ((8, 6), True, {"half_sums_cleared": False}, "triton"),
     ],
 )
 def test_the_convolutions_of_all_are_the_best_that_can_run(
@@ -425,6 +426,7 @@ def test_half_sums_that_are_asked_for_are_in_both_settings_or_refused(monkeypatc
     monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: None)
     assert {setting["convolution"] for setting in settings_of(here).values()} == {"cudnn"}
     check_half_sums(here)
+    check_half_sums(here._replace(half_sums_cleared=False))  # who asks for it gets it
     with pytest.raises(ValueError, match=r"half_sums on .*gradient.*--half-sums auto"):
         check_half_sums(here._replace(without_gradient=False))
     with pytest.raises(ValueError, match=r"half_sums on .*GPU.*--half-sums auto"):
