@@ -12,6 +12,8 @@ from mnclglf.config import Stem
 from mnclglf.models.batch_norm import Views
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.fused import features_without_gradient, set_half
+from mnclglf_kernels import Backend
+from mnclglf_kernels.backend import HAS_CUDNN
 
 
 def encoder_of(stem: Stem = "cifar", width: int = 4, dtype: torch.dtype = torch.float64) -> ResNet18:
@@ -126,3 +128,20 @@ def test_half_sums_compute_in_fp16_from_weights_in_fp16() -> None:
     set_half(encoder, False)
     assert not any("half" in name or "overflow" in name for name, _ in encoder.named_buffers())
     assert features_without_gradient(encoder, images.float(), 2).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn"])
+@torch.no_grad()
+def test_features_on_the_gpu_are_as_near_to_fp64_as_the_plain_ones(backend: Backend) -> None:
+    if backend == "cudnn" and not HAS_CUDNN:
+        pytest.skip("nvidia-cudnn-frontend is not installed: pip install 'mnclglf[cudnn]'")
+    exact, plain, fused = (encoder_of(width=64, dtype=torch.float32).cuda() for _ in range(3))
+    fused.convolution = backend
+    set_half(fused, backend == "cudnn")
+    images = images_of(64, torch.float32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        found, expected = fused(images, 2), plain(images, 2)
+    truth = exact.double()(images.double(), 2)
+    assert (found - truth).norm() < 2 * (expected - truth).norm()
+    torch.testing.assert_close(buffers_of(fused), buffers_of(plain), rtol=0.02, atol=0.02)
