@@ -434,11 +434,12 @@ class Trainer:
 
     def _prove_plans(self, batch: Batch) -> None:
         """Compares cuDNN's plans that may be used with PyTorch; those that are wrong are left out."""
-        online = self.config.engine.half_sums_online
-        fused = self.compile != "off" and chooses(self.device)
-        asked, settings = self.config.engine.choices, settings_of(self.here)
-        may = settings.values() if asked == "auto" else [settings[asked]]
-        fused = fused and any(setting["convolution"] == "cudnn" for setting in may)
+        engine, fused = self.config.engine, False
+        if self.compile != "off" and chooses(self.device):
+            settings = settings_of(self.here)
+            may = settings.values() if engine.choices == "auto" else [settings[engine.choices]]
+            fused = any(setting["convolution"] == "cudnn" for setting in may)
+        online = engine.half_sums_online
         if fused or online != "off":
             prove_plans(self.method, batch.views, without_gradient=fused, online=online, say=self._say)
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mnclglf_kernels._cudnn import graphs
-from mnclglf_kernels._cudnn.graphs import Form, Graph, Shape
+from mnclglf_kernels._cudnn.graphs import Form, Graph, Shape, forward, input_gradient, propose
 from mnclglf_kernels.backend import first_line
 
 ALIGNMENT = 16  # bytes, of every pointer that cuDNN gets
@@ -46,8 +45,8 @@ class Question(NamedTuple):
         return [form._replace(epilogue=True), form._replace(fp32_vectors=True)]
 
     def graph(self, cudnn: Any, form: Form, **place: Any) -> Graph:
-        """Returns the graph of a form; `place` is as in graphs.forward."""
-        make = graphs.input_gradient if self.gradient else graphs.forward
+        """Returns the graph of a form; `place` is as in forward."""
+        make = input_gradient if self.gradient else forward
         return make(cudnn, self.shape, form, **place)
 
     def misaligned(self) -> str | None:
@@ -104,7 +103,7 @@ class Choice:
                 cudnn, handle = importlib.import_module("cudnn"), handle_of(device)
                 with torch.cuda.device(device):
                     graph = question.graph(cudnn, form, handle=handle)
-                    graphs.propose(cudnn, graph.graph)
+                    propose(cudnn, graph.graph)
                     graph.graph.check_support()
                     graph.graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
                 yield Plan(graph, form, graph.graph.get_workspace_size())
