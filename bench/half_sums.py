@@ -44,8 +44,11 @@ from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method, load_run_data
 
 FOLLOWING = ("mnclglf", "mnclglf_official", "mocov2", "byol", "fast_moco")  # methods with a network without gradient
-# Of the study's runs, beside those of the recipe `quick`: small enough for a minute each, with steps enough to learn.
-STUDY: dict[str, Any] = dict(batch_size=64, lr=0.05, width=8, log_every=1)
+# Settings of the study's runs: a minute or less on a core, with steps enough to beat the untrained encoder.
+STUDY: dict[str, Any] = dict(
+    dataset="digits", recipe="quick", device="cpu", image_size=8, batch_size=128, lr=0.06, epochs=12, log_every=1
+)
+OF_METHOD: dict[str, dict[str, Any]] = {}  # settings of a method in place of these
 BLOCK = 16  # products of one tensor-core instruction (HMMA.16816), after which it rounds its fp16 sums
 Watch = Callable[[Tensor], object]  # is given the sums in fp32 before they are rounded
 
@@ -401,7 +404,13 @@ def skipped_steps(run: Path) -> int:
     return sum(record["gradient_norm"] is None for record in records)
 
 
-def study(methods: Sequence[str], ways: Mapping[str, Way], seeds: Sequence[int], out: Path, **settings: Any) -> str:
+def study(
+    methods: Sequence[str],
+    ways: Mapping[str, Way],
+    seeds: Sequence[int],
+    out: Path,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> str:
     """Trains each method in each way from each seed, writes what is known after each run, and returns a table.
 
     Args:
@@ -409,48 +418,58 @@ def study(methods: Sequence[str], ways: Mapping[str, Way], seeds: Sequence[int],
         ways: ways to train, by name.
         seeds: seeds of the runs.
         out: folder of the runs and of study.json; runs that are there are not repeated.
-        settings: settings of every run.
+        settings: settings of the runs, by method.
 
     Raises:
-        ValueError: the folder has runs of other settings.
+        ValueError: the folder has a run of other settings.
     """
     file = out / "study.json"
-    known = read_object(file) or {"settings": settings, "runs": {}}
-    if known["settings"] != settings:
-        raise ValueError(f"{file} has runs of {known['settings']}, not of {settings}; give another --out")
-    runs: dict[str, dict[str, float]] = known["runs"]
-    for seed, method, way in itertools.product(seeds, methods, ways):
-        name = f"{method}, {way}, seed {seed}"
+    runs: dict[str, dict[str, Any]] = read_object(file) or {}
+    todo = [(seed, method, way) for seed in seeds for method in methods for way in ways]
+    for seed, method, way in todo:
+        done = runs.get(run_name(method, way, seed))
+        if done and done["settings"] != settings[method]:
+            raise ValueError(f"{file} has {method} with {done['settings']}, not {settings[method]}; give another --out")
+    for seed, method, way in todo:
+        name = run_name(method, way, seed)
         if name in runs:
             continue
         precision, parts = ways[way]
         folder, start = out / name.replace(", ", "-").replace(" ", "_"), time.process_time()
-        train(run_config({"method": method, "precision": precision, "seed": seed, **settings}), folder, **parts)
+        config = run_config({"method": method, "precision": precision, "seed": seed, **settings[method]})
+        train(config, folder, **parts)
         seconds = time.process_time() - start
-        runs[name] = {**accuracies(folder), "skipped": skipped_steps(folder), "seconds": seconds}
-        write_json(file, known)
+        runs[name] = {"skipped": skipped_steps(folder), "seconds": seconds, **accuracies(folder)}
         print(f"{name}: {json.dumps(runs[name])}", flush=True)
+        runs[name]["settings"] = settings[method]
+        write_json(file, runs)
     return study_table(runs, methods, ways, seeds)
 
 
+def run_name(method: str, way: str, seed: int) -> str:
+    """Returns the name of a run of the study."""
+    return f"{method}, {way}, seed {seed}"
+
+
 def study_table(
-    runs: Mapping[str, Mapping[str, float]], methods: Sequence[str], ways: Iterable[str], seeds: Sequence[int]
+    runs: Mapping[str, Mapping[str, Any]], methods: Sequence[str], ways: Iterable[str], seeds: Sequence[int]
 ) -> str:
     """Formats a study's runs as Markdown: means over the seeds, lowest and highest, and the steps that overflowed."""
     lines = ["| method | computed in | k-NN | linear | steps skipped |", "|---|---|--:|--:|--:|"]
 
-    def cell(found: Sequence[Mapping[str, float]], key: str) -> str:
+    def cell(found: Sequence[Mapping[str, Any]], key: str) -> str:
         values = [run[key] for run in found]
         return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
     for method in methods:
-        of_method = {way: [runs[f"{method}, {way}, seed {seed}"] for seed in seeds] for way in ways}
+        of_method = {way: [runs[run_name(method, way, seed)] for seed in seeds] for way in ways}
         for way, found in of_method.items():
             skipped = sum(int(run["skipped"]) for run in found)
             cells = cell(found, "knn, pretrained"), cell(found, "logistic, pretrained")
             lines.append(f"| {method} | {way} | {' | '.join(cells)} | {skipped} |")
-    untrained = [runs[f"{methods[0]}, {next(iter(ways))}, seed {seed}"] for seed in seeds]  # the same for all methods
-    lines.append(f"| untrained | | {cell(untrained, 'knn, untrained')} | {cell(untrained, 'logistic, untrained')} | |")
+        found = next(iter(of_method.values()))  # a seed's untrained encoder is that of every way
+        cells = cell(found, "knn, untrained"), cell(found, "logistic, untrained")
+        lines.append(f"| {method} | untrained | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
@@ -472,8 +491,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.study:
         torch.set_num_threads(1)  # tensors are small, and a second study takes the other core
-        chosen = options.study, WAYS[options.precision], options.seeds, options.out
-        print(study(*chosen, **STUDY, **settings))
+        chosen = options.study, WAYS[options.precision], options.seeds, options.out / options.precision
+        print(study(*chosen, {method: {**STUDY, **OF_METHOD.get(method, {})} for method in options.study}))
         return
     with tempfile.TemporaryDirectory() as folder:
         run = options.run or Path(folder)
