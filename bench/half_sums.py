@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mnclglf.api import normalization, run_config
 from mnclglf.config import KnnConfig, LogisticConfig, RunConfig
@@ -120,9 +121,7 @@ def rounded_input_gradient(
 ) -> Tensor:
     """Returns the gradient of a convolution's input, of operands in `dtype`, that sums in fp32 and is rounded once."""
     shape = len(upstream), weight.shape[1], *size
-    return torch.nn.grad.conv2d_input(shape, weight.to(dtype).float(), upstream.to(dtype).float(), stride, padding).to(
-        dtype
-    )
+    return conv2d_input(shape, weight.to(dtype).float(), upstream.to(dtype).float(), stride, padding).to(dtype)
 
 
 class Kind(NamedTuple):
@@ -164,7 +163,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient = kind.input_gradient(upstream[0], weight, input.shape[2:], stride, padding).float()
         above = upstream[0].to(kind.dtype).float()
-        of_weight = torch.nn.grad.conv2d_weight(input.float(), weight.shape, above, stride, padding)
+        of_weight = conv2d_weight(input.float(), weight.shape, above, stride, padding)
         return gradient, of_weight.to(kind.dtype).float(), None, None, None, None
 
 
@@ -335,7 +334,7 @@ def momentum_network(method: Method) -> nn.Module:
     return method.momentum
 
 
-def train(config: RunConfig, out: Path, **parts: str) -> None:
+def train(config: RunConfig, out: Path, **parts: Any) -> None:
     """Trains a run, with the parts that are given computed in a way of KINDS; they are named as in `emulated`."""
     trainer = Trainer(config, out, console=Console(quiet=True))
     with emulated(trainer.method, **parts) if parts else nullcontext():

@@ -133,7 +133,7 @@ def test_a_network_with_gradient_stays_what_it_is(kind):
         assert torch.equal(encoder(images), plain)  # and afterwards all is as it was
 
 
-ALL_FP16 = {"kind": "fp16", "online": "fp16", "input_gradient": "fp16"}
+ALL_FP16: dict[str, Any] = {"kind": "fp16", "online": "fp16", "input_gradient": "fp16"}
 
 
 @pytest.mark.parametrize("part", ALL_FP16)
