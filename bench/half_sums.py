@@ -49,7 +49,11 @@ FOLLOWING = ("mnclglf", "mnclglf_official", "mocov2", "byol", "fast_moco")  # me
 STUDY: dict[str, Any] = dict(
     dataset="digits", recipe="quick", device="cpu", image_size=8, batch_size=128, lr=0.06, epochs=12, log_every=1
 )
-OF_METHOD: dict[str, dict[str, Any]] = {}  # settings of a method in place of these
+OF_METHOD: dict[str, dict[str, Any]] = {  # in place of these
+    "mnclglf": dict(batch_size=64, lr=0.03, epochs=16),
+    "mnclglf_official": dict(batch_size=64, lr=0.03, epochs=16),
+    "mocov2": dict(epochs=30, lr=0.1),
+}
 BLOCK = 16  # products of one tensor-core instruction (HMMA.16816), after which it rounds its fp16 sums
 Watch = Callable[[Tensor], object]  # is given the sums in fp32 before they are rounded
 
