@@ -58,7 +58,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {  # in place of these
     "mnclglf": dict(batch_size=64, lr=0.03, epochs=16),
     "mnclglf_official": dict(batch_size=64, lr=0.03, epochs=16),
     "mocov2": dict(epochs=30, lr=0.1),
-    "fast_moco": dict(batch_size=64, lr=0.1, epochs=30),
+    "fast_moco": dict(batch_size=64, lr=0.03, epochs=10, image_size=16, width=8),
     "byol": dict(batch_size=64, lr=0.4, epochs=16, projector_width=128, ema_momentum=0.9),
 }
 BLOCK = 16  # products of one tensor-core instruction (HMMA.16816), after which it rounds its fp16 sums
