@@ -133,6 +133,30 @@ def test_this_cpu_is_measured():
     assert not peaks.pads
 
 
+@pytest.mark.parametrize(
+    ("dtype", "multiplies_bf16", "side"),
+    [
+        (torch.float32, False, 2048),
+        (torch.bfloat16, True, 2048),
+        (torch.bfloat16, False, 256),
+        (torch.float16, True, 256),
+        (torch.float16, False, 256),
+    ],
+)
+def test_products_that_a_cpu_emulates_are_small(dtype, multiplies_bf16, side, monkeypatch):
+    shapes = []
+
+    def note(call, device):
+        shapes.extend({cell.cell_contents.shape for cell in call.__closure__ if cell.cell_contents.ndim == 2})
+        return 1.0
+
+    monkeypatch.setattr(limit, "best_seconds", note)
+    monkeypatch.setattr(limit, "CPU_MULTIPLIES_BF16", multiplies_bf16)
+    with FakeTensorMode():
+        limit._best_rates(torch.device("cpu"), dtype)
+    assert shapes == [(side, side)]
+
+
 def test_a_gpu_has_its_memory_back_once_it_is_measured(monkeypatch):
     """Checks, without a GPU, that the tensors are freed before the allocator's cache is emptied."""
     alive, left = [], []
