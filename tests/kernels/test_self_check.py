@@ -215,7 +215,7 @@ def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
     """Checks that the limits are wide enough for long sums and small gradients."""
     for name, row in OPERATORS.items():
         if row.check is not None:
-            continue  # these rows' checks are run below, except the lookup's, which takes 35 GFLOP in fp64
+            continue  # these rows' checks are run below, but for two that take 35 and 155 GFLOP in fp64
 
         def plain(*arguments, function=row.function, **named):
             return function(*arguments, **named | {"backend": "torch"})
@@ -226,7 +226,7 @@ def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
         monkeypatch.setattr(
             operators, name, lambda *given, f=function, **named: f(*given, **named | {"backend": "torch"})
         )
-    used = tuple(op for op in OPERATORS if op != "nearest_neighbor")
+    used = tuple(op for op in OPERATORS if op not in ("nearest_neighbor", "convolution"))
     assert self_check.failures(PAPER, dtype, dtype, CPU, operators=used) == {}
 
 
