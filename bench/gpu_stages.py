@@ -156,9 +156,10 @@ def on_a_cpu(*, seconds: float = math.inf, **given: Any) -> Setting:
 
     from mnclglf.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
     from mnclglf_kernels.sizes import Sizes
-    from tests.helpers.interpreter import index_one_element
+    from tests.helpers.interpreter import index_one_element, round_to_nearest_bf16
 
     index_one_element()
+    round_to_nearest_bf16()
 
     def milliseconds(call: Callable[[], object]) -> float:
         since = time.perf_counter()
@@ -168,7 +169,7 @@ def on_a_cpu(*, seconds: float = math.inf, **given: Any) -> Setting:
     tiny = dict(width=2, projector_width=16, predictor_width=8, queue_size=80)
     return Setting(
         device=torch.device("cpu"),
-        dtype=torch.float32,  # the interpreter truncates where a GPU rounds to bf16
+        dtype=torch.float32,
         sizes=Sizes(images=6, side=16, features=12, k=2, width=20, queue=40, source=20),
         config=RunConfig(
             model=ModelConfig(width=4, projector_width=24, predictor_width=12),

@@ -220,7 +220,9 @@ def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):
         def plain(*arguments, function=row.function, **named):
             return function(*arguments, **named | {"backend": "torch"})
 
-        monkeypatch.setitem(OPERATORS, name, replace(row, function=plain))
+        # PyTorch rounds the sum of the gradients of two uses, which the Triton kernels do not.
+        variants = tuple(changes for changes in row.variants if "fork" not in changes)
+        monkeypatch.setitem(OPERATORS, name, replace(row, function=plain, variants=variants))
     for name in ("augment", "enqueue"):
         function = getattr(operators, name)
         monkeypatch.setattr(
