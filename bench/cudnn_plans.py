@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from bench.roofline import config_of
 from mnclglf.methods import METHODS
+from mnclglf.training.plans import convolutions_of
 from mnclglf.training.roofline import inputs_on_meta, on_meta
 from mnclglf_kernels._cudnn import graphs
 from mnclglf_kernels._cudnn.graphs import Form, Graph
@@ -101,21 +101,13 @@ Table = Mapping[Shape, Mapping[tuple[str, str], Plans]]
 
 def shapes(method: str, batch: int, side: int) -> dict[str, list[Shape]]:
     """Returns the different convolutions in each network of a step: online, momentum, stop-gradient."""
-    config = config_of(method, batch)
-    network = on_meta(config, torch.float32)
-    followed = set(getattr(network, "momentum", nn.Module()).modules())
+    network = on_meta(config_of(method, batch), torch.float32)
+    views, _ = inputs_on_meta(network, batch, side, torch.float32)
     found: dict[str, dict[Shape, None]] = {}
-
-    def see(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        name = "momentum" if layer in followed else "online" if torch.is_grad_enabled() else "stop-gradient"
-        images, channels, height, _ = inputs[0].shape
-        shape = Shape(images, channels, height, layer.out_channels, layer.kernel_size[0], layer.stride[0])
-        found.setdefault(name, {})[shape] = None
-
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(see)
-    network(*inputs_on_meta(network, batch, side, torch.float32))
+    for seen in convolutions_of(network, views):
+        images, channels, height, _ = seen.x
+        outputs, _, taps, _ = seen.weight
+        found.setdefault(seen.network, {})[Shape(images, channels, height, outputs, taps, seen.stride)] = None
     return {name: [*convolutions] for name, convolutions in found.items()}
 
 

@@ -420,12 +420,10 @@ def choices(setting: Setting) -> Iterator[Figures]:
     kernels = "auto" if setting.device.type == "cuda" else "require"  # "auto" interprets nothing
     config, step, (batch, *_) = step_on_noise(setting, kernels=kernels, compile="on")
     config = replace(config, engine=replace(config.engine, kernels="auto"))
-    method = step.method
-    facts = method.without_gradient, method.half_sums_cleared
-    here = made.Here(config.engine, setting.device, method.backends, setting.dtype, *facts)
-    if any(setting["convolution"] == "cudnn" for setting in made.settings_of(here).values()):
+    here = made.Here.of(step, config.engine)
+    if any(parts["convolution"] == "cudnn" for parts in made.settings_of(here).values()):
         left_out: list[str] = []
-        prove_plans(method, batch.views, without_gradient=True, online="off", say=left_out.append)
+        prove_plans(step.method, batch.views, without_gradient=True, online="off", say=left_out.append)
         yield {"plans of cuDNN that are left out": "; ".join(left_out) or "none"}
     rates = {"lr": 0.1, "momentum": 0.99}
     rounds, steps = setting.rounds, max(1, setting.steps // 5)

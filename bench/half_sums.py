@@ -236,7 +236,7 @@ def emulated(
     def convolution(
         name: str, layer: nn.Conv2d, weight: Tensor, plain: Callable[[Tensor], Tensor], input: Tensor
     ) -> Tensor:
-        stride, padding = getattr(layer, "step", layer.stride[0]), int(layer.padding[0])  # step: of a NarrowShortcut
+        stride, padding = layer.stride[0], int(layer.padding[0])
         with torch.autocast(input.device.type, enabled=False):
             if not torch.is_grad_enabled():
                 watching = {"watch": partial(seen.sums, name)} if seen and kind == HALF_SUMS else {}

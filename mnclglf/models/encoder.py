@@ -95,11 +95,11 @@ class NarrowShortcut(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__(inputs, outputs, 1, bias=False)
-        self.step = stride
+        super().__init__(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input[:, :, :: self.step, :: self.step], self.weight)
+        down, right = self.stride
+        return F.conv2d(input[:, :, ::down, ::right], self.weight)
 
 
 class StridedConv2d(nn.Conv2d):

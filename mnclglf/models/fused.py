@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mnclglf.models.batch_norm import BatchNorm, Views, fold_of, update_where_finite
 from mnclglf_kernels import convolution
+from mnclglf_kernels.ops.convolution import scaled
 
 if TYPE_CHECKING:
     from mnclglf.models.encoder import Block, ResNet18
@@ -29,8 +30,7 @@ class Pending(NamedTuple):
 
     def applied(self) -> Tensor:
         """Returns the result of the batch norm, [V * N, C, H, W], in the dtype of its sums."""
-        scale, shift = (x[:, None, :, None, None] for x in (self.scale, self.shift))
-        return (self.y.unflatten(0, (len(scale), -1)) * scale + shift).flatten(0, 1)
+        return scaled(*self)
 
 
 def set_half(encoder: ResNet18, half: bool) -> None:
@@ -72,7 +72,7 @@ def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | 
         y, mean, var = convolution(
             x,
             cast(Tensor, weight).to(dtype),
-            stride=getattr(layer, "step", layer.stride[0]),  # of a NarrowShortcut
+            stride=layer.stride[0],
             padding=int(layer.padding[0]),
             views=count,
             half_sums=encoder.half_sums,

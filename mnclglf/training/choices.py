@@ -64,6 +64,12 @@ class Here(NamedTuple):
     without_gradient: bool = False  # whether the method has forwards without gradient
     half_sums_cleared: bool = False  # whether sums in fp16 there cost the method no accuracy in the study
 
+    @classmethod
+    def of(cls, step: TrainStep, engine: EngineConfig) -> Here:
+        """Returns what the parts of a step depend on, as its method was made at the start of the run."""
+        method = step.method
+        return cls(engine, step.device, method.backends, step.dtype, method.without_gradient, method.half_sums_cleared)
+
 
 @dataclass(frozen=True)
 class Part:

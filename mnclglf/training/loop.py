@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -139,14 +140,7 @@ class Trainer:
         if self.compile == "graphs" and self.config.engine.channels_last:
             images = self.method.views * self.config.optim.batch_size
             self.loader.into = self.step.fix_input((images, 3, self.side, self.side))
-        self.here = Here(
-            self.config.engine,
-            self.device,
-            self.method.backends,
-            self.dtype,
-            self.method.without_gradient,
-            self.method.half_sums_cleared,
-        )
+        self.here = Here.of(self.step, self.config.engine)
         check_half_sums(self.here)
         self.origin = None if checkpoint is None else checkpoint.resolve().parents[1]  # the run that is resumed
         self.choice: Choice | None = None  # of the parts of a compiled step
@@ -426,20 +420,16 @@ class Trainer:
         Raises:
             RuntimeError: --graphs on was given, and replays are not the compiled step.
         """
-        self._prove_plans(batch)
         if chooses(self.device) and self.compile != "off":
             self._choose(batch)
-        elif self.compile == "graphs":
+            return
+        self._prove_plans(batch, [])
+        if self.compile == "graphs":
             self._prove_graphs(batch)
 
-    def _prove_plans(self, batch: Batch) -> None:
-        """Compares cuDNN's plans that may be used with PyTorch; those that are wrong are left out."""
-        engine, fused = self.config.engine, False
-        if self.compile != "off" and chooses(self.device):
-            settings = settings_of(self.here)
-            may = settings.values() if engine.choices == "auto" else [settings[engine.choices]]
-            fused = any(setting["convolution"] == "cudnn" for setting in may)
-        online = engine.half_sums_online
+    def _prove_plans(self, batch: Batch, settings: Iterable[Mapping[str, str]]) -> None:
+        """Compares the plans of cuDNN that settings of the step may use with PyTorch; wrong ones are left out."""
+        fused, online = any(x["convolution"] == "cudnn" for x in settings), self.config.engine.half_sums_online
         if fused or online != "off":
             prove_plans(self.method, batch.views, without_gradient=fused, online=online, say=self._say)
 
@@ -451,6 +441,7 @@ class Trainer:
         if choice is None and before is not None and not problems_of(before.parts, self.here):
             choice = replace(before, source="as before it was resumed")
         known = choice = choice or recall(key, self.here)
+        self._prove_plans(batch, settings_of(self.here).values() if choice is None else [choice.parts])
         if choice is not None:
             apply(self.step, choice.parts)
             self.step.forward = self.step.forward_of(self.step.compile)

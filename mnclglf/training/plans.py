@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Convolution(NamedTuple):
         stride: step of the filter.
         padding: rows and columns of zeros on each side.
         follows: whether it is the second of a block, which reads what the first's batch norm has not yet normalized.
-        has_gradient: whether its forward has a gradient.
+        network: the network whose forward it is in; of these only the online one's has a gradient.
     """
 
     x: tuple[int, ...]
@@ -34,7 +34,12 @@ class Convolution(NamedTuple):
     stride: int
     padding: int
     follows: bool
-    has_gradient: bool
+    network: Literal["online", "momentum", "stop-gradient"]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Returns whether its forward has a gradient."""
+        return self.network == "online"
 
 
 def convolutions_of(method: Method, views: Tensor) -> list[Convolution]:
@@ -43,6 +48,7 @@ def convolutions_of(method: Method, views: Tensor) -> list[Convolution]:
     twin.backends = Backends.all("triton")
     twin.fuse("torch")
     found: dict[Convolution, None] = {}
+    followed = set(getattr(twin, "momentum", nn.Module()).modules())
     count = [1]  # views in the batch of the encoder that runs
     seconds = {id(block.conv2) for block in twin.modules() if isinstance(block, Block)}
 
@@ -50,9 +56,11 @@ def convolutions_of(method: Method, views: Tensor) -> list[Convolution]:
         given = arguments[1] if len(arguments) > 1 else 1
         count[0] = given if isinstance(given, int) else len(given.after)
 
+    def network_of(layer: nn.Conv2d) -> Literal["online", "momentum", "stop-gradient"]:
+        return "momentum" if layer in followed else "online" if torch.is_grad_enabled() else "stop-gradient"
+
     def note(layer: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
-        stride = getattr(layer, "step", layer.stride[0])  # of a NarrowShortcut
-        place = stride, int(layer.padding[0]), id(layer) in seconds, torch.is_grad_enabled()
+        place = layer.stride[0], int(layer.padding[0]), id(layer) in seconds, network_of(layer)
         found[Convolution(tuple(inputs[0].shape), count[0], tuple(layer.weight.shape), *place)] = None
 
     for encoder in twin.encoders():

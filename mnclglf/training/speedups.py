@@ -179,7 +179,7 @@ def sum_in_half(method: Method, parts: HalfSums) -> None:
         return conv2d(
             input.to(layer.weight.dtype),  # share_casts has cast the weight
             layer.weight,
-            stride=getattr(layer, "step", layer.stride[0]),  # of a NarrowShortcut
+            stride=layer.stride[0],
             padding=int(layer.padding[0]),
             half_sums_forward=of_result,
             half_sums_input_gradient=of_gradient,

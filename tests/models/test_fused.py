@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnclglf.config import Stem
-from mnclglf.models.batch_norm import Views
+from mnclglf.models.batch_norm import Views, batch_statistics_only
 from mnclglf.models.encoder import ResNet18
 from mnclglf.models.fused import features_without_gradient, set_half
 from mnclglf_kernels import Backend
@@ -49,8 +49,6 @@ def test_features_and_running_statistics_are_those_of_the_plain_forward(views: V
 
 @torch.no_grad()
 def test_no_running_statistic_changes_where_none_is_tracked() -> None:
-    from mnclglf.models.batch_norm import batch_statistics_only
-
     encoder = encoder_of()
     before = buffers_of(encoder)
     with batch_statistics_only(encoder):

@@ -194,9 +194,13 @@ def torch_convolution(
 
 def normalized(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Returns relu(x * scale + shift) in x's dtype, from scale and shift per view."""
+    return F.relu(scaled(x, scale, shift)).to(x.dtype)
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Returns x * scale + shift of each view, [V * N, C, H, W] in the dtype of scale."""
     slope, offset = (t[:, None, :, None, None] for t in (scale, shift))
-    y = F.relu(x.unflatten(0, (len(scale), -1)).to(scale.dtype) * slope + offset)
-    return y.flatten(0, 1).to(x.dtype)
+    return (x.unflatten(0, (len(scale), -1)).to(scale.dtype) * slope + offset).flatten(0, 1)
 
 
 def moments(y: Tensor, views: int) -> tuple[Tensor, Tensor]:
