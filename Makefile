@@ -31,7 +31,7 @@ run_name = $(call method_name,$(call one_word,METHOD))$(call dataset_name,$(call
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train report test test-slow test-gpu bench bench-compare gpu-day check-aot check docs clean
+.PHONY: help setup train report test test-slow test-gpu bench bench-compare faults gpu-day check-aot check lock docs clean
 
 help: ## this list
 	@echo 'make TARGET [NAME=VALUE ...]'
@@ -41,10 +41,10 @@ setup: ## make .venv for this machine; PYTHON, TORCH_INDEX (see CONTRIBUTING.md)
 	@python=$$($(SHELL) tools/find_python.sh $(call quoted,PYTHON)) && \
 	"$$python" tools/setup_environment.py --torch-index=$(call quoted,TORCH_INDEX)
 
-train: setup ## pre-train, then k-NN and logistic regression; METHOD, DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
+train: setup ## pre-train, then logistic regression and k-NN; METHOD, DATASET, RECIPE, SEED, OUT, DATA_DIR, ARGS
 	$(BIN)/mnclglf train --method $(call quoted,METHOD) --dataset $(call quoted,DATASET) --recipe $(call quoted,RECIPE) --seed $(call quoted,SEED) --out $(call quoted,OUT) $(if $(value DATA_DIR),--data-dir $(call quoted,DATA_DIR)) $(value ARGS)
-	$(BIN)/mnclglf knn $(call quoted,OUT)
 	$(BIN)/mnclglf logistic $(call quoted,OUT)
+	$(BIN)/mnclglf knn $(call quoted,OUT)
 
 report: setup ## write the report of a run again; RUN
 	$(BIN)/mnclglf report $(call quoted,RUN)
@@ -68,6 +68,9 @@ bench: setup ## measure, save and draw in bench/results/; BENCH, ARGS go to pyte
 bench-compare: setup ## list ratios that fell since the last results; ARGS may name two files
 	$(BIN)/python -m bench.compare $(value ARGS)
 
+faults: setup ## attack real runs (kills, disks, signals ...) and print one table; ARGS=kills takes one part
+	$(BIN)/python -m bench.faults --out bench/results/faults.md $(value ARGS)
+
 gpu-day: setup ## all that only a GPU can tell, in nine minutes, into bench/results/gpu-day.md; ARGS=--rehearse on a CPU
 	$(BIN)/python -m bench.gpu_day $(value ARGS)
 
@@ -80,10 +83,18 @@ check: setup ## format, lint and types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/basedpyright --pythonpath $(BIN)/python -p pyright-basic.json
 
+# uv in an environment of its own: only this target uses it. The --universal of its answers holds for every Python.
+COMPILE = build/uv/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" $(value ARGS)
+lock: setup ## write locks/ anew from setup.py and constraints.txt; ARGS=--upgrade takes the newest of what they leave open
+	$(BIN)/python -m venv build/uv && build/uv/bin/python -m pip install -q --disable-pip-version-check uv
+	$(COMPILE) -c constraints.txt --extra dev --extra docs --extra mnist5k --extra dali-cuda13 setup.py -o locks/base.txt
+	echo setuptools | $(COMPILE) -c locks/base.txt - -o locks/build.txt
+	for name in faiss-cpu faiss-gpu; do echo "$$name" | $(COMPILE) -c constraints.txt -c locks/base.txt - -o "locks/$$name.txt" || exit; done
+
 docs: setup ## build the documentation into build/docs/; warnings are errors
 	$(BIN)/python -m sphinx -E -W -n --keep-going -q -b html docs build/docs $(value ARGS)
 	@printf 'documentation: %s/build/docs/index.html\n' "$$(pwd)"
 
 clean: ## delete .venv, caches and build products; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info kernels/build kernels/dist kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -93,7 +93,9 @@ class Setting:
     matmul: int = 4096
     copied: int = 2**29
     batches: int = 100
-    run: Mapping[str, Any] = field(default_factory=lambda: {"image_size": 32})  # 32: the shapes that `graphs` compiled
+    run: Mapping[str, Any] = field(
+        default_factory=lambda: {"image_size": 32, "loader": "resident"}
+    )  # as `choices` was made
     tests: tuple[str, ...] = ("-m", "gpu")
     shallow: bool = False
     start: float = 35.0
@@ -406,8 +408,8 @@ def step_on_noise(setting: Setting, *, kernels: str, compile: str) -> tuple[RunC
 def choices(setting: Setting) -> Iterator[Figures]:
     """Makes the choice of a run's start, then times `all` without each of its parts; later runs take the choice.
 
-    Each setting's losses and gradients have an error beside a step in fp64, at most twice that of `safe` if it is to
-    be taken.
+    The loader is resident, so that the choice holds the whole step in one CUDA graph, too. Each setting's losses and
+    gradients have an error beside a step in fp64, at most twice that of `safe` if it is to be taken.
     """
     import torch
 
@@ -418,8 +420,9 @@ def choices(setting: Setting) -> Iterator[Figures]:
 
     began = time.monotonic()
     kernels = "auto" if setting.device.type == "cuda" else "require"  # "auto" interprets nothing
-    config, step, (batch, *_) = step_on_noise(setting, kernels=kernels, compile="on")
+    config, step, _ = step_on_noise(setting, kernels=kernels, compile="on")
     config = replace(config, engine=replace(config.engine, kernels="auto"))
+    batch = batch_of_bytes(setting, config, step)
     here = made.Here.of(step, config.engine)
     if any(parts["convolution"] == "cudnn" for parts in made.settings_of(here).values()):
         left_out: list[str] = []
@@ -435,7 +438,7 @@ def choices(setting: Setting) -> Iterator[Figures]:
     made.remember(made.key_of(config, here, setting.sizes.side, setting.dtype), choice)
     rows = [
         {"setting": name, **choice.settings[name]} | measured(choice.errors[name], choice.milliseconds[name], choice)
-        for name in made.NAMES
+        for name in choice.settings
     ]
     error, allowed = choice.errors[made.ALL], choice.errors[made.SAFE]
     right = error is not None and allowed is not None and error <= made.MOST_ERROR * allowed
@@ -464,6 +467,24 @@ def choices(setting: Setting) -> Iterator[Figures]:
         yield {"settings": [*rows], WRONG: [] if alone.problem is None else [f"{alone.name}: {alone.problem}"]}
 
 
+def batch_of_bytes(setting: Setting, config: RunConfig, step: TrainStep) -> Batch:
+    """Returns a batch of random images by the loader resident, and lets the step make such views by itself."""
+    import numpy as np
+
+    from mnclglf.data.images import ImageArray
+    from mnclglf.data.loaders.resident import ResidentLoader
+
+    count, side = config.optim.batch_size, setting.sizes.side
+    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+    images = ImageArray(name="noise", split="train", images=pixels, labels=np.zeros(count, np.int64), classes=("any",))
+    how: dict[str, Any] = dict(views=step.method.views, side=side, batch_size=count, seed=0, threads=1)
+    how |= dict(dtype=setting.dtype, device=setting.device, backend=step.method.backends.augment)
+    loader = ResidentLoader(images, config.view, **how)
+    step.augment = loader.views_of
+    (batch,) = loader.batches(0, 1)
+    return batch
+
+
 def measured(error: float | None, milliseconds: float | None, choice: Choice) -> Figures:
     """Returns the cells of a setting: error, also in those of the safe setting, and time."""
     safe = choice.errors["safe"]
@@ -479,9 +500,9 @@ def leave_out_stages(method: Any) -> None:
     from torch import nn
 
     from mnclglf.models.batch_norm import BatchNorm, Stack, without_batch_counters
-    from mnclglf.models.encoder import Block, ResNet18
+    from mnclglf.models.encoder import Block, ResNet
 
-    networks = [module for module in method.modules() if isinstance(module, ResNet18)]
+    networks = [module for module in method.modules() if isinstance(module, ResNet)]
     width = networks[0].conv1.out_channels
     shortcut = Stack(nn.Conv2d(width, 8 * width, 1, 2, bias=False), BatchNorm(8 * width))
     block = Block(width, 8 * width, 2, shortcut, norm_layer=BatchNorm)

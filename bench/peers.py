@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mnclglf.config import MethodName
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 
 LEARNING_RATE = 0.06
 MOMENTUM = 0.996  # EMA momentum of the first epoch; the examples raise it to 1, epoch by epoch
@@ -49,7 +49,7 @@ class Peer(nn.Module):
         return self.loss(x0, x1)
 
 
-def nnclr(backbone: ResNet18) -> Peer:
+def nnclr(backbone: ResNet) -> Peer:
     """NNCLR: each view's nearest neighbor in a memory bank against the other view's prediction."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
@@ -70,7 +70,7 @@ def nnclr(backbone: ResNet18) -> Peer:
     return Peer(loss, encoder, predictor, bank, criterion)
 
 
-def mocov2(backbone: ResNet18) -> Peer:
+def mocov2(backbone: ResNet) -> Peer:
     """MoCo v2: a query against its momentum key, with a memory bank of former keys as negatives."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
@@ -85,7 +85,7 @@ def mocov2(backbone: ResNet18) -> Peer:
     return Peer(loss, encoder, momentum, criterion, followers=[*zip(encoder, momentum, strict=True)])
 
 
-def simclr(backbone: ResNet18) -> Peer:
+def simclr(backbone: ResNet) -> Peer:
     """SimCLR: two views against each other, with the rest of the batch as negatives."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -95,7 +95,7 @@ def simclr(backbone: ResNet18) -> Peer:
     return Peer(lambda x0, x1: criterion(encoder(x0), encoder(x1)), encoder, criterion)
 
 
-def byol(backbone: ResNet18) -> Peer:
+def byol(backbone: ResNet) -> Peer:
     """BYOL: each view's prediction against the momentum projection of the other; no negatives."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
@@ -115,7 +115,7 @@ def byol(backbone: ResNet18) -> Peer:
     return Peer(loss, encoder, predictor, momentum, criterion, followers=[*zip(encoder, momentum, strict=True)])
 
 
-PEERS: dict[MethodName, Callable[[ResNet18], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
+PEERS: dict[MethodName, Callable[[ResNet], Peer]] = {"nnclr": nnclr, "mocov2": mocov2, "simclr": simclr, "byol": byol}
 
 
 def frozen_copy(encoder: nn.Sequential) -> nn.Sequential:
@@ -140,7 +140,7 @@ def peer_step(
     device = views[0].device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x0, x1 = (view.contiguous(memory_format=memory_format) for view in views)
-    peer = PEERS[name](ResNet18(width=width)).to(device).to(memory_format=memory_format)
+    peer = PEERS[name](ResNet(width=width)).to(device).to(memory_format=memory_format)
     optimizer = torch.optim.SGD(peer.parameters(), lr=LEARNING_RATE)
 
     def step() -> Tensor:

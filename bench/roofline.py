@@ -41,9 +41,9 @@ PARTS = {
     "batch_norm": "batch norm and element-wise",
     "threshold_backward": "batch norm and element-wise",
     "clamp_min_": "batch norm and element-wise",
-    "aten::addmm": "heads",
+    "aten::addmm": "matrix products",
     "aten::add": "batch norm and element-wise",
-    "aten::mm": "heads",
+    "aten::mm": "matrix products",
     "_fused_sgd_": "optimizer",
     "_foreach_copy_": "weight casts",
 }

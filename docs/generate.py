@@ -18,6 +18,8 @@ from functools import cache
 
 from sphinx.pycode import ModuleAnalyzer
 
+from mnclglf.config import WRITTEN
+
 MARKER = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 
 
@@ -57,8 +59,8 @@ def settings_table(section: type, inherited: bool = True) -> str:
     owners = [owner.__name__ for owner in section.__mro__]
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.default_factory):
-            continue  # a section of its own
+        if dataclasses.is_dataclass(field.default_factory) or field.name in WRITTEN:
+            continue  # a section of its own; or not for users
         if not inherited and field.name not in vars(section).get("__annotations__", {}):
             continue
         said = next((descriptions()[o, field.name] for o in owners if (o, field.name) in descriptions()), "")
@@ -79,10 +81,11 @@ def settings() -> str:
 
 def evaluation_settings() -> str:
     """Returns the settings of the evaluations: those that all share, then each protocol's own."""
-    from mnclglf.config import EvaluationConfig
+    from mnclglf.config import EvaluationConfig, ImagesConfig, QualityConfig
 
-    parts = [section_text(EvaluationConfig)]
+    parts = [section_text(ImagesConfig), section_text(EvaluationConfig, inherited=False)]
     parts += [section_text(section, inherited=False) for section in EvaluationConfig.__subclasses__()]
+    parts += [section_text(QualityConfig, inherited=False)]
     return "\n\n".join(parts)
 
 
@@ -132,7 +135,7 @@ def command_line() -> str:
     parts = []
     for command in commands():
         if command == ("train",):
-            text = "Its options are the [settings](settings.md), `--out`, `--resume` and `--print-config`."
+            text = "Its options are the [settings](settings.md), `--config`, `--out`, `--resume` and `--print-config`."
         else:
             text = f"```text\n{help_of(*command)}\n```"
         parts.append(f"## mnclglf {' '.join(command)}\n\n{text}")

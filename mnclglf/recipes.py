@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mnclglf.config import (
-    FOLDER,
     DataConfig,
     MethodName,
     ModelConfig,
@@ -68,11 +67,11 @@ def view_of(name: str, dataset: str) -> ViewConfig:
 def paper(method: MethodName, dataset: str) -> RunConfig:
     """Returns Table 2 of the paper, the defaults of config.py, at the data set's own image size.
 
-    A folder of images has no size of its own. It gets ImageNet's: a side of 224 and the 7 x 7 stem.
+    Images without a common size, as those of a folder, get ImageNet's: a side of 224 and the 7 x 7 stem.
     """
     view = view_of("paper", dataset)
     config = RunConfig(method=method, dataset=dataset, recipe="paper", view=view)
-    if not dataset.startswith(FOLDER):
+    if source_of(dataset).sized:
         return config
     return replace(config, data=DataConfig(image_size=224), model=ModelConfig(stem="imagenet"))
 

@@ -1,7 +1,9 @@
-"""Setup of all tests: threads, one seed, hypothesis without a clock, the backends under test."""
+"""Setup of all tests: threads, one seed, no network, hypothesis without a clock, the backends under test."""
 
 import importlib
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,10 @@ if os.environ.get("MNCLGLF_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 os.environ["MNCLGLF_TUNING"] = "/nonexistent/tuning.json"  # not the user's own file
+
+# No test needs the network. These reach what tests start, too; the fixture no_network stops the rest in this process.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import hypothesis
 import pytest
@@ -71,6 +77,45 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if NOT_ON_GPU in config.stash:
         terminalreporter.write_line(config.stash[NOT_ON_GPU], yellow=True)
+
+
+def _is_here(host: object) -> bool:
+    """Returns whether a host is this machine, by a name or number of the loopback interface."""
+    if host in (None, "", b"", "localhost", b"localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else str(host)).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Refuses to look up or connect to another machine; Unix sockets and loopback stay. C++ code is not covered."""
+
+    def refused(address: object) -> OSError:
+        return OSError(f"tests use no network, and this one asks for {address}; serve it on 127.0.0.1")
+
+    def guarded(call: Any) -> Any:
+        def guard(self: socket.socket, *arguments: Any) -> Any:
+            address = arguments[-1]  # sendto has the data before it
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_here(address[0]):
+                raise refused(address)
+            return call(self, *arguments)
+
+        return guard
+
+    def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
+        if not _is_here(host):
+            raise refused(host)
+        return found(host, *arguments, **options)
+
+    found = socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", look_up)
+        yield
 
 
 @pytest.fixture

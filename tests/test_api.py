@@ -136,7 +136,7 @@ def test_no_public_function_shares_a_submodules_name() -> None:
         if module.name != "mnclglf.__main__":
             importlib.import_module(module.name)
     assert set(mnclglf.__all__).isdisjoint(module.name for module in pkgutil.iter_modules(mnclglf.__path__))
-    for name in ("train", "evaluate", "load_encoder"):
+    for name in ("train", "evaluate", "load_encoder", "export"):
         assert callable(getattr(mnclglf, name))
     with pytest.raises(AttributeError, match=r"'fit'.*train"):
         _ = mnclglf.fit

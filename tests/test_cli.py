@@ -1,5 +1,6 @@
 """Tests of the command line from a user's side."""
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from mnclglf.cli import Knn, Linear, Logistic, Train, main, parse
+from mnclglf.cli import main, parse
+from mnclglf.commands import Knn, Linear, Logistic, Train
 from mnclglf.config import KnnConfig, LinearConfig, LogisticConfig, from_dict, to_dict, with_whole_paths
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageArray
@@ -27,6 +29,8 @@ from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
 from mnclglf.recipes import VIEWS, paper, quick, tuned
 from mnclglf.reports.page import Picture
+from mnclglf.runs.files import REMEDIES
+from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method, load_trained
 
 TINY = (
@@ -179,7 +183,8 @@ def test_settings_that_do_not_fit_each_other_are_wrong_usage(
         ("knn runs/x --k five", "--k/--neighbors: 'five' is no whole number"),
         ("linear runs/x --lr 0", "lr 0.0 must be"),
         ("logistic runs/x --checkpoint", "--checkpoint"),
-        ("report", "Run directory"),
+        ("report", "no run directory is named"),
+        ("report runs/x --out y.html", "--out y.html is for several runs"),
         ("train --epochs 2.5", "--epochs: '2.5' is no whole number"),
         ("train --lr fast", "--lr: 'fast' is no number"),
         ("train --keep-every x", "--keep-every: 'x' is no whole number, and not None"),
@@ -214,7 +219,7 @@ def test_the_help_breaks_lines_only_where_they_are_full(command: str, capsys: py
 
 
 def test_options_without_effect_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("mnclglf.cli.run", lambda *_: 0)
+    monkeypatch.setattr(Train, "execute", lambda *_: 0)
     arguments = "train --dataset digits --recipe quick --method byol --lambda=99 --no-one-embedding --k 2 --epochs 3"
     assert main(shlex.split(arguments)) == 0
     named = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
@@ -348,7 +353,7 @@ def test_runs_at_different_steps_are_not_averaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluated: list[Path] = []
-    monkeypatch.setattr("mnclglf.evaluation.run.evaluate_run", lambda run, *_: evaluated.append(run) or [])
+    monkeypatch.setattr("mnclglf.evaluation.run.evaluate_run", lambda run, *_, **__: evaluated.append(run) or [])
     monkeypatch.setattr("mnclglf.reports.page.write_report", lambda run: run)
     runs = [tmp_path / name for name in "abc"]
     for seed, (run, step) in enumerate(zip(runs, (12, 12, 7), strict=True)):
@@ -380,7 +385,13 @@ def test_validation_needs_images_held_out(tmp_path: Path, capsys: pytest.Capture
 def test_a_stopped_run_names_its_folder_as_a_shell_takes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mnclglf.training.loop.Trainer.train", lambda self: self._open() or 2)
+
+    def train(run: Trainer) -> int:
+        run.checkpoints.mkdir(parents=True)
+        run._open()  # pyright: ignore[reportPrivateUsage]
+        return 2
+
+    monkeypatch.setattr("mnclglf.training.loop.Trainer.train", train)
     monkeypatch.setattr("mnclglf.training.loop.describe_limits", lambda *_: None)
     monkeypatch.setattr("mnclglf.reports.page.write_report", lambda run: run / "report.html")
     monkeypatch.chdir(tmp_path)
@@ -398,12 +409,12 @@ def test_an_error_names_a_path_with_brackets(tmp_path: Path, capsys: pytest.Capt
         assert str(tmp_path / name) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["parse", "check_usage", "run"])
+@pytest.mark.parametrize("place", ["cli.parse", "commands.Report.check", "commands.Report.execute"])
 def test_ctrl_c_before_training_is_no_traceback(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mnclglf.cli.{place}", interrupted)
+    monkeypatch.setattr(f"mnclglf.{place}", interrupted)
     assert main(["report", "x"]) == 130
 
 
@@ -519,10 +530,10 @@ def test_a_folder_is_trained_on_and_evaluated(photos: Path, capsys: pytest.Captu
 
 
 def test_a_run_keeps_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So it can be evaluated from anywhere."""
+    """So it can be evaluated from anywhere; ~ stays, so that no user's name is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/of/somebody")
-    for given, whole in (("a/b", tmp_path / "a/b"), ("~/b", Path("/home/of/somebody/b"))):
+    for given, whole in (("a/b", tmp_path / "a/b"), ("~/b", Path("~/b"))):
         command = shlex.split(f"train --dataset folder:{given} --data-dir {given}")
         config = with_whole_paths(parse_as(Train, command).config)
         assert (config.dataset, config.data.data_dir) == (f"folder:{whole}", whole)
@@ -548,3 +559,21 @@ def test_the_help_names_every_view(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.search(r"Named view: (.*?) \(default", words)
     assert found is not None
     assert set(re.findall(r"[a-z_0-9]+", found[1])) - {"or"} == set(VIEWS)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EBUSY])
+def test_an_error_of_the_system_gets_a_remedy_once(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(error: OSError) -> str:
+        def fail(*_: object) -> int:
+            raise error
+
+        monkeypatch.setattr(Train, "execute", fail)
+        assert main(["train", "--recipe", "quick"]) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    problem = f"[Errno {number}] {os.strerror(number)}: 'runs/x/config.json'"
+    assert told(OSError(number, os.strerror(number), "runs/x/config.json")) == f"mnclglf: {problem}; {REMEDIES[number]}"
+    own = told(OSError(number, f"{os.strerror(number)}: give another --out", "runs/x"))
+    assert own == f"mnclglf: [Errno {number}] {os.strerror(number)}: give another --out: 'runs/x'"

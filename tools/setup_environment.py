@@ -23,18 +23,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this file is run by itself, before anything is installed
+
+from mnclglf.driver import (  # noqa: E402  (it needs only the standard library, too)
+    CPU_INDEX,
+    CUDA12_INDEX,
+    CUDA13_INDEX,
+    MINIMUM_DRIVER,
+    Gpu,
+    look_for_gpu,
+)
+
 MARKER = "made-by-make-setup"  # written first, with the choice of TORCH_INDEX: marks a .venv that we may delete
 STAMP = "setup.json"  # written last: marks a complete .venv
 PYPI = "pypi"
+SOURCES = "antlr4-python3-runtime"  # packages of the lock files that have no wheel; lightly requires this one
 TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # CONTRIBUTING.md says how far each was tested
 
-# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
-MINIMUM_DRIVER = {12: 525, 13: 580}
-
-# CUDA 12 builds: cu128 ends with torch 2.11 (https://github.com/pytorch/pytorch/issues/178665), cu126 has 2.14.
-CUDA12_INDEX = "https://download.pytorch.org/whl/cu126"
-CUDA13_INDEX = "https://download.pytorch.org/whl/cu130"
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TAKE_CUDA12 = f"`make setup TORCH_INDEX={CUDA12_INDEX}` (not for an RTX 50 card: this build knows GPUs up to Hopper)"
 TAKE_CPU = f"`make setup TORCH_INDEX={CPU_INDEX}` to run on the CPU on purpose"
 
@@ -62,16 +67,6 @@ class SetupError(Exception):
 
 
 @dataclass(frozen=True)
-class Gpu:
-    name: str
-    driver: str
-
-    @property
-    def driver_major(self) -> int:
-        return int(self.driver.split(".")[0])
-
-
-@dataclass(frozen=True)
 class Machine:
     system: str  # as platform.system()
     architecture: str  # as platform.machine()
@@ -94,6 +89,12 @@ class Plan:
         """Returns the FAISS extra, of which only one may be installed; faiss-gpu is for Linux on x86_64, as DALI is."""
         return "faiss-gpu" if self.expects_gpu and self.dali_extra else "faiss-cpu"
 
+    @property
+    def locks(self) -> tuple[str, ...]:
+        """Returns the lock files, for PyPI's wheels on Linux on x86_64; none elsewhere, where constraints.txt does."""
+        fits = self.torch_index is None and self.dali_extra is not None
+        return ("locks/build.txt", "locks/base.txt", f"locks/{self.faiss_extra}.txt") if fits else ()
+
 
 def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
     """Returns why this Python cannot make .venv, or None."""
@@ -103,51 +104,6 @@ def python_problem(version: tuple[int, ...], has_ensurepip: bool) -> str | None:
     if not has_ensurepip:
         return f"Python {found} cannot make virtual environments; on Debian or Ubuntu: `apt install python{found}-venv`"
     return None
-
-
-def parse_nvidia_smi(returncode: int, output: str) -> tuple[Gpu | None, str | None]:
-    """Returns (Gpu, None) or (None, problem).
-
-    `output` is that of `nvidia-smi --query-gpu=name,driver_version --format=csv,noheader`.
-    """
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for line in lines:  # a preload warning or a note of the driver may stand around the answer
-        name, _, driver = (part.strip() for part in line.rpartition(","))
-        # 14: the card's infoROM is damaged, which nvidia-smi notes beside a good answer.
-        if returncode in (0, 14) and name and re.fullmatch(r"\d+(\.\d+)+", driver):
-            return Gpu(name, driver), None
-    first = lines[0] if lines else "no output"
-    if returncode != 0:
-        return None, f"nvidia-smi failed (exit code {returncode}): {first}"
-    return None, f"nvidia-smi answered {first!r}, which names no GPU and driver"
-
-
-def has_nvidia_display(pci_devices: Path) -> bool:
-    """Returns whether an NVIDIA (0x10de) display controller (class 0x03) is on the PCI bus."""
-    for device in pci_devices.glob("*"):
-        try:
-            vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
-        except OSError:
-            continue
-        if vendor.strip() == "0x10de" and kind.startswith("0x03"):
-            return True
-    return False
-
-
-def look_for_gpu() -> tuple[Gpu | None, str | None]:
-    """Returns (Gpu or None, problem or None)."""
-    wsl = Path("/usr/lib/wsl/lib/nvidia-smi")  # not on PATH in every shell
-    command = shutil.which("nvidia-smi") or (str(wsl) if wsl.exists() else None)
-    if command is None:
-        if has_nvidia_display(Path("/sys/bus/pci/devices")):
-            return None, "an NVIDIA GPU is on the PCI bus, but there is no nvidia-smi: its driver is not installed"
-        return None, None
-    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"nvidia-smi did not answer: {error}"
-    return parse_nvidia_smi(answer.returncode, answer.stdout.decode(errors="replace"))
 
 
 def parse_bf16_flags(cpuinfo: str) -> tuple[str, ...]:
@@ -220,9 +176,19 @@ def check_driver(machine: Machine, cuda: int) -> None:
 
 
 def install_commands(plan: Plan, python: Path, constraints: str) -> list[list[str]]:
-    """Returns the pip commands, in order; torch and torchvision come first if they have an index of their own."""
+    """Returns the pip commands, in order.
+
+    By the lock files every file has a known digest. What builds comes first: pip would fetch it unchecked. Without them
+    torch and torchvision come first if they have an index of their own.
+    """
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    extras = ",".join(["dev", "docs", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
+    if plan.locks:
+        locked = [*pip, "--require-hashes", "--no-build-isolation", "--only-binary", ":all:", "--no-binary", SOURCES]
+        build, *rest = plan.locks
+        files = [part for name in rest for part in ("-r", name)]
+        own = [*pip, "--no-deps", "--no-build-isolation", "-e", "."]
+        return [[*locked, "-r", build], [*locked, *files], own]
+    extras = ",".join(["dev", "docs", "mnist5k", plan.faiss_extra] + ([plan.dali_extra] if plan.dali_extra else []))
     everything = [*pip, "-c", "constraints.txt", "-e", f".[{extras}]"]
     if plan.torch_index is None:
         return [everything]
@@ -261,7 +227,7 @@ def foundation(plan: Plan, root: Path) -> list[Any]:
 def stamp_key(plan: Plan, root: Path) -> str:
     """Returns a key that changes with the intended contents of .venv."""
     parts = [repr(foundation(plan, root)), repr(plan.expects_gpu)]
-    parts += [(root / name).read_text() for name in ("setup.py", "constraints.txt")]
+    parts += [(root / name).read_text() for name in ("setup.py", "constraints.txt", *plan.locks)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -364,6 +330,10 @@ def describe(machine: Machine, plan: Plan) -> None:
     print(
         f"install  torch from {plan.torch_index or 'PyPI'}, extras: {plan.dali_extra or 'no DALI'}, {plan.faiss_extra}"
     )
+    if plan.locks:
+        print(f"hashes   checked, by {', '.join(plan.locks)}")
+    else:
+        print("hashes   not checked: locks/ is for torch from PyPI on Linux on x86_64; constraints.txt in its place")
     for note in plan.notes:
         print(f"note     {note}")
 

@@ -1,9 +1,9 @@
 """Runs a short training with each other Python of this machine, and says which versions were not run.
 
 `.ci/run` runs it with .venv's Python, whose version has the whole suite. Each of the others gets a clone of the last
-commit with its own .venv: setup, import, training, k-NN and the interpreted tests of one kernel. That takes minutes and
-7 GB in TMPDIR each, deleted after it. The Pythons are those that tools/find_python.sh finds on PATH, and before them
-those that the variable MNCLGLF_PYTHONS names, separated by colons.
+commit with its own .venv: setup, import, training, k-NN, the interpreted tests of one kernel, and every command from
+the built wheel. That takes minutes and 7 GB in TMPDIR each, deleted after it. The Pythons are those that
+tools/find_python.sh finds on PATH, and before them those that the variable MNCLGLF_PYTHONS names, separated by colons.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ STEPS = (
     (".venv/bin/mnclglf", "train", "--dataset", "digits", "--recipe", "quick", "--epochs", "1", "--out", "runs/smoke"),
     (".venv/bin/mnclglf", "knn", "runs/smoke"),
     (".venv/bin/python", "-m", "pytest", "-q", "tests/kernels/ops/test_combine.py"),
+    # Each command from the built wheel, in a fresh environment; and the wheel of the operators alone.
+    (".venv/bin/python", "-m", "pytest", "-q", "-m", "slow", "tests/test_wheel.py"),
 )
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -56,7 +56,12 @@ OBJECTS = {
         },
     },
     "numpy": {
-        "py:class": {"numpy.ndarray": "reference/generated/numpy.ndarray.html"},
+        "py:class": {
+            "numpy.ndarray": "reference/generated/numpy.ndarray.html",
+            "numpy.dtype": "reference/generated/numpy.dtype.html",
+            "numpy.float32": "reference/arrays.scalars.html",
+            "numpy.int64": "reference/arrays.scalars.html",
+        },
     },
 }
 

@@ -196,13 +196,14 @@ def variant(op: str, launch: Launch, dtype: str, arch: int) -> Variant:
 
 
 def variants(
-    ops: Sequence[OperatorName], dtypes: Sequence[str], archs: Sequence[int], sizes: Sizes = PAPER
+    ops: Sequence[OperatorName], dtypes: Sequence[str], archs: Sequence[int], sizes: Sizes = PAPER, ranks: int = 1
 ) -> Iterator[Variant]:
-    """Yields every kernel of these operators in these dtypes for these architectures."""
+    """Yields every kernel of these operators in these dtypes for these architectures, of the last of `ranks` ranks."""
     for arch in archs:
         for op in ops:
             for dtype in dtypes:
-                for launch in OPERATORS[op].launches(Example(sizes=sizes, dtype=DTYPES[dtype]), arch):
+                example = Example(sizes=sizes, dtype=DTYPES[dtype], rank=ranks - 1, ranks=ranks)
+                for launch in OPERATORS[op].launches(example, arch):
                     yield variant(op, launch, dtype, arch)
 
 
@@ -212,11 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=OPERATORS, nargs="+", default=tuple(OPERATORS))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
     parser.add_argument("--width", type=int, default=PAPER.width, help="D of the embeddings")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table that docs/explain/kernels.md has")
     options = parser.parse_args(arguments)
     sizes = PAPER._replace(width=options.width)
-    found = list(variants(options.op, options.dtype, [int(options.arch.removeprefix("sm_"))], sizes))
+    found = list(variants(options.op, options.dtype, [int(options.arch.removeprefix("sm_"))], sizes, options.ranks))
     if options.json:
         print(json.dumps({"sizes": sizes._asdict(), "variants": [asdict(v) for v in found]}, indent=1))
     elif options.markdown:

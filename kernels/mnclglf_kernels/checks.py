@@ -35,6 +35,18 @@ def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def check_rank(rank: int, ranks: int, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `rank` is one of `ranks`, each with the same number of the tensor's rows."""
+    if ranks < 1:
+        raise ValueError(f"ranks {ranks} must be at least 1, the number of processes")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} must be one of 0 to {ranks - 1}, as there are {ranks} ranks")
+    if tensor.shape[0] % ranks:
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows, which {ranks} ranks do not divide; gather the same number from each"
+        )
+
+
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless the temperature is positive."""
     if not temperature > 0:

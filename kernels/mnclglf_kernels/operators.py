@@ -55,6 +55,7 @@ class Example:
         generator: CPU generator of the random numbers; None for PyTorch's default.
         one_embedding: true to contrast one of the S combinations instead of all.
         splits: S of each pair for contrastive_losses; None for those of MNCLGLF.
+        rank, ranks: process of the run and their number, each with the images of `sizes`.
     """
 
     sizes: Sizes = PAPER
@@ -64,6 +65,13 @@ class Example:
     generator: torch.Generator | None = None
     one_embedding: bool = False
     splits: Sequence[int] | None = None
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def part(self) -> Arguments:
+        """The keywords of a loss whose candidates come from several ranks."""
+        return dict(rank=self.rank, ranks=self.ranks) if self.ranks > 1 else {}
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Returns normally distributed numbers; on the meta device none are drawn."""
@@ -177,10 +185,11 @@ def _contrastive_losses(example: Example) -> Arguments:
     common = example.random(1, width)
     pairs: list[tuple[Tensor, Tensor]] = []
     for split, dtype in kinds:
-        predictions = common + example.random(n, width) / 2
-        targets = predictions.repeat(split, 1) + example.random(split * n, width) / 2
+        predictions = common + example.random(example.ranks * n, width) / 2
+        positives = predictions[example.rank * n : (example.rank + 1) * n]
+        targets = positives.repeat(split, 1) + example.random(split * n, width) / 2
         pairs.append((targets.to(dtype).requires_grad_(), predictions.requires_grad_()))
-    return dict(pairs=pairs, temperature=TEMPERATURE)
+    return dict(pairs=pairs, temperature=TEMPERATURE, **example.part)
 
 
 def _nearest_neighbor(example: Example) -> Arguments:
@@ -199,7 +208,7 @@ def _check_nearest_neighbor(example: Example, arguments: Arguments) -> str | Non
 
 
 def _enqueue(example: Example) -> Arguments:
-    n, size = example.sizes.images, example.sizes.queue
+    n, size = example.ranks * example.sizes.images, example.sizes.queue
     return dict(
         queue=torch.zeros(size, example.sizes.width, dtype=example.queue_dtype or example.dtype, device=example.device),
         pointer=torch.tensor(size - n // 2 - 1, device=example.device),  # half of the rows wrap past the ring's end
@@ -221,10 +230,11 @@ def _check_enqueue(example: Example, arguments: Arguments) -> str | None:
 
 
 def _nt_xent(example: Example) -> Arguments:
-    n, width = example.sizes.images, example.sizes.width
+    n, width = example.ranks * example.sizes.images, example.sizes.width
     first = example.random(1, width) + example.random(n, width) / 2  # as in _contrastive_losses
     second = first + example.random(n, width) / 2
-    return dict(first=first.requires_grad_(), second=second.requires_grad_(), temperature=TEMPERATURE)
+    sides = dict(first=first.requires_grad_(), second=second.requires_grad_())
+    return dict(**sides, temperature=TEMPERATURE, **example.part)
 
 
 def _queue_contrastive_loss(example: Example) -> Arguments:

@@ -29,16 +29,19 @@ def failures(
     *,
     one_embedding: bool = False,
     operators: Sequence[OperatorName] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> dict[OperatorName, str]:
     """Returns the problem of each operator whose Triton kernels fail; operators that pass are omitted.
 
     Args:
-        sizes: sizes of the run.
+        sizes: sizes of the run, with the images of one rank.
         dtype: dtype of images, features and embeddings.
         queue_dtype: dtype of the queue's rows.
         device: device to run on.
         one_embedding: true if the run contrasts one of the S combinations instead of all.
         operators: operators that the run uses; None for all.
+        rank, ranks: this process of the run, and their number.
 
     Raises:
         torch.OutOfMemoryError: the run does not fit this device. This is no fault of a kernel.
@@ -53,6 +56,8 @@ def failures(
             device=device,
             generator=torch.Generator().manual_seed(0),
             one_embedding=one_embedding,
+            rank=rank,
+            ranks=ranks,
         )
         try:
             problem = check(OPERATORS[name], example)

@@ -19,17 +19,17 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnclglf.data.errors import DataError, damaged, unreadable
+from mnclglf.runs.files import open_file, read_at_most
 
 LARGEST_BYTES = 2**30  # limit of a file read here, unpacked: five times the largest in use
 CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
-_PART_BYTES = 2**20
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
 
 
@@ -40,33 +40,24 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         DataError: the file is missing, damaged, not of bytes, or its length differs from its header's.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_file(path) as opened, gzip.open(opened) if path.suffix == ".gz" else opened as file:
             shape = _read_idx_shape(file, path)
             size = math.prod(shape)
             if size > LARGEST_BYTES:
                 raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_BYTES:,}")
-            data = _read_at_most(file, size + 1)
+            data = read_at_most(file, size + 1)
     except _GZIP_ERRORS as error:
         raise unreadable(path, error) from error
     if len(data) != size:
         found = "more" if len(data) > size else f"{len(data):,}"
         raise damaged(path, f"its header promises {size:,} bytes and it holds {found}")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    try:
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except ValueError as error:  # more axes than numpy has, or too long ones beside one of 0
+        raise damaged(path, f"its header promises an array of {len(shape)} axes ({error})") from error
 
 
-def _read_at_most(file: io.BufferedIOBase | gzip.GzipFile, size: int) -> bytes:
-    """Returns `size` bytes, or fewer at the end of the file.
-
-    It reads in parts: a read reserves memory for all the bytes asked for, and a damaged header may ask for gigabytes.
-    """
-    parts: list[bytes] = []
-    while size > 0 and (part := file.read(min(size, _PART_BYTES))):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _read_idx_shape(file: io.BufferedIOBase | gzip.GzipFile, path: Path) -> tuple[int, ...]:
+def _read_idx_shape(file: BinaryIO | gzip.GzipFile, path: Path) -> tuple[int, ...]:
     magic = file.read(4)
     if len(magic) < 4 or magic[:3] != bytes([0, 0, _IDX_UINT8]):
         raise damaged(path, f"starts with {magic.hex()}: not an IDX file of bytes (000008..)")
@@ -126,7 +117,7 @@ def _cifar_labels(labels: list[int], classes: int, path: Path) -> NDArray[np.int
 
 def _read_exactly(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = os.fstat(file.fileno()).st_size
             if found == size:
                 return file.read()
@@ -144,7 +135,7 @@ def read_pickle(path: Path, largest: int = LARGEST_BYTES) -> Any:
         DataError: the file is missing, damaged, larger than `largest` bytes, or names anything else.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > largest:
                 raise damaged(path, f"has {size:,} bytes, more than {largest:,}")
@@ -256,7 +247,8 @@ def extract(archive: Path, folder: Path, member: str, holds: Sequence[str]) -> P
 def _unpack_tar(archive: Path, folder: Path) -> None:
     # tarfile must not guess the compression: its xz reader reserves the memory that the first bytes of a file ask for.
     with (
-        gzip.open(archive) if archive.suffix == ".gz" else archive.open("rb") as file,
+        open_file(archive) as opened,
+        gzip.open(opened) if archive.suffix == ".gz" else opened as file,
         tarfile.open(fileobj=cast(Any, _InParts(file)), mode="r:") as tar,
     ):
         members: list[tarfile.TarInfo] = []
@@ -273,15 +265,15 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
 class _InParts:
     """A file whose `read` reserves no more memory than the file holds, whatever size is asked for."""
 
-    def __init__(self, file: io.BufferedIOBase | gzip.GzipFile) -> None:
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        return _read_at_most(self.file, size)
+        return read_at_most(self.file, size)
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as file:
+    with open_file(archive) as opened, zipfile.ZipFile(opened) as file:
         members = file.infolist()
         _check_size(archive, sum(member.file_size for member in members))
         for member in members:

@@ -1,4 +1,4 @@
-"""Decoding of image files with Pillow, rotated upright by their EXIF orientation."""
+"""Decoding of image files with Pillow, rotated upright by their orientation. FORMATS is the table of the formats."""
 
 from __future__ import annotations
 
@@ -7,16 +7,66 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mnclglf.data.errors import DataError
+from mnclglf.runs.files import NO_FILE, read_bytes
 
 # Broken EXIF costs the orientation alone. Once and for all: threads must not change the filters in turns.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+
+class Format(NamedTuple):
+    """An image format that is read."""
+
+    suffixes: tuple[str, ...]
+    by_dali: bool
+    """Whether DALI reads it, to Pillow's pixels; else Pillow decodes it for every loader."""
+
+
+FORMATS = {
+    "JPEG": Format((".jpg", ".jpeg", ".jpe", ".jfif"), by_dali=True),
+    "PNG": Format((".png",), by_dali=True),
+    "WEBP": Format((".webp",), by_dali=True),
+    "BMP": Format((".bmp",), by_dali=True),
+    "TIFF": Format((".tif", ".tiff"), by_dali=False),  # DALI turns by no tag, and has other rules for 16 bits and CMYK
+    "GIF": Format((".gif",), by_dali=False),
+}
+"""Formats by Pillow's name. Of a file with several pages or frames, the first is read."""
+SUFFIXES = tuple(suffix for kind in FORMATS.values() for suffix in kind.suffixes)
+"""Suffixes of the files that are read."""
+
+
+class Kind(NamedTuple):
+    """What a file holds, before it is made uint8 [H, W, 3]."""
+
+    format: str  # a key of FORMATS
+    mode: str  # Pillow's, e.g. L, RGBA or CMYK
+    bits: int  # per channel
+    alpha: bool  # some transparency, which is dropped
+    several: bool  # more than one page or frame, of which the first is read
+
+    @property
+    def color(self) -> str:
+        """Returns gray, palette, CMYK or color."""
+        if self.mode.startswith(("1", "L", "I")) and self.mode != "LAB":
+            return "gray"
+        return {"P": "palette", "PA": "palette", "CMYK": "CMYK"}.get(self.mode, "color")
+
+
+class Decoded(NamedTuple):
+    """An image file's contents."""
+
+    pixels: NDArray[np.uint8]  # [H, W, 3], upright
+    orientation: int  # by which a loader turns that decodes the file itself, 1 to 8
+    kind: Kind
+
+
+MOST_BYTES = 2**30  # of a file: an image of the most pixels has 716 MB at most, of 16 bits, not packed
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BMP_BITS, _RLE4 = (1, 4, 8, 24, 32), 2  # DALI reads no others
 # Not Pillow's exif_transpose, which also reads XMP, unlike DALI.
@@ -25,34 +75,51 @@ TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Returns the image of a JPEG, PNG, WebP or BMP file, uint8 [H, W, 3], rotated upright by its EXIF orientation.
+    """Returns the image of a file in one of FORMATS, uint8 [H, W, 3], rotated upright by its orientation.
 
-    Gray becomes three equal channels, transparency is dropped, 16 bits become 8.
+    Gray becomes three equal channels, transparency is dropped, 16 bits become 8; CMYK becomes RGB without a profile.
 
     Raises:
         DataError: the file cannot be read to its end, or has more pixels than Pillow's limit.
     """
-    return decode_image(read_file(path), path)
+    return decode_image(read_file(path), path).pixels
 
 
 def read_file(path: Path) -> bytes:
     """Returns the contents of an image file.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is no file but a pipe or a device.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
-            raise DataError(f"{path} is no file but a pipe or a device; remove it")
-        return path.read_bytes()
-    except PermissionError as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); make it readable for this user") from error
+        return read_bytes(path, MOST_BYTES)
     except OSError as error:
-        raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+        raise _unreadable(path, error) from error
 
 
-def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
-    """Returns the image of a file's contents, as read_image does; `path` is named in the error.
+def size_of_file(path: Path) -> int:
+    """Returns the size of an image file in bytes, without opening it.
+
+    Raises:
+        DataError: the file cannot be accessed, or is no file but a pipe or a device.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} cannot be read as an image ({NO_FILE})")
+    return status.st_size
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} cannot be read as an image ({error}); make it readable for this user")
+    return DataError(f"{path} cannot be read as an image ({error.strerror or error})")
+
+
+def decode_image(data: bytes, path: Path | str) -> Decoded:
+    """Returns the image of a file's contents, as read_image does, and its kind; `path` is named in the error.
 
     Raises:
         DataError: the contents are not such an image, or the image is too large.
@@ -61,8 +128,8 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read as an image (it is empty)")
     try:
         # From memory: reading from the file allocates what a chunk's length field claims, up to 2 GB. Only these
-        # formats: for others Pillow may run Ghostscript, and DALI cannot decode them.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        # formats: for others Pillow may run Ghostscript.
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as opened:
             image: Image.Image = opened
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
@@ -70,15 +137,48 @@ def decode_image(data: bytes, path: Path) -> NDArray[np.uint8]:
                 _check_bmp(data)
             if image.format == "PNG":
                 _check_png(data)
-            if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion clips at 255
-                levels = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-            return _turned(np.array(image.convert("RGB")), orientation_of(data))
+            kind = _kind_of(image, data)
+            pixels = to_rgb(image)
+            if kind.format == "TIFF":  # Pillow turns those, from some version on, and removes the tag
+                return Decoded(_turned(pixels, image.getexif().get(ExifTags.Base.Orientation, 1)), 1, kind)
+            orientation = orientation_of(data)
+            return Decoded(_turned(pixels, orientation), orientation if FORMATS[kind.format].by_dali else 1, kind)
     except UnidentifiedImageError as error:
-        what = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or damaged at its start"
+        *most, last = FORMATS
+        what = f"it is no {', '.join(most)} or {last}, or damaged at its start"
         raise DataError(f"{path} cannot be read as an image ({what})") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Returns Pillow's image as uint8 [H, W, 3], not turned.
+
+    Raises:
+        ValueError: its numbers have no known range, as floats and integers of 32 bits have none.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
+        levels = np.asarray(image, dtype=np.float64) / 257
+        if image.mode.startswith("F") or (image.mode == "I" and levels.max() > 255):
+            raise ValueError(f"pixels of mode {image.mode} have no known range: convert them to 8 or 16 bits")
+        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def _kind_of(image: Image.Image, data: bytes) -> Kind:
+    """Returns what an opened image holds."""
+    assert image.format is not None
+    bits = 1 if image.mode == "1" else 16 if image.mode.startswith("I") else 8
+    if image.format == "PNG":
+        bits = data[24]  # of the header, as Pillow reads 16 bits of color as 8
+    if image.format == "TIFF":
+        bits = int(np.max(image.getexif().get(ExifTags.Base.BitsPerSample, bits)))  # one number, or one per channel
+    alpha = image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+    try:
+        several = bool(getattr(image, "is_animated", False))
+    except Exception:  # of damage after the first
+        several = False
+    return Kind(image.format, image.mode, bits, alpha, several)
 
 
 def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
@@ -105,7 +205,7 @@ def orientation_of(data: bytes) -> int:
 
 def _exif_of(data: bytes) -> bytes:
     if not data.startswith(_PNG):
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             return image.info.get("exif", b"")
     # Pillow finds a chunk after the pixels only when it decodes them.
     return next((content for kind, content in _png_chunks(data) if kind == b"eXIf"), b"")

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
-from mnclglf.data.decoding import read_image
+from mnclglf.data.decoding import Kind, decode_image, read_file, size_of_file
 from mnclglf.data.errors import DataError
 
 Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
@@ -81,6 +83,18 @@ class ImageSet(ABC):
             DataError: an image cannot be read.
         """
 
+    def read_ahead(self, plan: Iterable[NDArray[np.int64]], threads: int) -> Iterator[Pixels]:
+        """Yields what `read` returns of each batch of rows, in order; images that are slow to read are read ahead.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        return (self.read(rows) for rows in plan)
+
+    def to_shuffle(self, window: int | None) -> Self:
+        """Returns these images, to be read in random order, or so many neighbors at a time."""
+        return self
+
     @abstractmethod
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Returns the image at this row, uint8 [H, W, 3].
@@ -146,25 +160,39 @@ class ImageArray(ImageSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFiles(ImageSet):
-    """Images of any size, in files that are read on demand."""
+class EncodedImages(ImageSet):
+    """Images of any size, as the contents of image files, which are read on demand."""
 
-    root: Path
-    """Folder of the files."""
     paths: tuple[str, ...]
-    """Paths [n], relative to root."""
+    """Names [n] by which a user finds the images; of files their paths, relative to the root."""
     heights: NDArray[np.int32]
     """Heights [n] in pixels, upright by the EXIF orientation."""
     widths: NDArray[np.int32]
     """Widths [n] in pixels."""
     file_sizes: NDArray[np.int64]
-    """Sizes of the files [n] in bytes."""
+    """Sizes of the contents [n] in bytes."""
     moments: NDArray[np.float64]
     """Moments [n, 2, 3]: mean of each channel and of its square, for pixels scaled to [0, 1]."""
     orientations: NDArray[np.uint8] | None = None
     """EXIF orientation of each file [n], 1 to 8; None if all are upright."""
     digests: tuple[bytes, ...] = ()
     """SHA-256 of each file's contents [n]; empty where the files were not read."""
+    kinds: tuple[Kind, ...] = ()
+    """What each file holds [n]; empty where the files were not read."""
+    corrupt: tuple[str, ...] = ()
+    """Files that were left out as they cannot be used, each with the reason."""
+
+    @abstractmethod
+    def contents(self, row: int) -> bytes:
+        """Returns the contents of the image file at this row.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    @abstractmethod
+    def place(self, row: int) -> str:
+        """Returns where the image at this row is, for messages."""
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.paths[row] for row in rows]
@@ -179,6 +207,7 @@ class ImageFiles(ImageSet):
             moments=self.moments[rows],
             orientations=None if self.orientations is None else self.orientations[rows],
             digests=tuple(self.digests[row] for row in rows) if self.digests else (),
+            kinds=tuple(self.kinds[row] for row in rows) if self.kinds else (),
         )
 
     def sizes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -189,11 +218,20 @@ class ImageFiles(ImageSet):
             return list(threads.map(self.pixels, rows))
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        return read_image(self.root / self.paths[row])
+        pixels = decode_image(self.contents(row), self.place(row)).pixels
+        if pixels.shape[:2] != (self.heights[row], self.widths[row]):
+            found, known = pixels.shape[:2], (self.heights[row], self.widths[row])
+            raise self._changed(row, f"is {found[0]} x {found[1]} pixels, and was {known[0]} x {known[1]}")
+        return pixels
+
+    def check(self, row: int) -> None:  # for images in files of their own
+        """Raises DataError if the image at this row can no longer be read, as far as its file tells without reading."""
+
+    def _changed(self, row: int, how: str) -> DataError:
+        return DataError(f"{self.place(row)} {how} when the run started; put the old file back, or start the run anew")
 
     def statistics(self) -> Statistics:
-        mean, mean_square = self.moments.mean(axis=0)
-        return _mean_and_deviation(mean, mean_square)
+        return statistics_of(self.moments)
 
     def fingerprint(self) -> str:
         """Returns a hash of names below the root, labels and contents of the files; the root may be another."""
@@ -214,10 +252,44 @@ class ImageFiles(ImageSet):
         return hashlib.sha256(names + self.labels.tobytes() + contents).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles(EncodedImages):
+    """Images in files of their own."""
+
+    root: Path
+    """Folder of the files."""
+
+    def contents(self, row: int) -> bytes:
+        data = read_file(self.root / self.paths[row])
+        self._check_size(row, len(data))
+        return data
+
+    def check(self, row: int) -> None:
+        self._check_size(row, size_of_file(self.root / self.paths[row]))
+
+    def _check_size(self, row: int, size: int) -> None:
+        if size != self.file_sizes[row]:
+            raise self._changed(row, f"has {size:,} bytes, and had {self.file_sizes[row]:,}")
+
+    def place(self, row: int) -> str:
+        return str(self.root / self.paths[row])
+
+
 def moments_of(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns the mean [3] of pixels scaled to [0, 1] and of their squares [3], from histograms [3, 256]."""
     levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
     return shares @ levels, shares @ levels**2
+
+
+def moments_of_image(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Returns the moments [2, 3] of an image [H, W, 3]: means of each channel and its square, for pixels in [0, 1]."""
+    counts = np.array(Image.fromarray(pixels).histogram(), dtype=np.float64).reshape(3, 256)
+    return np.stack(moments_of(counts))
+
+
+def statistics_of(moments: NDArray[np.float64]) -> Statistics:
+    """Returns mean [3] and standard deviation [3] of images by their moments [n, 2, 3]."""
+    return _mean_and_deviation(*moments.mean(axis=0))
 
 
 def _mean_and_deviation(mean: NDArray[np.float64], mean_square: NDArray[np.float64]) -> Statistics:

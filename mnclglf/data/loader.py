@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mnclglf.config import ViewConfig, require
 from mnclglf.data.images import ImageSet, Statistics
-from mnclglf.data.philox import permutation
+from mnclglf.data.philox import block_permutation, permutation
 from mnclglf.data.views import ViewParameters, blur_window, draw_parameters
 
 
@@ -28,21 +28,36 @@ class Batch(NamedTuple):
     """[V * N, 3, S, S], view by view, normalized, channels_last, in the autocast dtype, on the device."""
     indices: Tensor
     """Rows of the image set, int64 [N], on the device."""
+    parameters: Tensor | None = None
+    """What the views are made by, fp32 [V * N, 13], on the device; None where they are not made there. mnclglf_kernels'
+    augment names the columns."""
 
     def each(self) -> tuple[Tensor, ...]:
         """Returns the V views, [N, 3, S, S] each, which share the batch's memory."""
         return self.views.split(len(self.indices))
 
 
-def batch_indices(seed: int, step: int, count: int, batch_size: int) -> NDArray[np.int64]:
-    """Returns the rows of a global step's images, int64 [batch_size]; an epoch is a random order of `count` images."""
+BLOCKS_TOGETHER = 4
+"""Blocks whose images are shuffled together, where the order is one of blocks."""
+
+
+def batch_indices(
+    seed: int, step: int, count: int, batch_size: int, shuffle_block: int | None = None
+) -> NDArray[np.int64]:
+    """Returns the rows of a global step's images, int64 [batch_size]; an epoch is a random order of `count` images.
+
+    With `shuffle_block` it is the order of `block_permutation`, in groups of BLOCKS_TOGETHER blocks.
+    """
     epoch, position = divmod(step, count // batch_size)
-    return _epoch_order(seed, epoch, count)[position * batch_size : (position + 1) * batch_size]
+    return _epoch_order(seed, epoch, count, shuffle_block)[position * batch_size : (position + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=2)  # batches of two epochs can be in the prefetch queue at once
-def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    order = permutation(count, seed=seed, epoch=epoch)
+def _epoch_order(seed: int, epoch: int, count: int, shuffle_block: int | None) -> NDArray[np.int64]:
+    if shuffle_block is None:
+        order = permutation(count, seed=seed, epoch=epoch)
+    else:
+        order = block_permutation(count, shuffle_block, BLOCKS_TOGETHER, seed=seed, epoch=epoch)
     order.flags.writeable = False  # the cache hands the same array to every caller
     return order
 
@@ -63,6 +78,7 @@ class Loader(ABC):
         rank: number of the part of every batch that this process makes.
         ranks: parts of a batch.
         statistics: mean [3] and deviation [3] that views are normalized with; None takes the images' own.
+        shuffle_block: images of a block, in whose order an epoch is shuffled; None shuffles all images together.
 
     Raises:
         ValueError: there are fewer images than a batch holds, a batch cannot be divided evenly among the ranks, or the
@@ -84,6 +100,7 @@ class Loader(ABC):
         rank: int = 0,
         ranks: int = 1,
         statistics: Statistics | None = None,
+        shuffle_block: int | None = None,
     ) -> None:
         require(
             len(images) >= batch_size,
@@ -101,7 +118,10 @@ class Loader(ABC):
         self.into: Tensor | None = None
         """Where the views of every batch are written, [V * N, 3, S, S] channels_last, over those of the batch before;
         None for new tensors."""
-        self._images = images
+        self.deferred = False
+        """Whether the views of the next batches are empty, as the step makes them: only of ResidentLoader."""
+        self._images = images.to_shuffle(shuffle_block and BLOCKS_TOGETHER * shuffle_block)
+        self._shuffle_block = shuffle_block
         self._config = config
         self._views = views
         self._batch_size = batch_size
@@ -126,7 +146,8 @@ class Loader(ABC):
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """Returns this rank's part of the rows of a step's images."""
-        return batch_indices(self._seed, step, len(self._images), self._batch_size)[self._share]
+        count, size = len(self._images), self._batch_size
+        return batch_indices(self._seed, step, count, size, self._shuffle_block)[self._share]
 
     def _draw(self, rows: NDArray[np.int64], epoch: int) -> list[ViewParameters]:
         """Draws the parameters of these images, view by view."""

@@ -22,6 +22,7 @@ _HALF = np.uint64(32)
 ORDER_STREAM = _WORD
 SPLIT_STREAM = _WORD - 1
 LABEL_STREAM = _WORD - 2
+BLOCK_STREAM = _WORD - 3
 
 
 def philox(counter: tuple[NDArray[np.uint64] | int, ...], key: int) -> NDArray[np.uint64]:
@@ -56,5 +57,23 @@ def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 def permutation(count: int, *, seed: int, epoch: int = 0, stream: int = ORDER_STREAM) -> NDArray[np.int64]:
     """Returns a random order of 0 .. count - 1, int64 [count], determined by seed, epoch and stream."""
+    return np.argsort(_keys(count, seed, epoch, stream), kind="stable")
+
+
+def block_permutation(count: int, block: int, blocks: int, *, seed: int, epoch: int = 0) -> NDArray[np.int64]:
+    """Returns a random order of 0 .. count - 1 in which near places hold near numbers, int64 [count].
+
+    Blocks of `block` consecutive numbers are put into a random order, and divided in it into groups of `blocks`. The
+    numbers of a group are shuffled together, by the same random numbers as in `permutation`: if one group holds all,
+    the two are equal.
+    """
+    order = permutation(-(-count // block), seed=seed, epoch=epoch, stream=BLOCK_STREAM)
+    group = np.empty(len(order), np.int64)
+    group[order] = np.arange(len(order)) // blocks
+    return np.lexsort((_keys(count, seed, epoch, ORDER_STREAM), group[np.arange(count) // block]))
+
+
+def _keys(count: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]:
+    """Returns a random number of 64 bits for each of 0 .. count - 1."""
     words = philox((0, stream, np.arange(count, dtype=np.uint64), epoch), seed)
-    return np.argsort(words[0] << _HALF | words[1], kind="stable")
+    return words[0] << _HALF | words[1]

@@ -18,6 +18,7 @@ from mnclglf.data.images import ImageSet
 from mnclglf.data.philox import LABEL_STREAM, SPLIT_STREAM, permutation
 
 SPLIT_SEED = 0  # not the run's seed: every run trains and tests on the same images
+TEST_SHARE = 0.2  # of each class, where a data set to evaluate on has no test images
 
 Images = TypeVar("Images", bound=ImageSet)
 
@@ -44,6 +45,28 @@ def split_train(train: Images, data: DataConfig) -> tuple[Images, Images]:
     train_rows = np.sort(order[held_out : held_out + kept])
     held_out_rows = np.sort(order[:held_out])
     return train.subset(train_rows), replace(train.subset(held_out_rows), split="validation")
+
+
+def draw_test(images: Images) -> tuple[Images, Images]:
+    """Returns the images without, and with, a fixed random choice of test images: TEST_SHARE of each class.
+
+    Each class keeps at least one image to train on and, if it has two, gives one to test on. The choice depends only on
+    the labels.
+
+    Raises:
+        DataError: no class has two images.
+    """
+    order = permutation(len(images), seed=SPLIT_SEED, stream=SPLIT_STREAM, epoch=2)  # split_train takes epoch 1
+    rows = _rows_of_each_class(
+        order, images.labels, len(images.classes), lambda count: min(count - 1, max(1, round(TEST_SHARE * count)))
+    )
+    if len(rows) == 0:
+        raise DataError(
+            f"{images.name} has no test images, and no class of two images to draw one from; add images, or give the "
+            "folder subfolders train and val"
+        )
+    train = np.setdiff1d(np.arange(len(images)), rows)
+    return images.subset(train), replace(images.subset(rows), split="test")
 
 
 def with_labels(images: Images, share: float, *, seed: int) -> Images:
@@ -96,6 +119,14 @@ def draw_labeled(
         seed: seed of the choice.
         draw: number of the choice; different numbers give independent choices.
     """
-    order = permutation(len(labels), seed=seed, stream=LABEL_STREAM, epoch=draw)
+    return _rows_of_each_class(
+        permutation(len(labels), seed=seed, stream=LABEL_STREAM, epoch=draw), labels, classes, wanted
+    )
+
+
+def _rows_of_each_class(
+    order: NDArray[np.int64], labels: NDArray[np.int64], classes: int, wanted: Callable[[int], int]
+) -> NDArray[np.int64]:
+    """Returns, sorted, the first `wanted(count)` rows in `order` of each class that has `count` of them."""
     members = [order[labels[order] == label] for label in range(classes)]
-    return np.sort(np.concatenate([rows[: wanted(len(rows))] for rows in members]))
+    return np.sort(np.concatenate([rows[: max(0, wanted(len(rows)))] for rows in members]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mnclglf.data.images import ImageArray, ImageSet
 from mnclglf.data.views import whole_views
+from mnclglf.training.ranks import ALONE, Ranks
 
 CHUNK_IMAGES = 512  # images resized at once: 512 x 3 x 224 x 224 in fp32 are 300 MB
 
@@ -47,8 +48,11 @@ def extract_features(
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int = 512,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Returns features of the whole images, without augmentation.
+
+    Ranks take the batches in turn, and rank 0 gets the features that one process has, to the bit.
 
     Args:
         encoder: network from [n, 3, side, side] to [n, F]; not changed, its batch-norm statistics included.
@@ -59,9 +63,10 @@ def extract_features(
         dtype: autocast dtype; float32 switches autocast off.
         device: device of the encoder.
         batch_size: images per forward; does not change the features.
+        ranks: the processes that share the work, with the same encoder and images.
 
     Returns:
-        Features, fp32 [n, F], on the CPU.
+        Features, fp32 [n, F], on the CPU; on other ranks than 0 an empty tensor.
 
     Raises:
         ValueError: there are no images, or the encoder does not return one row per image.
@@ -69,16 +74,30 @@ def extract_features(
     _require_images(images)
     chunks: list[Tensor] = []
     with eval_mode(encoder), torch.inference_mode(), autocast(device, dtype):
-        for start in range(0, len(images), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(images)))
-            views = views_of(images, rows, side, mean, std, dtype).to(device)
-            features = encoder(views)
-            if features.ndim != 2 or len(features) != len(views):
-                raise ValueError(
-                    f"the encoder made {tuple(features.shape)} of {len(views)} images; it must give [n, F] features"
-                )
-            chunks.append(features.float().cpu())
+        for batch in ranks.batches(0, len(images), batch_size):
+            made = torch.empty(0)
+            if batch:
+                views = views_of(images, np.asarray(batch), side, mean, std, dtype).to(device)
+                made = encoder(views).float().cpu()
+                if made.ndim != 2 or len(made) != len(views):
+                    raise ValueError(
+                        f"the encoder made {tuple(made.shape)} of {len(views)} images; it must give [n, F] features"
+                    )
+            chunks += gathered(made, ranks)
     return torch.cat(chunks)  # outside inference mode, so that the result is a normal tensor
+
+
+def gathered(rows: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Returns the rows fp32 [n, F] of all ranks, on the CPU, in the order of ranks; on other ranks than 0 nothing.
+
+    Rank 0 has rows; others may have none, and n may differ.
+    """
+    if ranks.count == 1:
+        return [rows]
+    parts = ranks.exchange(rows.contiguous().numpy().tobytes())
+    if not ranks.writes:
+        return [torch.empty(0)]
+    return [torch.from_numpy(np.frombuffer(part, np.float32).copy()).view(-1, rows.shape[1]) for part in parts]
 
 
 def raw_pixels(images: ImageSet, *, side: int) -> Tensor:

@@ -45,6 +45,24 @@ def weighted_knn(
         ValueError: k or temperature is out of range, or the sets are empty, not finite or do not match.
     """
     check_sets(train_features, train_labels, test_features, test_labels, classes)
+    scores = knn_scores(train_features, train_labels, test_features, classes=classes, k=k, temperature=temperature)
+    return accuracy_of_scores(scores, test_labels.to(scores.device))
+
+
+def knn_scores(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Returns the votes of `weighted_knn`, fp64 [m, classes], on the device of the train features.
+
+    Raises:
+        ValueError: k or temperature is out of range.
+    """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k {k} must lie in 1..{len(train_features)}, the number of train rows")
     if not temperature > 0:
@@ -55,7 +73,7 @@ def weighted_knn(
         _votes(F.normalize(chunk.to(device).float()) @ train.T, train_labels, classes, k, temperature)
         for chunk in test_features.split(max(1, CHUNK_SIMILARITIES // len(train)))
     ]
-    return accuracy_of_scores(torch.cat(votes), test_labels.to(device))
+    return torch.cat(votes)
 
 
 def _votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:

@@ -13,18 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnclglf.config import LinearConfig
+from mnclglf.config import FinetuneConfig, LinearConfig
 from mnclglf.data.loader import Loader
 from mnclglf.evaluation.features import autocast, eval_mode
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import Encoder
 from mnclglf.training.lars import LARS
+from mnclglf.training.ranks import ALONE, Ranks
+from mnclglf_kernels.ranks import gather_together
 
 OPTIMIZER = {"momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.001}
 PROGRESS_LINES = 10  # lines of progress per training
 
 
 def train_linear(
-    encoder: ResNet18,
+    encoder: Encoder,
     loader: Loader,
     labels: Tensor,
     config: LinearConfig,
@@ -34,8 +36,11 @@ def train_linear(
     dtype: torch.dtype,
     seed: int,
     say: Callable[[str], object],
+    ranks: Ranks = ALONE,
 ) -> nn.Linear:
     """Trains the classifier and returns its state after the last epoch.
+
+    Each rank makes the features of its part of every batch; all take the same step on those of the whole batch.
 
     Args:
         encoder: frozen encoder on the device; runs in evaluation mode without gradient and is not changed.
@@ -47,6 +52,7 @@ def train_linear(
         dtype: dtype of the encoder's autocast; the classifier is fp32.
         seed: seed of the initial weights, which are PyTorch's default ones.
         say: receives lines of progress.
+        ranks: the processes that share the work; the loader makes the part of this one.
 
     Raises:
         ValueError: the loss is not finite.
@@ -59,8 +65,10 @@ def train_linear(
     with eval_mode(encoder):
         for step, batch in enumerate(loader.batches(0, total)):
             with torch.no_grad(), autocast(labels.device, dtype):
-                features = encoder(batch.views)
-            loss = F.cross_entropy(classifier(features.float()), labels[batch.indices])
+                features, indices = encoder(batch.views), batch.indices
+            if ranks.count > 1:
+                features, indices = gather_together(features, indices)
+            loss = F.cross_entropy(classifier(features.float()), labels[indices])
             optimizer.zero_grad()
             loss.backward()
             optimizer.param_groups[0]["lr"] = cosine(config.lr, step / total)
@@ -75,7 +83,7 @@ def train_linear(
     return classifier
 
 
-def total_steps(config: LinearConfig, steps_per_epoch: int) -> int:
+def total_steps(config: LinearConfig | FinetuneConfig, steps_per_epoch: int) -> int:
     """Returns the steps of a whole training."""
     return config.epochs * steps_per_epoch if config.steps is None else config.steps
 

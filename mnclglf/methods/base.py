@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.models.batch_norm import Network, batch_norms
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import Encoder, make_encoder
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.fused import set_half
 from mnclglf.models.momentum import update_momentum
-from mnclglf_kernels import Backend, Backends
+from mnclglf_kernels import Backend, Backends, contrastive_losses, nt_xent
 from mnclglf_kernels.operators import OperatorName
+from mnclglf_kernels.ranks import gather_rows, gather_together
 
 
 class Losses(NamedTuple):
@@ -48,6 +49,8 @@ class Method(nn.Module, ABC):
         projector: g_o, where `build` makes one.
         momentum: f_m and g_m, the momentum network (BYOL's target network), where `build` makes one.
         queue: Q, the feature queue, where `build` makes one.
+        rank: number of this process among those of the run; see `distribute`.
+        ranks: number of processes.
     """
 
     views: int
@@ -60,6 +63,8 @@ class Method(nn.Module, ABC):
     projector: nn.Module
     momentum: nn.Module
     queue: FeatureQueue
+    rank: int = 0
+    ranks: int = 1
 
     def __init__(
         self,
@@ -79,7 +84,7 @@ class Method(nn.Module, ABC):
         """
         super().__init__()
         self.objective = objective
-        self.encoder = ResNet18(model.stem, model.width)
+        self.encoder = make_encoder(model)
         self.build(model, queue_dtype)
         self.backends = Backends.all(backend)
 
@@ -96,7 +101,7 @@ class Method(nn.Module, ABC):
             labels: [N] int64, of a method that needs them.
         """
 
-    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float, should_update: Tensor) -> None:
+    def after_step(self, losses: Losses, indices: Tensor, *, momentum: float | Tensor, should_update: Tensor) -> None:
         """Updates momentum network and queue, where there are any, after the optimizer step.
 
         The momentum network follows encoder and projector; the queue takes in the first N of `losses.keys`. A method
@@ -105,7 +110,7 @@ class Method(nn.Module, ABC):
         Args:
             losses: result of `forward`.
             indices: [N] rows of the run's training images.
-            momentum: m at this step.
+            momentum: m at this step; in a training step fp64, 0-D, on the device, so that a step can be recorded.
             should_update: bool, 0-D; where false nothing may change.
         """
         # hasattr, as `build` assigns modules: a class attribute of None would hide them from nn.Module.
@@ -113,7 +118,47 @@ class Method(nn.Module, ABC):
             update_momentum(self.momentum, Network(self.encoder, self.projector), momentum, should_update)
         if hasattr(self, "queue"):
             assert losses.keys is not None, "a method with a queue gives the keys that it takes in"
-            self.queue.push(losses.keys[: len(indices)], indices, should_update, self.backends.enqueue)
+            keys = losses.keys[: len(indices)]
+            if self.ranks > 1:  # every rank's queue takes in the whole batch
+                keys, indices = gather_together(keys, indices)
+            self.queue.push(keys, indices, should_update, self.backends.enqueue)
+
+    def whole_batch(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Returns tensors [n, D] of this rank's n images with the rows of all ranks, [N, D] each, by one message.
+
+        The gradient of a rank's rows is the sum of what the losses of all ranks give them. One process has all rows.
+        """
+        if self.ranks == 1:
+            return parts
+        return gather_rows(torch.stack(parts, dim=1)).unbind(dim=1)
+
+    def contrastive_losses(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Returns L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow.
+
+        Args:
+            pairs: h of this rank's images, [S * n, D], and p of the whole batch, [N, D].
+        """
+        backend = self.backends.contrastive_losses
+        return contrastive_losses(pairs, self.objective.temperature, rank=self.rank, ranks=self.ranks, backend=backend)
+
+    def nt_xent(self, first: Tensor, second: Tensor) -> Tensor:
+        """Returns SimCLR's loss of this rank's images; both views are of the whole batch, [N, D]."""
+        temperature, backend = self.objective.temperature, self.backends.nt_xent
+        return nt_xent(first, second, temperature, rank=self.rank, ranks=self.ranks, backend=backend)
+
+    def distribute(self, rank: int, ranks: int, *, sync_batch_norm: bool = True) -> None:
+        """Makes this process train on part `rank` of `ranks` of every batch; each rank does so with equal weights.
+
+        A rank's losses are means over its own images, and the gradients of the weights are to be averaged over ranks.
+
+        Args:
+            rank: number of this process.
+            ranks: number of processes.
+            sync_batch_norm: whether batch norms take the statistics of the whole batch, not of this part.
+        """
+        self.rank, self.ranks = rank, ranks
+        for layer in batch_norms(self):
+            layer.ranks = ranks if sync_batch_norm else 1  # pyright: ignore[reportArgumentType]  # a BatchNorm
 
     @property
     def backends(self) -> Backends:
@@ -126,9 +171,9 @@ class Method(nn.Module, ABC):
         for layer in batch_norms(self):
             layer.backend = backends.batch_norm  # pyright: ignore[reportAttributeAccessIssue]  # a BatchNorm
 
-    def encoders(self) -> list[ResNet18]:
+    def encoders(self) -> list[Encoder]:
         """Returns the online encoder, and the momentum network's where there is one."""
-        return [module for module in self.modules() if isinstance(module, ResNet18)]
+        return [module for module in self.modules() if isinstance(module, Encoder)]
 
     def fuse(self, convolution: Backend, *, half_sums: bool = False) -> None:
         """Chooses the convolutions of training forwards without gradient: models/fused.py has what they fuse.

@@ -24,7 +24,7 @@ from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import Network
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy
-from mnclglf_kernels import combine, contrastive_losses, divide
+from mnclglf_kernels import combine, divide
 
 
 class FastMoCo(Method):
@@ -47,10 +47,9 @@ class FastMoCo(Method):
         v = torch.cat([combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2)])
         c1, c2 = self.predictor(self.projector(v, 2), 2).chunk(2)  # [S * N, D], of v, [2 * S * N, F]
         with torch.no_grad():
-            z1, z2 = self.momentum(views, 2).chunk(2)  # [N, D]; what is not finite in them shows in the loss
-        c1_z2, c2_z1 = contrastive_losses(
-            [(c1, z2), (c2, z1)], self.objective.temperature, backend=self.backends.contrastive_losses
-        )
+            # [N, D]; what is not finite in them shows in the loss
+            z1, z2 = self.whole_batch(*self.momentum(views, 2).chunk(2))
+        c1_z2, c2_z1 = self.contrastive_losses((c1, z2), (c2, z1))
         return Losses(
             total=(c1_z2 + c2_z1) / 2,
             terms={"loss_c1_z2": c1_z2, "loss_c2_z1": c2_z1},

@@ -26,7 +26,7 @@ from mnclglf.models.batch_norm import Network, batch_statistics_only
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy
-from mnclglf_kernels import combine, contrastive_losses, divide
+from mnclglf_kernels import combine, divide
 
 
 class MNCLGLF(Method):
@@ -48,7 +48,7 @@ class MNCLGLF(Method):
         x1, _, x3 = views.chunk(3)
         # The online forward comes first: autocast caches a weight's cast at its first use, which must carry gradients.
         f = self.encoder(views, 3)  # [3N, F]; one batch, with batch statistics per view
-        p1, p2, p3 = self.predictor(self.projector(f, 3), 3).chunk(3)  # [N, D]
+        p1, p2, p3 = self.whole_batch(*self.predictor(self.projector(f, 3), 3).chunk(3))  # [N, D]
 
         with torch.no_grad():
             keys = self.momentum(views[: 2 * len(x1)], 2)  # [2N, D]: z1, which the queue takes in, and z2
@@ -56,7 +56,7 @@ class MNCLGLF(Method):
             n1, n2 = neighbors.chunk(2)
             c1, c3 = self.stop_gradient_network(x1, x3)  # [S * N, D]
 
-        c1_p3, c3_p1, n1_p2, n2_p1 = self.contrast((c1, p3), (c3, p1), (n1, p2), (n2, p1))
+        c1_p3, c3_p1, n1_p2, n2_p1 = self.contrastive_losses((c1, p3), (c3, p1), (n1, p2), (n2, p1))
         loss_s = (c1_p3 + c3_p1) / 2
         loss_m = (n1_p2 + n2_p1) / 2
         return Losses(
@@ -79,7 +79,3 @@ class MNCLGLF(Method):
             drawn = torch.randint(subsets, (1,), device=c1.device)
             c1, c3 = (c.unflatten(0, (subsets, -1)).index_select(0, drawn).flatten(0, 1) for c in (c1, c3))
         return c1, c3
-
-    def contrast(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Returns L of Algorithm 1 of each pair (h, p), in as few launches as their shapes allow."""
-        return contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)

@@ -25,15 +25,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import Network, Views, batch_norms
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import make_encoder
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf_kernels import combine, contrastive_losses, divide, nt_xent
+from mnclglf_kernels import combine, divide
 
 
 class MNCLGLFOfficial(Method):
@@ -47,16 +46,14 @@ class MNCLGLFOfficial(Method):
     def build(self, model: ModelConfig, queue_dtype: torch.dtype) -> None:
         self.projector = projector(self.encoder.features, model.projector_width)
         self.predictor = predictor(model.projector_width, model.predictor_width)
-        momentum_encoder = ResNet18(model.stem, model.width)
-        self.momentum = Network(momentum_encoder, projector(self.encoder.features, model.projector_width))
+        self.momentum = Network(make_encoder(model), projector(self.encoder.features, model.projector_width))
         self.momentum.requires_grad_(False)
         self.queue = FeatureQueue(self.objective.queue_size, model.projector_width, queue_dtype)
         for head in (self.projector, self.predictor, self.momentum[1]):
             for layer in batch_norms(head):
                 nn.init.uniform_(layer.weight)
-        for block in self.modules():
-            if isinstance(block, BasicBlock):
-                nn.init.zeros_(block.bn2.weight)  # pyright: ignore[reportArgumentType]  # a Module to torchvision's types
+        for encoder in self.encoders():
+            encoder.start_blocks_as_identity()
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
         x1, x2, x3 = views.chunk(3)
@@ -75,9 +72,8 @@ class MNCLGLFOfficial(Method):
             neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
             n3, n1 = neighbors.chunk(2)
 
-        tau = self.objective.temperature
-        of_3, of_1 = (nt_xent(n, p, tau, backend=self.backends.nt_xent) for n, p in ((n3, p1), (n1, p3)))
-        loss_m = (of_3 + of_1) / 2
+        n3, p1, n1, p3 = self.whole_batch(n3, p1, n1, p3)
+        loss_m = (self.nt_xent(n3, p1) + self.nt_xent(n1, p3)) / 2
         return Losses(
             total=loss_s + self.objective.lambda_ * loss_m,
             terms={"loss_s": loss_s, "loss_m": loss_m},
@@ -92,6 +88,6 @@ class MNCLGLFOfficial(Method):
         f1, f2 = self.encoder(y, 2).chunk(2)  # [4N, F]
         v = torch.cat([combine(f, self.objective.k, backend=self.backends.combine) for f in (f1, f2)])
         c1, c2 = self.projector(v, 2).chunk(2)  # [S * N, D], of v, [2 * S * N, F]
-        pairs = [(p, candidates) for p, c in ((p2, c1), (p1, c2)) for candidates in c.split(len(p))]
-        losses = contrastive_losses(pairs, self.objective.temperature, backend=self.backends.contrastive_losses)
-        return torch.stack(losses).mean()
+        splits = self.whole_batch(*c1.split(len(p2)), *c2.split(len(p1)))  # [N, D], S of c1, then S of c2
+        pairs = [*zip([p2] * (len(splits) // 2) + [p1] * (len(splits) // 2), splits, strict=True)]
+        return torch.stack(self.contrastive_losses(*pairs)).mean()

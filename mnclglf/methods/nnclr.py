@@ -21,7 +21,6 @@ from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.models.heads import predictor, projector
-from mnclglf_kernels import contrastive_losses
 
 
 class NNCLR(Method):
@@ -39,17 +38,15 @@ class NNCLR(Method):
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
         f = self.encoder(views, 2)  # [2N, F]; one batch, with batch statistics per view
         z = self.projector(f, 2)  # [2N, D]
-        p1, p2 = self.predictor(z, 2).chunk(2)  # [N, D]
+        p1, p2 = self.whole_batch(*self.predictor(z, 2).chunk(2))  # [N, D]
         keys = z.detach()  # the queue takes in the first N: z1
         neighbors, sources = self.queue.nearest(keys, self.backends.nearest_neighbor)
         n1, n2 = neighbors.chunk(2)
-        n1_p2, n2_p1 = contrastive_losses(
-            [(n1, p2), (n2, p1)], self.objective.temperature, backend=self.backends.contrastive_losses
-        )
+        n1_p2, n2_p1 = self.contrastive_losses((n1, p2), (n2, p1))
         return Losses(
             total=(n1_p2 + n2_p1) / 2,
             terms={"loss_n1_p2": n1_p2, "loss_n2_p1": n2_p1},
-            features=f[: len(p1)].detach(),
+            features=f[: len(n1)].detach(),
             keys=keys,
-            neighbors=sources[: len(p1)],
+            neighbors=sources[: len(n1)],
         )

@@ -17,7 +17,6 @@ from torch import Tensor
 from mnclglf.config import ModelConfig
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.heads import projector
-from mnclglf_kernels import nt_xent
 
 
 class SimCLR(Method):
@@ -31,6 +30,6 @@ class SimCLR(Method):
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Losses:
         f = self.encoder(views, 2)  # [2N, F]
-        z1, z2 = self.projector(f, 2).chunk(2)  # [N, D]
-        loss = nt_xent(z1, z2, self.objective.temperature, backend=self.backends.nt_xent)
-        return Losses(total=loss, terms={"nt_xent": loss}, features=f[: len(z1)].detach())
+        z1, z2 = self.whole_batch(*self.projector(f, 2).chunk(2))  # [N, D]
+        loss = self.nt_xent(z1, z2)
+        return Losses(total=loss, terms={"nt_xent": loss}, features=f[: len(f) // 2].detach())

@@ -56,10 +56,12 @@ class BatchNorm(_BatchNorm):
         backend: backend of the operator, see mnclglf_kernels.resolve.
         after_half: whether the inputs of forwards without gradient may have overflowed in fp16, see fused.py: a running
             statistic then stays where the new one is not finite.
+        ranks: number of processes over which train mode takes statistics, 1 or all of the default group.
     """
 
     backend: Backend = "auto"
     after_half: bool = False
+    ranks: int = 1
 
     def forward(
         self, input: Tensor, views: Views | int = 1, residual: Tensor | None = None, relu: bool = False
@@ -99,6 +101,7 @@ class BatchNorm(_BatchNorm):
             "eps": self.eps,
             "residual": residual,
             "relu": relu,
+            "ranks": self.ranks,
             "backend": self.backend,
         }
 

@@ -1,4 +1,4 @@
-"""Forward of an encoder without gradient, by convolutions that do the work of the batch norms around them.
+"""Forward of a ResNet of basic blocks without gradient, by convolutions that do the work of the batch norms too.
 
 Such a convolution applies the batch norm and the ReLU before it as it reads, and returns the statistics of its result,
 which the batch norm after it needs. So the result of a block's first batch norm is never in memory.
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from mnclglf.models.batch_norm import BatchNorm, Views, fold_of, update_where_finite
 from mnclglf_kernels import convolution
+from mnclglf_kernels.ops.batch_norm_over_ranks import combined_moments
 from mnclglf_kernels.ops.convolution import scaled
+from mnclglf_kernels.ranks import gather
 
 if TYPE_CHECKING:
-    from mnclglf.models.encoder import Block, ResNet18
+    from mnclglf.models.encoder import Block, Encoder, ResNet
 
 
 class Pending(NamedTuple):
@@ -33,7 +35,7 @@ class Pending(NamedTuple):
         return scaled(*self)
 
 
-def set_half(encoder: ResNet18, half: bool) -> None:
+def set_half(encoder: Encoder, half: bool) -> None:
     """Lets the forwards without gradient compute in fp16, and sum in fp16 where cuDNN can, or no longer.
 
     A training step gives each convolution its weight in fp16 beside the one that autocast uses (share_casts).
@@ -42,7 +44,7 @@ def set_half(encoder: ResNet18, half: bool) -> None:
         return
     encoder.half_sums = half
     if half:
-        device = encoder.conv1.weight.device
+        device = next(encoder.parameters()).device
         encoder.register_buffer("overflow", torch.zeros((), dtype=torch.bool, device=device), persistent=False)
     else:
         del encoder.overflow
@@ -53,8 +55,8 @@ def set_half(encoder: ResNet18, half: bool) -> None:
             del layer.half_weight
 
 
-def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | int) -> Tensor:
-    """Returns the features, [V * N, 8 * width], of V views that share a batch, normalized by their own statistics.
+def features_without_gradient(encoder: ResNet, images: Tensor, views: Views | int) -> Tensor:
+    """Returns the features, [V * N, F], of V views that share a batch, normalized by their own statistics.
 
     In fp16 it sets `encoder.overflow` where a statistic is not finite: then the features are NaN, and a running
     statistic keeps its value.
@@ -96,9 +98,8 @@ def features_without_gradient(encoder: ResNet18, images: Tensor, views: Views | 
         x = F.relu(convolve(encoder.conv1, encoder.bn1, images.to(dtype)).applied()).to(dtype)
         if encoder.stem == "imagenet":
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
-            for block in stage:
-                x = through(cast(Any, block), x)
+        for block in encoder.blocks():
+            x = through(cast(Any, block), x)
         # Under autocast to bf16 no operator takes bf16 and fp16 together.
         features = torch.flatten(F.adaptive_avg_pool2d(x.to(outside), 1), 1)
     if not encoder.half_sums:
@@ -115,11 +116,14 @@ def norm_of(norm: BatchNorm, mean: Tensor, var: Tensor, rows: int, views: Views 
 
     Args:
         norm: the layer.
-        mean: [V, C].
-        var: [V, C], biased.
-        rows: values per view and channel.
+        mean: [V, C], of this rank.
+        var: [V, C], biased, of this rank.
+        rows: values per view and channel of this rank.
         views: the views in the batch.
     """
+    if norm.ranks > 1:
+        mean, var = combined_moments(gather(torch.stack([mean, var], 1)))
+        rows *= norm.ranks
     if norm.track_running_stats:
         assert norm.momentum is not None
         kept, *new = fold_of(views, norm.momentum)

@@ -14,7 +14,7 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_momentum(target: nn.Module, online: nn.Module, momentum: float, should_update: Tensor) -> None:
+def update_momentum(target: nn.Module, online: nn.Module, momentum: float | Tensor, should_update: Tensor) -> None:
     """Sets theta_m to m theta_m + (1 - m) theta_o over all parameters (Algorithm 1); buffers stay each network's own.
 
     EMA as one fused SGD step: parameter theta_m, gradient theta_o, maximize, weight_decay 1, lr 1 - m; found_inf skips
@@ -23,16 +23,19 @@ def update_momentum(target: nn.Module, online: nn.Module, momentum: float, shoul
     Args:
         target: the momentum network.
         online: the online network, of the same shape.
-        momentum: m.
+        momentum: m, a number or 0-D on the device; fp64, as 1 - m of a rounded m near 1 is far from it.
         should_update: bool, 0-D on the device; where false nothing changes.
     """
+    rate = 1 - momentum
+    if isinstance(rate, Tensor) and rate.is_cuda:
+        rate = rate.float()  # which the kernel reads on a GPU
     torch._fused_sgd_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         [*target.parameters()],  # theta_m
         [*online.parameters()],  # theta_o in the gradient's place
         [],
         weight_decay=1.0,
         momentum=0.0,
-        lr=1 - momentum,
+        lr=rate,
         dampening=0.0,
         nesterov=False,
         maximize=True,

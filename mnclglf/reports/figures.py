@@ -1,23 +1,24 @@
-"""Figures of a report, as PNG bytes. Nothing here touches matplotlib's global state."""
+"""Figures of a report: curves as inline SVG, pictures as PNG bytes. matplotlib's global state stays as it was."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mnclglf.reports.run_files import finite
-from mnclglf.runs.metrics import Record, step_of
+from mnclglf.reports.series import Metrics, Series, thin
 
 DOTS_PER_INCH = 160
 SMOOTH_ABOVE = 100  # number of points above which a running mean is drawn over them
@@ -42,6 +43,20 @@ LIGHT = Theme(
 DARK = Theme(
     background="#161b22", text="#e6edf3", muted="#9198a1", grid="#2b323b", lines=("#56b4e9", "#e69f00", "#2fc79a")
 )
+
+
+# Drawn with these, and then replaced by the page's colors, so that one drawing serves the light and the dark page.
+MARKED = Theme(
+    background="#fe0001", text="#fe0002", muted="#fe0003", grid="#fe0004", lines=("#fe0005", "#fe0006", "#fe0007")
+)
+VARIABLES = ("--card", "--text", "--muted", "--line", "--first", "--second", "--third")
+
+
+class Drawing(NamedTuple):
+    """One panel as an inline SVG, which takes its colors from the page."""
+
+    title: str
+    svg: str
 
 
 class Curve(NamedTuple):
@@ -93,41 +108,41 @@ class DotPanel(NamedTuple):
     series: Sequence[Dots]
 
 
-def loss_curves(records: Sequence[Record], *, uninformed: float | None = None, theme: Theme = LIGHT) -> bytes:
+def loss_curves(metrics: Metrics, *, uninformed: float | None = None) -> list[Drawing]:
     """Draws the loss and its terms (loss_...) over the steps.
 
     Args:
-        records: records of metrics.jsonl.
+        metrics: figures of metrics.jsonl.
         uninformed: value of each term while all candidates look alike, ln N; drawn as a dashed line.
-        theme: colors.
     """
-    terms = sorted({key for record in records for key in record if key.startswith("loss_")})
+    terms = sorted(key for key in metrics.series if key.startswith("loss_"))
     level = None if uninformed is None else Level(uninformed, f"no information: {uninformed:.2f}")
     panels = [Panel(title="Loss", unit="loss", curves=(Curve("loss", "loss"),))]
     for first in range(0, len(terms), 3):  # as many curves as a panel has colors
         curves = tuple(Curve(term, term) for term in terms[first : first + 3])
         panels.append(Panel(title="Its terms", unit="loss", curves=curves, level=level))
-    return _panels(records, panels, theme)
+    return [_panel(metrics, panel) for panel in panels]
 
 
-def schedule_curves(records: Sequence[Record], *, theme: Theme = LIGHT) -> bytes:
+def schedule_curves(metrics: Metrics) -> list[Drawing]:
     """Draws learning rate and throughput over the steps, and the EMA momentum if it changes."""
     panels = [
         Panel(title="Learning rate", unit="learning rate", curves=(Curve("lr", "lr"),), smooth=False, from_zero=True),
         Panel(title="Throughput", unit="images / s", curves=(Curve("images_per_second", "speed"),), from_zero=True),
     ]
-    if len(set(series(records, "ema_momentum")[1])) > 1:
+    if len(np.unique(metrics.of("ema_momentum").values)) > 1:
         panels.insert(1, Panel(title="EMA momentum", unit="m", curves=(Curve("ema_momentum", "m"),), smooth=False))
-    return _panels(records, panels, theme)
+    return [_panel(metrics, panel) for panel in panels]
 
 
-def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, theme: Theme = LIGHT) -> bytes:
+def health_curves(metrics: Metrics, *, ideal_std: float | None = 1.0) -> list[Drawing]:
     """Draws the signs of collapse: feature spread, effective rank, neighbor agreement, queue fill, gradient norm.
 
+    Also the k-NN accuracy, where --knn-every was given.
+
     Args:
-        records: records of metrics.jsonl; keys that they lack are not drawn.
+        metrics: figures of metrics.jsonl; those that are missing are not drawn.
         ideal_std: feature_std of evenly spread directions, drawn as a dashed line; None draws no line.
-        theme: colors.
     """
     level = None if ideal_std is None else Level(ideal_std, "spread evenly")
     panels = [
@@ -145,15 +160,8 @@ def health_curves(records: Sequence[Record], *, ideal_std: float | None = 1.0, t
         ),
         Panel(title="Queue fill", unit="%", curves=(Curve("queue_fill", "fill"),), smooth=False, percent=True),
     ]
-    drawn = [panel for panel in panels if series(records, panel.curves[0].key)[0]]
-    return _panels(records, drawn or panels, theme)
-
-
-def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of one key, for the records that have both, finite."""
-    pairs = [(step_of(record), finite(record.get(key))) for record in records]
-    known = [(step, value) for step, value in pairs if step is not None and value is not None]
-    return [step for step, _ in known], [value for _, value in known]
+    knn = Panel(title="k-NN accuracy", unit="%", curves=(Curve("knn_top1", "top-1"),), smooth=False, percent=True)
+    return [_panel(metrics, panel) for panel in [*panels, knn] if len(metrics.of(panel.curves[0].key).steps)]
 
 
 def views_picture(
@@ -255,7 +263,7 @@ def dot_chart(
     return _png(figure)
 
 
-def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """Returns the mean of the values at most window // 2 away from each; shorter at the ends."""
     half, n = window // 2, len(values)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -263,28 +271,48 @@ def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
     return (sums[stops] - sums[starts]) / (stops - starts)
 
 
-def _panels(records: Sequence[Record], panels: Sequence[Panel], theme: Theme) -> bytes:
-    """Draws the panels side by side, at most three in a row."""
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(9.6, 2.9 * rows), facecolor=theme.background, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for index, axis in enumerate(axes):
-        if index < len(panels):
-            _draw(axis, records, panels[index], theme)
-        else:
-            axis.set_axis_off()
-    return _png(figure)
+def _panel(metrics: Metrics, panel: Panel) -> Drawing:
+    figure = Figure(figsize=(3.6, 2.7), layout="constrained")
+    figure.patch.set_alpha(0)
+    _draw(figure.subplots(), metrics, panel, MARKED)
+    return Drawing(panel.title, inline_svg(figure, panel.title))
 
 
-def _draw(axis: Axes, records: Sequence[Record], panel: Panel, theme: Theme) -> None:
+def inline_svg(figure: Figure, title: str) -> str:
+    """Returns a figure that was drawn with MARKED as an <svg> element for a page, as wide as its place.
+
+    Args:
+        figure: the figure.
+        title: what it shows; ids begin with it, so that several can stand on one page.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mnclglf"}):  # text as text; the same ids every time
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # a style would be the whole page's
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    first = f'<svg role="img" aria-label="{title} over the steps" {box[0]}>'
+    svg = first + svg[svg.index(">") + 1 :]
+    own = re.sub(r"\W", "-", title)
+    svg = re.sub(r'\bid="', f'id="{own}-', svg)
+    svg = svg.replace("url(#", f"url(#{own}-").replace('xlink:href="#', f'href="#{own}-')
+    for color, variable in zip((*astuple(MARKED)[:4], *MARKED.lines), VARIABLES, strict=True):
+        svg = svg.replace(color, f"var({variable})")
+    return svg
+
+
+def _draw(axis: Axes, metrics: Metrics, panel: Panel, theme: Theme) -> None:
     scale = 100 if panel.percent else 1
     drawn = 0
     for curve, color in zip(panel.curves, theme.lines, strict=False):
-        steps, values = series(records, curve.key)
-        if steps:
+        steps, values = metrics.of(curve.key)
+        if len(steps):
             drawn += 1
-            _draw_curve(axis, steps, [scale * value for value in values], curve.label, color, panel.smooth)
+            _draw_curve(axis, Series(steps, scale * values), curve.label, color, panel.smooth)
     if drawn and panel.level is not None:
         axis.axhline(panel.level.value, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), label=panel.level.label)
     if not drawn:
@@ -294,14 +322,15 @@ def _draw(axis: Axes, records: Sequence[Record], panel: Panel, theme: Theme) -> 
         axis.legend(frameon=False, fontsize=8, labelcolor=theme.text, handlelength=1.8)
 
 
-def _draw_curve(axis: Axes, steps: list[int], values: list[float], label: str, color: str, smooth: bool) -> None:
+def _draw_curve(axis: Axes, series: Series, label: str, color: str, smooth: bool) -> None:
+    steps, values = series
     if not smooth or len(steps) <= SMOOTH_ABOVE:
         marker = "o" if len(steps) < 3 else None
-        axis.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=4, label=label)
+        axis.plot(*thin(series), color=color, linewidth=1.6, marker=marker, markersize=4, label=label)
         return
-    axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
-    mean = running_mean(values, window=max(5, len(values) // 20))
-    axis.plot(steps, mean, color=color, linewidth=1.8, label=label)
+    axis.plot(*thin(series), color=color, linewidth=0.7, alpha=0.3)
+    mean = running_mean(values, window=max(5, len(values) // 20))  # of all points, before it is thinned
+    axis.plot(*thin(Series(steps, mean)), color=color, linewidth=1.8, label=label)
 
 
 def _draw_dots(axis: Axes, dots: Dots, theme: Theme) -> None:
@@ -337,10 +366,11 @@ def _dress_dots(axis: Axes, panel: DotPanel, unit: str, theme: Theme) -> None:
         axis.legend(frameon=False, fontsize=8, labelcolor=theme.text)
 
 
-def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
-    axis.set_title(panel.title, loc="left", fontsize=10, color=theme.text)
+def dress_steps(axis: Axes, title: str, unit: str, theme: Theme) -> None:
+    """Gives axes over training steps their title, labels, grid and colors."""
+    axis.set_title(title, loc="left", fontsize=10, color=theme.text)
     axis.set_xlabel("step", fontsize=9, color=theme.muted)
-    axis.set_ylabel(panel.unit, fontsize=9, color=theme.muted)
+    axis.set_ylabel(unit, fontsize=9, color=theme.muted)
     axis.set_facecolor(theme.background)
     axis.tick_params(colors=theme.muted, labelsize=8, length=0)
     axis.grid(color=theme.grid, linewidth=0.8)
@@ -351,6 +381,10 @@ def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.margins(x=0.02)
+
+
+def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
+    dress_steps(axis, panel.title, panel.unit, theme)
     lowest, highest = axis.dataLim.intervaly
     if panel.logarithmic and 0 < lowest * LOGARITHMIC_ABOVE < highest < math.inf:
         axis.set_yscale("log")

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import json
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from jinja2 import Environment, StrictUndefined
+import numpy as np
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from mnclglf.reports.figures import (
     DARK,
     LIGHT,
     SMOOTH_ABOVE,
+    Drawing,
     Theme,
     health_curves,
     loss_curves,
     schedule_curves,
-    series,
     views_picture,
 )
-from mnclglf.reports.run_files import RunFiles, finite, read_run
-from mnclglf.reports.tables import percent, result_table
+from mnclglf.reports.pictures import (
+    Map,
+    combinations_of,
+    map_of,
+    mistakes_of,
+    moments_of,
+    queries_of,
+)
+from mnclglf.reports.quality_page import quality_table
+from mnclglf.reports.run_files import RunFiles, read_run
+from mnclglf.reports.series import DRAWN_POINTS, finite
+from mnclglf.reports.tables import percent, result_table, verdict
 from mnclglf.runs.files import write_atomically
 from mnclglf.runs.locks import writing_in
 
@@ -47,6 +58,24 @@ class Picture(NamedTuple):
 
     light: str
     dark: str
+
+
+class Phase(NamedTuple):
+    """Phase of a step: its time in words, and its share of the step."""
+
+    name: str
+    text: str
+    share: float
+    color: str
+
+
+# Records of metrics.jsonl, without "_seconds", their names, and their colors.
+PHASES = (
+    ("data", "making the views", "var(--third)"),
+    ("forward", "forward", "var(--first)"),
+    ("backward", "backward", "var(--second)"),
+    ("update", "update", "var(--muted)"),
+)
 
 
 class Group(NamedTuple):
@@ -91,20 +120,31 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """Returns the page of a run."""
-    source = importlib.resources.files("mnclglf.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page("report.html.jinja", _context(run))
+
+
+def page(template: str, context: Mapping[str, Any]) -> str:
+    """Returns a page from a template of this folder."""
+    environment = Environment(
+        loader=FunctionLoader(text_of), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["percent"] = percent
-    return environment.from_string(source).render(**_context(run))
+    return environment.get_template(template).render(css=Markup(text_of("page.css")), **context)
+
+
+def text_of(name: str) -> str:
+    """Returns a file of this folder."""
+    return importlib.resources.files("mnclglf.reports").joinpath(name).read_text(encoding="utf-8")
 
 
 def progress(run: RunFiles) -> Progress | None:
     """Returns the progress in the records of a run; None without records."""
-    if not run.records:
+    if not len(run.metrics.steps):
         return None
-    last = run.records[-1]
-    epoch, epochs = finite(last.get("epoch")), finite(_section(run.config, "optim").get("epochs"))
-    total = round(epochs * last["step"] / epoch) if epoch and epochs else None
-    return Progress(step=last["step"], total=total, epoch=epoch, epochs=int(epochs) if epochs else None)
+    step = int(run.metrics.steps[-1])
+    epoch, epochs = run.metrics.at_the_end("epoch"), finite(_section(run.config, "optim").get("epochs"))
+    total = round(epochs * step / epoch) if epoch and epochs else None
+    return Progress(step=step, total=total, epoch=epoch, epochs=int(epochs) if epochs else None)
 
 
 def state_line(run: RunFiles) -> str:
@@ -129,20 +169,20 @@ def state_line(run: RunFiles) -> str:
 def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
     """Returns throughput, memory, waiting and elapsed time in words, those that were logged."""
     lines: list[tuple[str, str]] = []
-    speeds = series(run.records, "images_per_second")[1]
-    if speeds:
-        lines.append(("Throughput, median", f"{statistics.median(speeds):,.0f} images / s"))
-    fractions = series(run.records, "roofline_fraction")[1]
-    if fractions:
-        lines.append(("Share of the roofline, median", f"{percent(statistics.median(fractions))} %"))
-    memory = series(run.records, "peak_memory_bytes")[1]
-    if memory:
-        lines.append(("Peak memory", f"{max(memory) / 2**30:.1f} GiB"))
+    speed = _median(run, "images_per_second")
+    if speed is not None:
+        lines.append(("Throughput, median", f"{speed:,.0f} images / s"))
+    fraction = _median(run, "roofline_fraction")
+    if fraction is not None:
+        lines.append(("Share of the roofline, median", f"{percent(fraction)} %"))
+    memory = run.metrics.of("peak_memory_bytes").values
+    if len(memory):
+        lines.append(("Peak memory", f"{memory.max() / 2**30:.1f} GiB"))
     share = _waiting_share(run)
     if share is not None:
         lines.append(("Waiting for data", f"{percent(share)} % of the time"))
-    elapsed = series(run.records, "elapsed_seconds")[1]
-    if elapsed:
+    elapsed = run.metrics.of("elapsed_seconds").values
+    if len(elapsed):
         lines.append(("Time until the last record", _duration(elapsed[-1])))
     return lines
 
@@ -150,13 +190,22 @@ def speed_lines(run: RunFiles) -> list[tuple[str, str]]:
 def _waiting_share(run: RunFiles) -> float | None:
     """Returns seconds waited for data over seconds trained, of all records after the first."""
     batch = finite(_section(run.config, "optim").get("batch_size"))
-    waited = trained = 0.0
-    for before, record in pairwise(run.records):
-        wait, speed = finite(record.get("data_wait_seconds")), finite(record.get("images_per_second"))
-        if batch and wait is not None and speed:
-            waited += wait
-            trained += (record["step"] - before["step"]) * batch / speed
-    return min(1.0, waited / trained) if trained else None
+    waits, speeds = run.metrics.of("data_wait_seconds"), run.metrics.of("images_per_second")
+    both, of_waits, of_speeds = np.intersect1d(waits.steps, speeds.steps, assume_unique=True, return_indices=True)
+    rows = np.searchsorted(run.metrics.steps, both)
+    counted = (rows > 0) & (speeds.values[of_speeds] != 0)
+    if not batch or not counted.any():
+        return None
+    rows = rows[counted]
+    steps = run.metrics.steps[rows] - run.metrics.steps[rows - 1]
+    trained = float((steps * batch / speeds.values[of_speeds][counted]).sum())
+    return min(1.0, float(waits.values[of_waits][counted].sum()) / trained) if trained else None
+
+
+def _median(run: RunFiles, key: str) -> float | None:
+    """Returns the median of a figure over all records that have it; None without any."""
+    values = run.metrics.of(key).values
+    return float(np.median(values)) if len(values) else None
 
 
 def _context(run: RunFiles) -> dict[str, Any]:
@@ -164,39 +213,60 @@ def _context(run: RunFiles) -> dict[str, Any]:
     results = run.results
     facts = method_facts(run)
     labeled = facts is not None and bool(facts.get("needs_labels"))
-    logged = {key for record in run.records for key, value in record.items() if finite(value) is not None}
+    table = result_table(results) if results else None
+    picture_map = map_of(run.gallery)
+    combined = [] if run.views is None else combinations_of(run.views, _divided_views(run), _patches(run))
+    logged = {key for key, series in run.metrics.series.items() if len(series.steps)}
     return {
         "title": f"{config.get('method', 'A run')} on {config['dataset']}" if "dataset" in config else run.folder.name,
         "labeled": labeled,
         "self_supervised": facts is not None and not labeled,
         "dataset": config.get("dataset"),
         "recipe": config.get("recipe"),
+        "encoder": _section(config, "model").get("encoder"),
         "seed": config.get("seed"),
         "folder": run.folder.name,
         "path": str(run.folder),
         "state": state_line(run),
         "speed": speed_lines(run),
-        "roofline": bool(series(run.records, "roofline_fraction")[1]),
-        "table": result_table(results) if results else None,
+        "roofline": "roofline_fraction" in logged,
+        "table": table,
+        "quality": quality_table(run.quality),
         "protocols": {str(result["protocol"]) for result in results},
         "deviations": any(result.get("deviation") is not None for result in results),
-        "classes": _classes(results),
+        "classes": _classes([result for result in results if result.get("dataset") is None]),
         "measured": _measured_at(run),
         "losses": _losses(run),
         "logged": logged,
         "has_terms": any(key.startswith("loss_") for key in logged),
         "has_level": _uninformed(run) is not None and any(key.startswith("loss_") for key in logged),
-        "is_smoothed": len(series(run.records, "loss")[0]) > SMOOTH_ABOVE,
-        "momentum_changes": len(set(series(run.records, "ema_momentum")[1])) > 1,
-        "health": _picture(lambda theme: health_curves(run.records, theme=theme)) if run.records else None,
-        "schedule": _picture(lambda theme: schedule_curves(run.records, theme=theme)) if run.records else None,
+        "is_smoothed": len(run.metrics.of("loss").steps) > SMOOTH_ABOVE,
+        "thinned": is_thinned(run),
+        "health": health_curves(run.metrics),
+        "schedule": schedule_curves(run.metrics),
+        "phases": _phases(run),
+        "limits": _limits(run),
+        "verdict": [] if table is None else verdict(table),
+        "map": picture_map,
+        "map_data": "" if picture_map is None else _map_data(picture_map),
+        "script": text_of("map.js"),
+        "queries": queries_of(run.gallery),
+        "mistakes": mistakes_of(run.gallery),
+        "moments": moments_of(run.queue),
+        "combined": combined,
+        **_seen(run),
         "views": _views(run),
         "view_count": 0 if run.views is None else len(run.views.views),
         "divided_views": _divided_views(run),
         "settings": _groups(run.config, "run"),
         "environment": _groups(_without_facts(run.environment), "machine and software"),
-        "unreadable_lines": run.unreadable_lines,
+        "unreadable_lines": run.metrics.unreadable_lines,
     }
+
+
+def is_thinned(run: RunFiles) -> bool:
+    """Returns whether the curves of a run leave out points."""
+    return len(run.metrics.steps) > DRAWN_POINTS
 
 
 def method_facts(run: RunFiles) -> dict[str, Any] | None:
@@ -208,13 +278,61 @@ def method_facts(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _without_facts(environment: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (environment or {}).items() if name != "method"}
+    """Returns the environment without what the method said, and with a count in place of the names of weights."""
+    shown = {name: value for name, value in (environment or {}).items() if name != "method"}
+    weights = _section(shown, "initial_weights")
+    if weights:
+        shown["initial_weights"] = {"source": weights.get("source"), "tensors": len(weights.get("taken") or ())}
+    return shown
 
 
-def _losses(run: RunFiles) -> Picture | None:
-    if not run.records:
-        return None
-    return _picture(lambda theme: loss_curves(run.records, uninformed=_uninformed(run), theme=theme))
+def _losses(run: RunFiles) -> list[Drawing] | None:
+    return loss_curves(run.metrics, uninformed=_uninformed(run)) if len(run.metrics.steps) else None
+
+
+def _map_data(shown: Map) -> str:
+    """Returns what the map's script reads, as JSON that may stand in a page."""
+    names = ("points", "sheet", "columns", "side", "labels")
+    return json.dumps({name: getattr(shown, name) for name in names}).replace("<", "\\u003c")
+
+
+def _phases(run: RunFiles) -> list[Phase]:
+    """Returns the phases of a step with their median times."""
+    found = [(name, color, _median(run, f"{key}_seconds")) for key, name, color in PHASES]
+    medians = [(name, color, seconds) for name, color, seconds in found if seconds is not None]
+    total = sum(seconds for *_, seconds in medians)
+    return [Phase(name, _milliseconds(seconds), seconds / total, color) for name, color, seconds in medians if total]
+
+
+def _limits(run: RunFiles) -> list[tuple[str, str, float]]:
+    """Returns the parts of the roofline, the longest first: name, time, share of the step that was measured."""
+    parts = {name: finite(value) for name, value in _section(run.environment, "roofline_seconds").items()}
+    reached = _median(run, "roofline_fraction")
+    if not parts or reached is None or None in parts.values():
+        return []
+    known = {name: value for name, value in parts.items() if value}
+    total = sum(known.values())
+    rows = sorted(known.items(), key=lambda part: -part[1])
+    listed = [(name, _milliseconds(value), reached * value / total) for name, value in rows]
+    return [*listed, ("all parts", _milliseconds(total), reached)]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _patches(run: RunFiles) -> int:
+    """Returns the number of patches in a combination."""
+    k = finite(_section(run.config, "objective").get("k"))
+    return int(k) if k else 2
+
+
+def _seen(run: RunFiles) -> dict[str, str]:
+    """Returns how many patches a combination has, in words, and how much of a view they are."""
+    counted = {1: "one patch", 2: "two patches", 3: "three patches", 4: "all four patches"}
+    parts = {1: "a quarter", 2: "half", 3: "three quarters", 4: "all"}
+    k = _patches(run)
+    return {"patches_text": counted.get(k, f"{k} patches"), "seen_text": parts.get(k, "a part")}
 
 
 def _uninformed(run: RunFiles) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mnclglf.runs.files import read_object
-from mnclglf.runs.metrics import Record, read_records
+from mnclglf.reports.series import Metrics, read_metrics
+from mnclglf.runs.files import naming, open_file, read_object
+from mnclglf.runs.quality import load_qualities
 from mnclglf.runs.results import load_results
-
-FP32_MAX = 3.4028234663852886e38
 
 
 class Views(NamedTuple):
@@ -32,12 +32,16 @@ class RunFiles:
     folder: Path
     config: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
-    records: list[Record] = field(default_factory=list[Record])
-    """Lines of metrics.jsonl in the order of their steps; the last one of each step."""
-    unreadable_lines: int = 0
-    """Number of lines of metrics.jsonl that are not records, without a torn last one."""
+    metrics: Metrics = field(default_factory=Metrics)
+    """Figures of metrics.jsonl."""
     results: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    quality: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Figures without labels, of quality.json."""
     views: Views | None = None
+    gallery: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
+    """Arrays of gallery.npz, see evaluation/gallery.py."""
+    queue: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
+    """Arrays of queue.npz, see training/queue_pictures.py."""
     nonfinite_step: int | None = None
     """The step that nonfinite.json names."""
 
@@ -51,26 +55,20 @@ def read_run(folder: Path) -> RunFiles:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no directory; give the run directory that mnclglf train --out made")
-    records, unreadable = read_records(folder / "metrics.jsonl")
     nonfinite = read_object(folder / "nonfinite.json")
     step = (nonfinite or {}).get("step")
     return RunFiles(
         folder=folder,
         config=read_object(folder / "config.json"),
         environment=read_object(folder / "environment.json"),
-        records=records,
-        unreadable_lines=unreadable,
+        metrics=read_metrics(folder / "metrics.jsonl"),
         results=[asdict(result) for result in load_results(folder / "evaluation.json")],
+        quality=[asdict(result) for result in load_qualities(folder / "quality.json")],
         views=read_views(folder / "views.npz"),
+        gallery=read_arrays(folder / "gallery.npz"),
+        queue=read_arrays(folder / "queue.npz"),
         nonfinite_step=step if isinstance(step, int) else None,
     )
-
-
-def finite(value: object) -> float | None:
-    """Returns `value` as a number; None if it is no number, not finite, or beyond fp32, the dtype of the figures."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
-        return None
-    return float(value)
 
 
 def read_views(path: Path) -> Views | None:
@@ -82,13 +80,15 @@ def read_views(path: Path) -> Views | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
             views = Views(
                 images=file["images"],
                 views=file["views"].astype(np.float32),
                 mean=file["mean"].astype(np.float32),
                 std=file["std"].astype(np.float32),
             )
+    except OSError:
+        raise
     except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
         raise ValueError(f"{path} is damaged: {error}") from error
     n = len(views.images)
@@ -99,3 +99,20 @@ def read_views(path: Path) -> Views | None:
             f"std {views.std.shape} are not [n, H, W, 3], [V, n, 3, S, S], [3] and [3]"
         )
     return views
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Reads a .npz file; empty if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
+        raise ValueError(f"{path} is damaged: {error}; delete it, and evaluate again") from error

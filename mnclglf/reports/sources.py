@@ -12,11 +12,12 @@ from rich.console import Console
 
 from mnclglf.config import LoaderName, require
 from mnclglf.data.errors import DataError
-from mnclglf.data.images import ImageSet, view_side
+from mnclglf.data.images import EncodedImages, ImageSet, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
+from mnclglf.data.summary import kept_by_crops, summary_of
 from mnclglf.data.views import whole_views
-from mnclglf.recipes import view_of
+from mnclglf.recipes import VIEWS, view_of
 from mnclglf.reports.figures import divided, picture_grid
 from mnclglf.runs.console import say
 from mnclglf.runs.files import write_atomically
@@ -57,7 +58,10 @@ def described(images: ImageSet) -> list[str]:
     else:
         lines.append("  no labels")
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in images.statistics())
-    return [*lines, f"  red, green, blue in [0, 1]: mean {mean}; standard deviation {std}"]
+    lines.append(f"  red, green, blue in [0, 1]: mean {mean}; standard deviation {std}")
+    if isinstance(images, EncodedImages) and images.kinds:
+        lines += [f"  {line}" for line in (*summary_of(images), kept_by_crops(images, VIEWS["paper"], "paper"))]
+    return lines
 
 
 def some_images(images: ImageSet) -> tuple[list[str], list[list[NDArray[Any]]]]:

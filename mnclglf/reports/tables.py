@@ -1,5 +1,6 @@
-"""Evaluation results as a table: one row per protocol, settings, label share, checkpoint and split; one column per
-representation."""
+"""Evaluation results as a table: one row per protocol, data set, settings, label share, checkpoint and split.
+
+One column per representation."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from mnclglf.runs.console import say
 from mnclglf.runs.results import DEFAULTS, changed_settings
 
 REPRESENTATIONS = ("pretrained", "untrained", "raw pixels")  # always shown; others follow
-PROTOCOLS = {
+PROTOCOLS = {  # in the order of the rows: few labels first, where pre-training matters
+    "logistic_10_labels": "Logistic regression, 10 labels per class",
+    "logistic": "Logistic regression, all labels",
     "knn": "k nearest neighbors",
     "linear": "Linear evaluation, all labels",
-    "logistic": "Logistic regression, all labels",
-    "logistic_10_labels": "Logistic regression, 10 labels per class",
+    "finetune": "Fine-tuning, all labels",
 }
 SETTING_NAMES = {
     "k": "k",
@@ -51,7 +53,7 @@ INSTEAD_OF = {
     "steps": "epochs",
 }  # settings without a default of their own, and what they replace
 UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
-    "momentum", "weight_decay", "trust_coefficient", "view", "loader", "precision"
+    "momentum", "weight_decay", "nesterov", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
 
 
@@ -73,6 +75,8 @@ class Row:
     """Row of one protocol on one split."""
 
     title: str
+    dataset: str | None = None
+    """Data set that was evaluated on; None for the run's own."""
     details: str
     """Settings common to all cells, in words."""
     instead_of: str
@@ -90,6 +94,8 @@ class Measured(NamedTuple):
     """Key of a table's row."""
 
     protocol: str
+    dataset: str | None
+    """Data set that was evaluated on; None is the run's own."""
     label_share: float
     epoch: float | None
     """Epoch of the checkpoint; None is the run's newest."""
@@ -102,7 +108,8 @@ class Measured(NamedTuple):
         share, epoch, split = result.get("label_share", 1.0), result.get("epoch"), result.get("split")
         protocol = str(result["protocol"])
         changed = changed_settings(protocol, result.get("settings") or {})
-        return cls(protocol, share, epoch, str(split or "test"), tuple(changed.items()))
+        dataset = None if result.get("dataset") is None else printable(str(result["dataset"]))
+        return cls(protocol, dataset, share, epoch, str(split or "test"), tuple(changed.items()))
 
     @property
     def title(self) -> str:
@@ -111,17 +118,19 @@ class Measured(NamedTuple):
             title = f"{title.removesuffix(', all labels')}, {100 * self.label_share:g}% of the labels"
         if self.epoch is not None:
             title = f"{title}, after epoch {self.epoch:g}"
+        if self.dataset is not None:
+            title = f"{title}, on {self.dataset}"
         return title if self.split == "test" else f"{title} ({self.split} images)"
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Returns the sort key of the row: default settings first, by protocol, all labels first, newest checkpoint
-        last."""
+        """Returns the sort key of the row: the run's own data first, default settings first, by protocol, all labels
+        first, newest checkpoint last."""
         known = list(PROTOCOLS)
         order = known.index(self.protocol) if self.protocol in known else len(known)
         epoch = math.inf if self.epoch is None else self.epoch
         changed = tuple((name, str(value)) for name, value in self.changed)
-        return bool(changed), order, self.protocol, -self.label_share, self.split, epoch, changed
+        return self.dataset or "", bool(changed), order, self.protocol, -self.label_share, self.split, epoch, changed
 
     @property
     def instead_of(self) -> str:
@@ -133,7 +142,7 @@ class Measured(NamedTuple):
 
 
 class ResultTable(NamedTuple):
-    """Table of protocols x representations; rows of default settings come first."""
+    """Table of protocols x representations; rows of the run's own data and of default settings come first."""
 
     representations: tuple[str, ...]
     rows: list[Row]
@@ -153,6 +162,26 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> ResultTable:
     representations = (*REPRESENTATIONS, *(name for name in found if name not in REPRESENTATIONS))
     rows = sorted(cells, key=lambda row: row.place)
     return ResultTable(representations, [_row(row, cells[row], representations) for row in rows])
+
+
+def verdict(table: ResultTable) -> list[str]:
+    """Returns what a table says in sentences: one for its first row, and one for each row that raw pixels win.
+
+    Rows with all defaults on test images are read, that have both the pretrained encoder and raw pixels.
+    """
+    lines: list[str] = []
+    for row in table.rows:
+        cells = dict(zip(table.representations, row.cells, strict=True))
+        ours, untrained, pixels = (cells.get(name) for name in REPRESENTATIONS)
+        if row.title not in PROTOCOLS.values() or row.instead_of or ours is None or pixels is None:
+            continue
+        learned, other = percent(ours.top1), percent(pixels.top1)
+        if not lines:
+            start = "" if untrained is None else f" {percent(untrained.top1)}% by the untrained network's,"
+            lines.append(f"{row.title}: {learned}% right by the learned features,{start} {other}% by raw pixels.")
+        if pixels.top1 > ours.top1:
+            lines.append(f"{row.title}: raw pixels win, {other}% against {learned}% by the learned features.")
+    return lines
 
 
 def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -180,6 +209,11 @@ def mean_over_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str
             mean = {"top1": statistics.fmean(top1), "top5": statistics.fmean(top5), "deviation": statistics.stdev(top1)}
             means.append({**first, **mean, "settings": settings})
     return means
+
+
+def printable(text: str) -> str:
+    """Returns text that UTF-8 can hold: bytes of a path that are not UTF-8 become escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def percent(fraction: float) -> str:
@@ -237,6 +271,7 @@ def _row(measured: Measured, results: Mapping[str, Mapping[str, Any]], represent
     best = max(result["top1"] for result in results.values())
     return Row(
         title=measured.title,
+        dataset=measured.dataset,
         details=_describe(shared),
         instead_of=measured.instead_of,
         cells=tuple(_cell(results.get(name), shared, best) for name in representations),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,22 +23,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mnclglf.config import LinearConfig, RunConfig, from_dict, to_dict
+from mnclglf.config import KnnConfig, LinearConfig, LogisticConfig, RunConfig, from_dict, to_dict
 from mnclglf.data.splits import with_labels
 from mnclglf.evaluation.linear import total_steps, train_linear
 from mnclglf.evaluation.run import (
     EvalContext,
-    Evaluation,
     by_stored_features,
+    epoch_steps,
     feature_protocols,
-    linear_loader,
-    linear_steps_per_epoch,
+    training_loader,
 )
 from mnclglf.reproduce.plan import Run, Scale, evaluation_of
 from mnclglf.reproduce.results import missing_evaluations, steps_done
 from mnclglf.runs.environment import describe_machine
 from mnclglf.runs.files import read_config, read_object, write_json
-from mnclglf.runs.metrics import read_records
+from mnclglf.runs.metrics import stream_records
 from mnclglf.training.loop import Trainer
 from mnclglf.training.schedule import Schedule
 from mnclglf.training.start import choose_machine, elsewhere
@@ -84,12 +84,14 @@ def record_cost(folder: Path, config: RunConfig, training_seconds: float, evalua
         training_seconds: time of the training in this process.
         evaluation_seconds: time of the evaluations, per epoch and representation.
     """
-    records, _ = read_records(folder / "metrics.jsonl")
-    times = [record["step_seconds"] for record in records if isinstance(record.get("step_seconds"), float)]
+    times, last = array("d"), 0
+    for records, _ in stream_records(folder / "metrics.jsonl"):
+        times.extend(record["step_seconds"] for record in records if isinstance(record.get("step_seconds"), float))
+        last = max([last, *(record["step"] for record in records)])
     if not times:
         return
     step = statistics.median(times)
-    start = max(0.0, training_seconds - step * records[-1]["step"])
+    start = max(0.0, training_seconds - step * last)
     cost = Cost(start=start, step=step, evaluation=evaluation_seconds)
     write_json(folder / COST_FILE, asdict(cost) | {"machine": machine_of(config)})
 
@@ -150,7 +152,7 @@ def time_steps(trainer: Trainer) -> list[float]:
     return clock.take()[1]
 
 
-def time_evaluation(trainer: Trainer, evaluation: Evaluation, console: Console) -> float:
+def time_evaluation(trainer: Trainer, evaluation: KnnConfig | LinearConfig | LogisticConfig, console: Console) -> float:
     """Returns the estimated seconds of an evaluation: steps of the linear one, the others on a part of the images.
 
     The fits of logistic regression take a time that is nearly proportional to the images; k-NN's votes, which grow
@@ -172,7 +174,7 @@ def time_evaluation(trainer: Trainer, evaluation: Evaluation, console: Console) 
         steps_per_epoch=trainer.loader.steps_per_epoch,
     )
     if isinstance(evaluation, LinearConfig):
-        loader, per_epoch = linear_loader(context, evaluation), linear_steps_per_epoch(context, evaluation)
+        loader, per_epoch = training_loader(context, evaluation), epoch_steps(context, evaluation)
         labels = torch.from_numpy(data.train.labels).to(trainer.device)
 
         def seconds(steps: int) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
+from rich.console import Console
 
 from mnclglf.config import (
     KnnConfig,
@@ -20,7 +21,7 @@ from mnclglf.config import (
     ObjectiveConfig,
     RunConfig,
     require,
-    require_numbers,
+    require_types,
 )
 from mnclglf.data.sources import source_of
 from mnclglf.recipes import RECIPES
@@ -74,6 +75,20 @@ class Reproduce:
     @property
     def data_folder(self) -> Path | None:
         return None if self.data_dir is None else self.data_dir.expanduser().resolve()
+
+    def check(self) -> None:
+        table = make_table(self)
+        if self.only is not None:
+            table.run(self.only)  # raises for a name that is not in the table
+        from mnclglf.training.ranks import require_one_process
+
+        remedy = "start one for each GPU, without torchrun and with CUDA_VISIBLE_DEVICES: they share the runs of --out"
+        require_one_process("reproduce", remedy)
+
+    def execute(self, console: Console) -> int:
+        from mnclglf.reproduce.run import reproduce
+
+        return reproduce(self, console)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +200,7 @@ def make_table(request: Reproduce) -> Table:
     Raises:
         ValueError: the number of seeds is below 1, or the table does not have a requested data set.
     """
-    require_numbers(request)
+    require_types(request)
     require(1 <= request.seeds <= MOST_SEEDS, f"seeds {request.seeds} must be at least 1 and at most {MOST_SEEDS}")
     scale = SCALES[request.scale]
     datasets: tuple[PaperDataset, ...] = ("cifar10",)

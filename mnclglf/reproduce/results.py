@@ -12,7 +12,7 @@ from mnclglf.config import RunConfig
 from mnclglf.reproduce.plan import Reproduce, Row, Run, Scale, Table, make_table, run_name
 from mnclglf.runs.checkpoint import checkpoint_path, list_checkpoints
 from mnclglf.runs.files import differences, read_config
-from mnclglf.runs.metrics import elapsed_seconds, read_records
+from mnclglf.runs.metrics import last_record
 from mnclglf.runs.results import Result, load_results
 
 
@@ -59,9 +59,8 @@ def results_path(folder: Path, config: RunConfig, epoch: int) -> Path:
 
 def step_of_epoch(folder: Path, epoch: int) -> int | None:
     """Returns the number of steps after `epoch` epochs of a run; None if nothing has been logged."""
-    records, _ = read_records(folder / "metrics.jsonl")
-    known = [record for record in records if isinstance(record.get("epoch"), int | float) and record["epoch"] > 0]
-    return epoch * round(known[-1]["step"] / known[-1]["epoch"]) if known else None
+    last = last_record(folder / "metrics.jsonl", "epoch")
+    return epoch * round(last["step"] / last["epoch"]) if last is not None and last["epoch"] > 0 else None
 
 
 def steps_done(folder: Path) -> int:
@@ -107,9 +106,9 @@ def find_results(
 
 def _find(saved: Sequence[Result], protocol: str, representation: str, settings: Mapping[str, Any]) -> Result | None:
     for result in saved:
-        found = (result.protocol, result.representation, result.split, result.label_share)
+        found = (result.protocol, result.representation, result.dataset, result.split, result.label_share)
         same_settings = all(result.settings.get(name) == value for name, value in settings.items())
-        if found == (protocol, representation, "test", 1.0) and same_settings:
+        if found == (protocol, representation, None, "test", 1.0) and same_settings:
             return result
     return None
 
@@ -124,8 +123,9 @@ def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measu
     folder = runs / run_name(config)
     found = find_results(folder, config, row.epoch, row.representation, scale)
     shown, knn = next(iter(found.values())), found.get("knn")
-    records, _ = read_records(folder / "metrics.jsonl")
-    if shown is None or not records or None in found.values():
+    last = last_record(folder / "metrics.jsonl")
+    timed = last_record(folder / "metrics.jsonl", "elapsed_seconds")
+    if shown is None or last is None or None in found.values():
         return None
     return Measurement(
         run=folder.name,
@@ -137,5 +137,5 @@ def _measurement(row: Row, config: RunConfig, runs: Path, scale: Scale) -> Measu
         knn_top1=None if knn is None else knn.top1,
         settings=shown.settings,
         environment=json.loads((folder / "environment.json").read_text()),
-        training_seconds=elapsed_seconds(records),
+        training_seconds=None if timed is None else float(timed["elapsed_seconds"]),
     )

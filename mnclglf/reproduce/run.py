@@ -280,7 +280,8 @@ def _attempt(
     if stop.signal or not missing_evaluations(run, runs, table.scale):
         return False
     with held(lock_of(run.name, runs)) as free:
-        pass
+        if free and not missing_evaluations(run, runs, table.scale):  # another process has finished it meanwhile
+            return False
     if not free:
         return True
     log, began = runs / f"{run.name}.log", time.perf_counter()

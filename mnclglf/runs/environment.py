@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mnclglf.config import shown
+
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -19,7 +21,7 @@ def describe_environment(device: torch.device, settings: dict[str, Any]) -> dict
     """Returns versions, machine and commit of this process, and `settings` chosen for the run."""
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *map(shown, sys.argv[1:])]),
         "python": platform.python_version(),
         "packages": dict(sorted(installed.items())),
         "system": platform.platform(),

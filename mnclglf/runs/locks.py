@@ -8,8 +8,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK_TRIES = 5  # attempts, a tenth of a second apart
@@ -17,6 +17,23 @@ LOCK_TRIES = 5  # attempts, a tenth of a second apart
 CANNOT_LOCK = {errno.EBADF, errno.EINVAL, errno.EIO, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 logger = logging.getLogger(__name__)
+
+_HELD: set[int] = set()  # descriptors of lock files that this process holds
+
+
+def _let_go() -> None:
+    """Gives up the locks in a process that was forked, such as a worker of a loader: it would hold them with us.
+
+    The descriptors stay open, for the file objects that close them.
+    """
+    for descriptor in _HELD:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, descriptor)
+        os.close(nothing)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class TakenError(RuntimeError):
@@ -34,10 +51,26 @@ def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
     with lock.open("a+") as file:
         mine = _lock(file.fileno(), lock, wait=wait)
         if mine:  # for the message of a process that finds it held
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-        yield mine
+            with suppress(OSError):  # of a full disk
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+            _HELD.add(file.fileno())
+        try:
+            yield mine
+        finally:
+            _HELD.discard(file.fileno())
+
+
+@contextmanager
+def one_at_a_time(lock: Path, say: Callable[[], object]) -> Generator[None, None, None]:
+    """Holds a lock file; calls `say` before it waits for another process that holds it."""
+    with held(lock) as mine:
+        if mine:
+            yield
+            return
+    say()
+    with held(lock, wait=True):
+        yield
 
 
 @contextmanager
@@ -58,6 +91,18 @@ def training_in(run: Path) -> Generator[None, None, None]:
         yield
 
 
+def is_training(run: Path) -> bool:
+    """Returns whether another process trains in a run directory; changes nothing there."""
+    try:
+        with (run / "checkpoints" / ".training.lock").open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or none that can be asked
+        return False
+    return False
+
+
 @contextmanager
 def writing_in(folder: Path) -> Generator[None, None, None]:
     """Holds the lock for reading, changing and writing a folder's evaluation.json or report.html; waits for its holder.
@@ -73,6 +118,22 @@ def writing_in(folder: Path) -> Generator[None, None, None]:
     try:
         _lock(descriptor, folder, wait=True)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Returns whether nobody holds the lock of `writing_in` on a folder; False where the file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # of another user, or gone meanwhile
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
     finally:
         os.close(descriptor)
 

@@ -1,20 +1,35 @@
-"""Lines of metrics.jsonl: one JSON object per line with the figures of a step. Imports nothing of ours.
+"""Lines of metrics.jsonl: one JSON object per line with the figures of a step. Imports no torch.
 
 JSON has no NaN and no infinity. Such a figure, as of a step of fp16 that overflowed, is null. Earlier versions wrote
 NaN.
+
+A long run has a million lines, of 600 bytes each. So they are read in one pass, some at a time, or from the end.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
+
+import orjson
+
+from mnclglf.runs.files import naming, open_file
 
 Record = dict[str, Any]
 
+TAIL_BYTES = 1 << 16  # holds some hundred records
+LONGEST_LINE = 1 << 24  # bytes; what is longer is no record
+LINES_AT_ONCE = 1024  # their records take 3 MB
 FORMER_KEYS = {"limit_share": "roofline_fraction"}
 """Keys in files of earlier versions, and their present names."""
+WRITTEN_BY_US = re.compile(rb'\{"step": (\d{1,15}), .*\}\n')
 
 
 def line_of(record: Record) -> str:
@@ -22,48 +37,127 @@ def line_of(record: Record) -> str:
     return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
-def elapsed_seconds(records: list[Record]) -> float | None:
-    """Returns the newest elapsed_seconds of the records; None if none has a number there."""
-    values = (record.get("elapsed_seconds") for record in reversed(records))
-    return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), None)
+def stream_records(path: Path) -> Iterator[tuple[list[Record], int]]:
+    """Iterates over a metrics.jsonl in one pass: lists of records, each with the number of lines that are no record.
+
+    Records come in the order of their lines: a step that was taken again comes twice, and the later one counts. A
+    figure may be NaN or infinite. A torn last line is left out.
+
+    Raises:
+        OSError: the file is there, but cannot be read.
+        ValueError: there are lines, but no record among them.
+    """
+    if not path.exists():
+        return
+    known = lost = 0
+    with naming(path), io.TextIOWrapper(open_file(path), errors="replace") as file:
+        while lines := list(islice(file, LINES_AT_ONCE)):
+            found = [_parse_record(line) for line in lines]
+            records = [record for record in found if record is not None]
+            unreadable = sum(
+                record is None and line.endswith("\n") and not line.isspace()
+                for record, line in zip(found, lines, strict=True)
+            )
+            known, lost = known + len(records), lost + unreadable
+            yield records, unreadable
+    _check_some(path, known, lost)
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
-    """Returns the records of a metrics.jsonl and the number of lines that are no record, without a torn last one.
+    """Returns all records of a metrics.jsonl, of a run that is not long, and the number of lines that are no record.
+
+    They are in the order of their steps, the later one of a step that was taken again. A torn last line is left out.
+
+    Raises:
+        ValueError: there are lines, but no record among them.
+    """
+    by_step: dict[int, Record] = {}
+    unreadable = 0
+    for records, lost in stream_records(path):
+        by_step |= {record["step"]: _finite(record) for record in records}
+        unreadable += lost
+    return [by_step[step] for step in sorted(by_step)], unreadable
+
+
+def last_record(path: Path, key: str = "step") -> Record | None:
+    """Returns the last record of a metrics.jsonl with a number at `key`, reading from the end; None if there is none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not path.exists():
+        return None
+    found = (_parse_record(line) for line in _lines_from_the_end(path))
+    return next((_finite(record) for record in found if record and _is_finite_number(record.get(key))), None)
+
+
+def copy_records(path: Path, to: BinaryIO, last_step: int) -> None:
+    """Copies the lines of the records up to a step from a metrics.jsonl, if there is one; other lines are left out.
 
     Raises:
         ValueError: there are lines, but no record among them.
     """
     if not path.exists():
-        return [], 0
-    *lines, last = path.read_text(errors="replace").split("\n")
-    by_step: dict[int, Record] = {}
-    unreadable = 0
-    for line in [*lines, last]:
-        record = _parse_record(line)
-        if record is not None:
-            by_step[record["step"]] = record
-        elif line.strip() and line is not last:
-            unreadable += 1
-    if unreadable and not by_step:
-        raise ValueError(f"{path} holds {unreadable} lines and not one record; it is no metrics file, or damaged")
-    return [by_step[step] for step in sorted(by_step)], unreadable
+        return
+    known = lost = 0
+    with open_file(path) as file:
+        for line in file:
+            ours = WRITTEN_BY_US.fullmatch(line)  # not parsed: a resumed run is not to wait for it
+            step = int(ours[1]) if ours else (_parse_record(line.decode(errors="replace")) or {}).get("step")
+            known, lost = (
+                known + (step is not None),
+                lost + (step is None and line.endswith(b"\n") and not line.isspace()),
+            )
+            if step is not None and step <= last_step:
+                to.write(line if line.endswith(b"\n") else line + b"\n")
+    _check_some(path, known, lost)
 
 
-def step_of(record: Record) -> int | None:
-    """Returns the step of a record; None if it is missing or not a step."""
-    step = record.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53 else None
+def _check_some(path: Path, known: int, lost: int) -> None:
+    if lost and not known:
+        raise ValueError(f"{path} holds {lost} lines and not one record; it is no metrics file, or damaged")
+
+
+def _lines_from_the_end(path: Path) -> Iterator[str]:
+    with naming(path), open_file(path) as file:
+        place, rest = file.seek(0, os.SEEK_END), b""
+        while place:
+            size = min(TAIL_BYTES, place)
+            place -= size
+            file.seek(place)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            yield from (line.decode(errors="replace") for line in reversed(lines))
+            if len(rest) > LONGEST_LINE:
+                rest = b""
+    yield rest.decode(errors="replace")
 
 
 def _parse_record(line: str) -> Record | None:
     try:
-        record = json.loads(line)
+        return _as_record(orjson.loads(line))
+    except ValueError:
+        pass
+    try:
+        return _as_record(json.loads(line))  # NaN, which earlier versions wrote
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or step_of(cast("Record", record)) is None:
+
+
+def _as_record(value: object) -> Record | None:
+    """Returns a record, with the present names of its keys; None if it is none, or its step is not a step."""
+    if not isinstance(value, dict):
         return None
-    return _finite({FORMER_KEYS.get(key, key): value for key, value in cast("Record", record).items()})
+    record = cast("Record", value)
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        return None
+    if not FORMER_KEYS.keys().isdisjoint(record):
+        return {FORMER_KEYS.get(key, key): value for key, value in record.items()}
+    return record
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _finite(record: Record) -> Record:

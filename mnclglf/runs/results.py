@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mnclglf.config import KnnConfig, LinearConfig
+from mnclglf.config import FinetuneConfig, KnnConfig, LinearConfig
 from mnclglf.runs.files import read_json, write_json
 from mnclglf.runs.locks import writing_in
 
-Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels"]
-"""linear is the paper's linear evaluation, trained by LARS; logistic is logistic regression on stored features."""
+Protocol = Literal["knn", "linear", "logistic", "logistic_10_labels", "finetune"]
+"""linear is the paper's linear evaluation, trained by LARS; logistic is logistic regression on stored features;
+finetune trains the encoder too."""
 
 VERSION = 2
 FORMER_PROTOCOLS = {"linear": "logistic", "linear_10_labels": "logistic_10_labels", "linear_lars": "linear"}
@@ -32,6 +33,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "asked_batch_size": None,
         "lr": LinearConfig.lr,
     },
+    "finetune": {
+        "epochs": FinetuneConfig.epochs,
+        "steps": FinetuneConfig.steps,
+        "batch_size": FinetuneConfig.batch_size,
+        "asked_batch_size": None,
+        "lr": FinetuneConfig.lr,
+    },
 }
 """Default of each setting of a protocol that a user chooses, by its name in `Result.settings`."""
 
@@ -43,6 +51,8 @@ class Result:
     protocol: Protocol
     representation: str
     """Name of the representation: "pretrained", "untrained", "raw pixels" or another."""
+    dataset: str | None = None
+    """Data set that was evaluated on; None for the run's own."""
     split: str = "test"
     """Images that were classified: "test" or "validation"."""
     label_share: float = 1.0
@@ -65,10 +75,10 @@ class Result:
             raise ValueError(f"top1 {self.top1} and top5 {self.top5} are not rising fractions of the images")
 
     @property
-    def key(self) -> tuple[str, str, str, float, float | None, tuple[tuple[str, Any], ...]]:
+    def key(self) -> tuple[str, str, str | None, str, float, float | None, tuple[tuple[str, Any], ...]]:
         """Returns the key of a result; a new result replaces the saved one with the same key."""
         changed = tuple(changed_settings(self.protocol, self.settings).items())
-        return self.protocol, self.representation, self.split, self.label_share, self.epoch, changed
+        return self.protocol, self.representation, self.dataset, self.split, self.label_share, self.epoch, changed
 
 
 def changed_settings(protocol: str, settings: Mapping[str, Any]) -> dict[str, Any]:

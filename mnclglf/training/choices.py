@@ -2,13 +2,16 @@
 
 A part is a row of PARTS. Compiling takes a minute, so a start compares two settings only: `safe`, with every part off,
 and `all`, with every part on that can run here. `all` is taken if its losses and gradients are about as near to those
-of a step in fp64 as safe's are, and if it is faster. The decision is kept for later starts on this machine.
+of a step in fp64 as safe's are, and if it is faster. Where `all` with CUDA graphs was taken and the whole step can be
+in one graph (whole_step.py), a third setting, `step`, is compared with it. The decision is kept for later starts on
+this machine.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import statistics
@@ -36,8 +39,9 @@ from mnclglf.training.graphs import (
     saved_state,
 )
 from mnclglf.training.speedups import Forward, checkpoint_activations, share_casts
-from mnclglf.training.step import TrainStep
+from mnclglf.training.step import Recorded, TrainStep
 from mnclglf.training.timing import StepClock
+from mnclglf.training.whole_step import problem_of_whole_step
 from mnclglf_kernels import Backends
 from mnclglf_kernels.backend import HAS_TRITON, cudnn_problem
 
@@ -45,8 +49,8 @@ MOST_ERROR = 2.0  # of `all`, in errors of `safe`: what two orders of the same s
 ROUNDS, STEPS = 3, 10  # that are timed; the rounds of the settings take turns
 # A gradient this much smaller than the largest is 0 but for rounding, as that of a bias before the mean is subtracted.
 NOISE = 1e-12
-SAFE, ALL = "safe", "all"
-NAMES = (SAFE, ALL)
+SAFE, ALL, STEP = "safe", "all", "step"
+NAMES = (SAFE, ALL)  # that every start compares
 
 Setting = dict[str, str]
 """The value of each part, by the part's name."""
@@ -62,13 +66,24 @@ class Here(NamedTuple):
     backends: Backends  # as they were chosen at the start of the run
     dtype: torch.dtype = torch.float32  # of autocast
     without_gradient: bool = False  # whether the method has forwards without gradient
+    fusible: bool = True  # whether these can be fused: models/fused.py knows the encoder
     half_sums_cleared: bool = False  # whether sums in fp16 there cost the method no accuracy in the study
+    resident: bool = False  # whether the step can make the views itself
 
     @classmethod
     def of(cls, step: TrainStep, engine: EngineConfig) -> Here:
         """Returns what the parts of a step depend on, as its method was made at the start of the run."""
         method = step.method
-        return cls(engine, step.device, method.backends, step.dtype, method.without_gradient, method.half_sums_cleared)
+        return cls(
+            engine,
+            step.device,
+            method.backends,
+            step.dtype,
+            without_gradient=method.without_gradient,
+            fusible=method.encoder.fusible,
+            half_sums_cleared=method.half_sums_cleared,
+            resident=step.augment is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,13 +129,28 @@ def _apply_combo_kernels(step: TrainStep, value: str) -> None:
 
 
 def _graphs_ruled_out(here: Here, value: str) -> str | None:
-    if value == "on":
-        return ruled_out(here.engine, here.device)
-    return "--graphs on" if here.engine.graphs == "on" else None
+    asked = here.engine.graphs
+    if asked in ("on", "step") and value != asked:
+        return f"--graphs {asked}"
+    if value == "off":
+        return None
+    reason = ruled_out(here.engine, here.device)
+    if reason is None and value == "step" and not here.resident:
+        return "the loader is not resident, so the whole step cannot be in one"
+    return reason
 
 
 def _apply_graphs(step: TrainStep, value: str) -> None:
-    step.compile = "graphs" if value == "on" else "on"
+    step.compile = {"off": "on", "on": "graphs", "step": "step"}[value]
+
+
+def check_graphs(here: Here) -> None:
+    """Raises ValueError if the whole step was asked for as a CUDA graph, and the loader makes views outside of it."""
+    require(
+        here.engine.graphs != "step" or here.resident,
+        "graphs step was asked for, and the loader makes the views outside of the step; take --loader resident (images "
+        "in memory, up to 64 x 64), or --graphs auto",
+    )
 
 
 def _convolution_ruled_out(here: Here, value: str) -> str | None:
@@ -130,6 +160,8 @@ def _convolution_ruled_out(here: Here, value: str) -> str | None:
         return None
     if not here.without_gradient:
         return "every forward has a gradient"
+    if not here.fusible:
+        return "there is no fused forward of this encoder"
     if here.dtype == torch.float32:
         return "the run is in fp32"
     if value == "triton":
@@ -176,7 +208,7 @@ PARTS: tuple[Part, ...] = (
         _convolution_ruled_out,
         _apply_convolution,
     ),
-    Part("graphs", "CUDA graphs", ("off", "on"), _graphs_ruled_out, _apply_graphs),
+    Part("graphs", "CUDA graphs", ("off", "on", "step"), _graphs_ruled_out, _apply_graphs),
 )
 
 
@@ -226,13 +258,13 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A decision between the two settings.
+    """A decision between the settings.
 
     Attributes:
-        taken: name of the setting: safe or all.
+        taken: name of the setting: safe, all or step.
         why: the reason, in words.
         parts: value of each part, as taken.
-        settings: value of each part in both settings, as measured; the same as `parts` where nothing was.
+        settings: value of each part in safe, all and, where it was timed, step.
         errors: of each setting, the greatest error of a loss or a gradient; None if it was not measured.
         milliseconds: of each setting, the median time of a step; None if it was not timed.
         source: when it was decided.
@@ -248,7 +280,7 @@ class Choice:
 
     @property
     def measured(self) -> bool:
-        """Returns whether both settings were timed."""
+        """Returns whether the settings were timed."""
         return None not in self.milliseconds.values()
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,18 +288,17 @@ class Choice:
         return asdict(self)
 
     def lines(self, here: Here) -> list[str]:
-        """Returns the decision as a table for people, with the reasons why a part is as it is in both settings."""
-        rows: list[tuple[str, ...]] = [("part", SAFE, ALL, "")]
+        """Returns the decision as a table for people, with the reasons why a part is as it is in the settings."""
+        names = [*self.settings]
+        rows: list[tuple[str, ...]] = [("part", *names, "")]
         for part in PARTS:
-            values = [self.settings[name].get(part.name, "-") for name in NAMES]
+            values = [self.settings[name].get(part.name, "-") for name in names]
             reasons = list(dict.fromkeys(reason for reason in offers(here)[part.name].values() if reason))
             rows.append((part.title, *values, f"({'; '.join(reasons)})" if reasons else ""))
-        rows.append(("error", *(_cell(self.errors[name], ".2e") for name in NAMES), ""))
-        rows.append(("ms per step", *(_cell(self.milliseconds[name], ".2f") for name in NAMES), ""))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [
-            "  " + "  ".join([*(x.ljust(n) for x, n in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
-        ]
+        rows.append(("error", *(_cell(self.errors[name], ".2e") for name in names), ""))
+        rows.append(("ms per step", *(_cell(self.milliseconds[name], ".2f") for name in names), ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
+        table = ["  " + "  ".join([*(x.ljust(n) for x, n in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         return [f"choices, {self.source}:", *(line.rstrip() for line in table), f"  taken: {self.taken}, {self.why}"]
 
 
@@ -279,12 +310,13 @@ def choice_from(saved: object) -> Choice | None:
     """Returns the decision that `to_dict` made; None for what is none, as in a damaged file."""
     try:
         choice = Choice(**saved)  # pyright: ignore[reportCallIssue]
+        assert {*NAMES} <= {*choice.settings} <= {*NAMES, STEP}
         for numbers in (choice.errors, choice.milliseconds):
-            assert {*numbers} == {*NAMES}
+            assert {*numbers} == {*choice.settings}
             assert all(x is None or isinstance(x, int | float) for x in numbers.values())
-        for setting in (choice.parts, *(choice.settings[name] for name in NAMES)):
+        for setting in (choice.parts, *choice.settings.values()):
             assert all(isinstance(x, str) for pair in setting.items() for x in pair)
-        assert choice.taken in NAMES
+        assert choice.taken in choice.settings
         assert all(isinstance(x, str) for x in (choice.why, choice.source))
     except (TypeError, KeyError, AttributeError, AssertionError):
         return None
@@ -309,6 +341,7 @@ class Candidate:
         name: name in the decision.
         parts: value of each part; without CUDA graphs once they have failed their proof.
         forward: the step's forward, compiled.
+        recorded: the whole step as a CUDA graph; None where it is launched.
         error: greatest error of a loss or a gradient; `worst` names it.
         losses: greatest error of a loss, which is far smaller than that of a gradient.
         milliseconds: median time of a step.
@@ -320,6 +353,7 @@ class Candidate:
     name: str
     parts: Setting
     forward: Forward | None = None
+    recorded: Recorded | None = None
     error: float = math.nan
     worst: str = ""
     losses: float = math.nan
@@ -341,7 +375,7 @@ def choose(
     steps: int = STEPS,
     truth: dict[str, Tensor] | str | None = None,
 ) -> Choice:
-    """Compares the two settings of a step on a batch, and leaves the step with the better one.
+    """Compares the settings of a step on a batch, and leaves the step with the best one.
 
     All that a step changes is as before, bit for bit.
 
@@ -357,9 +391,13 @@ def choose(
         truth: what `exact_outcome` returns, where it is known.
 
     Raises:
-        RuntimeError: --graphs on was given, and replays are not the compiled step.
+        RuntimeError: --graphs on or step was given, and replays are not the compiled step.
     """
     safe, best = (Candidate(name=name, parts=parts) for name, parts in settings_of(here).items())
+    whole: Candidate | None = None
+    if best.parts["graphs"] == "step" and offers(here)["graphs"]["on"] is None:
+        best.parts = {**best.parts, "graphs": "on"}  # what the whole step is compared with
+        whole = Candidate(name=STEP, parts={**best.parts, "graphs": "step"})
     start = saved_state(step)
     try:
         truth = exact_outcome(step, batch) if truth is None else truth
@@ -380,21 +418,62 @@ def choose(
             best.problem = time_in_turns((safe, best), step, batch, rates, clock, rounds, steps) or verdict(
                 safe, best, torch.finfo(step.dtype).eps
             )
-        taken = safe if best.problem else best
+        taken, compared = (safe if best.problem else best), [safe, best]
+        why = "; without CUDA graphs: ".join(filter(None, (best.problem or gain(safe, best), best.graphs)))
         if taken is safe and "on" in (best.parts["graphs"], safe.parts["graphs"]):
             safe.forward = best.forward = None
             torch.compiler.reset()  # gives the memory of the graphs back
+        if whole is not None and taken.parts["graphs"] == "on" and not isinstance(truth, str):
+            safe.forward = None
+            restore_state(step, start)  # from which the step in fp64 was taken
+            try_whole_step(whole, best, step, batch, here, rates, truth, clock, rounds, steps)
+            if whole.problem is None:
+                taken, why = whole, f"{gain(best, whole)}; {ALL} is {why}"
+            else:
+                why = f"{why}; without the whole step in a graph: {whole.problem}"
+            if math.isfinite(whole.milliseconds):
+                compared.append(whole)
         take(step, taken)
     finally:
         restore_state(step, start)
     return Choice(
         taken=taken.name,
-        why="; without CUDA graphs: ".join(filter(None, (best.problem or gain(safe, best), best.graphs))),
+        why=why,
         parts=taken.parts,
-        settings={each.name: each.parts for each in (safe, best)},
-        errors={each.name: _finite(each.error) for each in (safe, best)},
-        milliseconds={each.name: _finite(each.milliseconds) for each in (safe, best)},
+        settings={each.name: each.parts for each in compared},
+        errors={each.name: _finite(each.error) for each in compared},
+        milliseconds={each.name: _finite(each.milliseconds) for each in compared},
     )
+
+
+def try_whole_step(
+    whole: Candidate,
+    best: Candidate,
+    step: TrainStep,
+    batch: Batch,
+    here: Here,
+    rates: Rates,
+    truth: Mapping[str, Tensor],
+    clock: Callable[[torch.device, int], StepClock],
+    rounds: int,
+    steps: int,
+) -> None:
+    """Compares the whole step as one CUDA graph with `best`; frees the graphs of the one that is not better."""
+    start = saved_state(step)
+    try_out(whole, step, batch, here, rates, truth)
+    restore_state(step, start)
+    if whole.problem is None:
+        whole.problem = time_in_turns((best, whole), step, batch, rates, clock, rounds, steps) or verdict(
+            best, whole, torch.finfo(step.dtype).eps
+        )
+        restore_state(step, start)
+    if whole.problem is not None:
+        whole.forward = whole.recorded = step.recorded = None
+        return
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    best.forward = None
+    reset_cudagraph_trees()  # no torch.compiler.reset(), which would unload the kernels of the recorded step
 
 
 def take(step: TrainStep, candidate: Candidate) -> None:
@@ -404,7 +483,7 @@ def take(step: TrainStep, candidate: Candidate) -> None:
         step.compile = "off"
     if candidate.forward is None:
         candidate.forward = step.forward_of(step.compile)
-    step.forward = candidate.forward
+    step.forward, step.recorded = candidate.forward, candidate.recorded
 
 
 def _finite(x: float) -> float | None:
@@ -423,13 +502,16 @@ def try_out(
     """Compiles a setting, proves its CUDA graphs, and measures its error; goes on without graphs if they fail.
 
     Raises:
-        RuntimeError: --graphs on was given, and replays are not the compiled step.
+        RuntimeError: --graphs on or step was given, and replays are not the compiled step.
     """
     take(step, candidate)
     problem, found = None, dict[str, Tensor]()
     try:
         if step.compile == "graphs":
             problem = problem_of_replays(step, batch, lr=rates["lr"], momentum=rates["momentum"])
+        elif step.compile == "step":
+            problem = problem_of_whole_step(step, batch, lr=rates["lr"], momentum=rates["momentum"])
+            candidate.recorded = step.recorded
         if problem is None:
             found = outcome(step, batch)
     except Exception as error:  # whatever fails, there is another setting
@@ -440,6 +522,9 @@ def try_out(
         candidate.losses, _ = greatest_error(found, {name: x for name, x in truth.items() if not x.dim()})
         return
     require_graphs(here.engine, problem)
+    if step.compile == "step":  # there is this setting without it
+        candidate.problem = problem
+        return
     torch.compiler.reset()  # gives the memory of the graphs back
     candidate.graphs, candidate.forward = problem, None
     candidate.parts = {**candidate.parts, "graphs": "off"}
@@ -519,6 +604,8 @@ def time_in_turns(
             watch = clock(step.device, 1)  # the first one begins with an idle device
             try:
                 for _ in range(steps + 1):
+                    if step.augment is not None and step.recorded is None and batch.parameters is not None:
+                        step.augment(batch.indices, batch.parameters)  # as the loader does; a recorded step holds it
                     step(0, batch, lr=rates["lr"], momentum=rates["momentum"])
                     watch.stop(0.0)
                 if step.device.type == "cuda":
@@ -533,10 +620,11 @@ def time_in_turns(
 
 
 def require_graphs(engine: EngineConfig, problem: str) -> None:
-    """Raises RuntimeError if --graphs on was given, as `problem` says why replays are not the compiled step."""
-    if engine.graphs == "on":
+    """Raises RuntimeError if --graphs on or step was given; `problem` says why replays are not the compiled step."""
+    if engine.graphs in ("on", "step"):
         raise RuntimeError(
-            f"graphs on was asked for, and replays are not the compiled step: {problem}; take --graphs auto or off"
+            f"graphs {engine.graphs} was asked for, and replays are not the compiled step: {problem}; take --graphs "
+            "auto or off"
         )
 
 
@@ -588,7 +676,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "driver": driver,
         "torch": torch.__version__,
-        "triton": getattr(__import__("triton"), "__version__", None) if HAS_TRITON else None,
+        "triton": getattr(importlib.import_module("triton"), "__version__", None) if HAS_TRITON else None,
         "cudnn": torch.backends.cudnn.version(),
     }
 

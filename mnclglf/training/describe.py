@@ -36,9 +36,12 @@ def write_run_files(start: Start, out: Path, before: Mapping[str, Any]) -> None:
         "loader": loader.name,
         "kernels": describe_backends(start.method.backends),
         "cuda_graphs": None,
+        "deterministic": start.config.engine.deterministic,
         "image_side": start.data.side,
         "mean": loader.mean.tolist(),
         "std": loader.std.tolist(),
+        "encoder": start.config.model.encoder,
+        "initial_weights": start.initial_weights,
         "method": start.method.facts(),
         **before,
     }
@@ -55,21 +58,32 @@ def write_run_files(start: Start, out: Path, before: Mapping[str, Any]) -> None:
     )
 
 
-def describe_limits(config: RunConfig, side: int, machine: Machine, say: Callable[[str], object]) -> float | None:
+def views_of(run: Path) -> NDArray[np.uint8]:
+    """Returns the views of each image in a run's views.npz beside each other, [n, S, V S, 3]."""
+    with np.load(run / "views.npz") as file:
+        views = file["views"] * file["std"][:, None, None] + file["mean"][:, None, None]  # [V, n, 3, S, S]
+    side = views.shape[-1]
+    beside = (views.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 3, 0, 4, 2)
+    return beside.reshape(len(beside), side, -1, 3)
+
+
+def describe_limits(
+    config: RunConfig, side: int, machine: Machine, say: Callable[[str], object]
+) -> dict[str, float] | None:
     """Prints the roofline step time, the estimated memory and, on a GPU, the largest batch.
 
     Returns:
-        The roofline step time in seconds; None without triton, as the counts are those of its kernels.
+        The roofline time in seconds of each part of a step; None without triton, as the counts are of its kernels.
     """
     if not HAS_TRITON:
         return None
     from mnclglf.training.memory import largest_batch, step_memory
-    from mnclglf.training.roofline import least_seconds, peaks_of
+    from mnclglf.training.roofline import least_seconds_of_parts, peaks_of
 
     peaks = peaks_of(machine.device, machine.dtype, tf32=config.engine.tf32)
-    least = least_seconds(config, side, machine.dtype, peaks)
+    least = least_seconds_of_parts(config, side, machine.dtype, peaks)
     say(
-        f"roofline: {least:.3g} s per step ({peaks.name}, {peaks.flops / 1e12:.3g} TFLOP/s, "
+        f"roofline: {sum(least.values()):.3g} s per step ({peaks.name}, {peaks.flops / 1e12:.3g} TFLOP/s, "
         f"{peaks.memory_bytes / 1e9:.3g} GB/s)"
     )
     needed = step_memory(config, config.optim.batch_size, side, machine.dtype)

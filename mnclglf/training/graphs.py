@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mnclglf.config import EngineConfig
 from mnclglf.data.loader import Batch
+from mnclglf.methods.base import Losses
 from mnclglf.training.speedups import Forward
 from mnclglf.training.step import TrainStep
 
@@ -18,14 +19,15 @@ REPLAYS = 2  # compared with the launches
 USED = f"used, {REPLAYS} replays were bit-equal to the compiled step"
 
 
-def ruled_out(engine: EngineConfig, device: torch.device) -> str | None:
-    """Returns the setting that rules CUDA graphs out of a run, or None. What torch.compile lacks comes on top."""
+def ruled_out(engine: EngineConfig, device: torch.device, ranks: int = 1) -> str | None:
+    """Returns what rules CUDA graphs out of a run of `ranks` processes, or None; torch.compile may lack more."""
     reasons = {
         "--graphs off": engine.graphs == "off",
         "the run is on the CPU": device.type != "cuda",
         "--compile off": engine.compile == "off",
         "--activation-checkpointing is not compiled": engine.activation_checkpointing,
         f"--lookup {engine.lookup} cannot be in a graph": engine.lookup != "auto",
+        f"--graphs auto leaves them out over {ranks} ranks": ranks > 1 and engine.graphs == "auto",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -73,7 +75,7 @@ def first_difference(
         for _ in range(REPLAYS):
             _outcome(step, replayed, other, lr, momentum)
             restore_state(step, start)
-            problem = _difference(expected, _outcome(step, replayed, batch, lr, momentum))
+            problem = difference(expected, _outcome(step, replayed, batch, lr, momentum))
             if problem is not None:
                 return f"the first difference is in {problem}"
         return None
@@ -86,15 +88,20 @@ def first_difference(
 def _outcome(step: TrainStep, forward: Forward, batch: Batch, lr: float, momentum: float) -> dict[str, Tensor]:
     """Takes one step by `forward`; returns copies of its losses, its gradients and the method's state after it."""
     kept, step.forward = step.forward, forward
+    step.set_schedule(0, lr=lr, momentum=momentum)
     try:
         losses = step.backward(batch)
     finally:
         step.forward = kept
-    found = {"total": losses.total, **losses.terms, "features": losses.features}
-    found |= {name: x for name, x in (("keys", losses.keys), ("neighbors", losses.neighbors)) if x is not None}
-    found = copies(found | gradients_of(step.method))  # now: the next replay writes where these lie
-    step.update(0, losses, batch, lr=lr, momentum=momentum)
+    found = copies(tensors_of(losses) | gradients_of(step.method))  # now: the next replay writes where these lie
+    step.update(losses, batch)
     return found | copies(step.method.state_dict())
+
+
+def tensors_of(losses: Losses) -> dict[str, Tensor]:
+    """Returns the result of a forward by name."""
+    found = {"total": losses.total, **losses.terms, "features": losses.features}
+    return found | {name: x for name, x in (("keys", losses.keys), ("neighbors", losses.neighbors)) if x is not None}
 
 
 def gradients_of(method: nn.Module) -> dict[str, Tensor]:
@@ -102,7 +109,7 @@ def gradients_of(method: nn.Module) -> dict[str, Tensor]:
     return {f"the gradient of {name}": x.grad for name, x in method.named_parameters() if x.grad is not None}
 
 
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """Returns the first name whose tensors are not bit-equal, and how many of its values differ."""
     for name in {**expected, **found}:
         if name not in expected or name not in found:
@@ -126,6 +133,7 @@ def saved_state(step: TrainStep) -> dict[str, Any]:
             "method": dict(step.method.state_dict()),
             "step": step.state_dict(),
             "guard": vars(step.guard),
+            "overflows": step.overflows,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None,
         }
@@ -133,15 +141,30 @@ def saved_state(step: TrainStep) -> dict[str, Any]:
 
 
 def restore_state(step: TrainStep, saved: dict[str, Any]) -> None:
-    """Sets everything that a step changes to a copy of `saved`; weights and buffers stay where graphs read them."""
-    saved = copies(saved)
+    """Sets everything that a step changes to what is `saved`, in the place where graphs read and write it.
+
+    Only what an optimizer makes in its first step is elsewhere afterwards; `load_state_dict` then drops a recorded one.
+    """
     for name, x in step.method.state_dict().items():
         x.copy_(saved["method"][name])
     step.optimizer.zero_grad()  # of a step that was broken off
-    for count in (step.overflows, *(encoder.overflow for encoder in step.method.encoders() if encoder.half_sums)):
-        count.zero_()
-    step.load_state_dict(saved["step"])
-    vars(step.guard).update(tree_map_only(Tensor, lambda x: x.to(step.device), saved["guard"]))
+    step.overflows.copy_(saved["overflows"])
+    for encoder in step.method.encoders():
+        if encoder.half_sums:
+            encoder.overflow.zero_()
+    values, structure = tree_flatten(step.optimizer.state_dict())
+    before, structure_before = tree_flatten(saved["step"]["optimizer"])
+    if structure == structure_before:
+        for x, y in zip(values, before, strict=True):
+            if isinstance(x, Tensor):
+                x.copy_(y)
+        if saved["step"]["scaler"]:
+            step.scaler.load_state_dict(saved["step"]["scaler"])
+    else:
+        step.load_state_dict(copies(saved["step"]))
+    guard, finite = step.guard, saved["guard"]["finite"]
+    guard.failed_step.copy_(saved["guard"]["failed_step"])
+    guard.finite.copy_(finite if finite.shape == guard.finite.shape else torch.ones_like(guard.finite))
     torch.set_rng_state(saved["rng"])
     if saved["cuda_rng"] is not None:
         torch.cuda.set_rng_state(saved["cuda_rng"], step.device)

@@ -32,12 +32,20 @@ class Guard:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def check(self, step: int, values: dict[str, Tensor]) -> Tensor:
-        """Returns whether every value of this and all earlier steps is finite: bool, 0-D, on the device."""
+    def check(self, step: int | Tensor, values: dict[str, Tensor]) -> Tensor:
+        """Returns whether every value of this and all earlier steps is finite: bool, 0-D, on the device.
+
+        Args:
+            step: global step, a number or int64, 0-D, on the device.
+            values: the values, by the names that an error tells.
+        """
         finite = torch.stack([value.isfinite().all() for value in values.values()])
+        if self.finite.shape != finite.shape:  # in the first step
+            self.finite = torch.ones_like(finite)
         first = ~finite.all() & (self.failed_step < 0)
-        self.failed_step = torch.where(first, step, self.failed_step)
-        self.finite = torch.where(first | (self.failed_step < 0), finite, self.finite)
+        # In place: a recorded step writes where these lay as it was recorded.
+        self.failed_step.copy_(torch.where(first, step, self.failed_step))
+        self.finite.copy_(torch.where(first | (self.failed_step < 0), finite, self.finite))
         self.names = list(values)
         return self.failed_step < 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,16 @@ def lars(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
 
     Parameters of at most one dimension (biases and norms) are neither adapted nor decayed.
     """
-    made: list[dict[str, object]] = []
+    made: list[dict[str, Any]] = []
     for parameters in groups:
         made.append({"params": [p for p in parameters if p.dim() > 1]})
         made.append({"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "adapts": False})
-    return LARS(made, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+    optimizer = LARS(made, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+    # It would make them in its first step. A recorded step would set them to 0 in each replay.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnclglf.config import HalfSums
 from mnclglf.methods.base import Method
-from mnclglf.models.encoder import Block, ResNet18
+from mnclglf.models.encoder import Block, Encoder
 from mnclglf_kernels import Backends
 
 
@@ -52,7 +52,7 @@ def convolutions_of(method: Method, views: Tensor) -> list[Convolution]:
     count = [1]  # views in the batch of the encoder that runs
     seconds = {id(block.conv2) for block in twin.modules() if isinstance(block, Block)}
 
-    def enter(encoder: ResNet18, arguments: tuple[Any, ...]) -> None:
+    def enter(encoder: Encoder, arguments: tuple[Any, ...]) -> None:
         given = arguments[1] if len(arguments) > 1 else 1
         count[0] = given if isinstance(given, int) else len(given.after)
 

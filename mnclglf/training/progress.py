@@ -1,7 +1,8 @@
-"""Progress of a run while it trains: metrics.jsonl, TensorBoard and a display."""
+"""Progress of a run while it trains: metrics.jsonl, the loggers and a display."""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
 
 from mnclglf.runs.console import say
 from mnclglf.runs.files import write_atomically
-from mnclglf.runs.metrics import elapsed_seconds, line_of, read_records
+from mnclglf.runs.loggers import Loggers
+from mnclglf.runs.metrics import copy_records, last_record, line_of
 
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines without a terminal, so that a log file stays short
 
@@ -27,19 +28,23 @@ class RunLog:
         start: steps already done; records of an earlier process beyond them are dropped.
         total: steps of the whole run.
         console: console for progress, a live bar on a terminal and plain lines elsewhere.
+        loggers: open loggers, closed at the end.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
+    def __init__(
+        self, folder: Path, *, start: int, total: int, console: Console, loggers: Loggers | None = None
+    ) -> None:
         self.path, self.start, self.total, self.console = folder / "metrics.jsonl", start, total, console
         # A killed process may have logged steps after its last checkpoint; this process takes them again.
-        kept = [record for record in read_records(self.path)[0] if record["step"] <= start]
-        text = "".join(map(line_of, kept))
-        write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.earlier_seconds = elapsed_seconds(kept) or 0.0
+        write_atomically(self.path, lambda file: copy_records(self.path, file, last_step=start))
+        timed = last_record(self.path, "elapsed_seconds")
+        self.earlier_seconds = 0.0 if timed is None else float(timed["elapsed_seconds"])
         self.started = time.perf_counter()
         self.last_line = float("-inf")
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.unwritten = b""  # lines that could not be written yet
+        self.failed = False  # and this was said
+        self.loggers = loggers or Loggers({}, print)
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),  # takes what the others leave
@@ -58,19 +63,17 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.progress.stop()
-        self.file.close()
-        self.board.close()
+        self._append(b"")
+        os.close(self.descriptor)
+        self.loggers.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one record: a dict with "step", "epoch", "loss", "lr", "images_per_second" and other figures."""
         elapsed = time.perf_counter() - self.started
         step = record["step"]
         record = {**record, "elapsed_seconds": round(self.earlier_seconds + elapsed, 3)}
-        self.file.write(line_of(record))
-        self.file.flush()  # a killed process loses no record
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(name, value, step)
+        self._append(line_of(record).encode())  # a killed process loses no record
+        self.loggers.scalars(step, {name: value for name, value in record.items() if name != "step"})
         # Prefer the measured time of a step: the average would include minutes of compilation in the first one. During
         # the warm-up only the average is known.
         self.step_seconds = record.get("step_seconds") or elapsed / max(step - self.start, 1)
@@ -81,6 +84,18 @@ class RunLog:
         if not self.console.is_terminal and due:
             self.last_line = elapsed
             say(self.console, f"step {step}/{self.total}  {describe(record, left)}")
+
+    def _append(self, line: bytes) -> None:
+        """Writes a line and those that could not be written before; a disk that is full does not end a training."""
+        self.unwritten += line
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+        except OSError as error:
+            if not self.failed:
+                text = f"{self.path} cannot be written ({error.strerror}); its lines wait in memory for another try"
+                say(self.console, text, style="yellow")
+            self.failed = True
 
     def advance(self, done: int) -> None:
         """Moves the display to the steps that are done; called after every step, it waits for nothing."""

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mnclglf.config import RunConfig
-from mnclglf.methods import METHODS, Method
+from mnclglf.methods import Method, method_of
 from mnclglf.training.start import sizes_of
 from mnclglf_kernels import Backends
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16
@@ -37,12 +37,17 @@ CONVOLUTIONS = {
     aten.convolution.default: "convolutions, forward",
     aten.convolution_backward.default: "convolutions, backward",
 }
-PRODUCTS = {aten.mm.default, aten.addmm.default}
 # Passes over the activation. Batch norm reads its input twice (statistics, then normalization) and writes once: 3, and
 # 1 for a residual. Its backward reads input and gradient twice and writes once: 5. With a residual the first launch
 # also reads the result, for the ReLU's mask, and writes the residual's gradient: 7. Two gradients of one tensor are
-# added: 1, as a kernel can read both where it reads one.
-ACTIVATION_PASSES = {"mnclglf::batch_norm": 3, "mnclglf::batch_norm_backward": 5, "aten::add.Tensor": 1}
+# added: 1, as a kernel can read both where it reads one. A layer norm holds its row on the chip: 2, backward 3.
+ACTIVATION_PASSES = {
+    "mnclglf::batch_norm": 3,
+    "mnclglf::batch_norm_backward": 5,
+    "aten::native_layer_norm": 2,
+    "aten::native_layer_norm_backward": 3,
+    "aten::add.Tensor": 1,
+}
 # Passes more, by the place of an argument: the residual; the second gradient and the result.
 MORE_PASSES = {"mnclglf::batch_norm": {5: 1}, "mnclglf::batch_norm_backward": {1: 1, 3: 2}}
 # End of torch's name of each GPU whose peaks aot.py has, and its architecture.
@@ -89,8 +94,8 @@ class Counter(TorchDispatchMode):
         if func.name() == "mnclglf::contrastive_losses":
             targets, predictions, _ = args
             self.splits += [len(h) // len(p) for h, p in zip(targets, predictions, strict=True)]
-        elif func in CONVOLUTIONS or func in PRODUCTS:
-            part = self.parts[CONVOLUTIONS.get(func, "heads")]
+        elif func.overloadpacket in flop_registry:  # convolutions, matrix products, attention
+            part = self.parts[CONVOLUTIONS.get(func, "matrix products")]
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
             if func in CONVOLUTIONS and not self.pads:
                 flops = round(flops * inside_share(func, args))
@@ -125,7 +130,7 @@ def unique_bytes(tree: Any) -> int:
 def on_meta(config: RunConfig, dtype: torch.dtype) -> Method:
     """Returns the run's method on the meta device, its weights in `dtype`, as autocast casts them."""
     with torch.device("meta"):
-        method = METHODS[config.method](config.model, config.objective, queue_dtype=dtype)
+        method = method_of(config.method)(config.model, config.objective, queue_dtype=dtype)
     method.backends = Backends.all("triton")
     return method.to(dtype).train()
 
@@ -230,5 +235,10 @@ def short_name(dtype: torch.dtype) -> str:
 
 def least_seconds(config: RunConfig, side: int, dtype: torch.dtype, peaks: Peaks) -> float:
     """Returns the roofline time of a step in seconds."""
+    return sum(least_seconds_of_parts(config, side, dtype, peaks).values())
+
+
+def least_seconds_of_parts(config: RunConfig, side: int, dtype: torch.dtype, peaks: Peaks) -> dict[str, float]:
+    """Returns the roofline time of each part of a step in seconds, by its name."""
     parts = step_parts(config, side, short_name(dtype), pads=peaks.pads)
-    return sum(part.seconds(peaks)[0] for part in parts.values())
+    return {name: part.seconds(peaks)[0] for name, part in parts.items()}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock
 
 from mnclglf.config import EngineConfig, HalfSums
 from mnclglf.methods.base import Losses, Method
@@ -40,7 +39,7 @@ def use_fast_math(config: EngineConfig, dtype: torch.dtype) -> None:
     precision = "tf32" if config.tf32 and dtype == torch.float32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
 
 
 def keep_freed_memory() -> bool:
@@ -56,7 +55,7 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
 
 
-class _Cast(torch.autograd.Function):
+class Cast(torch.autograd.Function):
     """Casts tensors to another dtype, and their gradients back, by one multi-tensor copy each way."""
 
     @staticmethod
@@ -97,7 +96,7 @@ def share_casts(method: Method, dtype: torch.dtype) -> Forward:
     followed = {name: weight for name, weight in weights.items() if not weight.requires_grad}
 
     def forward(views: Tensor, labels: Tensor | None = None) -> Losses:
-        casts = dict(zip(trained, _Cast.apply(dtype, *trained.values()), strict=True))
+        casts = dict(zip(trained, Cast.apply(dtype, *trained.values()), strict=True))
         for names, half in ((followed, dtype), (halves, torch.float16)):
             if names:
                 casts |= zip(names, cast([*names.values()], half), strict=True)
@@ -147,7 +146,7 @@ def or_eager(
         except TorchDynamoException as error:
             if chosen is eager:
                 raise
-            say(f"torch.compile failed, the step stays eager: {' '.join(str(error).split()[:40])}")
+            say(f"torch.compile failed: {' '.join(str(error).split()[:40])}")
             chosen = eager
             return chosen(*args, **kwargs)
 
@@ -159,14 +158,12 @@ def checkpoint_activations(method: Method) -> None:
 
     The recomputation does not update batch norm's running statistics: the forward has already done so.
     """
-    for block in method.encoder.modules():
-        if isinstance(block, BasicBlock):
-            plain = block.forward
-            contexts = partial(_first_and_again, block)
-            # preserve_rng_state=False: a residual block draws no random numbers, so there is no state to restore.
-            block.forward = partial(
-                checkpoint, plain, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-            )
+    for block in method.encoder.blocks():
+        contexts = partial(_first_and_again, block)
+        # preserve_rng_state=False: a residual block draws no random numbers, so there is no state to restore.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+        )
 
 
 def sum_in_half(method: Method, parts: HalfSums) -> None:

@@ -6,6 +6,7 @@ its self-check), the loader, and whether the forward is compiled. Each is decide
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sysconfig
@@ -19,26 +20,42 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mnclglf.config import FOLDER, Device, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig, ViewConfig, require
+from mnclglf.config import (
+    PLACED,
+    Device,
+    EngineConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    ViewConfig,
+    moved,
+    require,
+    shown,
+)
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.images import ImageSet, Statistics, view_side
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
 from mnclglf.data.sources import source_of
 from mnclglf.data.splits import split_train
-from mnclglf.methods import METHODS, Method
-from mnclglf.runs.checkpoint import load_state
+from mnclglf.methods import Method, method_of
+from mnclglf.models.encoder import check_sides, features_of
+from mnclglf.runs.checkpoint import load_method, load_state
 from mnclglf.runs.console import say
-from mnclglf.runs.files import cache_folder, nearest_folder
+from mnclglf.runs.files import cache_folder, naming, nearest_folder, open_file
+from mnclglf.runs.locks import one_at_a_time
+from mnclglf.training.deterministic import use_deterministic
 from mnclglf.training.graphs import ruled_out
+from mnclglf.training.initial_weights import describe_initial_weights, load_initial_weights
 from mnclglf.training.optim import check_optimizer, parameter_groups
+from mnclglf.training.ranks import ALONE, Ranks
 from mnclglf.training.speedups import keep_freed_memory, use_fast_math
 from mnclglf_kernels import Backends, resolve, self_check
 from mnclglf_kernels.backend import CPU_MULTIPLIES_BF16, HAS_TRITON, triton_problem
 from mnclglf_kernels.operators import OperatorName
 from mnclglf_kernels.sizes import Sizes
 
-Compile = Literal["off", "on", "graphs"]
+Compile = Literal["off", "on", "graphs", "step"]
 
 
 @dataclass(frozen=True)
@@ -75,17 +92,54 @@ class Start:
     """The method, on the device, in train mode, with its operators' backends."""
     loader: Loader
     compile: Compile
+    initial_weights: dict[str, Any] | None
+    """Where the encoder's weights come from and their names; None for random ones, or in a run that is resumed."""
+    ranks: Ranks = ALONE
 
     def describe(self) -> str:
         """Returns one line with the decisions."""
         config, data = self.config, self.data
         return (
-            f"{config.method} on {config.dataset}: {len(data.train):,} images of side {data.side}, "
+            f"{config.method} on {shown(config.dataset)}: {len(data.train):,} images of side {data.side}, "
             f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, "
             f"device {self.machine.device}, "
             f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
             f"kernels {describe_backends(self.method.backends)}" + ("" if self.compile == "off" else ", compiled")
         )
+
+    def describe_ranks(self) -> list[str]:
+        """Returns lines about the ranks of a run that has several."""
+        count, batch, own = self.ranks.count, self.config.optim.batch_size, self.own.optim.batch_size
+        if count == 1:
+            return []
+        lines = [f"{count} ranks: batch size {batch} is that of all together, {own} images on each"]
+        if self.config.model.sync_batch_norm == "off":
+            lines.append(
+                f"batch norm takes statistics of each rank's {own} images (--sync-batch-norm off): results depend on "
+                "the number of ranks"
+            )
+        return lines
+
+    @property
+    def own(self) -> RunConfig:
+        """Returns the run as one rank's machine sees it: with the batch of one rank."""
+        optim = self.config.optim
+        return replace(self.config, optim=replace(optim, batch_size=self.ranks.share(optim.batch_size)))
+
+    def describe_encoder(self) -> list[str]:
+        """Returns lines about an encoder that is not the paper's, or does not start from random weights."""
+        lines: list[str] = []
+        encoder, name = self.method.encoder, self.config.model.encoder
+        if name != ModelConfig.encoder:
+            lines.append(f"encoder {name}: {encoder.features:,} features")
+        if encoder.interpolates:
+            sizes = " and ".join(
+                f"{what} of side {side}" for what, side in sides_of(self.method, self.data.side).items()
+            )
+            lines.append(f"{name}: position embeddings of another size are interpolated to {sizes}")
+        if self.initial_weights is not None:
+            lines.append(describe_initial_weights(self.initial_weights))
+        return lines
 
 
 def start_training(
@@ -95,6 +149,7 @@ def start_training(
     resumed: bool = False,
     loader: str | None = None,
     statistics: Statistics | None = None,
+    ranks: Ranks = ALONE,
 ) -> Start:
     """Decides everything about a training run, before any work is done.
 
@@ -104,6 +159,7 @@ def start_training(
         resumed: True for a run that goes on from a checkpoint.
         loader: loader of the run before it was resumed; "auto" takes it again, so that the views are bit-identical.
         statistics: mean and deviation of the run before it was resumed; None takes those of the images.
+        ranks: the place of this process among those of the run, which has joined them.
 
     Raises:
         ValueError: settings that do not fit the images, the machine or each other.
@@ -112,29 +168,55 @@ def start_training(
     check_queue(config)
     check_optimizer(config.optim.optimizer)
     check_predictor(config)
-    config = in_its_place(config, resumed=resumed)
-    machine = start_machine(config.engine)
-    data = load_run_data(config)
-    config = with_classes(config, data.train)
-    method = build_method(config, machine.dtype).to(machine.device).train()
-    method.backends = choose_backends(config, longest_side(data.train), data.side, machine, console)
-    if loader is not None and config.data.loader == "auto":
-        data_config = replace(config.data, loader=cast(Any, loader))
-    else:
-        data_config = config.data
-    views = make_views(
-        replace(config, data=data_config),
-        data.train,
-        config.view,
-        machine,
-        views=method.views,
-        side=data.side,
-        batch_size=config.optim.batch_size,
-        augment_backend=method.backends.augment,
-        statistics=statistics,
+    ranks.share(config.optim.batch_size)
+    require(
+        ranks.count == 1 or config.engine.graphs != "step",
+        f"graphs step records the step of one process, and this run has {ranks.count} ranks; take --graphs on or auto",
     )
-    compiling = choose_compile(config.engine, machine.device, lambda text: say(console, text))
-    return Start(config=config, machine=machine, data=data, method=method, loader=views, compile=compiling)
+    config = in_its_place(config, resumed=resumed)
+    if config.engine.deterministic and config.engine.choices == "auto":  # which times, and may choose otherwise
+        config = replace(config, engine=replace(config.engine, choices="safe"))
+    machine = start_machine(config.engine)
+    data = load_run_data(config) if ranks.count == 1 else load_in_turn(config, console)
+    config = with_classes(config, data.train)
+    from mnclglf.training.out_of_memory import check_memory, explained  # which import this module
+
+    check_memory(config, data.side, machine, ranks.count)
+    with explained(config, data.side, machine):
+        method = build_method(config, machine.dtype).train()
+        check_sides(config.model, sides_of(method, data.side))
+        initial_weights = None if resumed else load_initial_weights(method, config.model)
+        method = method.to(machine.device)
+        method.distribute(ranks.rank, ranks.count, sync_batch_norm=config.model.sync_batch_norm == "on")
+        method.backends = choose_backends(config, longest_side(data.train), data.side, machine, console, ranks=ranks)
+        if loader is not None and config.data.loader == "auto":
+            data_config = replace(config.data, loader=cast(Any, loader))
+        else:
+            data_config = config.data
+        views = make_views(
+            replace(config, data=data_config),
+            data.train,
+            config.view,
+            machine,
+            views=method.views,
+            side=data.side,
+            batch_size=config.optim.batch_size,
+            augment_backend=method.backends.augment,
+            statistics=statistics,
+            rank=ranks.rank,
+            ranks=ranks.count,
+        )
+    compiling = choose_compile(config.engine, machine.device, lambda text: say(console, text), ranks.count)
+    return Start(
+        config=config,
+        machine=machine,
+        data=data,
+        method=method,
+        loader=views,
+        compile=compiling,
+        initial_weights=initial_weights,
+        ranks=ranks,
+    )
 
 
 def start_machine(engine: EngineConfig) -> Machine:
@@ -142,6 +224,8 @@ def start_machine(engine: EngineConfig) -> Machine:
     machine = choose_machine(engine)
     if machine.device.type == "cuda":
         use_fast_math(engine, machine.dtype)
+        if engine.deterministic:
+            use_deterministic()
         keep_kernels_in_cache()
     elif engine.keep_memory:
         keep_freed_memory()
@@ -167,10 +251,10 @@ def elsewhere(engine: EngineConfig, device: Device) -> EngineConfig:
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
-    """Loads the images of a run, from `data_dir` if given; for folder:PATH that is the new place of the same images."""
+    """Loads the images of a run, from `data_dir` if given; of a place, as folder:PATH, that is its new one."""
     name, place = config.dataset, data_dir or config.data.data_dir
-    if name.startswith(FOLDER):
-        name, place = (name if data_dir is None else f"{FOLDER}{data_dir}"), None
+    if name.startswith(PLACED):
+        name, place = (name if data_dir is None else moved(name, data_dir)), None
     elif data_dir is None and not source_of(name).needs_files:
         place = None  # of a run of an earlier version, which ignored it
     train, test = load_dataset(
@@ -183,22 +267,35 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
     return RunData(train=train, validation=validation, test=test, side=view_side(train, config.data.image_size))
 
 
+def load_in_turn(config: RunConfig, console: Console) -> RunData:
+    """Loads the images of a run while no other rank of this machine does: the first one fills the others' caches."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = f"{config.dataset} {config.data.data_dir or ''}"
+    lock = folder / f".images-{hashlib.sha256(place.encode()).hexdigest()[:16]}.lock"
+    with one_at_a_time(
+        lock, lambda: say(console, f"waiting for another rank, which reads {shown(config.dataset)} ...")
+    ):
+        return load_run_data(config)
+
+
 def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
-    """Returns the run with the folder of its images as it is read: of a resumed one, --data-dir is the new place.
+    """Returns the run with the place of its images as it is read: of a resumed one, --data-dir is the new one.
 
     Raises:
-        ValueError: a run starts on folder:PATH with another folder as --data-dir, or its data set has no folder.
+        ValueError: a run starts on a place, as folder:PATH, with another one as --data-dir, or its data set has none.
     """
     place = config.data.data_dir
     source_of(config.dataset).check_folder(place)
-    if place is None or not config.dataset.startswith(FOLDER):
+    if place is None or not config.dataset.startswith(PLACED):
         return config
+    dataset = moved(config.dataset, place)
     require(
         resumed,
         f"data_dir {place} names a second folder beside {config.dataset}; leave out --data-dir, or give "
-        f"--dataset {FOLDER}{place}",
+        f"--dataset {dataset}",
     )
-    return replace(config, dataset=f"{FOLDER}{place}", data=replace(config.data, data_dir=None))
+    return replace(config, dataset=dataset, data=replace(config.data, data_dir=None))
 
 
 def changed_images(data: RunData, state: Mapping[str, Any]) -> list[str]:
@@ -229,8 +326,10 @@ def saved_statistics(run: Path, state: Mapping[str, Any]) -> Statistics | None:
     if not path.exists():
         return None
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as arrays:
             return arrays["mean"].astype(np.float32), arrays["std"].astype(np.float32)
+    except OSError:
+        raise
     except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
         raise ValueError(f"{path} is damaged ({error}); put back a copy of it, or remove it") from error
 
@@ -250,6 +349,7 @@ def make_views(config: RunConfig, images: ImageSet, view: ViewConfig, machine: M
         device=machine.device,
         backend=config.data.loader,
         threads=config.data.loader_threads,
+        shuffle_block=config.data.shuffle_block,
         **settings,
     )
 
@@ -262,8 +362,8 @@ def choose_device(config: EngineConfig) -> torch.device:
         "device cuda was asked for, but torch sees no GPU; check nvidia-smi and the driver, or take --device cpu",
     )
     require(
-        config.graphs != "on" or (available and config.device != "cpu"),
-        "graphs on asks for CUDA graphs, and this run is on the CPU; take --graphs auto",
+        config.graphs not in ("on", "step") or (available and config.device != "cpu"),
+        f"graphs {config.graphs} asks for CUDA graphs, and this run is on the CPU; take --graphs auto",
     )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
@@ -286,16 +386,21 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
     """Makes the method of a run on the CPU, with initial weights from its seed, in the memory format of `engine`."""
     torch.manual_seed(config.seed)
     queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
-    method = METHODS[config.method](config.model, config.objective, queue_dtype=queue_dtype)
+    method = method_of(config.method)(config.model, config.objective, queue_dtype=queue_dtype)
     memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
     return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
+
+
+def sides_of(method: Method, side: int) -> dict[str, int]:
+    """Returns the sides of the images that encoders see in a step, in pixels, by what the images are."""
+    return {"views": side} | ({"patches": side // 2} if method.divided_views else {})
 
 
 def check_queue(config: RunConfig) -> None:
     """Raises ValueError if a batch does not fit into the queue of a method that has one."""
     batch, size = config.optim.batch_size, config.objective.queue_size
     require(
-        batch <= size or "enqueue" not in METHODS[config.method].operators,
+        batch <= size or "enqueue" not in method_of(config.method).operators,
         f"batch_size {batch} is more than queue_size {size}: a step would overwrite its own rows; raise --queue-size "
         "or lower --batch-size",
     )
@@ -306,7 +411,7 @@ def check_predictor(config: RunConfig) -> None:
     if not config.optim.constant_predictor_lr:
         return
     with torch.device("meta"):  # only the names count
-        method = METHODS[config.method](ModelConfig(classes=2), ObjectiveConfig())
+        method = method_of(config.method)(ModelConfig(classes=2), ObjectiveConfig())
     parameter_groups(method, constant_predictor_lr=True)
 
 
@@ -316,7 +421,7 @@ def with_classes(config: RunConfig, images: ImageSet) -> RunConfig:
     Raises:
         ValueError: the images have no labels, or more classes than the run's setting.
     """
-    if not METHODS[config.method].needs_labels:
+    if not method_of(config.method).needs_labels:
         return config
     require(
         images.labeled,
@@ -336,7 +441,7 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> tuple[RunConfig, 
     """
     config, state = load_state(run, checkpoint)
     method = build_method(config, torch.float32)
-    method.load_state_dict(state["method"])
+    load_method(method, state, run)
     return config, method, state["step"]
 
 
@@ -348,6 +453,7 @@ def choose_backends(
     console: Console,
     *,
     operators: Sequence[OperatorName] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Backends:
     """Chooses each operator's backend: Triton if it runs and passes its self-check at the run's sizes, else PyTorch.
 
@@ -358,6 +464,7 @@ def choose_backends(
         machine: device and autocast dtype of the run.
         console: console for kernels that fail their self-check.
         operators: operators needed; None for those of the method and of the loader.
+        ranks: the place of this process, whose part of a batch is what they are checked on.
 
     Raises:
         RuntimeError: kernels are required and cannot run, or one fails; or FAISS cannot run here.
@@ -373,18 +480,19 @@ def choose_backends(
     backends = Backends.all("torch")
     if policy == "require" or (policy == "auto" and resolve("auto", probe, kind="matmul") == "triton"):
         backends = Backends.all("triton")
-        sizes = sizes_of(config, side, source)
+        sizes = sizes_of(config, side, source)._replace(images=ranks.share(config.optim.batch_size))
         queue_dtype = torch.float32 if config.objective.queue_dtype == "float32" else dtype
         one = config.objective.one_embedding
         needed: Sequence[OperatorName] = (
-            (*METHODS[config.method].operators, "batch_norm", "augment") if operators is None else operators
+            (*method_of(config.method).operators, "batch_norm", "augment") if operators is None else operators
         )
-        if operators is None and METHODS[config.method].without_gradient and dtype != torch.float32:
+        if operators is None and method_of(config.method).without_gradient and dtype != torch.float32:
             needed = (*needed, "convolution")  # that choices.py may take
         used: list[OperatorName] = [
             op for op in needed if op != "augment" or config.data.loader in ("auto", "resident")
         ]
-        problems = self_check.failures(sizes, dtype, queue_dtype, device, one_embedding=one, operators=used)
+        how: dict[str, Any] = dict(one_embedding=one, operators=used, rank=ranks.rank, ranks=ranks.count)
+        problems = self_check.failures(sizes, dtype, queue_dtype, device, **how)
         if problems and policy == "require":
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RuntimeError(f"kernels are required, and {found}; take --kernels auto to go on without what is wrong")
@@ -410,12 +518,12 @@ def sizes_of(config: RunConfig, side: int, source: int) -> Sizes:
     return Sizes(
         images=config.optim.batch_size,
         side=side,
-        features=8 * config.model.width,
+        features=features_of(config.model),
         k=config.objective.k,
         width=config.model.projector_width,
         queue=config.objective.queue_size,
         source=source,
-        views=METHODS[config.method].views,
+        views=method_of(config.method).views,
     )
 
 
@@ -425,7 +533,7 @@ def describe_backends(backends: Backends) -> str:
     return ", ".join([most, *(f"{name} {used}" for name, used in backends._asdict().items() if used != most)])
 
 
-def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object]) -> Compile:
+def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object], ranks: int = 1) -> Compile:
     """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has proved them,
     replayed as CUDA graphs (graphs.py).
 
@@ -433,6 +541,7 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
         engine: the settings `compile` and `graphs`.
         device: device of the run.
         say: receives the reason if nothing is compiled although it was asked for.
+        ranks: number of processes of the run.
     """
     if engine.compile == "off" or (engine.compile == "auto" and not compiles_by_itself(engine, device)):
         return "off"
@@ -440,7 +549,7 @@ def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[st
     if problem is not None:
         say(f"not compiling, the step stays eager: {problem}")
         return "off"
-    return "on" if ruled_out(engine, device) else "graphs"
+    return "on" if ruled_out(engine, device, ranks) else "graphs"
 
 
 def compiles_by_itself(engine: EngineConfig, device: torch.device) -> bool:

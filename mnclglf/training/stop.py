@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -9,10 +10,12 @@ from typing import Any
 
 
 class StopRequest:
-    """Catches SIGINT, SIGTERM and SIGHUP (a terminal that is closed) inside its `with` block.
+    """Catches SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and SIGHUP (a closed terminal) inside its `with` block.
 
-    A second signal ends the process as usual. SIGHUP stays ignored under nohup. Only a process's main thread can catch
-    signals; in another thread none is caught, and the main thread gets them as usual.
+    A second signal ends the process as usual, except in a rank of torchrun: Slurm signals every process of a job step,
+    and torchrun hands its own signal on, so that one request comes twice; torchrun kills ranks that do not end in time.
+    SIGHUP stays ignored under nohup. Only a process's main thread can catch signals; in another thread none is caught,
+    and the main thread gets them as usual.
     """
 
     def __init__(self) -> None:
@@ -21,7 +24,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            caught = [signal.SIGINT, signal.SIGTERM]
+            caught = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 caught.append(signal.SIGHUP)
             self.earlier = {number: signal.signal(number, self._handle) for number in caught}
@@ -37,4 +40,5 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._put_back()
+        if "RANK" not in os.environ:
+            self._put_back()

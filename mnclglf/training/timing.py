@@ -6,7 +6,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 
 from mnclglf.data.loader import Batch, Loader
 
+LAST_PHASE = "update"  # of a step: what follows its last mark
 WARM_UP_STEPS = 3  # first steps of a process: libraries initialize, caches fill, CUDA graphs are captured
 
 
@@ -26,12 +28,12 @@ class Speed(NamedTuple):
     images_per_second_p90: float
 
 
-def speed_of(seconds: list[float], batch_size: int) -> Speed | None:
+def speed_of(seconds: Sequence[float], batch_size: int) -> Speed | None:
     """Returns the speed of steps that took `seconds` each; None for no steps."""
     if not seconds:
         return None
     if len(seconds) == 1:
-        seconds = 2 * seconds  # quantiles needs two values
+        seconds = [*seconds, *seconds]  # quantiles needs two values
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
     rate = [batch_size / value for value in (tenths[4], tenths[8], tenths[0])]
     return Speed(tenths[4], *rate)
@@ -53,8 +55,16 @@ class StepClock:
         self.last: torch.cuda.Event | float | None = None
         self.spans: list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = []
         self.waited = 0.0
-        self.all: list[float] = []
-        """Seconds of each step that `take` has returned so far."""
+        self.all = array("d")
+        """Seconds of each step that `take` has returned so far; 8 bytes per step."""
+        self.marks: list[tuple[str, torch.cuda.Event | float]] = []
+        """Ends of the phases of the step that is running."""
+        self.phases: dict[str, list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]]] = {}
+        """Start and end of each phase of each step since the last `take_phases`."""
+
+    def mark(self, phase: str) -> None:
+        """Ends a phase of the step; the first one begins with the step."""
+        self.marks.append((phase, self._now()))
 
     def stop(self, waited: float) -> None:
         """Ends a step, before which the host waited `waited` seconds for data, and begins the next."""
@@ -63,23 +73,33 @@ class StepClock:
             self.warm_up -= 1
         elif self.last is not None:
             self.spans.append((self.last, now))
-        self.last = now
+            begun = self.last
+            for phase, end in [*self.marks, (LAST_PHASE, now)]:
+                self.phases.setdefault(phase, []).append((begun, end))
+                begun = end
+        self.last, self.marks = now, []
 
     def restart(self) -> None:
         """Begins the next step now: logging or saving since the last one belongs to no step."""
-        self.last = self._now()
+        self.last, self.marks = self._now(), []
 
     def times(self) -> list[float]:
         """Returns the seconds of each step since the last `take`; on CUDA the device must have finished them."""
-        return [
-            start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start  # pyright: ignore
-            for start, end in self.spans
-        ]
+        return [_seconds(start, end) for start, end in self.spans]
+
+    def take_phases(self) -> dict[str, float]:
+        """Returns the median seconds of each phase since the last call, by the names of `mark`; the last is "update".
+
+        Empty if no step was timed. On CUDA the device must have finished the steps.
+        """
+        phases, self.phases = self.phases, {}
+        return {name: statistics.median(_seconds(*span) for span in spans) for name, spans in phases.items()}
 
     def take(self) -> tuple[float, list[float]]:
         """Returns (seconds waited for data, seconds of each step) since the last call."""
         waited, times = self.waited, self.times()
-        self.waited, self.spans, self.all = 0.0, [], self.all + times
+        self.waited, self.spans = 0.0, []
+        self.all.extend(times)
         return waited, times
 
     def _now(self) -> torch.cuda.Event | float:
@@ -88,6 +108,14 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(end, float)
+    return end - start
 
 
 class Waiting:

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from mnclglf.config import FOLDER, ModelConfig, ObjectiveConfig, RunConfig, ViewConfig
-from mnclglf.methods import METHODS, Method
+from mnclglf.config import PLACED, TIMM, ModelConfig, ObjectiveConfig, RunConfig, ViewConfig, require
+from mnclglf.methods import Method, method_of
 
 PROBED = {"lambda_", "k", "one_embedding", "temperature", "queue_size", "projector_width", "predictor_width", "classes"}
 """Settings of model and objective that a method reads itself, or does not."""
@@ -26,7 +26,15 @@ class _Reads:
 
 
 def unread_settings(config: RunConfig, given: set[str]) -> dict[str, str]:
-    """Returns those of the given settings that have no effect on a run, each with the setting that rules it out."""
+    """Returns those of the given settings that have no effect on a run, each with the setting that rules it out.
+
+    Raises:
+        UsageError: stem or width is given, and the encoder is timm's.
+    """
+    refused = [name for name in ("stem", "width") if name in given and config.model.encoder.startswith(TIMM)]
+    require(
+        not refused, f"{' and '.join(refused)} is of our ResNets, and encoder is {config.model.encoder}; leave it out"
+    )
     unread = _unread_views(config.view) | _unread_elsewhere(config)
     if given & (PROBED | {"ema_momentum", "ema_schedule", "queue_dtype", "lookup"}):
         unread |= _unread_by_method(config)
@@ -50,10 +58,18 @@ def _method_reads(config: RunConfig) -> tuple[set[str], Method]:
     """Returns the settings that a small form of the method reads as it is made and in a forward, and the method."""
     read: set[str] = set()
     side, images = 16, 2
-    model = replace(config.model, width=1, projector_width=8, predictor_width=8, classes=config.model.classes or 2)
+    model = replace(
+        config.model,
+        encoder="resnet18",
+        init=None,
+        width=1,
+        projector_width=8,
+        predictor_width=8,
+        classes=config.model.classes or 2,
+    )
     objective = replace(config.objective, queue_size=8)
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # the run's own random numbers stay as they are
-        method = METHODS[config.method](
+        method = method_of(config.method)(
             cast(ModelConfig, _Reads(model, read)), cast(ObjectiveConfig, _Reads(objective, read)), backend="torch"
         ).train()
         views = torch.rand(method.views * images, 3, side, side)
@@ -80,6 +96,6 @@ def _unread_elsewhere(config: RunConfig) -> dict[str, str]:
         unread["choices"] = "compile off"
     if config.engine.device == "cuda":
         unread["keep_memory"] = "device cuda"
-    if not config.dataset.startswith(FOLDER):
+    if not config.dataset.startswith(PLACED):
         unread["skip_corrupt"] = f"dataset {config.dataset}"
     return unread

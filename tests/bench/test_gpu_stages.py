@@ -4,11 +4,13 @@ The rehearsal in test_gpu_day.py runs all of them; here is what a passing one do
 """
 
 import json
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import emulated_graph
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def figures_of(work: Work, setting: Setting) -> Figures:
 
 
 def test_each_launch_stands_beside_its_least_time(tiny, monkeypatch):
-    monkeypatch.setattr("bench.roofline.measured_parts", lambda *_: {"heads": 0.001})
+    monkeypatch.setattr("bench.roofline.measured_parts", lambda *_: {"matrix products": 0.001})
     setting = replace(tiny, milliseconds=lambda call: (call(), 0.25)[1])
     found = figures_of(gpu_stages.roofline, setting)
     launches = [x for row in OPERATORS.values() for x in row.launches(Example(sizes=setting.sizes))]
@@ -135,13 +137,22 @@ def test_a_run_that_had_no_time_for_a_step_says_so(tiny, monkeypatch):
 def test_training_stops_when_the_time_is_up(monkeypatch, tmp_path, capsys):
     """Checks Ctrl-C's way: the run saves itself, and the stage goes on."""
 
+    stopped: list[bool] = []
+
     def train(**_: object) -> None:
-        time.sleep(30)
+        try:
+            time.sleep(300)
+        except KeyboardInterrupt:
+            stopped.append(True)
+            raise
 
     monkeypatch.setattr("mnclglf.train", train)
-    began = time.monotonic()
-    gpu_stages.train_until(tmp_path, 1.0)
-    assert time.monotonic() - began < 20
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it; a training catches it
+    try:
+        gpu_stages.train_until(tmp_path, 1.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped
     assert "the time is up" in capsys.readouterr().out
 
 
@@ -189,20 +200,23 @@ def tiny_choice(tiny: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     return replace(tiny, seconds=1000.0, rounds=1, steps=5)
 
 
-def test_each_part_is_timed_alone(tiny_choice, pretended_compiler):
+def test_each_part_is_timed_alone(tiny_choice, pretended_compiler, monkeypatch):
+    monkeypatch.setattr("mnclglf.training.whole_step.record", emulated_graph.record)
+    monkeypatch.setattr(choices, "verdict", lambda *_: None)  # pretended parts save no time, so chance would decide
     found = figures_of(gpu_stages.choices, tiny_choice)
     assert found[WRONG] == []
     rows = {row["setting"]: (row["graphs"], row["combo_kernels"]) for row in found["settings"]}
     assert rows == {
         "safe": ("off", "off"),
         "all": ("on", "on"),
+        "step": ("step", "on"),
         "all without CUDA graphs": ("off", "on"),
         "all without combo kernels": ("on", "off"),
     }
     assert all(float(row["ms"]) > 0 and float(row["error"]) > 0 for row in found["settings"])
-    assert [row["of safe's"] for row in found["settings"]] == ["1.00"] * 4
+    assert [row["of safe's"] for row in found["settings"]] == ["1.00"] * 5
     assert {*pretended_compiler} == {(True, True), (False, False), (False, True), (True, False)}
-    assert found["taken"].startswith(("all: ", "safe: "))
+    assert found["taken"].startswith(("all: ", "safe: ", "step: "))
     assert len(json.loads((choices.cache_file()).read_text())) == 1  # for the real run, later on
 
 

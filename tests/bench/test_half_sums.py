@@ -33,7 +33,7 @@ from bench.half_sums import (
 from mnclglf.api import train
 from mnclglf.config import ModelConfig, ObjectiveConfig
 from mnclglf.methods import METHODS
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.runs.files import read_config, read_object
 
 
@@ -129,7 +129,7 @@ def test_an_overflow_within_a_sum_is_seen_also_where_the_result_would_fit():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_with_gradient_stays_what_it_is(kind):
-    encoder, images = ResNet18(width=8).train(), torch.randn(4, 3, 8, 8)
+    encoder, images = ResNet(width=8).train(), torch.randn(4, 3, 8, 8)
     plain = encoder(images)
     with emulated(encoder, kind):
         assert torch.equal(encoder(images), plain)
@@ -174,7 +174,7 @@ def test_the_gradient_of_the_weights_sums_in_fp32():
 
 
 def test_fp16_is_that_of_autocast():
-    encoder, images = ResNet18(width=8).train(), torch.randn(8, 3, 8, 8)
+    encoder, images = ResNet(width=8).train(), torch.randn(8, 3, 8, 8)
 
     def gradients(context):
         encoder.zero_grad()
@@ -192,7 +192,7 @@ def test_fp16_is_that_of_autocast():
 def test_half_of_a_graph_is_refused(parts):
     with (
         pytest.raises(ValueError, match=rf"{next(iter(parts.values()))}.*give both"),
-        emulated(ResNet18(width=8), "fp16", **parts),
+        emulated(ResNet(width=8), "fp16", **parts),
     ):
         pass
 
@@ -200,20 +200,20 @@ def test_half_of_a_graph_is_refused(parts):
 def test_two_dtypes_in_a_graph_are_refused():
     with (
         pytest.raises(ValueError, match=r"bf16.*fp16.*one dtype"),
-        emulated(ResNet18(width=8), "fp16", online="bf16", input_gradient="fp16"),
+        emulated(ResNet(width=8), "fp16", online="bf16", input_gradient="fp16"),
     ):
         pass
 
 
 def test_it_reads_the_weights_that_a_step_casts_to_bf16():
-    encoder, images = ResNet18(width=8).train(), torch.randn(4, 3, 8, 8)
+    encoder, images = ResNet(width=8).train(), torch.randn(4, 3, 8, 8)
     weights = {name: weight.bfloat16() for name, weight in encoder.named_parameters() if weight.ndim == 4}
     with torch.no_grad(), emulated(encoder, HALF_SUMS):
         assert torch.equal(functional_call(encoder, weights, (images,)), encoder(images))
 
 
 def test_fp16_sums_lie_between_fp16_and_bf16_on_an_untrained_encoder():
-    encoder, images = ResNet18(width=16).train(), torch.randn(32, 3, 16, 16)
+    encoder, images = ResNet(width=16).train(), torch.randn(32, 3, 16, 16)
     exact = embed(encoder, images)
     means = {}
     for kind in KINDS:

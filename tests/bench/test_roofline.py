@@ -21,13 +21,13 @@ def test_the_table_of_a_gpu(capsys):
 
 
 def test_what_was_measured_stands_beside_its_least():
-    parts = {"heads": Part(10**9, 10**6), "optimizer": Part(0, 10**9)}
+    parts = {"matrix products": Part(10**9, 10**6), "optimizer": Part(0, 10**9)}
     peaks = Peaks("made up", flops=1e12, memory_bytes=1e12, pads=True)
-    lines = table(parts, peaks, 4, {"heads": 0.004, "everything else": 0.001}).splitlines()
+    lines = table(parts, peaks, 4, {"matrix products": 0.004, "everything else": 0.001}).splitlines()
     assert lines == [
         "| part | TFLOP | GB | roofline ms | bound by | measured ms | fraction |",
         "|---|--:|--:|--:|---|--:|--:|",
-        "| heads | 0.001 | 0.001 | 1.00 | compute | 4.00 | 25% |",
+        "| matrix products | 0.001 | 0.001 | 1.00 | compute | 4.00 | 25% |",
         "| optimizer | 0.000 | 1.000 | 1.00 | memory | - | - |",
         "| everything else | 0.000 | 0.000 | 0.00 |  | 1.00 | 0% |",
         "| together | 0.001 | 1.001 | 2.00 | 2000 images/s | 5.00 | 40% |",
@@ -39,7 +39,13 @@ def test_every_part_of_a_step_is_found(monkeypatch):
     monkeypatch.setattr(roofline, "keep_freed_memory", lambda: True)
     measured = measured_parts(config_of(Size(images=8, side=16, width=8)), 16, torch.device("cpu"))
     operators = {"divide", "combine", "contrastive_losses", "nearest_neighbor", "enqueue", "moving average"}
-    networks = {"convolutions, forward", "convolutions, backward", "batch norm and element-wise", "heads", "optimizer"}
+    networks = {
+        "convolutions, forward",
+        "convolutions, backward",
+        "batch norm and element-wise",
+        "matrix products",
+        "optimizer",
+    }
     assert operators | networks <= measured.keys()
     assert all(seconds > 0 for seconds in measured.values())
     assert measured["everything else"] < 0.3 * sum(measured.values())

@@ -4,6 +4,7 @@ import codecs
 import errno
 import gzip
 import io
+import math
 import os
 import pickle
 import stat
@@ -423,6 +424,15 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
+@pytest.mark.parametrize("sizes", [(0, 2**32 - 1, 2**32 - 1, 2**32 - 1), (1,) * 70])
+def test_an_idx_of_impossible_axes_is_named(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "images-idx3-ubyte"
+    data = bytes(math.prod(sizes))
+    path.write_bytes(struct.pack(f">4B{len(sizes)}I", 0, 0, 8, len(sizes), *sizes) + data)
+    with pytest.raises(DataError, match=r"images-idx3-ubyte.*axes"):
+        read_idx(path)
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -438,12 +448,15 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_may_not_be_read_is_not_to_be_deleted(
     read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path, *_: object, **__: object) -> object:
-        raise PermissionError(13, "Permission denied", str(path))
+    usual = os.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == "a.tar":
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, *arguments, **options)
 
     (tmp_path / "a.tar").touch()
-    monkeypatch.setattr(Path, "open", refused)
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(DataError, match=r"a\.tar.*make it readable") as raised:
         read(tmp_path / "a.tar")
     assert "delete" not in str(raised.value)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mnclglf.config import ViewConfig
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.decoding import read_image
+from mnclglf.data.decoding import decode_image, read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles
 from mnclglf.data.loaders.reference import ReferenceLoader
@@ -159,3 +159,98 @@ def test_an_animation_with_a_still_image_of_its_own_is_refused(tmp_path: Path) -
     (tmp_path / "a.png").write_bytes(animated(default_image=True))  # Pillow shows the still, DALI the first frame
     with pytest.raises(DataError, match=r"a\.png .*animated.*convert it"):
         read_image(tmp_path / "a.png")
+
+
+def tiff(pixels: np.ndarray, *, bits: int, photometric: int, order: str = "<", tags: tuple[bytes, ...] = ()) -> bytes:
+    """Returns an uncompressed TIFF written by hand; pixels [H, W, C], of `bits` bits each."""
+    height, width, channels = pixels.shape
+    data = pixels.astype(f"{order}u{bits // 8}").tobytes()
+    counts = struct.pack(f"{order}{channels}H", *[bits] * channels)
+    at = 8 + len(data)
+
+    def entry(tag: int, kind: int, count: int, value: int) -> bytes:
+        packed = struct.pack(f"{order}HH" if kind == 3 else f"{order}I", *((value, 0) if kind == 3 else (value,)))
+        return struct.pack(f"{order}HHI", tag, kind, count) + packed
+
+    entries = [
+        entry(256, 3, 1, width),
+        entry(257, 3, 1, height),
+        entry(258, 3, channels, at) if channels < 3 else struct.pack(f"{order}HHII", 258, 3, channels, at),
+        entry(259, 3, 1, 1),
+        entry(262, 3, 1, photometric),
+        entry(273, 4, 1, 8),
+        *tags,
+        entry(277, 3, 1, channels),
+        entry(278, 3, 1, height),
+        entry(279, 4, 1, len(data)),
+    ]
+    if channels == 1:
+        entries[2] = entry(258, 3, 1, bits)
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    return head + struct.pack(f"{order}I", at + len(counts)) + data + counts + directory
+
+
+def turning(number: int) -> tuple[bytes, ...]:
+    return (struct.pack("<HHIHH", 0x0112, 3, 1, number, 0),)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_tiff_is_turned_upright_once(number: int, tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(PIXELS, bits=8, photometric=2, tags=turning(number)))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), UPRIGHT[number])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bits_of_a_tiff_become_8(order: str, tmp_path: Path) -> None:
+    levels = (np.arange(16 * 24).reshape(16, 24, 1) * 170).astype(np.uint16)
+    (tmp_path / "gray.tif").write_bytes(tiff(levels, bits=16, photometric=1, order=order))
+    expected = np.rint(levels / 257).astype(np.uint8).repeat(3, axis=2)
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.tif"), expected)
+    (tmp_path / "rgb.tif").write_bytes(tiff(PIXELS.astype(np.uint16) * 257, bits=16, photometric=2, order=order))
+    np.testing.assert_array_equal(read_image(tmp_path / "rgb.tif"), PIXELS)
+
+
+def test_the_first_page_or_frame_is_read(tmp_path: Path) -> None:
+    first, second = Image.fromarray(PIXELS[..., 0]), Image.fromarray(255 - PIXELS[..., 0])
+    for name in ("pages.tif", "frames.gif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second, first])
+        np.testing.assert_array_equal(read_image(tmp_path / name), PIXELS[..., :1].repeat(3, axis=2))
+
+
+def test_numbers_without_a_known_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)).save(tmp_path / "floats.tif")
+    Image.fromarray(np.full((20, 20), 10**6, np.int32)).save(tmp_path / "int32.tif")
+    for name in ("floats", "int32"):
+        with pytest.raises(DataError, match=rf"{name}\.tif .*mode [FI] .*convert them to 8 or 16 bits"):
+            read_image(tmp_path / f"{name}.tif")
+
+
+def test_what_a_file_holds_is_known(tmp_path: Path) -> None:
+    image, gray = Image.fromarray(PIXELS), Image.fromarray(PIXELS[..., 0])
+    sixteen = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+    clear = image.copy()
+    clear.putalpha(100)
+    expected = {
+        "rgb.jpg": (image, ("JPEG", "color", 8, False, False)),
+        "cmyk.jpg": (image.convert("CMYK"), ("JPEG", "CMYK", 8, False, False)),
+        "gray.png": (gray, ("PNG", "gray", 8, False, False)),
+        "16.png": (sixteen, ("PNG", "gray", 16, False, False)),
+        "bit.png": (gray.convert("1"), ("PNG", "gray", 1, False, False)),
+        "palette.png": (image.convert("P"), ("PNG", "palette", 8, False, False)),
+        "alpha.png": (image.convert("RGBA"), ("PNG", "color", 8, True, False)),
+        "gray alpha.png": (image.convert("LA"), ("PNG", "gray", 8, True, False)),
+        "alpha.webp": (clear, ("WEBP", "color", 8, True, False)),
+        "rgb.bmp": (image, ("BMP", "color", 8, False, False)),
+        "16.tif": (sixteen, ("TIFF", "gray", 16, False, False)),
+        "cmyk.tif": (image.convert("CMYK"), ("TIFF", "CMYK", 8, False, False)),
+        "still.gif": (image.convert("P"), ("GIF", "palette", 8, False, False)),
+    }
+    for name, (picture, kind) in expected.items():
+        picture.save(tmp_path / name)
+        found = decode_image((tmp_path / name).read_bytes(), tmp_path / name).kind
+        assert (found.format, found.color, found.bits, found.alpha, found.several) == kind, name
+    color = tiff(PIXELS.astype(np.uint16) * 257, bits=16, photometric=2)  # which Pillow reads as RGB of 8 bits
+    assert decode_image(color, tmp_path / "x.tif").kind[:4] == ("TIFF", "RGB", 16, False)
+    gray.save(tmp_path / "pages.tif", save_all=True, append_images=[gray])
+    assert decode_image((tmp_path / "pages.tif").read_bytes(), tmp_path).kind.several

@@ -21,8 +21,8 @@ from PIL import Image
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
-from mnclglf.data.sources import cache_dir, folder
-from mnclglf.data.sources.source import Stamp
+from mnclglf.data.sources import cache_dir, examination, folder
+from mnclglf.data.stamp import Stamp
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_an_index_that_cannot_be_kept_is_said_and_no_error(
     def full(path: Path, write: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "write_atomically", full)
+    monkeypatch.setattr(examination, "write_atomically", full)
     assert len(load(root)[0]) == 5
     assert "No space left on device" in caplog.text
 
@@ -196,7 +196,7 @@ def test_what_is_no_folder_of_images_is_refused(root: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"absent.*folder:PATH"):
         load(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty.*\.jpg, \.jpeg, \.png, \.webp"):
+    with pytest.raises(DataError, match=r"empty.*\.jpg, .*\.png, \.webp, .*\.tiff"):
         load(tmp_path / "empty")
     (root / "birds").mkdir()
     with pytest.raises(DataError, match=r"birds holds no image .*; fill it or remove it"):
@@ -257,7 +257,7 @@ def test_what_could_not_be_read_once_is_looked_at_again(root: Path, monkeypatch:
 
 def test_other_formats_are_refused_whatever_they_are_called(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
-    Image.fromarray(pixels()).save(tmp_path / "flat" / "a.png", "GIF")
+    Image.fromarray(pixels()).save(tmp_path / "flat" / "a.png", "TGA")
     with pytest.raises(DataError, match=r"a\.png cannot be read as an image"):
         load(tmp_path / "flat")
 
@@ -346,7 +346,7 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
 def test_the_log_counts_what_takes_long(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(folder, "_MANY", 3)
+    monkeypatch.setattr(examination, "_MANY", 3)
     with caplog.at_level(logging.WARNING):
         load(root)
     assert "reading 5 image files" in caplog.text
@@ -366,7 +366,7 @@ def test_a_class_of_corrupt_images_alone_is_not_left_out_in_silence(root: Path) 
 
 def test_what_is_no_file_is_corrupt_and_not_waited_for(root: Path) -> None:
     os.mkfifo(root / "dogs" / "pipe.png")
-    with pytest.raises(DataError, match=r"dogs/pipe\.png is no file.*remove"):
+    with pytest.raises(DataError, match=r"dogs/pipe\.png cannot be read.*no file.*remove"):
         load(root)
     assert len(load(root, skip_corrupt=True)[0]) == 5
 
@@ -376,7 +376,9 @@ def test_an_empty_file_and_another_format_are_said_in_words(root: Path) -> None:
     with pytest.raises(DataError, match=r"dogs/b\.png .*is empty"):
         load(root)
     (root / "dogs" / "b.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"dogs/b\.png cannot be read as an image .*JPEG, PNG, WEBP or BMP") as raised:
+    with pytest.raises(
+        DataError, match=r"dogs/b\.png cannot be read as an image .*JPEG, PNG, WEBP, BMP, TIFF or GIF"
+    ) as raised:
         load(root)
     assert "BytesIO" not in str(raised.value)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mnclglf.data.images import ImageArray
 from mnclglf.data.views import whole_views
 from mnclglf.evaluation.features import extract_features, raw_pixels
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 
 MEAN, STD = np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.25, 0.3], np.float32)
 CPU = torch.device("cpu")
@@ -29,15 +29,15 @@ def features(
 
 
 @pytest.fixture
-def encoder() -> ResNet18:
+def encoder() -> ResNet:
     """Returns an encoder with changed running statistics, and one batch norm in evaluation mode."""
-    network = ResNet18(width=4).train()
+    network = ResNet(width=4).train()
     network(torch.randn(32, 3, 16, 16) * 2 + 1)
     network.layer2.eval()
     return network
 
 
-def test_agrees_with_the_encoder_in_evaluation_mode(encoder: ResNet18):
+def test_agrees_with_the_encoder_in_evaluation_mode(encoder: ResNet):
     images = image_set()
     result = features(encoder, images)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_agrees_with_the_encoder_in_evaluation_mode(encoder: ResNet18):
     assert not result.is_inference()
 
 
-def test_the_encoder_stays_as_it_was(encoder: ResNet18):
+def test_the_encoder_stays_as_it_was(encoder: ResNet):
     modes = {name: module.training for name, module in encoder.named_modules()}
     assert set(modes.values()) == {True, False}
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -58,7 +58,7 @@ def test_the_encoder_stays_as_it_was(encoder: ResNet18):
     assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_modes_come_back_after_an_error(encoder: ResNet18):
+def test_modes_come_back_after_an_error(encoder: ResNet):
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -76,14 +76,14 @@ def test_modes_come_back_after_an_error(encoder: ResNet18):
 
 
 @pytest.mark.parametrize("batch_size", [1, 11, 64])
-def test_batches_do_not_change_the_features(encoder: ResNet18, batch_size: int):
+def test_batches_do_not_change_the_features(encoder: ResNet, batch_size: int):
     images = image_set()
     torch.testing.assert_close(
         features(encoder, images, batch_size=batch_size), features(encoder, images), rtol=1e-4, atol=1e-5
     )
 
 
-def test_bf16_runs_under_autocast_and_comes_back_as_fp32(encoder: ResNet18):
+def test_bf16_runs_under_autocast_and_comes_back_as_fp32(encoder: ResNet):
     seen: list[torch.dtype] = []
     encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     result = features(encoder, image_set(), dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def test_bf16_runs_under_autocast_and_comes_back_as_fp32(encoder: ResNet18):
     assert 0 < difference < 0.05  # 20 layers of bf16's 2**-9
 
 
-def test_fp16_runs_under_autocast_too(encoder: ResNet18):
+def test_fp16_runs_under_autocast_too(encoder: ResNet):
     seen: list[torch.dtype] = []
     encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     result, exact = (features(encoder, image_set(), dtype=dtype) for dtype in (torch.float16, torch.float32))
@@ -109,7 +109,7 @@ def test_an_encoder_of_another_shape_is_refused():
         features(nn.Identity(), image_set())
 
 
-def test_no_images_are_refused(encoder: ResNet18):
+def test_no_images_are_refused(encoder: ResNet):
     empty = image_set().subset([])
     with pytest.raises(ValueError, match="made up test holds no images"):
         features(encoder, empty)

@@ -14,7 +14,7 @@ from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
 from mnclglf.evaluation.linear import train_linear
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.recipes import view_of
 
 IMAGES, BATCH, CLASSES, SEED = 22, 4, 3, 5  # 5 steps per epoch
@@ -30,9 +30,9 @@ def images() -> ImageArray:
 
 
 @pytest.fixture
-def encoder() -> ResNet18:
+def encoder() -> ResNet:
     """Returns an encoder with changed running statistics."""
-    network = ResNet18(width=2).train()
+    network = ResNet(width=2).train()
     network(torch.randn(32, 3, 8, 8) * 2 + 1)
     return network
 
@@ -44,7 +44,7 @@ def loader_of(images: ImageArray) -> Loader:
     )  # fmt: skip
 
 
-def train(encoder: ResNet18, images: ImageArray, lines: list[str] | None = None, **settings: Any) -> nn.Linear:
+def train(encoder: ResNet, images: ImageArray, lines: list[str] | None = None, **settings: Any) -> nn.Linear:
     return train_linear(
         encoder,
         loader_of(images),
@@ -77,7 +77,7 @@ def by_hand(features: list[NDArray], labels: list[NDArray], weights: list[NDArra
     return weights
 
 
-def test_agrees_with_a_transcription(encoder: ResNet18, images: ImageArray):
+def test_agrees_with_a_transcription(encoder: ResNet, images: ImageArray):
     torch.manual_seed(SEED)
     initial = nn.Linear(16, CLASSES)
     encoder.eval()
@@ -95,7 +95,7 @@ def test_agrees_with_a_transcription(encoder: ResNet18, images: ImageArray):
         assert np.linalg.norm(result - before) > 0.05 * np.linalg.norm(before)
 
 
-def test_the_encoder_stays_as_it_was(encoder: ResNet18, images: ImageArray):
+def test_the_encoder_stays_as_it_was(encoder: ResNet, images: ImageArray):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     train(encoder, images)
     assert encoder.training
@@ -103,13 +103,13 @@ def test_the_encoder_stays_as_it_was(encoder: ResNet18, images: ImageArray):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_the_same_seed_gives_the_same_classifier(encoder: ResNet18, images: ImageArray):
+def test_the_same_seed_gives_the_same_classifier(encoder: ResNet, images: ImageArray):
     first, second = train(encoder, images), train(encoder, images)
     assert torch.equal(first.weight, second.weight)
     assert not torch.equal(first.weight, train(encoder, images, lr=0.7).weight)
 
 
-def test_it_learns(encoder: ResNet18, images: ImageArray):
+def test_it_learns(encoder: ResNet, images: ImageArray):
     lines: list[str] = []
     train(encoder, images, lines, epochs=60, lr=30.0)
     losses = [float(line.split()[3]) for line in lines]
@@ -118,14 +118,14 @@ def test_it_learns(encoder: ResNet18, images: ImageArray):
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(2, [1, 2]), (25, [1, *range(2, 25, 2), 25])])
-def test_progress_comes_first_last_and_between(encoder: ResNet18, images: ImageArray, epochs: int, expected: list[int]):
+def test_progress_comes_first_last_and_between(encoder: ResNet, images: ImageArray, epochs: int, expected: list[int]):
     lines: list[str] = []
     train(encoder, images, lines, epochs=epochs)
     assert [line.split()[:2] for line in lines] == [["epoch", f"{epoch}/{epochs}"] for epoch in expected]
     assert all(line.endswith(" left") for line in lines)
 
 
-def test_steps_take_the_place_of_epochs(encoder: ResNet18, images: ImageArray):
+def test_steps_take_the_place_of_epochs(encoder: ResNet, images: ImageArray):
     lines: list[str] = []
     by_epochs, by_steps = train(encoder, images), train(encoder, images, epochs=90, steps=15)
     assert torch.equal(by_epochs.weight, by_steps.weight)  # 3 epochs of 5 steps
@@ -134,7 +134,7 @@ def test_steps_take_the_place_of_epochs(encoder: ResNet18, images: ImageArray):
     assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]  # the second has two steps
 
 
-def test_features_that_are_not_finite_are_named(encoder: ResNet18, images: ImageArray):
+def test_features_that_are_not_finite_are_named(encoder: ResNet, images: ImageArray):
     def spoilt(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output * math.nan
 
@@ -143,7 +143,7 @@ def test_features_that_are_not_finite_are_named(encoder: ResNet18, images: Image
         train(encoder, images)
 
 
-def test_bf16_is_the_encoders_alone(encoder: ResNet18, images: ImageArray):
+def test_bf16_is_the_encoders_alone(encoder: ResNet, images: ImageArray):
     seen: list[torch.dtype] = []
     encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     classifier = train_linear(

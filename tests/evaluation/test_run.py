@@ -30,9 +30,10 @@ from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Loader
 from mnclglf.data.splits import split_train
 from mnclglf.data.views import whole_views
+from mnclglf.evaluation import images
 from mnclglf.evaluation import run as module
 from mnclglf.evaluation.run import evaluate_run
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.recipes import view_of
 from mnclglf.runs import files
 from mnclglf.runs.results import Result, load_results
@@ -106,15 +107,15 @@ def test_the_papers_protocol_is_of_the_pretrained_encoder(run: Path, capsys: pyt
 def test_the_untrained_encoder_is_another_when_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[torch.Tensor] = []
 
-    def train_linear(encoder: ResNet18, *_: object, **__: object) -> nn.Linear:
+    def train_linear(encoder: ResNet, *_: object, **__: object) -> nn.Linear:
         seen.append(encoder.conv1.weight.detach().clone())
         return nn.Linear(16, 10)
 
     monkeypatch.setattr(module, "train_linear", train_linear)
     found = evaluate_run(run, tiny(untrained=True))
     assert [r.representation for r in found] == ["pretrained", "untrained"]
-    assert torch.equal(seen[0], load_trained(run)[1].encoder.conv1.weight)
-    assert torch.equal(seen[1], build_method(CONFIG, torch.float32).encoder.conv1.weight)
+    assert torch.equal(seen[0], load_trained(run)[1].get_parameter("encoder.conv1.weight"))
+    assert torch.equal(seen[1], build_method(CONFIG, torch.float32).get_parameter("encoder.conv1.weight"))
     assert not torch.equal(*seen)
 
 
@@ -170,13 +171,13 @@ def test_few_steps_are_warned_of_with_their_number(
 
 
 def test_fewer_images_than_the_default_batch_are_one_batch(run: Path, monkeypatch: pytest.MonkeyPatch):
-    real = module.load_run_data
+    real = images.load_run_data
 
     def load_run_data(config: RunConfig, data_dir: Path | None) -> start.RunData:
         data = real(config, data_dir)
         return replace(data, train=data.train.subset(np.arange(120)))
 
-    monkeypatch.setattr(module, "load_run_data", load_run_data)
+    monkeypatch.setattr(images, "load_run_data", load_run_data)
     given = Trained(monkeypatch)
     (found,) = evaluate_run(run, LinearConfig(epochs=2, device="cpu"))
     (batch,) = given.loader.batches(0, 1)

@@ -40,6 +40,19 @@ def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
     return total / len(z)
 
 
+def nt_xent_of_part(first: Tensor, second: Tensor, tau: float, rank: int, ranks: int) -> Tensor:
+    """The mean of the terms of `nt_xent` of one rank's images, from image rank * n on, n = N / ranks."""
+    images = len(first) // ranks
+    views = [torch.stack([normalize_row(row) for row in view]) for view in (first, second)]
+    terms = []
+    for image in range(rank * images, (rank + 1) * images):
+        for own, other in (views, views[::-1]):
+            to_own, to_other = own @ own[image] / tau, other @ own[image] / tau
+            logits = torch.cat([to_other, to_own[:image], to_own[image + 1 :]])
+            terms.append(torch.logsumexp(logits, dim=0) - to_other[image])
+    return torch.stack(terms).mean()
+
+
 def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
     """MoCo, equation 1 for each query: its own key against all rows of the queue, which are normalized when stored."""
     total = torch.zeros((), dtype=queries.dtype)

@@ -59,6 +59,18 @@ def contrastive_loss(h: Tensor, p: Tensor, tau: float) -> Tensor:
     return loss / len(splits)
 
 
+def contrastive_loss_of_part(h: Tensor, p: Tensor, tau: float, rank: int, ranks: int) -> Tensor:
+    """The mean of the terms of `contrastive_loss` of one rank's images: h [S*n, D], p [ranks*n, D] -> scalar."""
+    images = len(p) // ranks
+    candidates = torch.stack([normalize_row(row) for row in p])
+    total = torch.zeros((), dtype=h.dtype)
+    for split in h.split(images):
+        for image, row in enumerate(split):
+            logits = candidates @ normalize_row(row) / tau
+            total = total + torch.logsumexp(logits, dim=0) - logits[rank * images + image]
+    return total / len(h)
+
+
 def nearest_neighbor(queries: Tensor, queue: Tensor) -> Tensor:
     """Algorithm 1, `def NN(Q, z)`: for each query [M, D] the index of the queue row [K, D] of highest cosine: [M].
 

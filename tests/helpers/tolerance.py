@@ -44,12 +44,13 @@ def loss_floor(temperature: float, candidates: int, dtype: torch.dtype) -> float
 def gradient_floor(rows: Tensor, terms: int, temperature: float, upstream: float, truth: Tensor) -> Tensor:
     """Returns the rounding error [M] of the contrastive loss's gradient for `rows` [M, D].
 
-    A logit of up to 1/tau carries an error of eps/tau into exp, the gradient of a row is a sum of coefficients of up to
-    upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
+    A logit of up to 1/tau carries an error of eps/tau into exp. The sum over the candidates carries the log of their
+    number, as in `loss_floor`, here bounded by the number of terms. The gradient of a row is a sum of coefficients of
+    up to upstream / (terms * tau * norm), and the store rounds once to the dtype of the rows.
     """
     norms = rows.double().norm(dim=1).clamp(min=oracles.NORM_FLOOR)
     scale = abs(upstream) / (terms * temperature * norms)
-    rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature) * scale
+    rounding = ULPS_FP32 * working_epsilon(rows.dtype) * (1 + 1 / temperature + math.log(terms)) * scale
     if rows.dtype == torch.float64:
         rounding = 2 * rounding  # the truth is computed in fp64 too, so it rounds as much as the result
     stored = torch.finfo(rows.dtype).eps * truth.abs().amax(dim=1) + torch.finfo(rows.dtype).tiny

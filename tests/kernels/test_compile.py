@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from mnclglf_kernels import Backend, batch_norm, contrastive_loss, enqueue, nearest_neighbor
+from mnclglf_kernels import Backend, batch_norm, contrastive_loss, enqueue, nearest_neighbor, nt_xent
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels.operators import OPERATORS
 
@@ -71,6 +71,22 @@ def test_the_loss_of_one_pair(compiler, backend):
     compiled = torch.compile(contrastive_loss, fullgraph=True, backend=compiler)
     for kind, tensors in outcomes(contrastive_loss, pair, **how).items():
         for ours, eager in zip(outcomes(compiled, pair, **how)[kind], tensors, strict=True):
+            torch.testing.assert_close(ours, eager, **FP32)
+
+
+def losses_of_a_rank(targets: Tensor, first: Tensor, second: Tensor, backend: Backend) -> Tensor:
+    part: dict[str, Any] = dict(rank=1, ranks=3, backend=backend)
+    return contrastive_loss(targets, 2 * first, 0.5, **part) - 3 * nt_xent(first, second, 0.5, **part)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_the_losses_of_one_of_several_ranks(compiler, backend):
+    torch._dynamo.reset()
+    names = ("targets", 10), ("first", 15), ("second", 15)
+    given = {name: torch.randn(count, 7).requires_grad_() for name, count in names}
+    compiled = torch.compile(losses_of_a_rank, fullgraph=True, backend=compiler)
+    for kind, tensors in outcomes(losses_of_a_rank, given, backend=backend).items():
+        for ours, eager in zip(outcomes(compiled, given, backend=backend)[kind], tensors, strict=True):
             torch.testing.assert_close(ours, eager, **FP32)
 
 

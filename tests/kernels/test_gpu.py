@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import batch_norms
@@ -27,6 +28,7 @@ from mnclglf_kernels import (
     augment,
     batch_norm,
     combine,
+    contrastive_loss,
     contrastive_losses,
     conv2d,
     convolution,
@@ -261,6 +263,19 @@ def test_nt_xent(dtype, size):
         return method_oracles.nt_xent_as_published(first.float(), second.float(), temperature)  # masks by 1e9
 
     check_view_loss(nt_xent, published, sides)
+
+
+@pytest.mark.parametrize("size", [(65, 123), (256, 2048)], ids=str)
+@pytest.mark.parametrize("loss", [contrastive_loss, nt_xent], ids=["contrastive_loss", "nt_xent"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_losses_of_one_of_several_ranks(dtype, loss, size):
+    images, width = size
+    sides = [torch.randn(3 * images, width).to(dtype) for _ in range(2)]  # for contrastive_loss the targets of S = 3
+
+    def plain(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+        return loss(first.float(), second.float(), temperature, rank=1, ranks=3, backend="torch")
+
+    check_view_loss(partial(loss, rank=1, ranks=3), plain, sides)
 
 
 @pytest.mark.parametrize("size", [(65, 1000, 123), (256, 16384, 2048), (300, 9000, 512)], ids=str)  # 1, 4, 3 slices

@@ -60,6 +60,10 @@ def normalized(**how: Any) -> Any:
     return batch_norm(learner(6, 4), learner(4), learner(4), views=3, **how, backend="triton")
 
 
+def part_of_a_loss(targets: Tensor, predictions: Tensor) -> Tensor:
+    return contrastive_losses([(targets, predictions)], 0.5, rank=1, ranks=2, backend="triton")[0]
+
+
 def queue_loss(queries: Tensor, keys: Tensor) -> Tensor:
     return queue_contrastive_loss(queries, keys, torch.randn(7, 4), 0.5, backend="triton")
 
@@ -104,6 +108,8 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         (lambda: nt_xent(torch.randn(3, 4), torch.randn(3, 4), 0.5, backend="triton"), 2),
         (lambda: nt_xent(learner(3, 4), learner(3, 4), 0.5, backend="triton").backward(), 4),
         (lambda: nt_xent(torch.randn(3, 4), learner(3, 4), 0.5, backend="triton").backward(), 4),
+        (lambda: nt_xent(learner(6, 4), learner(6, 4), 0.5, rank=1, ranks=2, backend="triton").backward(), 4),
+        (lambda: part_of_a_loss(torch.randn(6, 4), learner(6, 4)).backward(), 4),
         (lambda: queue_loss(torch.randn(3, 4), torch.randn(3, 4)), 2),
         (lambda: queue_loss(learner(3, 4), torch.randn(3, 4)).backward(), 5),
         (lambda: queue_loss(learner(3, 4), learner(3, 4)).backward(), 6),
@@ -123,6 +129,8 @@ def test_pairs_of_one_shape_and_dtype_share_their_launches(groups, targets_learn
         "nt_xent",
         "nt_xent and its gradient",
         "nt_xent and the gradient of one view",
+        "nt_xent of a rank and its gradient",
+        "contrastive_losses of a rank and its gradient",
         "queue_contrastive_loss",
         "queue_contrastive_loss and the queries' gradient",
         "queue_contrastive_loss and both gradients",

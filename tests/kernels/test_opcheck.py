@@ -73,10 +73,17 @@ def pairs(learn: tuple[bool, ...] = (False,) * 4, dtype: torch.dtype = torch.flo
     return rows[:2], rows[2:]
 
 
-def backward_of(of_targets: bool, of_predictions: bool) -> tuple[Any, ...]:
+def backward_of(of_targets: bool, of_predictions: bool, rank: int = 0, ranks: int = 1) -> tuple[Any, ...]:
     targets, predictions = pairs()
-    _, *saved = torch.ops.mnclglf.contrastive_losses(targets, predictions, 0.5)
-    return torch.randn(2), targets, predictions, *saved, 0.5, of_targets, of_predictions
+    targets = [rows[: len(rows) // ranks] for rows in targets]
+    _, *saved = torch.ops.mnclglf.contrastive_losses(targets, predictions, 0.5, rank, ranks)
+    return torch.randn(2), targets, predictions, *saved, 0.5, of_targets, of_predictions, rank, ranks
+
+
+def nt_xent_backward_of(rank: int, ranks: int) -> tuple[Any, ...]:
+    rows = torch.randn(12, 4)
+    losses, *saved = torch.ops.mnclglf.nt_xent(rows, 0.5, rank, ranks)
+    return torch.randn_like(losses), rows, *saved, 0.5, rank, ranks
 
 
 def queue_backward_of(of_queries: bool, of_keys: bool) -> tuple[Any, ...]:
@@ -106,6 +113,9 @@ def batch_norm_backward_call(
     return torch.randn(x.shape), other, x, y, weight, bias, mean, deviation, relu, y is not None
 
 
+# ranks.py: these need several processes, so tests/kernels/ops/test_batch_norm_over_ranks.py checks them.
+MESSAGES = {"gather", "gather_rows", "sum_rows", "sum_over_ranks"}
+
 # Strides, mixed dtypes, and choices of what learns that the examples do not have.
 FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "divide": [
@@ -134,8 +144,13 @@ FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (*pairs(), 0.5),
         lambda: (*pairs((False, False, True, True), torch.bfloat16), 0.5),
         lambda: (*pairs((True, False, False, True)), 0.5),
+        lambda: (*pairs((True,) * 4), 0.5, 3, 5),
     ],
-    "contrastive_losses_backward": [lambda: backward_of(True, False), lambda: backward_of(False, True)],
+    "contrastive_losses_backward": [
+        lambda: backward_of(True, False),
+        lambda: backward_of(False, True),
+        lambda: backward_of(True, True, 3, 5),
+    ],
     "batch_norm": [
         lambda: batch_norm_call(torch.randn(4, 5), None, False),
         lambda: batch_norm_call(torch.randn(4, 5).bfloat16(), None, True, running=False),
@@ -172,7 +187,11 @@ FURTHER: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda of=of: (torch.randn(2, 6, 4, 3), torch.randn(2, 3, 7, 5), torch.randn(6, 3, 3, 3), 2, 1, True, *of)
         for of in ((True, True), (True, False), (False, True))
     ],
-    "nt_xent": [lambda: (torch.randn(10, 4), 0.5)],
+    "nt_xent": [
+        lambda: (torch.randn(10, 4), 0.5),
+        lambda: (learner(torch.randn(12, 4)), 0.5, 1, 3),
+    ],
+    "nt_xent_backward": [lambda: nt_xent_backward_of(1, 3)],
     "queue_contrastive_loss": [
         lambda: (torch.randn(5, 4), torch.randn(5, 4), torch.randn(9, 4), 0.5),
         lambda: (learner(torch.randn(5, 4)), torch.randn(5, 4), torch.randn(9, 4).bfloat16(), 0.5),
@@ -195,4 +214,4 @@ def test_every_registered_operator_is_checked():
         name.removeprefix("mnclglf::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("mnclglf::")
     }
     called = {operator._opname for name in OPERATORS for operator, _ in calls_of(name, torch.float32)}
-    assert registered <= called | FURTHER.keys()
+    assert registered <= called | FURTHER.keys() | MESSAGES

@@ -41,7 +41,7 @@ def test_every_row_has_its_files(name):
 
 
 def test_every_file_has_its_row():
-    files = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__"}
+    files = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__", "batch_norm_over_ranks"}
     assert files == set(OPERATORS)
     shared = {"__init__", "launch", "products", "tiles"}
     assert {path.stem for path in (PACKAGE / "_triton").glob("*.py")} - shared == set(OPERATORS)

@@ -209,6 +209,48 @@ def test_what_the_self_check_launches_is_what_the_run_launches(one_embedding, mo
     assert [x["targets"][0].dtype for x in forward] == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_right_kernels_of_a_rank_pass(dtype):
+    used = ("contrastive_losses", "nt_xent", "enqueue")
+    assert self_check.failures(SIZES, dtype, torch.float32, CPU, operators=used, rank=1, ranks=3) == {}
+
+
+def test_what_the_self_check_of_a_rank_launches_is_what_the_run_launches(monkeypatch):
+    """Checks that the rows are those of one rank, and the candidates and the rows to enqueue those of all."""
+    launched = []
+    monkeypatch.setattr(launch, "run", lambda launches, _: launched.extend(launches))
+    used = ("contrastive_losses", "nt_xent", "enqueue")
+    self_check.failures(SIZES, torch.float32, torch.float32, CPU, operators=used, rank=1, ranks=3)
+    losses = [x.arguments for x in launched if x.kernel.__name__ == "contrastive_losses_forward_kernel"]
+    assert [(x["RANK"], x["RANKS"], x["N"]) for x in losses] == [(1, 3, 18), (1, 3, 36)]
+    assert [x["FIRST_ROWS"] for x in losses] == [(0, 36, 72, 78, 84), (0, 12)]
+    assert {len(x.arguments["rows"]) for x in launched if x.kernel.__name__ == "enqueue_write_kernel"} == {18}
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernel"),
+    [
+        ("contrastive_losses", "forward"),
+        ("contrastive_losses", "coefficient"),
+        ("nt_xent", "forward"),
+        ("nt_xent", "coefficient"),
+        ("nt_xent", "gradient"),
+    ],
+)
+def test_another_rank_s_positives_are_found(operator, kernel, monkeypatch):
+    run = launch.run
+
+    def spoil(launches, device):
+        for x in launches:
+            if x.kernel.__name__ == f"contrastive_losses_{kernel}_kernel":
+                x.arguments["RANK"] = 0
+        run(launches, device)
+
+    monkeypatch.setattr(launch, "run", spoil)
+    found = self_check.failures(SIZES, torch.float32, torch.float32, CPU, operators=[operator], rank=1, ranks=3)
+    assert set(found) == {operator}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pytorch_s_own_results_pass_at_the_paper_s_sizes(dtype, monkeypatch):

@@ -79,28 +79,32 @@ def neighbor_launches() -> list[launch.Launch]:
 def contrastive_launches() -> list[launch.Launch]:
     found = []
     for dtype in (torch.float32, torch.float16):
-        for n, d, subsets in ((7, 16, (1,)), (20, 37, (3, 1, 2))):
+        for n, d, subsets, part in (
+            (7, 16, (1,), contrastive.Part()),
+            (20, 37, (3, 1, 2), contrastive.Part()),
+            (7, 16, (1, 2), contrastive.Part(2, 3)),
+        ):
             targets = [torch.randn(s * n, d).to(dtype) for s in subsets]
-            predictions = [torch.randn(n, d).to(dtype) for _ in subsets]
-            results = contrastive.empty_forward(targets, predictions)
+            predictions = [torch.randn(part.ranks * n, d).to(dtype) for _ in subsets]
+            results = contrastive.empty_forward(targets, predictions, part)
             gradients = [[torch.empty_like(x) for x in side] for side in (targets, predictions)]
             for t in TILES:
-                found += contrastive.forward_launches(targets, predictions, 1.0, results, t)
+                found += contrastive.forward_launches(targets, predictions, 1.0, results, t, part)
                 shared = (targets, predictions, 1.0, results, torch.ones(len(subsets)))
-                found += contrastive.backward_launches(*shared, *gradients, t=t, gradient_tile=t)
+                found += contrastive.backward_launches(*shared, *gradients, t=t, gradient_tile=t, part=part)
     return found
 
 
 def nt_xent_launches() -> list[launch.Launch]:
     found = []
     for dtype in (torch.float32, torch.float16):
-        for n, d in ((3, 16), (20, 37)):
+        for n, d, part in ((3, 16, (0, 1)), (20, 37, (0, 1)), (6, 16, (1, 2)), (63, 37, (1, 3))):
             rows = torch.randn(2 * n, d).to(dtype)
-            results = contrastive.empty_forward([rows], [rows])
+            results = nt_xent.empty_nt_xent_forward(rows, *part)
             for t in TILES:
-                found += nt_xent.nt_xent_forward_launches(rows, 1.0, results, t)
+                found += nt_xent.nt_xent_forward_launches(rows, 1.0, results, t, *part)
                 gradient = torch.empty_like(rows)
-                found += nt_xent.nt_xent_backward_launches(rows, 1.0, results, torch.ones(1), gradient, t, t)
+                found += nt_xent.nt_xent_backward_launches(rows, 1.0, results, torch.ones(1), gradient, t, t, *part)
     return found
 
 
@@ -133,6 +137,9 @@ def batch_norm_launches() -> list[launch.Launch]:
                     given = x, weight, bias, *running
                     for fork in (False, True):
                         found += batch_norm.launches(*given, views=views, residual=residual, relu=relu, fork=fork)
+        over_ranks = batch_norm.launches(x, weight, bias, mean, variance, views=views, residual=x.clone(), ranks=3)
+        over_ranks += batch_norm.launches(x, weight, bias, views=views, relu=True, ranks=3)
+        found += [x for x in over_ranks if {"own", "RANKS"} & x.arguments.keys()]  # the others are those of one process
     return filled(found)
 
 

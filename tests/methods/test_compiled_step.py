@@ -8,7 +8,7 @@ from methods.test_mnclglf import N, Stepper, make_batch, make_method, make_oracl
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from mnclglf.config import Stem
+from mnclglf.config import ModelConfig
 from mnclglf.methods import MNCLGLF
 from mnclglf.models.batch_norm import BatchNorm, Stack, without_batch_counters
 from mnclglf_kernels import Backend
@@ -21,7 +21,7 @@ class TinyEncoder(Stack):
 
     features = 8
 
-    def __init__(self, stem: Stem, width: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         norm = BatchNorm(8)
         super().__init__(
             nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -72,11 +72,12 @@ def test_the_step_is_one_graph(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inductor_keeps_queue_and_gradients(backend, monkeypatch):
     """torch 2.14's Inductor drops `queue.clone()` before an enqueue in one graph, and gradients are silently wrong."""
-    monkeypatch.setattr("mnclglf.methods.base.ResNet18", TinyEncoder)
+    monkeypatch.setattr("mnclglf.methods.base.make_encoder", TinyEncoder)
     with inductor.patch(force_disable_caches=True):
         assert_compiled_equals_eager(backend, "inductor")
 
 
+@pytest.mark.slow
 def test_interpreted_steps_are_as_accurate_as_algorithm_1_in_fp32():
     method = make_method(torch.float32, backend="triton")
     truth, plain, ours = make_oracle(copy.deepcopy(method).double()), make_oracle(method), Stepper(method)

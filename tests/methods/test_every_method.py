@@ -109,7 +109,7 @@ def two_steps(method: Method, *, compiled: bool) -> list[Tensor]:
 @EVERY
 def test_the_forward_is_one_graph(name: MethodName, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("base", "mnclglf_official"):
-        monkeypatch.setattr(f"mnclglf.methods.{module}.ResNet18", TinyEncoder)
+        monkeypatch.setattr(f"mnclglf.methods.{module}.make_encoder", TinyEncoder)
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

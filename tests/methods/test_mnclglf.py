@@ -219,7 +219,7 @@ def test_momentum_network_follows_after_the_optimizer_step() -> None:
     follower = method.momentum.get_parameter("0.conv1.weight")
     before = follower.clone()
     Stepper(method)(make_batch())
-    after_step = method.encoder.conv1.weight.detach()
+    after_step = method.get_parameter("encoder.conv1.weight").detach()
     assert not torch.equal(after_step, before)
     torch.testing.assert_close(follower, 0.75 * before + 0.25 * after_step, **FP64)
 

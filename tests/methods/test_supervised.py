@@ -20,7 +20,7 @@ from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch
 from mnclglf.data.views import whole_views
 from mnclglf.methods import Supervised
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.recipes import quick
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import load_trained
@@ -145,7 +145,7 @@ def test_it_reaches_what_plain_training_reaches(tmp_path: Path) -> None:
     Trainer(config, tmp_path, console=Console(file=io.StringIO())).train()
     method = load_trained(tmp_path)[1].eval()
     assert isinstance(method, Supervised)
-    network = nn.Sequential(ResNet18("cifar", 8), nn.Linear(64, CLASSES))
+    network = nn.Sequential(ResNet("cifar", 8), nn.Linear(64, CLASSES))
     plain = plain_training(network, train, side=8, optim=config.optim, view=config.view, seed=0)
     with torch.inference_mode():
         ours = (method.classifier(method.encoder(whole)).argmax(dim=1) == labels).double().mean().item()

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from mnclglf.config import Stem
 from mnclglf.models.batch_norm import Views, batch_statistics_only
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.models.fused import features_without_gradient, set_half
 from mnclglf_kernels import Backend
 from mnclglf_kernels.backend import HAS_CUDNN
 
 
-def encoder_of(stem: Stem = "cifar", width: int = 4, dtype: torch.dtype = torch.float64) -> ResNet18:
+def encoder_of(stem: Stem = "cifar", width: int = 4, dtype: torch.dtype = torch.float64) -> ResNet:
     """Returns an encoder in train mode whose batch norms differ from channel to channel."""
     torch.manual_seed(0)
-    encoder = ResNet18(stem, width).to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    encoder = ResNet(stem, width).to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     for name, x in encoder.named_parameters():
         if "bn" in name or name.endswith("downsample.1.weight"):
             torch.nn.init.uniform_(x, 0.5, 1.5) if name.endswith("weight") else torch.nn.init.normal_(x)
@@ -31,7 +31,7 @@ def images_of(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return drawn.to(dtype, memory_format=torch.channels_last)
 
 
-def buffers_of(encoder: ResNet18) -> dict[str, Tensor]:
+def buffers_of(encoder: ResNet) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in encoder.named_buffers() if "running" in name}
 
 
@@ -60,7 +60,7 @@ def test_no_running_statistic_changes_where_none_is_tracked() -> None:
 def test_only_training_forwards_without_gradient_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
 
-    def note(encoder: ResNet18, images: Tensor, views: Views | int) -> Tensor:
+    def note(encoder: ResNet, images: Tensor, views: Views | int) -> Tensor:
         called.append(views)
         return images.new_zeros(len(images), encoder.features)
 

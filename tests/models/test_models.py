@@ -6,7 +6,7 @@ import torch
 
 from mnclglf.config import Stem
 from mnclglf.models.batch_norm import batch_norms
-from mnclglf.models.encoder import ResNet18
+from mnclglf.models.encoder import ResNet
 from mnclglf.models.heads import predictor, projector
 from mnclglf.models.momentum import momentum_copy, update_momentum
 
@@ -14,7 +14,7 @@ from mnclglf.models.momentum import momentum_copy, update_momentum
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 16), ("imagenet", 64)])
 def test_resnet_equals_torchvision(stem: Stem, side: int) -> None:
     reference = oracles.reference_resnet18(stem=stem).double().train()
-    ours = ResNet18(stem).double().train()
+    ours = ResNet(stem).double().train()
     state = reference.state_dict()
     for name in [name for name in state if "num_batches_tracked" in name]:
         del state[name]
@@ -27,7 +27,7 @@ def test_resnet_equals_torchvision(stem: Stem, side: int) -> None:
 
 def test_resnet_starts_like_torchvision() -> None:
     torch.manual_seed(3)
-    ours, reference = ResNet18().state_dict(), oracles.reference_resnet18().state_dict()
+    ours, reference = ResNet().state_dict(), oracles.reference_resnet18().state_dict()
     for name, value in ours.items():
         if value.dim() == 4:  # the same distribution: standard deviations of thousands of draws agree within 10%
             assert value.std().item() == pytest.approx(reference[name].std().item(), rel=0.1), name
@@ -37,14 +37,14 @@ def test_resnet_starts_like_torchvision() -> None:
 
 @pytest.mark.parametrize("width", [1, 16, 64])
 def test_feature_width_is_eight_times_the_width(width: int) -> None:
-    network = ResNet18(width=width)
+    network = ResNet(width=width)
     assert network(torch.randn(2, 3, 16, 16)).shape == (2, network.features) == (2, 8 * width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_images_of_one_pixel_are_not_what_memory_held(dtype: torch.dtype) -> None:
     """Views of 8 pixels have patches of 4, of which the last stage strides over 1: eight taps in nine see padding."""
-    network = ResNet18(width=4).to(memory_format=torch.channels_last)
+    network = ResNet(width=4).to(memory_format=torch.channels_last)
     name = "layer4.0.conv1.weight"
     for _ in range(10):
         left_over = [torch.full((2**16,), torch.nan) for _ in range(8)]
@@ -69,13 +69,13 @@ def test_heads_equal_the_paper() -> None:
 
 
 def test_no_network_counts_its_batches() -> None:
-    for module in (ResNet18(width=4), projector(32, 8), predictor(8, 4)):
+    for module in (ResNet(width=4), projector(32, 8), predictor(8, 4)):
         assert batch_norms(module)
         assert not [name for name in module.state_dict() if "num_batches_tracked" in name]
 
 
 def test_channels_last_changes_no_value() -> None:
-    network = ResNet18(width=4).double()
+    network = ResNet(width=4).double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     expected = network(images)
     last = network.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
@@ -83,7 +83,7 @@ def test_channels_last_changes_no_value() -> None:
 
 
 def test_momentum_copy_is_its_own_network() -> None:
-    online = ResNet18(width=4)
+    online = ResNet(width=4)
     follower = momentum_copy(online)
     assert not any(parameter.requires_grad for parameter in follower.parameters())
     follower(torch.randn(2, 3, 16, 16))
@@ -92,8 +92,8 @@ def test_momentum_copy_is_its_own_network() -> None:
 
 
 def test_update_momentum_keeps_still_where_told() -> None:
-    online, follower = ResNet18(width=4), momentum_copy(ResNet18(width=4))
-    assert isinstance(follower, ResNet18)
+    online, follower = ResNet(width=4), momentum_copy(ResNet(width=4))
+    assert isinstance(follower, ResNet)
     before = follower.conv1.weight.clone()
     update_momentum(follower, online, 0.9, torch.tensor(False))
     assert torch.equal(follower.conv1.weight, before)

@@ -107,6 +107,33 @@ def write_run(folder: Path, *, steps: int = EPOCHS * STEPS_PER_EPOCH, recipe: Re
     return folder
 
 
+def write_pictures(run: Path, classes: int = 3) -> None:
+    """Writes a gallery.npz and a queue.npz of random pictures."""
+    random = np.random.default_rng(0)
+
+    def pictures(*shape: int) -> np.ndarray:
+        return random.integers(0, 256, (*shape, 8, 8, 3), dtype=np.uint8)
+
+    names = np.array(["cat", "<b>dog</b>", "</script>", *(f"class {i}" for i in range(3, classes))])
+    labels = np.arange(20) % classes
+    np.savez(
+        run / "gallery.npz", images=pictures(20), labels=labels, map=random.random((20, 2)).astype(np.float32),
+        classes=names, queries=pictures(2), query_labels=np.array([0, 1]),
+        representations=np.array(["pretrained", "raw pixels"]), neighbors=pictures(2, 2, 3),
+        neighbor_labels=np.array([[[0, 0, 1], [1, 1, 1]], [[2, 0, 0], [0, 0, 0]]]),
+        confusion=np.eye(classes, dtype=np.int64) * 5 + np.eye(classes, k=1, dtype=np.int64),
+    )  # fmt: skip
+    np.savez(
+        run / "queue.npz", steps=np.array([10, 400]), queries=pictures(2, 6), neighbors=pictures(2, 6),
+        query_labels=np.zeros((2, 6), int), neighbor_labels=np.eye(2, 6, dtype=int),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def add_pictures() -> Callable[..., None]:
+    return write_pictures
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Returns `write_run` for a temporary folder; it takes the same keywords."""
@@ -126,3 +153,9 @@ def evaluation() -> Callable[[], list[dict]]:
 @pytest.fixture(scope="session")
 def made_views() -> Callable[..., dict[str, np.ndarray]]:
     return views
+
+
+@pytest.fixture
+def make_named_run(tmp_path: Path) -> Callable[..., Path]:
+    """Returns `write_run` for a folder of a temporary one, by its name."""
+    return lambda name, **keywords: write_run(tmp_path / name, **keywords)

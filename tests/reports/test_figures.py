@@ -1,23 +1,28 @@
-"""Tests of the figures: valid PNG for any records, the right values drawn, no global state changed."""
+"""Tests of the figures: valid SVG and PNG for any records, the right values drawn, no global state changed."""
 
 import io
 import math
+import re
+from xml.etree import ElementTree
 
 import hypothesis.strategies as st
 import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given
+from made_metrics import metrics_of
 from matplotlib import mathtext
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mnclglf.reports import figures
 from mnclglf.reports.figures import (
-    DARK,
-    LIGHT,
+    MARKED,
+    VARIABLES,
     DotPanel,
     Dots,
+    Drawing,
     divided,
     dot_chart,
     health_curves,
@@ -25,7 +30,6 @@ from mnclglf.reports.figures import (
     picture_grid,
     running_mean,
     schedule_curves,
-    series,
     views_picture,
 )
 
@@ -41,31 +45,46 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collects the figures made from here on, before they become PNG."""
+    """Collects the figures made from here on, before they become PNG or SVG."""
     made: list[Figure] = []
-
-    def keep(figure: Figure) -> bytes:
-        made.append(figure)
-        return b""
-
-    monkeypatch.setattr(figures, "_png", keep)
+    monkeypatch.setattr(figures, "_png", lambda figure: made.append(figure) or b"")
+    monkeypatch.setattr(figures, "inline_svg", lambda figure, title: made.append(figure) or "")
     return made
 
 
-@pytest.mark.parametrize("draw", CURVES)
-@pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_curves_are_pictures_in_the_themes_colours(draw, theme, metrics):
-    picture = pixels(draw(metrics(468), theme=theme))
-    assert picture.shape[1] > 1400
-    background = [int(theme.background[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    assert picture[0, 0, :3] == pytest.approx(background, abs=0.01)
-    assert picture[..., :3].std() > 0.02
+def axes_of(drawn: list[Figure]) -> list[Axes]:
+    """Returns the axes of figures that have one each."""
+    return [axis for figure in drawn for axis in figure.axes]
+
+
+def check_svgs(drawings: list[Drawing]) -> None:
+    """Asserts that drawings are elements that can stand on one page."""
+    ids: list[str | None] = []
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing.svg)
+        assert root.tag == "svg"  # without a namespace, which HTML does not need
+        assert root.get("aria-label") == f"{drawing.title} over the steps"
+        own = [element.get("id") for element in root.iter() if element.get("id")]
+        used = re.findall(r"url\(#([^)]*)\)", drawing.svg) + re.findall(r'href="#([^"]*)"', drawing.svg)
+        assert set(used) <= set(own)
+        ids += own
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("draw", CURVES)
-@pytest.mark.parametrize("records", [[], [{}], [{"step": 1}], [{"step": 3, "loss": 2.0, "lr": None}]])
+def test_curves_take_their_colors_from_the_page(draw, metrics):
+    drawings = draw(metrics_of(metrics(468)))
+    check_svgs(drawings)
+    svg = "".join(drawing.svg for drawing in drawings)
+    assert set(re.findall(r"var\((--[a-z]+)\)", svg)) >= {*VARIABLES[:5]}
+    assert not re.search(r"#[0-9a-f]{6}\b|https?:|<style|<metadata", svg.replace("#000000", ""))
+    assert MARKED.text not in svg
+
+
+@pytest.mark.parametrize("draw", CURVES)
+@pytest.mark.parametrize("records", [[], [{"step": 1}], [{"step": 3, "loss": 2.0, "lr": None}]])
 def test_missing_values_are_no_error(draw, records):
-    pixels(draw(records))
+    check_svgs(draw(metrics_of(records)))
 
 
 @pytest.mark.parametrize("values", [(0, 0), (-5, 5), (3e38, -3e38), (1e-45, 1e38), (7.5, 7.5), (1e9, 1e9 + 1)])
@@ -73,55 +92,30 @@ def test_missing_values_are_no_error(draw, records):
 def test_extreme_values_are_no_error(values, steps):
     keys = ("loss", "loss_s", "gradient_norm", "feature_std", "queue_fill")
     records = [{"step": step, **dict.fromkeys(keys, value)} for step, value in zip(steps, values, strict=True)]
-    pixels(loss_curves(records, uninformed=4.85))
-    pixels(health_curves(records))
-
-
-@given(st.lists(st.dictionaries(st.sampled_from(["step", "loss"]), VALUES)))
-def test_series_takes_anything(records):
-    steps, values = series(records, "loss")
-    assert len(steps) == len(values) <= len(records)
-    assert np.isfinite(np.array(values, np.float32)).all()
-    assert all(isinstance(step, int) and step >= 0 for step in steps)
-
-
-def test_series_keeps_finite_numbers_with_a_step():
-    records = [
-        {"step": 1, "loss": 2.5},
-        {"step": 2, "loss": math.nan},
-        {"step": 3, "loss": None},
-        {"step": 4},
-        {"loss": 1.0},
-        {"step": 6, "loss": True},
-        {"step": 6.5, "loss": 1.0},
-        {"step": -1, "loss": 1.0},
-        {"step": 6, "loss": 1e39},
-        {"step": 6, "loss": 10**400},
-        {"step": 7, "loss": 1},
-    ]
-    assert series(records, "loss") == ([1, 7], [2.5, 1])
+    check_svgs(loss_curves(metrics_of(records), uninformed=4.85))
+    check_svgs(health_curves(metrics_of(records)))
 
 
 def test_loss_panels_hold_the_loss_the_terms_and_the_level(drawn):
     records = [{"step": 10 * i, "loss": 7.0 * i, "loss_s": 1.0 * i, "loss_m": 1.0 * i} for i in range(1, 5)]
-    loss_curves(records, uninformed=math.log(256))
-    total, terms = drawn[0].axes
-    assert total.get_lines()[0].get_xydata().tolist() == [[10 * i, 7 * i] for i in range(1, 5)]
+    loss_curves(metrics_of(records), uninformed=math.log(256))
+    total, terms = axes_of(drawn)
+    assert np.asarray(total.get_lines()[0].get_xydata()).tolist() == [[10 * i, 7 * i] for i in range(1, 5)]
     assert [line.get_label() for line in terms.get_lines()] == ["loss_m", "loss_s", "no information: 5.55"]
     assert terms.get_lines()[2].get_ydata() == pytest.approx([math.log(256)] * 2)
-    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "loss" for axis in drawn[0].axes)
+    assert all(axis.get_xlabel() == "step" and axis.get_ylabel() == "loss" for axis in axes_of(drawn))
 
 
 def test_every_term_is_drawn(drawn):
     names = ["loss_a", "loss_b", "loss_c", "loss_d"]
-    loss_curves([{"step": step, "loss": 4.0, **dict.fromkeys(names, 1.0)} for step in (1, 2)])
-    shown = [axis for axis in drawn[0].axes if axis.axison]
+    loss_curves(metrics_of([{"step": step, "loss": 4.0, **dict.fromkeys(names, 1.0)} for step in (1, 2)]))
+    shown = axes_of(drawn)
     assert [line.get_label() for axis in shown[1:] for line in axis.get_lines()] == names
 
 
 def test_health_panels_are_those_that_were_logged(drawn):
-    health_curves([{"step": 1, "feature_std": 0.5, "queue_fill": 0.25}, {"step": 2, "feature_std": 0.6}])
-    shown = [axis for axis in drawn[0].axes if axis.axison]
+    health_curves(metrics_of([{"step": 1, "feature_std": 0.5, "queue_fill": 0.25}, {"step": 2, "feature_std": 0.6}]))
+    shown = axes_of(drawn)
     assert [axis.get_title("left") for axis in shown] == ["Feature spread", "Queue fill"]
     assert shown[0].get_lines()[1].get_ydata() == pytest.approx([1.0, 1.0])
     assert shown[1].get_lines()[0].get_ydata() == pytest.approx([25.0])
@@ -129,21 +123,22 @@ def test_health_panels_are_those_that_were_logged(drawn):
 
 def test_gradient_norms_of_many_sizes_get_a_logarithmic_axis(drawn):
     for top in (2.0, 500.0):
-        health_curves([{"step": step, "gradient_norm": norm} for step, norm in ((1, 1.0), (2, top))])
+        health_curves(metrics_of([{"step": step, "gradient_norm": norm} for step, norm in ((1, 1.0), (2, top))]))
     assert [figure.axes[0].get_yscale() for figure in drawn] == ["linear", "log"]
 
 
 def test_a_single_step_is_one_tick(drawn):
-    schedule_curves([{"step": 10, "lr": 0.1, "images_per_second": 5.0}], theme=LIGHT)
-    for axis in drawn[0].axes:
+    schedule_curves(metrics_of([{"step": 10, "lr": 0.1, "images_per_second": 5.0}]))
+    for axis in axes_of(drawn):
         low, high = axis.get_xlim()
         assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [10]
 
 
 def test_ema_momentum_is_shown_where_it_changes(drawn):
-    for momenta in ((0.99, 0.99), (0.99, 0.995)):
-        schedule_curves([{"step": i, "lr": 0.1, "ema_momentum": m} for i, m in enumerate(momenta)])
-    assert [len(figure.axes) for figure in drawn] == [2, 3]
+    for momenta, count in (((0.99, 0.99), 2), ((0.99, 0.995), 3)):
+        drawn.clear()
+        schedule_curves(metrics_of([{"step": i, "lr": 0.1, "ema_momentum": m} for i, m in enumerate(momenta)]))
+        assert len(drawn) == count
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(1, 60))
@@ -207,12 +202,12 @@ def test_any_number_of_views_is_a_picture(n, count, made_views):
 
 def test_matplotlibs_state_stays_as_it_was(metrics):
     before = dict(mpl.rcParams)
-    loss_curves(metrics(20))
+    loss_curves(metrics_of(metrics(20)))
     assert dict(mpl.rcParams) == before
 
 
 def test_the_same_records_give_the_same_bytes(metrics):
-    assert loss_curves(metrics(20)) == loss_curves(metrics(20))
+    assert loss_curves(metrics_of(metrics(20))) == loss_curves(metrics_of(metrics(20)))
 
 
 def test_dots_show_means_deviations_and_absent_rows(drawn: list[Figure]) -> None:

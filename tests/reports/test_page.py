@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from mnclglf.methods import METHODS, Method
 from mnclglf.reports import page as html
 from mnclglf.reports.page import Picture, progress, speed_lines, state_line, write_report
-from mnclglf.reports.run_files import RunFiles, read_run
+from mnclglf.reports.run_files import RunFiles, read_arrays, read_run, read_views
+from mnclglf.reports.series import collect
 from mnclglf.runs.metrics import read_records
 
 FILES = ["config.json", "environment.json", "metrics.jsonl", "evaluation.json", "views.npz"]
@@ -74,17 +76,23 @@ def test_a_whole_run(make_run):
     assert not list(make_run().glob(".*"))
 
 
-def test_it_needs_nothing_beside_it(make_run, real_pictures):
-    page = report(make_run())
+def test_it_needs_nothing_beside_it(make_run, add_pictures, real_pictures):
+    run = make_run()
+    add_pictures(run)
+    page = report(run)
     links = [value for _, name, value in page.attributes if name in {"src", "srcset", "href"}]
-    assert len(links) == 8  # four pictures, light and dark
-    for link in links:
+    embedded = [link for link in links if not link.startswith("#")]  # the others are parts of a drawing
+    # Views, light and dark; 2 queries, each with 2 x 3 neighbors; 2 moments of 6 pairs; 3 views with 6 combinations.
+    assert len(embedded) == 2 + 2 * (1 + 6) + 2 * 12 + 3 * (1 + 6)
+    for link in embedded:
         kind, data = link.split(",", 1)
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
-    assert not re.search(r"https?://|@import|<script|<link|url\(", page.source)
-    assert [value for tag, name, value in page.attributes if tag == "img" and name == "alt" and value]
+    assert not re.search(r"https?://|@import|<link|<script src|url\((?!#|\$)", page.source)
+    assert all(value for tag, name, value in page.attributes if tag == "img" and name == "alt")
     assert "prefers-color-scheme: dark" in page.source
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("missing", FILES)
@@ -95,6 +103,66 @@ def test_each_file_may_be_missing(make_run, missing):
     assert {"evaluation.json": "Not measured yet", "metrics.jsonl": "Nothing logged yet"}.get(
         missing, f"There is no {missing}"
     ) in page.words
+
+
+def test_it_opens_with_pictures_and_says_what_they_show(make_run, add_pictures):
+    run = make_run()
+    add_pictures(run)
+    page = report(run)
+    words = page.words
+    order = ["10 labels per class: 74.3% right", "What the encoder finds alike", "A map of the test images",
+             "Are the features any good?", "mistaken for", "How training went", "What the queue returned",
+             "What the network sees", "What each combination of patches sees"]  # fmt: skip
+    places = [words.index(text) for text in order]
+    assert places == sorted(places)
+    marks = [value.split()[1] for tag, name, value in page.attributes if name == "class" and value.startswith("mark ")]
+    first = ["right", "right", "wrong", "wrong", "right", "right"]  # of query 0 by both representations
+    assert marks[:6] == first
+    assert marks[6:12] == ["right"] * 3 + ["wrong"] * 3
+    assert "cat taken for <b>dog</b> (1 of 6)" in words
+    assert "step 10" in words
+    assert "step 400" in words
+    assert "two patches are averaged into one: it has seen half of the view" in words
+
+
+def test_without_a_gallery_the_views_come_first(make_run):
+    words = report(make_run()).words
+    assert words.index("What the network sees") < words.index("Are the features any good?")
+    assert "What the encoder finds alike" not in words
+    assert "What the queue returned" not in words
+
+
+def test_many_classes_are_a_list_of_mistakes(make_run, add_pictures):
+    run = make_run()
+    add_pictures(run, classes=30)
+    page = report(run)
+    assert "class 28 taken for class 29 (1 of 6)" not in page.words  # the first five of equal ones
+    assert "class 3 taken for class 4 (1 of 6)" in page.words
+    assert "class, then answers" not in page.words
+
+
+@pytest.mark.parametrize("name", ["gallery.npz", "queue.npz"])
+def test_damaged_pictures_are_named(make_run, name):
+    run = make_run()
+    (run / name).write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match=f"{name}.*damaged"):
+        report(run)
+
+
+def test_the_time_of_a_step_is_shared_out(make_run):
+    run = make_run()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = {"data_seconds": 0.01, "forward_seconds": 0.03, "backward_seconds": 0.05, "update_seconds": 0.01}
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line | seconds | {"roofline_fraction": 0.5}) + "\n" for line in lines)
+    )
+    environment = json.loads((run / "environment.json").read_text())
+    parts = {"heads": 0.01, "convolutions, forward": 0.04}
+    (run / "environment.json").write_text(json.dumps(environment | {"roofline_seconds": parts}))
+    words = report(run).words
+    for text in ("making the views: 10 ms, 10.0 %", "forward: 30 ms, 30.0 %", "backward: 50 ms, 50.0 %",
+                 "convolutions, forward 40 ms 40.0 %", "heads 10 ms 10.0 %", "all parts 50 ms 50.0 %"):  # fmt: skip
+        assert text in words
 
 
 def test_without_results_it_says_what_makes_them(make_run):
@@ -195,11 +263,11 @@ def test_captions_are_of_what_is_drawn(make_run):
     records = [{key: value for key, value in line.items() if key not in left_out} for line in lines[:50]]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = report(run)
-    alternatives = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
-    assert "Loss over the training steps" in alternatives
-    assert "Over the steps: feature spread, effective rank, gradient norm" in alternatives
+    drawn = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    titles = ["Loss", "Feature spread", "Effective rank", "Gradient norm", "Learning rate", "Throughput"]
+    assert drawn == [f"{title} over the steps" for title in titles]
     for absent in ("pale line", "terms", "neighbor", "queue fill", "never to train", "EMA"):
-        assert absent not in page.words + " ".join(alternatives) or absent == "neighbor", absent
+        assert absent not in page.words.split("Environment")[0] or absent == "neighbor", absent
     assert "pale line" in report(make_run()).words
 
 
@@ -342,7 +410,7 @@ def test_progress_counts_the_steps_of_all_epochs(make_run):
 
 def test_one_epoch_is_not_several():
     records = [{"step": 7, "epoch": 1.0}]
-    run = RunFiles(folder=Path("."), records=records, config={"optim": {"epochs": 1}})
+    run = RunFiles(folder=Path("."), metrics=collect([(records, 0)]), config={"optim": {"epochs": 1}})
     assert state_line(run) == "Finished: 7 of 7 steps, 1 epoch."
 
 
@@ -372,7 +440,7 @@ def test_speed_is_the_median_and_waiting_a_share():
         {"step": 30, "images_per_second": 200.0, "data_wait_seconds": 0.25, "elapsed_seconds": 3725},
         {"step": 31, "roofline_fraction": 0.75, "peak_memory_bytes": 3 * 2**29},
     ]
-    run = RunFiles(folder=Path("."), records=records, config={"optim": {"batch_size": 10}})
+    run = RunFiles(folder=Path("."), metrics=collect([(records, 0)]), config={"optim": {"batch_size": 10}})
     assert speed_lines(run) == [
         ("Throughput, median", "100 images / s"),
         ("Share of the roofline, median", "62.5 %"),
@@ -397,3 +465,13 @@ def test_a_former_evaluation_is_shown_under_todays_names(make_run):
     words = report(run).words
     assert "Logistic regression, all labels" in words
     assert "Linear evaluation, all labels" in words
+
+
+@pytest.mark.parametrize("read", [read_views, read_arrays])
+def test_a_file_that_cannot_be_read_is_named_and_not_called_damaged(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "x.npz"
+    path.symlink_to("/proc/self/mem")  # reading it fails with EIO
+    with pytest.raises(OSError, match=r"Input/output error: '.*/x\.npz'"):
+        read(path)

@@ -14,6 +14,7 @@ from mnclglf.reports.tables import (
     print_table,
     result_table,
     to_markdown,
+    verdict,
 )
 
 
@@ -31,11 +32,30 @@ def test_every_protocol_is_a_row_and_every_representation_a_column(evaluation):
     table = result_table(evaluation())
     assert table.representations == REPRESENTATIONS
     assert [row.title for row in table.rows] == [
-        "k nearest neighbors", "Logistic regression, all labels", "Logistic regression, 10 labels per class"
+        "Logistic regression, 10 labels per class", "Logistic regression, all labels", "k nearest neighbors"
     ]  # fmt: skip
-    assert [filled(cell).top1 for cell in table.rows[0].cells] == pytest.approx([0.923, 0.72, 0.83])
+    assert [filled(cell).top1 for cell in table.rows[2].cells] == pytest.approx([0.923, 0.72, 0.83])
     assert [filled(cell).best for cell in table.rows[1].cells] == [True, False, False]
-    assert filled(table.rows[2].cells[1]).deviation == 0.021
+    assert filled(table.rows[0].cells[1]).deviation == 0.021
+
+
+def test_the_verdict_is_of_few_labels_and_says_where_pixels_win(evaluation):
+    few = "Logistic regression, 10 labels per class"
+    ours = "74.3% by the learned features"
+    assert verdict(result_table(evaluation())) == [
+        f"{few}: 74.3% right by the learned features, 54.0% by the untrained network's, 65.0% by raw pixels."
+    ]
+    pixels = [{**made, "top1": 0.9} if made["representation"] == "raw pixels" else made for made in evaluation()]
+    lines = verdict(result_table(pixels))
+    assert lines[0].endswith("90.0% by raw pixels.")
+    assert lines[1:] == [f"{few}: raw pixels win, 90.0% against {ours}."]  # the other rows have 98.3 and 92.3
+
+
+def test_no_verdict_without_both_sides_on_test_images(evaluation):
+    for left_out in ("pretrained", "raw pixels"):
+        assert verdict(result_table([made for made in evaluation() if made["representation"] != left_out])) == []
+    assert verdict(result_table([{**made, "split": "validation"} for made in evaluation()])) == []
+    assert verdict(result_table([{**made, "epoch": 3.0} for made in evaluation()])) == []
 
 
 def test_order_of_the_results_does_not_matter(evaluation):
@@ -46,8 +66,8 @@ def test_what_was_not_run_is_none_and_others_follow():
     table = result_table([result(), result("logistic", "PCA"), result("new_protocol", "untrained")])
     assert table.representations == (*REPRESENTATIONS, "PCA")
     assert [[cell is not None for cell in row.cells] for row in table.rows] == [
-        [True, False, False, False],
         [False, False, False, True],
+        [True, False, False, False],
         [False, True, False, False],
     ]
     assert table.rows[2].title == "new_protocol"
@@ -75,12 +95,12 @@ def test_shares_of_labels_and_milestones_are_rows_of_their_own():
     table = result_table([*results, result("logistic", top1=0.9, label_share=1.0, epoch=None)])
     paper = "Linear evaluation"
     assert [(row.title, filled(row.cells[0]).top1) for row in table.rows] == [
+        ("Logistic regression, all labels", 0.9),
         ("k nearest neighbors, 1% of the labels", 0.5),
         (f"{paper}, all labels, after epoch 50", 0.2),
         (f"{paper}, all labels, after epoch 150", 0.3),
         (f"{paper}, all labels", 0.4),
         (f"{paper}, 7% of the labels", 0.1),
-        ("Logistic regression, all labels", 0.9),
     ]
 
 

@@ -1,7 +1,6 @@
 """Tests of each table's plan against the paper and against the other tables."""
 
 import shlex
-import subprocess
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -224,16 +223,3 @@ def test_a_run_keeps_the_whole_path_of_its_images(tmp_path: Path, monkeypatch: p
     for given, whole in (("images", tmp_path / "images"), ("~/images", Path("/home/of/somebody/images")), (None, None)):
         (config,) = {row.configs[0] for row in table("table6", data_dir=given and Path(given)).rows[:1]}
         assert config.data.data_dir == whole
-
-
-def test_the_slurm_script_runs_the_line_of_its_task(tmp_path) -> None:
-    """Checks that a task of the array runs one line, as one process that receives signals."""
-    srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\nexec "$@"\n')
-    srun.chmod(0o755)
-    (tmp_path / "plan.txt").write_text("echo first\necho 'second  line' $PPID\necho third\n")
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2"}
-    script = Path(__file__).resolve().parents[2] / "docs" / "reproduce.sbatch"
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("second  line ")
-    assert len(done.stdout.splitlines()) == 1

@@ -274,7 +274,7 @@ def test_two_processes_on_one_folder_share_the_work(tmp_path: Path) -> None:
         assert log.count("mnclglf on digits: 96 images") == 1  # trained by one of them
         assert log.count("evaluating after epoch 4") == 1
     done = [name for text in said for name in names if f"{name}: done in " in text]
-    assert sorted(done) == sorted(names)
+    assert set(done) == set(names)  # both may report a run that one of them finished while the other was starting it
     markdown = (out / "table6.md").read_text()
     assert markdown.count("measured: seed 0") == 5
     assert "not run" not in markdown

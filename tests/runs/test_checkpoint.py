@@ -4,8 +4,9 @@ import contextlib
 import errno
 import resource
 import signal
+import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ import torch
 from mnclglf.runs import checkpoint
 from mnclglf.runs.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
+    DamagedError,
     delete_old_checkpoints,
     list_checkpoints,
     list_milestones,
     load_checkpoint,
+    load_method,
+    newest_whole,
     read_milestones,
     record_milestones,
     save_checkpoint,
@@ -56,6 +61,13 @@ def test_a_flipped_byte_of_a_tensor_is_named_as_damage(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_a_file_of_something_else_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged .*give a checkpoint") as caught:
+        load_checkpoint(tmp_path / "config.json")
+    assert "delete" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
 def test_a_short_file_is_named_as_damage(tmp_path: Path, kept: float) -> None:
     path = save(tmp_path)
@@ -89,7 +101,7 @@ def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_is_a_table(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     torch.save([torch.zeros(1)], path)
-    with pytest.raises(CheckpointError, match="has format None"):
+    with pytest.raises(CheckpointError, match="holds a list"):
         load_checkpoint(path)
 
 
@@ -110,7 +122,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_another_format_is_named(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     torch.save({"format": 99}, path)
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1 and 2"):
         load_checkpoint(path)
 
 
@@ -122,7 +134,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"step-00000004\.pt.*No space left.*Free space"):
+    with pytest.raises(CheckpointError, match=r"step-00000004\.pt.*No space left.*free space"):
         save(tmp_path, step=4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
 
@@ -189,3 +201,124 @@ def test_a_damaged_record_of_milestones_is_named_and_deletes_nothing(tmp_path: P
     with pytest.raises(ValueError, match=r"milestones\.json is damaged.*remove it.*--keep-every"):
         delete_old_checkpoints(tmp_path, keep_last=1)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 8]
+
+
+def test_users_read_a_checkpoint_by_torch_alone(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    for mmap in (False, True):
+        state = torch.load(path, weights_only=True, mmap=mmap)
+        assert state["format"] == 2
+        assert torch.equal(state["method"]["weight"], torch.arange(5000.0))
+
+
+def test_a_checkpoint_saved_again_by_torch_is_read(tmp_path: Path) -> None:
+    state = load_checkpoint(save(tmp_path))
+    torch.save(state, tmp_path / "step-00000003.pt")
+    assert load_checkpoint(tmp_path / "step-00000003.pt")["step"] == 3
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network mount that fails for a while must not make a run step back to an earlier checkpoint."""
+    save(tmp_path)
+
+    def failing(file: BinaryIO) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "read_comment", failing)
+    with pytest.raises(CheckpointError, match=r"step-00000003\.pt cannot be read: .*Input/output error") as caught:
+        load_checkpoint(tmp_path / "step-00000003.pt")
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_the_newest_whole_checkpoint_is_found_behind_damaged_ones(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert newest_whole(run) == (None, None, {})
+    run.mkdir()
+    paths = [save(run / "checkpoints", step) for step in (2, 4, 6)]
+    for path in paths[1:]:
+        path.write_bytes(path.read_bytes()[:-1])
+    path, state, damaged = newest_whole(run)
+    assert (path, state and state["step"]) == (paths[0], 2)
+    assert damaged == dict.fromkeys((paths[2], paths[1]), "its end is missing")
+    paths[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"damaged checkpoints only \(step-00000006\.pt: .*choose another --out"):
+        newest_whole(run)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_not_stepped_over(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 2)
+    torch.save({"format": 3, "step": 4}, tmp_path / "checkpoints" / "step-00000004.pt")
+    with pytest.raises(CheckpointError, match="has format 3"):
+        newest_whole(tmp_path)
+
+
+def test_the_writer_saves_the_state_as_it_was_and_deletes_old_ones(tmp_path: Path) -> None:
+    weight, module = torch.arange(4.0), torch.nn.BatchNorm1d(2)
+    state: dict[str, Any] = {"method": {"weight": weight, "list": [weight]}, "module": module.state_dict()}
+    with CheckpointWriter() as writer:
+        for step in (1, 2, 3):
+            writer.write(tmp_path, step, state, keep_last=2)
+            weight += 1
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+    saved = load_checkpoint(tmp_path / "step-00000003.pt")
+    assert torch.equal(saved["method"]["weight"], torch.arange(4.0) + 2)
+    assert torch.equal(saved["method"]["list"][0], torch.arange(4.0) + 2)
+    assert saved["module"]._metadata == module.state_dict()._metadata  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_step_does_not_wait_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def slow(*_: object) -> None:
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    with CheckpointWriter() as writer:
+        writer.write(tmp_path, 1, {}, keep_last=1)  # else it would wait here, as nobody lets it end
+        writer.check()
+        may_end.set()
+
+
+def test_an_error_of_the_writer_is_raised_by_the_next_check_and_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(value: object, file: BinaryIO) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    writer = CheckpointWriter()
+    for ask in (writer.wait, lambda: writer.write(tmp_path, 2, {}, keep_last=1), lambda: writer.__exit__(None)):
+        writer.write(tmp_path, 1, {}, keep_last=1)
+        with pytest.raises(CheckpointError, match=r"step-00000001\.pt.*No space left.*free space"):
+            ask()
+    writer.write(tmp_path, 1, {}, keep_last=1)
+    with pytest.raises(KeyError), writer:  # an error of the training is shown, and not hidden by that of the write
+        raise KeyError
+    writer.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weight": torch.zeros(3, 4)}, r"weight \(\(3, 4\), torch.float32\) for \(\(3, 5\), torch.float32\)"),
+        ({"weight": torch.zeros(3, 5).half()}, r"weight \(\(3, 5\), torch.float16\)"),
+        ({"weight": 1}, r"weight <class 'int'>"),
+        ({"more": torch.zeros(1)}, "more .* for none"),
+        ({"bias": None}, "bias .*NoneType"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named_and_nothing_is_loaded(change: dict[str, Any], named: str) -> None:
+    module = torch.nn.Linear(5, 3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = {"method": {name: value + 1 for name, value in before.items()} | change}
+    with pytest.raises(CheckpointError, match=rf"run holds other networks than its settings describe: .*{named}"):
+        load_method(module, state, Path("run"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    with pytest.raises(CheckpointError, match="weight missing"):
+        load_method(module, {}, Path("run"))
+
+
+def test_a_run_directory_that_vanished_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"step-00000003\.pt cannot be written: .*put it back"):
+        save_checkpoint(tmp_path / "run" / "checkpoints", 3, {})
+    assert not list(tmp_path.iterdir())

@@ -45,3 +45,10 @@ def test_a_git_that_hangs_has_no_commit(checkout: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(environment.subprocess, "run", run)
     assert commit() is None
+
+
+def test_the_command_has_neither_the_place_of_the_program_nor_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train", "--dataset", "shards:https://me:word@host/a.tar?signature=x", "--out", "runs/a b"]
+    monkeypatch.setattr("sys.argv", ["/home/me/.venv/bin/mnclglf", *arguments])
+    command = describe_environment(torch.device("cpu"), {})["command"]
+    assert command == "mnclglf train --dataset shards:https://host/a.tar --out runs/a b"

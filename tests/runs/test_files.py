@@ -2,14 +2,31 @@
 
 import errno
 import os
+import signal
+import socket
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from mnclglf.runs import files
-from mnclglf.runs.files import cache_folder, check_writable, write_atomically
+from mnclglf.runs.files import (
+    cache_folder,
+    check_writable,
+    clear_left_over,
+    naming,
+    open_file,
+    read_bytes,
+    read_config,
+    read_json,
+    read_object,
+    write_atomically,
+)
+from mnclglf.runs.metrics import read_records
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, *, of_folders: bool) -> None:
@@ -75,6 +92,56 @@ def test_two_processes_of_one_number_do_not_write_into_one_temporary_file(tmp_pa
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"outer")]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mnclglf.runs.files import clear_left_over, write_atomically
+
+def write(file):
+    file.write(b"half")
+    file.flush()
+    print("begun", flush=True)
+    signal.pause()
+
+write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    path, other = tmp_path / "x", tmp_path / ".x.pt.tmp"
+    other.touch()  # a user's own
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    (temporary,) = set(tmp_path.iterdir()) - {other}
+    clear_left_over(tmp_path)
+    assert temporary.read_bytes() == b"half"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    write_atomically(tmp_path / "y", lambda file: file.write(b"another file's writer"))
+    assert temporary.exists()
+    write_atomically(path, lambda file: file.write(b"whole"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x", "y", ".x.pt.tmp"}
+
+
+def test_a_temporary_file_that_is_cleared_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, cleared = files.fcntl.flock, list[str]()
+
+    def late(file: BinaryIO, operation: int) -> None:
+        if not cleared:
+            cleared.append(file.name)
+            os.unlink(file.name)
+        lock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"whole"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"whole")]
+    assert cleared
+
+
 @pytest.fixture
 def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user number that the system does not know, without HOME; returns the temporary folder."""
@@ -127,3 +194,49 @@ def test_where_nothing_can_be_written_is_named_and_nothing_is_made(
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match=rf"Permission denied.*give another --out: '{tmp_path}'"):
         check_writable(tmp_path / "a" / "b", "give another --out")
+
+
+UNREADABLE = Path("/proc/self/mem")  # opens, and reading it fails with EIO, of which the system names no file
+
+
+@pytest.mark.parametrize("read", [read_json, read_object, lambda path: read_config(path.parent)])
+def test_a_file_that_fails_as_it_is_read_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "config.json"
+    path.symlink_to(UNREADABLE)
+    with pytest.raises(OSError, match=r"Input/output error: '.*/config.json'"):
+        read(path)
+
+
+def test_an_error_that_names_a_file_or_is_none_of_the_system_stays(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="'other'"), naming(tmp_path / "x"):
+        open("other").close()
+    with pytest.raises(OSError, match=r"^told$"), naming(tmp_path / "x"):
+        raise OSError("told")
+
+
+@pytest.mark.parametrize("read", [open_file, lambda path: read_bytes(path, 9), read_object, read_records])
+def test_what_has_no_end_is_not_read(read: Callable[[Path], object], tmp_path: Path) -> None:
+    """Checks pipes, with and without a writer, sockets and devices. The alarm ends a test that waits."""
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "held")
+    holding = os.open(tmp_path / "held", os.O_RDWR)
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket"))  # 108 bytes at most
+        signal.alarm(20)
+        for name in ("pipe", "held", "zeros", "folder", "socket"):
+            with pytest.raises(OSError, match=name) as raised:
+                read(tmp_path / name)
+            assert raised.value.filename == str(tmp_path / name)
+        signal.alarm(0)
+    os.close(holding)
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**42)
+    with pytest.raises(OSError, match="more than 9 bytes"):
+        read_bytes(tmp_path / "sparse", 9)
+    (tmp_path / "nine").write_bytes(b"123456789")
+    assert read_bytes(tmp_path / "nine", 9) == b"123456789"

@@ -4,8 +4,11 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from mnclglf.reports.page import write_report
 from mnclglf.runs import locks
-from mnclglf.runs.locks import TakenError, held, training_in, writing_in
+from mnclglf.runs.locks import TakenError, held, one_at_a_time, training_in, writing_in
 from mnclglf.runs.results import Result, load_results, save_results
 
 HOLD = "import sys, time; from pathlib import Path; from mnclglf.runs.locks import training_in, writing_in\n"
@@ -104,3 +107,44 @@ def test_a_file_system_without_locks_is_said_and_used(
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match=r"none is no directory.*--out"), writing_in(tmp_path / "none"):
         pass
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """A worker of a loader that outlives its run, as a traceback keeps it, must not keep the run from resuming."""
+    with training_in(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with training_in(tmp_path):
+            pass
+        with training_in(tmp_path), pytest.raises(TakenError), training_in(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_processes_hold_a_lock_one_at_a_time_and_say_that_they_wait(tmp_path: Path) -> None:
+    said: list[str] = []
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with one_at_a_time(tmp_path / "lock", lambda: (said.append("waiting"), waiting.set())):
+            order.append("second")
+
+    with one_at_a_time(tmp_path / "lock", lambda: said.append("never")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert (said, order) == (["waiting"], ["first", "second"])
+
+
+def test_a_full_disk_does_not_keep_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to("/dev/full")
+    with held(tmp_path / "lock") as mine:
+        assert mine

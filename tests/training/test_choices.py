@@ -11,18 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import emulated_graph
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from training.test_graphs import CPU, CUDA, RATES, state_of
 from training.test_step import make_batch, make_method
+from training.test_whole_step import make_run
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.data.loader import Batch
 from mnclglf.methods import SimCLR
 from mnclglf.methods.base import Losses
-from mnclglf.training import choices
+from mnclglf.training import choices, whole_step
 from mnclglf.training.choices import (
     Candidate,
     Choice,
@@ -30,6 +32,7 @@ from mnclglf.training.choices import (
     apply,
     cache_file,
     changes,
+    check_graphs,
     check_half_sums,
     choice_from,
     choose,
@@ -295,6 +298,105 @@ def test_a_step_that_runs_out_of_memory_as_it_is_timed_leaves_the_safe_setting(p
     assert state_of(step) == before
 
 
+class WholeClock(Clock):
+    """Tells times by what is replayed: 3 ms without graphs, 2 with those of the forward, `whole` of the step."""
+
+    def __init__(self, step: TrainStep, whole: float) -> None:
+        super().__init__(step)
+        self.replayed = {"on": 3.0, "graphs": 2.0, "step": whole}
+
+    def stop(self, waited: float) -> None:
+        assert (self.step.recorded is not None) == (self.step.compile == "step")
+        self.milliseconds = dict.fromkeys((False, True), self.replayed[self.step.compile])
+        super().stop(waited)
+
+
+@pytest.fixture
+def resident(pretend: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> tuple[TrainStep, Batch, Made]:
+    """A step that makes its views, the first batch of its loader, and the list of what is compiled."""
+    made = pretend()
+    monkeypatch.setattr(whole_step, "record", emulated_graph.record)
+    step, loader = make_run("mnclglf")
+    (batch,) = loader.batches(0, 1)
+    return step, batch, made
+
+
+def chosen_whole(resident: tuple[TrainStep, Batch, Made], whole: float = 1.0, **engine: Any) -> Choice:
+    step, batch, _ = resident
+    here = HERE._replace(resident=True, engine=EngineConfig(**engine))
+    clock: Any = WholeClock(step, whole)
+    return choose(step, batch, here, RATES, say=lambda _: None, rounds=1, steps=1, clock=clock)
+
+
+def test_the_whole_step_is_taken_where_it_is_faster_than_all(resident: tuple[TrainStep, Batch, Made]) -> None:
+    step, batch, made = resident
+    before, views = state_of(step), batch.views.clone()
+    choice = chosen_whole(resident)
+    whole = {**ALL, "graphs": "step"}
+    assert (choice.taken, choice.parts, choice.measured) == ("step", whole, True)
+    assert choice.settings == {"safe": SAFE, "all": ALL, "step": whole}
+    assert choice.milliseconds == pytest.approx({"safe": 3.0, "all": 2.0, "step": 1.0})
+    assert "2.00 times as fast as all, with 1.00 times its error; all is 1.50 times as fast as safe" in choice.why
+    assert made == [(True, True), (False, False), (False, True)]
+    assert step.compile == "step"
+    assert step.recorded is not None
+    assert state_of(step) == before
+    assert torch.equal(batch.views, views)
+    assert choice_from(json.loads(json.dumps(choice.to_dict()))) == choice
+    assert re.search(
+        r"part +safe +all +step\n.*CUDA graphs +off +on +step\n",
+        "\n".join(choice.lines(HERE._replace(resident=True))),
+        re.DOTALL,
+    )
+
+
+def test_the_whole_step_is_not_taken_where_it_is_not_faster(resident: tuple[TrainStep, Batch, Made]) -> None:
+    step, _, _ = resident
+    choice = chosen_whole(resident, 2.5)
+    assert (choice.taken, choice.parts) == ("all", ALL)
+    assert "1.50 times as fast as safe" in choice.why
+    assert "without the whole step in a graph: 2.50 ms, not less than 2.00" in choice.why
+    assert step.compile == "graphs"
+    assert step.recorded is None
+
+
+def test_a_whole_step_that_cannot_be_recorded_leaves_all_as_it_is(
+    resident: tuple[TrainStep, Batch, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> NoReturn:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(whole_step, "record", forbidden)
+    step, _, _ = resident
+    before = state_of(step)
+    choice = chosen_whole(resident)
+    assert (choice.taken, choice.parts, choice.measured) == ("all", ALL, True)
+    assert choice.settings == {"safe": SAFE, "all": ALL}
+    assert "without the whole step in a graph: it cannot be recorded: operation not permitted" in choice.why
+    assert state_of(step) == before
+    assert step.recorded is None
+    with pytest.raises(RuntimeError, match=r"graphs step .*not permitted.*--graphs auto"):
+        chosen_whole(resident, graphs="step")
+    assert state_of(step) == before
+
+
+def test_the_whole_step_is_in_both_settings_where_it_is_asked_for(resident: tuple[TrainStep, Batch, Made]) -> None:
+    step, _, made = resident
+    choice = chosen_whole(resident, graphs="step")
+    assert {setting["graphs"] for setting in choice.settings.values()} == {"step"}
+    assert made == [(False, True), (False, False)]
+    assert step.recorded is not None
+
+
+def test_a_loader_that_makes_the_views_outside_rules_the_whole_step_out() -> None:
+    assert "not resident" in (offers(HERE)["graphs"]["step"] or "")
+    assert offers(HERE._replace(resident=True))["graphs"]["step"] is None
+    asked = HERE._replace(engine=EngineConfig(graphs="step"))
+    with pytest.raises(ValueError, match=r"graphs step .*--loader resident"):
+        check_graphs(asked)
+    check_graphs(asked._replace(resident=True))
+
+
 def test_losses_of_a_random_draw_are_not_compared(pretend: Callable[..., Made]) -> None:
     """A compiled step draws by another generator than an eager one."""
     made, step = pretend(), make_step(one_embedding=True)
@@ -464,14 +566,14 @@ def test_parts_are_set_where_a_step_reads_them() -> None:
     step.method.backends = Backends.all("auto")
     apply(step, {"batch_norm": "triton", "combo_kernels": "on", "convolution": "cudnn", "graphs": "on"})
     assert step.method.backends == Backends.all("auto")._replace(batch_norm="triton")
-    assert step.method.encoder.bn1.backend == "triton"
+    assert step.method.encoder.get_submodule("bn1").backend == "triton"
     assert (step.combo_kernels, step.compile) == (True, "graphs")
     assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("cudnn", True)] * 2
     apply(step, {**SAFE, "convolution": "triton"})
     assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("triton", False)] * 2
     apply(step, SAFE)
     assert [(x.convolution, x.half_sums) for x in step.method.encoders()] == [("torch", False)] * 2
-    assert step.method.encoder.bn1.backend == "torch"
+    assert step.method.encoder.get_submodule("bn1").backend == "torch"
     assert (step.combo_kernels, step.compile) == (False, "on")
 
 

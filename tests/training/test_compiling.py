@@ -164,6 +164,7 @@ def test_combo_kernels_are_asked_for_on_a_gpu_only(asked: dict[str, object]) -> 
         assert asked == {"fullgraph": True, "dynamic": False, "options": options}
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_takes_a_fixed_input_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs copy an input that is not static, as the parameters are, into memory of their own."""
     static: list[set[torch.Size]] = []
@@ -270,7 +271,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
     forward = or_eager(failing, total, said.append)
     assert [forward([1, 2]), forward([3, 4])] == [3, 7]
     assert len(said) == 1
-    assert said[0].startswith("torch.compile failed, the step stays eager: ")
+    assert said[0].startswith("torch.compile failed: ")
     assert "no such instruction" in said[0]
 
 

@@ -30,7 +30,7 @@ def state_of(step: TrainStep) -> list[Any]:
     """Returns digests of all that a step changes, in one order."""
     optimizer = [x for kept in step.optimizer.state.values() for x in kept.values()]
     rates = [group["lr"] for group in step.optimizer.param_groups]
-    guard = [step.guard.failed_step, step.guard.finite]
+    guard = [step.guard.failed_step, step.guard.finite.all()]
     tensors = [*step.method.state_dict().values(), *optimizer, *rates, *guard, torch.get_rng_state()]
     gradients = [parameter.grad for parameter in step.method.parameters()]
     digests = [sha256(x.cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest() for x in tensors]
@@ -103,8 +103,8 @@ FAULTS: dict[str, Callable[[Any], Callable[[Losses], Any]]] = {
     "loss_m": lambda _: lambda losses: losses._replace(terms=losses.terms | {"loss_m": flip(losses.terms["loss_m"])}),
     "features": lambda _: lambda losses: losses._replace(features=flip(losses.features)),
     "keys": lambda _: lambda losses: losses._replace(keys=flip(cast(Tensor, losses.keys))),
-    "the gradient of encoder.conv1.weight": lambda method: gradient_of(method.encoder.conv1.weight),
-    "encoder.bn1.running_var": lambda method: lambda _: flip_in_place(method.encoder.bn1.running_var),
+    "the gradient of encoder.conv1.weight": lambda method: gradient_of(method.get_parameter("encoder.conv1.weight")),
+    "encoder.bn1.running_var": lambda method: lambda _: flip_in_place(method.get_buffer("encoder.bn1.running_var")),
     "queue.rows": lambda method: lambda _: flip_in_place(method.queue.rows[39]),  # the step writes rows 0 to 15
     "momentum.0.conv1.weight": lambda method: lambda _: flip_in_place(method.momentum[0].conv1.weight),
 }

@@ -1,8 +1,10 @@
 """Tests of whole runs on a few 8 x 8 digits: their files, stopping and resuming."""
 
 import dataclasses
+import errno
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -11,11 +13,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import emulated_graph
 import numpy as np
 import pytest
 import torch
@@ -25,26 +28,32 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from mnclglf.cli import Train, parse
+from mnclglf.cli import parse
+from mnclglf.commands import Train
 from mnclglf.config import MethodName, ModelConfig, ObjectiveConfig, to_dict
 from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import METHODS, Losses, Supervised
+from mnclglf.models.batch_norm import batch_norms
 from mnclglf.reports.page import write_report
+from mnclglf.runs import checkpoint
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from mnclglf.runs.console import LastingConsole
 from mnclglf.runs.locks import TakenError
 from mnclglf.runs.metrics import read_records
-from mnclglf.training import loop
+from mnclglf.training import loop, whole_step
 from mnclglf.training.choices import Choice
 from mnclglf.training.loop import Trainer, TrainingError
+from mnclglf.training.ranks import Ranks
 from mnclglf.training.speedups import Forward, share_casts
 from mnclglf.training.start import load_trained
 from mnclglf.training.timing import Waiting
 
 STEPS, PER_EPOCH = 12, 4
 SPEEDS = ("step_seconds", "images_per_second", "images_per_second_p10", "images_per_second_p90", "roofline_fraction")
-TIMES = (*SPEEDS, "data_wait_seconds", "elapsed_seconds", "peak_memory_bytes")  # the only figures that may differ
+PHASES = ("data_seconds", "forward_seconds", "backward_seconds", "update_seconds")
+# The only figures that may differ; phases are not in the records of the warm-up.
+TIMES = (*SPEEDS, "data_wait_seconds", "elapsed_seconds", "peak_memory_bytes")
 ARGUMENTS = shlex.split(
     "--dataset digits --recipe quick --image-size 8 --train-images 128 --loader reference --loader-threads 1 "
     "--flip-probability 0 --interpolation bilinear --width 2 --projector-width 16 --predictor-width 8 --queue-size 80 "
@@ -103,7 +112,7 @@ def assert_identical(first: object, second: Any, name: str = "state") -> None:
 def figures(out: Path) -> list[dict[str, object]]:
     """Returns the records of the run without the figures that depend on time."""
     records = read_records(out / "metrics.jsonl")[0]
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    return [{name: value for name, value in record.items() if name not in TIMES + PHASES} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_documents_say(straight: Path) -> None:
     assert sorted(path.name for path in straight.iterdir()) == [
-        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", "views.npz"
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "queue.npz", "tensorboard", "views.npz"
     ]  # fmt: skip
     assert json.loads((straight / "config.json").read_text()) == json.loads(json.dumps(to_dict(CONFIG)))
     environment = json.loads((straight / "environment.json").read_text())
@@ -147,8 +156,8 @@ def test_the_momentum_network_follows_the_schedule(tmp_path: Path) -> None:
     run, taken = trainer(tmp_path / "run", method="byol", objective=objective), []
     after_step = run.method.after_step
 
-    def watched(*args: Any, momentum: float, **kwargs: Any) -> None:
-        taken.append(momentum)
+    def watched(*args: Any, momentum: float | torch.Tensor, **kwargs: Any) -> None:
+        taken.append(float(momentum))
         after_step(*args, momentum=momentum, **kwargs)
 
     run.method.after_step = watched
@@ -312,12 +321,56 @@ def test_a_checkpoint_with_unknown_settings_is_named(straight: Path, tmp_path: P
         trainer(tmp_path / "run", resume=str(tmp_path / "step-00000012.pt"))
 
 
-def test_left_overs_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    left_over = tmp_path / "checkpoints" / ".step-00000002.pt.4242.tmp"
-    left_over.touch()
-    trainer(tmp_path).train()
-    assert not left_over.exists()
+def test_what_a_killed_process_left_is_cleared_at_the_next_start(straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    others = ("config.json", "environment.json", "views.png", "metrics.jsonl", "report.html", "evaluation.json")
+    left_over = [out / "checkpoints" / ".step-00000002.pt.4242.tmp"]
+    left_over += [out / f".{name}.4242-0123abcd.tmp" for name in others]
+    older = out / "checkpoints" / "step-00000008.pt"  # killed between a save and the deletion of the oldest
+    shutil.copy(list_checkpoints(straight / "checkpoints")[0][1], older)
+    for path in left_over:
+        path.touch()
+    trainer(out).train()
+    assert not [path for path in (*left_over, older) if path.exists()]
+    assert {path.name for path in out.iterdir()} == {path.name for path in straight.iterdir()}
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_dead_encoder_is_named_within_an_epoch(tmp_path: Path, log_every: int) -> None:
+    console = silent()
+    engine = dataclasses.replace(CONFIG.engine, log_every=log_every)
+    optim = dataclasses.replace(CONFIG.optim, lr=1e-9)
+    run = trainer(tmp_path / "run", console=console, engine=engine, optim=optim)
+    for layer in batch_norms(run.method.encoder):
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+    run.train()
+    step = 1 if log_every == 1 else run.schedule.steps_per_epoch
+    assert f"step {step}: the encoder has collapsed: all images get the same features" in printed(console)
+    assert printed(console).count("has collapsed") == 1
+
+
+def test_a_run_that_learns_is_not_said_to_have_collapsed(tmp_path: Path) -> None:
+    console = silent()
+    trainer(tmp_path / "run", console=console).train()
+    assert "collapsed" not in printed(console)
+
+
+def test_logs_that_cannot_be_written_do_not_end_a_training(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "queue.npz")
+
+    console, out = silent(), tmp_path / "run"
+    run = trainer(out, console=console)
+    monkeypatch.setattr("mnclglf.training.queue_pictures.write_pairs", full)
+    at_batch(run, 3, lambda _: shutil.rmtree(out / "tensorboard"))
+    assert run.train() is None
+    assert_identical(final_state(out), final_state(straight))
+    assert "queue.npz is not written, and the run goes on without: [Errno 28]" in printed(console)
+    assert "logger tensorboard failed, and the run goes on without it" in printed(console)
 
 
 def test_a_run_outside_the_main_thread_is_the_same(straight: Path, tmp_path: Path) -> None:
@@ -381,11 +434,60 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(straight: Path
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         data = path.read_bytes()
         (tmp_path / "checkpoints" / path.name).write_bytes(data if step == 10 else data[: len(data) // 2])
+    shutil.copy(straight / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match=r"step-00000012\.pt is damaged .*delete"):
-        trainer(tmp_path)
-    (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
-    trainer(tmp_path).train()
+        load_trained(tmp_path)  # an evaluation takes the newest or the one that it is given, and no other
+    console = silent()
+    run = trainer(tmp_path, console=console)
+    assert run.start == 10
+    run.train()
+    assert re.search(r"step-00000012\.pt is damaged \(its end is missing\)", printed(console))
+    assert (tmp_path / "checkpoints" / "step-00000012.pt.damaged").exists()
     assert_identical(final_state(tmp_path), final_state(straight))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(straight: Path, tmp_path: Path) -> None:
+    state = final_state(straight)
+    buffers = state["optimizer"]["state"]
+    first = next(iter(buffers))
+    odd = {**buffers, first: {"momentum_buffer": torch.zeros(2)}}
+    for change, named in (
+        ({"method": state["method"] | {"queue.rows": torch.zeros(3, 16)}}, r"queue\.rows \(\(3, 16\)"),
+        ({"optimizer": {}}, "optimizer or of random numbers"),
+        ({"optimizer": {**state["optimizer"], "state": odd}}, r"momentum_buffer of shape \(2,\)"),
+        ({"optimizer": {**state["optimizer"], "state": {**buffers, first: 1}}}, "optimizer or of random numbers"),
+        ({"rng": torch.zeros(3)}, "optimizer or of random numbers"),
+        ({"config": "[" * 100_000}, "settings that this version does not know"),
+        ({"config": "3"}, "settings that this version does not know"),
+    ):
+        path = save_checkpoint(tmp_path / "checkpoints", STEPS, state | change)
+        with pytest.raises(CheckpointError, match=rf"step-00000012\.pt holds .*{named}"):
+            trainer(tmp_path, resume=str(path))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+
+    def full(folder: Path, step: int, state: object) -> NoReturn:
+        raise CheckpointError(f"step {step} cannot be written")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    run = trainer(tmp_path)
+    write = run.writer.write
+
+    def written(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        cast("Future[None]", run.writer._writing).exception()  # waits
+
+    monkeypatch.setattr(run.writer, "write", written)
+    at_batch(run, 0, lambda _: done.append(0))
+    at_batch(run, 3, lambda _: done.append(3))
+    with pytest.raises(CheckpointError, match="step 2 cannot be written"):
+        run.train()
+    assert done == [0]
+    assert not list_checkpoints(tmp_path / "checkpoints")
 
 
 def test_milestones_stay(tmp_path: Path) -> None:
@@ -463,8 +565,10 @@ def test_a_figure_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path, monk
     assert "NaN" not in text
     assert '"effective_rank": null' in text
     (tmp_path / "metrics.jsonl").write_text(text.replace("null", "NaN"))  # as earlier versions wrote it
-    trainer(tmp_path).train()
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    trainer(tmp_path).train()  # keeps these lines as they are
+    records, unreadable = read_records(tmp_path / "metrics.jsonl")
+    assert (records[0]["effective_rank"], unreadable) == (None, 0)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("given", ["", ', "elapsed_seconds": null', ', "elapsed_seconds": "long"'])
@@ -496,7 +600,7 @@ def test_the_trained_encoder_is_that_of_the_last_step(straight: Path) -> None:
     config, method, step = load_trained(straight)
     assert (config, step) == (CONFIG, STEPS)
     state = final_state(straight)["method"]
-    assert torch.equal(method.encoder.conv1.weight, state["encoder.conv1.weight"])
+    assert torch.equal(method.get_parameter("encoder.conv1.weight"), state["encoder.conv1.weight"])
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_those_that_may_be(straight: Path) -> None:
@@ -699,7 +803,7 @@ def broken(run: Trainer) -> None:
     def wrong(views: Any, labels: torch.Tensor | None = None) -> Losses:
         calls.append(views)
         if len(calls) > 1:
-            mean = run.method.encoder.bn1.running_mean
+            mean = run.method.get_buffer("encoder.bn1.running_mean")
             assert mean is not None
             mean[0] += 1
         return forward(views, labels)
@@ -740,6 +844,19 @@ def test_a_failing_compiler_decides_against_graphs(tmp_path: Path) -> None:
     run.train()
     assert "CUDA graphs: not used, torch.compile failed" in printed(console)
     assert decided(out) == "not used, torch.compile failed"
+
+
+def test_a_failing_compiler_ends_a_rank(tmp_path: Path) -> None:
+    """Alone it would go on with messages in another order than the other ranks'."""
+
+    def failing(views: Any, labels: torch.Tensor | None = None) -> NoReturn:
+        raise BackendCompilerFailed(loop, ValueError("no such instruction"), None)
+
+    run = trainer(tmp_path / "run")
+    run.ranks = Ranks(count=2)
+    forward = run._or_eager(failing)  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(TrainingError, match=r"no such instruction.*--compile off"):
+        forward(torch.zeros(1), None)
 
 
 def test_a_resumed_run_says_what_is_decided_otherwise(
@@ -805,7 +922,11 @@ def test_a_choice_does_not_change_the_run(
     text = printed(console)
     assert re.search(r"choices, at this start:\n +part +safe +all\n", text)
     number = r"\d+\.\d\d\S*"
-    assert re.search(rf"CUDA graphs +off +on\n +error +{number} +{number}\n +ms per step +{number} +{number}\n", text)
+    assert re.search(
+        r"CUDA graphs +off +on +\(the loader is not resident.*\)\n"
+        rf" +error +{number} +{number}\n +ms per step +{number} +{number}\n",
+        text,
+    )
     assert re.search(r"  taken: all, .* times as fast as safe", text)
     assert decided(out).startswith("used, ")
     assert choices_of(out)["parts"] == {
@@ -875,6 +996,131 @@ def test_a_resumed_run_takes_its_own_choice(
     assert measured == []
 
 
+RESIDENT: dict[str, Any] = NO_DRAW | {"data": dataclasses.replace(CONFIG.data, loader="resident")}
+"""Settings of a run whose whole step can be in a graph."""
+
+
+@pytest.fixture(scope="module")
+def straight_resident(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("resident") / "run"
+    assert trainer(out, **RESIDENT).train() is None
+    return out
+
+
+@pytest.fixture
+def whole(as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Pretends a machine that records the whole step; its graphs are emulated."""
+    monkeypatch.setattr(whole_step, "record", emulated_graph.record)
+    decide(monkeypatch, None)
+    return as_on_a_gpu
+
+
+def test_a_run_of_replayed_whole_steps_is_the_launched_one_to_the_bit(
+    straight_resident: Path, tmp_path: Path, whole: list[bool]
+) -> None:
+    """Checks a run that measures, one that takes what it found, and one that resumes in the middle."""
+    console, out = silent(), tmp_path / "run"
+    run = trainer(out, console=console, **RESIDENT)
+    run.train()
+    assert run.step.recorded is not None
+    assert run.loader.deferred
+    assert whole == [True, True, False, False]  # before the choice, and the three settings
+    assert "CUDA graphs: used for the whole step, 2 replays were bit-equal to the launched step" in printed(console)
+    assert re.search(r"part +safe +all +step\n", printed(console))
+    assert decided(out).startswith("used for the whole step")
+    assert (choices_of(out)["taken"], choices_of(out)["parts"]["graphs"]) == ("step", "step")
+    assert "times as fast as all" in write_report(out).read_text()
+    assert_identical(final_state(straight_resident), final_state(out))
+    assert figures(straight_resident) == figures(out)
+
+    checkpoint = str(list_checkpoints(out / "checkpoints")[0][1])
+    for name, resume in (("again", "auto"), ("resumed", checkpoint)):
+        console = silent()
+        run = trainer(tmp_path / name, resume=resume, console=console, **RESIDENT)
+        run.train()
+        assert run.step.recorded is not None
+        assert "CUDA graphs: used for the whole step" in printed(console)  # proved again
+        assert choices_of(tmp_path / name)["parts"]["graphs"] == "step"
+        assert_identical(final_state(straight_resident), final_state(tmp_path / name))
+
+    # A loader whose views are made outside of the step cannot go on so.
+    console, data = silent(), dataclasses.replace(CONFIG.data, loader="reference")
+    run = trainer(tmp_path / "other", resume=checkpoint, console=console, **RESIDENT | {"data": data})
+    run.train()
+    assert "choices before it was resumed: graphs step" in printed(console)
+    assert choices_of(tmp_path / "other")["parts"]["graphs"] == "on"
+
+
+def test_a_whole_step_that_fails_its_proof_leaves_the_graphs_of_the_forward(
+    straight_resident: Path, tmp_path: Path, whole: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> NoReturn:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(whole_step, "record", forbidden)
+    console, out = silent(), tmp_path / "run"
+    engine = dataclasses.replace(CONFIG.engine, choices="all")
+    run = trainer(out, console=console, engine=engine, **RESIDENT)
+    run.train()
+    assert "CUDA graphs: not used for the whole step, it cannot be recorded: operation not perm" in printed(console)
+    assert "CUDA graphs: used, 2 replays" in printed(console)
+    assert decided(out).startswith("used, ")
+    assert not run.loader.deferred
+    assert whole == [True, False, True]
+    assert_identical(final_state(straight_resident)["method"], final_state(out)["method"])
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_whole_step_that_was_asked_for_has_to_be_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnclglf.training.start.choose_device", lambda _: torch.device("cpu"))
+    engine = dataclasses.replace(CONFIG.engine, graphs="step", device="auto")
+    with pytest.raises(ValueError, match=r"graphs step .*--loader resident"):
+        trainer(tmp_path / "reference", engine=engine)
+    run = trainer(tmp_path / "run", engine=engine, **RESIDENT)
+    run.train()
+    assert run.step.recorded is not None
+
+    def forbidden(*_: object) -> NoReturn:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(whole_step, "record", forbidden)
+    with pytest.raises(RuntimeError, match=r"graphs step .*not permitted.*--graphs auto"):
+        trainer(tmp_path / "fails", engine=engine, **RESIDENT).train()
+
+
+def test_whole_steps_that_overflow_are_recorded_anew_without_fp16(
+    tmp_path: Path, whole: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "FEW_OVERFLOWS", 1)
+    monkeypatch.setattr("mnclglf.training.choices.cudnn_problem", lambda *_: None)
+    monkeypatch.setattr(loop, "prove_plans", lambda *_, **__: None)
+    monkeypatch.setattr(METHODS["mnclglf"], "fuse", fuse_by_triton(METHODS["mnclglf"].fuse))
+    console, out = silent(), tmp_path / "run"
+    engine = dataclasses.replace(CONFIG.engine, precision="bf16", choices="all", log_every=1)
+    run = trainer(out, console=console, engine=engine, **RESIDENT)
+    with torch.no_grad():
+        run.method.get_parameter("momentum.0.layer2.0.conv1.weight").mul_(1e8)
+    run.train()
+    assert "2 of 2 steps overflowed in fp16 and were skipped" in printed(console)
+    decisions = re.findall(r"CUDA graphs: (.*)\n", printed(console))
+    assert [decision.startswith("used for the whole step") for decision in decisions] == [True, True], decisions
+    assert run.step.recorded is not None
+    assert not run.method.encoder.half_sums
+    losses = [record["loss"] for record in read_records(out / "metrics.jsonl")[0]]
+    assert len(losses) == STEPS
+    assert all(map(math.isfinite, cast(list[float], losses[2:])))
+    assert whole
+
+
+def fuse_by_triton(fuse: Callable[..., None]) -> Callable[..., None]:
+    """Returns `fuse` with Triton's operator for cuDNN's, which a CPU computes by PyTorch's form."""
+
+    def fused(method: Any, convolution: str, *, half_sums: bool = False) -> None:
+        fuse(method, "triton" if convolution == "cudnn" else convolution, half_sums=half_sums)
+
+    return fused
+
+
 def test_damaged_choices_of_a_run_are_made_anew(
     tmp_path: Path, as_on_a_gpu: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -899,7 +1145,7 @@ def test_a_compiler_that_fails_in_both_settings_leaves_an_eager_run(
     monkeypatch.setattr("mnclglf.training.step.compiled", lambda *_, **__: failing)
     console, out = silent(), tmp_path / "run"
     trainer(out, console=console, **NO_DRAW).train()
-    assert "torch.compile failed, the step stays eager: " in printed(console)
+    assert "torch.compile failed: " in printed(console)
     assert "CUDA graphs: not used, safe was taken: all fails: " in printed(console)
     assert_identical(final_state(without_draws), final_state(out))
 
@@ -947,7 +1193,7 @@ def test_a_run_with_many_overflows_goes_on_without_fp16_and_says_so(
     monkeypatch.setattr(loop, "FEW_OVERFLOWS", 1)
     console, out = silent(), tmp_path / "run"
     run = fused_run(out, console, wrong=True)
-    before = run.method.encoder.conv1.weight.clone()
+    before = run.method.get_parameter("encoder.conv1.weight").clone()
     assert run.train() is None
     assert "2 of 2 steps overflowed in fp16 and were skipped; forwards without gradient go on in" in printed(console)
     assert printed(console).count("overflowed") == 1
@@ -956,7 +1202,7 @@ def test_a_run_with_many_overflows_goes_on_without_fp16_and_says_so(
     assert choices_of(out)["parts"] == {"convolution": "torch", "graphs": "off"}
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record.get("overflows") for record in records[:3]] == [1, None, None]
-    assert not torch.equal(run.method.encoder.conv1.weight, before)  # the later steps have trained
+    assert not torch.equal(run.method.get_parameter("encoder.conv1.weight"), before)  # the later steps have trained
 
 
 def test_a_run_without_overflows_stays_in_fp16(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def saved_bytes(config: RunConfig) -> int:
     return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [CONFIG, CHECKPOINTED, *OTHERS], ids=["plain", "checkpointed", *(config.method for config in OTHERS)]
 )

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from training.test_step import FP64, MODEL, NoReadBack, make_batch, make_method
 
-from mnclglf.cli import Train, main, parse
+from mnclglf.cli import main, parse
+from mnclglf.commands import Train
 from mnclglf.config import EngineConfig, ObjectiveConfig, OptimConfig, RunConfig, from_dict, to_dict
 from mnclglf.data.loader import Batch
 from mnclglf.methods import SimSiam
@@ -86,7 +87,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     for number in range(2):  # the second step has a momentum to keep
         step(number, make_batch(first=16 * number), lr=0.1, momentum=0.9)
     before = state_of(step)
-    handle = step.method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.nan)
+    handle = step.method.get_parameter("encoder.conv1.weight").register_hook(lambda gradient: gradient * torch.nan)
     step(2, make_batch(first=32), lr=0.1, momentum=0.9)
     handle.remove()
     assert_same(state_of(step), before)
@@ -103,14 +104,14 @@ def test_an_fp16_overflow_skips_the_step_and_halves_the_loss_scale(name: str) ->
     for number in range(3):
         step(number, batch, lr=0.1, momentum=0.9)
     scale, before = step.scaler.get_scale(), state_of(step)
-    handle = method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    handle = method.get_parameter("encoder.conv1.weight").register_hook(lambda gradient: gradient * torch.inf)
     step(3, batch, lr=0.1, momentum=0.9)
     handle.remove()
     assert step.scaler.get_scale() == scale / 2
     assert_same(state_of(step), before)
     step(4, batch, lr=0.1, momentum=0.9)
     step.guard.raise_if_failed()
-    assert not torch.equal(method.encoder.conv1.weight, before["encoder.conv1.weight"])
+    assert not torch.equal(method.get_parameter("encoder.conv1.weight"), before["encoder.conv1.weight"])
 
 
 @EVERY
@@ -145,7 +146,7 @@ def test_the_learning_rates_are_tensors_that_a_step_sets_in_place(name: str) -> 
     for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
         assert group["lr"] is rate
         assert rate == 0.25
-    assert not torch.equal(step.method.encoder.conv1.weight, before["encoder.conv1.weight"])
+    assert not torch.equal(step.method.get_parameter("encoder.conv1.weight"), before["encoder.conv1.weight"])
 
 
 @EVERY

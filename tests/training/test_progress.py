@@ -1,12 +1,16 @@
 """Tests of the display of a run's progress."""
 
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from mnclglf.runs.metrics import read_records
+from mnclglf.training import progress
 from mnclglf.training.progress import RunLog, duration
 
 TOTAL = 156_000
@@ -56,3 +60,26 @@ def test_the_display_does_not_parse_markup(tmp_path: Path) -> None:
 )
 def test_a_duration_is_in_hours(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, room = os.write, [40]
+
+    def some(descriptor: int, data: bytes) -> int:
+        """Writes into 40 bytes that are left."""
+        taken = min(room[0], len(data))
+        room[0] -= taken
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:taken])
+
+    console = terminal(200)
+    monkeypatch.setattr(progress.os, "write", some)
+    with RunLog(tmp_path, start=0, total=TOTAL, console=console) as log:
+        for step in (1, 2, 3):
+            log.write({**RECORD, "step": step})
+        room[0] = 10**6
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")[0]] == [1, 2, 3]
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert text.count("metrics.jsonl cannot be written (No space left on device)") == 1

@@ -51,7 +51,7 @@ def test_a_step_has_the_operations_that_pytorch_counts(monkeypatch):
     method = build_method(SMALL, torch.float32).train()
     with FlopCounterMode(display=False) as counter:
         method(torch.randn(18, 3, 16, 16)).total.backward()
-    networks = sum(parts[name].flops for name in ("convolutions, forward", "convolutions, backward", "heads"))
+    networks = sum(parts[name].flops for name in ("convolutions, forward", "convolutions, backward", "matrix products"))
     # PyTorch's form of the operators: the lookup, four products of the loss, and their gradients for the predictions.
     lookup, loss = 2 * 12 * 20 * 24, 2 * 14 * 6 * 6 * 24
     assert counter.get_total_flops() == networks + lookup + 2 * loss

@@ -12,7 +12,14 @@ from rich.console import Console
 
 from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from mnclglf.methods import METHODS
-from mnclglf.training.start import Machine, choose_backends, describe_backends, keep_kernels_in_cache
+from mnclglf.training.ranks import Ranks
+from mnclglf.training.start import (
+    Machine,
+    choose_backends,
+    choose_compile,
+    describe_backends,
+    keep_kernels_in_cache,
+)
 from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch
 
@@ -63,6 +70,29 @@ def test_the_kernels_of_a_method_prove_themselves_and_no_others(method, monkeypa
     config = dataclasses.replace(CONFIG, method=method, engine=EngineConfig(kernels="require"))
     choose_backends(config, 16, 16, Machine(CPU, torch.float32), Console(file=io.StringIO()))
     assert asked == [*METHODS[method].operators, "batch_norm", "augment"]
+
+
+def test_the_kernels_are_checked_on_the_part_of_a_rank(monkeypatch):
+    asked = {}
+
+    def failures(sizes, *_, **settings):
+        asked.update(settings, images=sizes.images)
+        return {}
+
+    monkeypatch.setattr("mnclglf_kernels.self_check.failures", failures)
+    config = dataclasses.replace(CONFIG, engine=EngineConfig(kernels="require"))
+    machine, console = Machine(CPU, torch.float32), Console(file=io.StringIO())
+    choose_backends(config, 16, 16, machine, console, ranks=Ranks(rank=1, count=3))
+    assert (asked["images"], asked["rank"], asked["ranks"]) == (2, 1, 3)
+
+
+def test_a_run_over_ranks_leaves_graphs_out_unless_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr("mnclglf.training.start.compiler_problem", lambda device: None)
+
+    def chosen(graphs, ranks):
+        return choose_compile(EngineConfig(compile="on", graphs=graphs), torch.device("cuda"), print, ranks)
+
+    assert [chosen("auto", 1), chosen("auto", 2), chosen("on", 2)] == ["graphs", "on", "graphs"]
 
 
 def test_required_kernels_that_cannot_run_stop_the_run(monkeypatch):

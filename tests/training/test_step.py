@@ -279,13 +279,13 @@ def test_the_learning_rate_is_a_tensor_on_the_device_and_takes_effect() -> None:
     step = TrainStep(method, OptimConfig(weight_decay=0.0), EngineConfig(), torch.float32)
     rate = step.optimizer.param_groups[0]["lr"]
     assert isinstance(rate, Tensor)
-    before = method.encoder.conv1.weight.clone()
+    before = method.get_parameter("encoder.conv1.weight").clone()
     step(0, make_batch(), lr=0.0, momentum=0.9)
-    assert torch.equal(method.encoder.conv1.weight, before)
+    assert torch.equal(method.get_parameter("encoder.conv1.weight"), before)
     step(1, make_batch(), lr=0.5, momentum=0.9)
     assert step.optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.5
-    assert not torch.equal(method.encoder.conv1.weight, before)
+    assert not torch.equal(method.get_parameter("encoder.conv1.weight"), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -355,7 +355,7 @@ def test_one_fused_kernel_updates_all_weights_and_one_the_momentum_network() -> 
 
     with Count():
         step(0, make_batch(), lr=0.1, momentum=0.9)
-    assert calls["aten._fused_sgd_.tensor_lr"] == calls["aten._fused_sgd_.default"] == 1
+    assert calls["aten._fused_sgd_.tensor_lr"] == 2  # both rates are read on the device
     assert not any("lerp" in name for name in calls)
 
 
@@ -366,7 +366,7 @@ def test_an_fp16_gradient_that_overflows_costs_its_step_and_halves_the_scale() -
     scale = step.scaler.get_scale()
     before = {name: value.clone() for name, value in method.named_parameters()}
     rows = method.queue.rows.clone()
-    handle = method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    handle = method.get_parameter("encoder.conv1.weight").register_hook(lambda gradient: gradient * torch.inf)
     step(1, batch, lr=0.1, momentum=0.9)
     handle.remove()
     assert step.scaler.get_scale() == scale / 2
@@ -376,12 +376,12 @@ def test_an_fp16_gradient_that_overflows_costs_its_step_and_halves_the_scale() -
     step.guard.raise_if_failed()
     step(2, batch, lr=0.1, momentum=0.9)
     step.guard.raise_if_failed()
-    assert not torch.equal(method.encoder.conv1.weight, before["encoder.conv1.weight"])
+    assert not torch.equal(method.get_parameter("encoder.conv1.weight"), before["encoder.conv1.weight"])
 
 
 def test_an_fp16_gradient_that_is_never_finite_is_an_error() -> None:
     step = TrainStep(make_method(dtype=torch.float16), OptimConfig(), EngineConfig(), torch.float16)
-    step.method.encoder.conv1.weight.register_hook(lambda gradient: gradient * torch.nan)
+    step.method.get_parameter("encoder.conv1.weight").register_hook(lambda gradient: gradient * torch.nan)
     for number in range(18):  # from 2^16 to below 1
         step(number, make_batch(dtype=torch.float16), lr=0.1, momentum=0.9)
     with pytest.raises(NonFiniteError, match="step 17: gradient not finite"):
@@ -425,7 +425,7 @@ def test_an_overflow_without_gradient_costs_its_step_alone(network: str, dtype: 
     assert step.overflows == 1
     step.guard.raise_if_failed()
     trains = dtype == torch.bfloat16  # in fp16 the first gradients overflow
-    assert torch.equal(method.encoder.conv1.weight, before["encoder.conv1.weight"]) != trains
+    assert torch.equal(method.get_parameter("encoder.conv1.weight"), before["encoder.conv1.weight"]) != trains
 
 
 def test_a_loss_that_is_not_finite_without_an_overflow_is_an_error() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mnclglf.training.stop import StopRequest
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,16 @@ def test_a_signal_asks_to_stop_and_the_second_ends_as_usual(number: signal.Signa
         assert seen == [number]
     os.kill(os.getpid(), number)
     assert seen == [number, number]
+
+
+def test_a_rank_takes_a_signal_that_comes_twice_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda caught, _: seen.append(caught))
+    with StopRequest() as stop:
+        for _ in range(2):  # from Slurm, and from torchrun, which got it as well
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.signal, seen) == (signal.SIGTERM, [])
 
 
 def test_nohup_stays(monkeypatch: pytest.MonkeyPatch) -> None:

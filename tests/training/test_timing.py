@@ -30,7 +30,24 @@ def test_a_clock_leaves_out_the_warm_up_and_what_is_no_step(now: list[float]) ->
     clock.stop(waited=0.5)
     assert clock.take() == (0.5, [3.0])
     assert clock.take() == (0.0, [])
-    assert clock.all == [1.0, 2.0, 3.0]
+    assert list(clock.all) == [1.0, 2.0, 3.0]
+
+
+def test_a_step_is_shared_out_among_its_phases(now: list[float]) -> None:
+    clock = StepClock(CPU, warm_up=1)
+    for data, forward, rest in ((9.0, 9.0, 9.0), (1.0, 4.0, 2.0), (3.0, 6.0, 2.0), (2.0, 5.0, 1.0)):
+        for phase, seconds in (("data", data), ("forward", forward)):
+            now[0] += seconds
+            clock.mark(phase)
+        now[0] += rest
+        clock.stop(waited=0.0)
+    assert clock.take_phases() == {"data": 2.0, "forward": 5.0, "update": 2.0}  # medians of the three after the warm-up
+    assert clock.take_phases() == {}
+    clock.mark("data")  # of a step that a save broke off
+    clock.restart()
+    now[0] += 1.0
+    clock.stop(waited=0.0)
+    assert clock.take_phases() == {"update": 1.0}
 
 
 def test_without_warm_up_the_first_step_has_no_beginning(now: list[float]) -> None:

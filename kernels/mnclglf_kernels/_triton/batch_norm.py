@@ -7,8 +7,11 @@ mask of the ReLU follows from x. With a residual it follows from the result, and
 gradient, which is the residual's and which the second one reads: 7 passes. Where the result has two uses, the launches
 add their gradients as they read them: 7 passes, 8 with a residual, and none before that adds them.
 
-Letters: V views, R = N * H * W rows per view (a channels_last image is H * W rows), C channels, P parts per view.
-Every sum has a fixed order: rows of a lane, lanes of a program, parts of a view, views.
+With statistics over several ranks a small launch each way combines the parts of each view, a message takes the result
+to all ranks, and the second launch combines what it brought.
+
+Letters: V views, R = N * H * W rows per view (a channels_last image is H * W rows), C channels, P parts per view, W
+ranks. Every sum has a fixed order: rows of a lane, lanes of a program, parts of a view, ranks, views.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.launch import Launch, Traffic, blocks, sum_dtype, total_bytes
 from mnclglf_kernels.ops.batch_norm import running_factors
+from mnclglf_kernels.ranks import gather, sum_over_ranks
 
 TILE = 4096  # elements that a program holds at a time, at most
 COLUMNS = 64  # channels of a tile, at most: 128 bytes of a 16-bit row
@@ -72,6 +76,22 @@ def merged_sums(sums, view, columns, inside, C, P: tl.constexpr, PARTS: tl.const
 
 
 @triton.jit
+def gathered_moments(gathered, view, columns, inside, C, V: tl.constexpr, RANKS: tl.constexpr, SUM: tl.constexpr):
+    """Returns mean and biased variance of one view from those of all ranks, [columns] each (Chan et al. 1979)."""
+    first = gathered + view * (2 * C) + columns
+    base = tl.load(first, mask=inside, other=0)
+    mean, variance = tl.zeros(columns.shape, SUM), tl.zeros(columns.shape, SUM)
+    for rank in range(RANKS):
+        mean += tl.load(first + rank * (V * 2 * C), mask=inside, other=0) - base
+    mean = base + mean / RANKS
+    for rank in range(RANKS):
+        place = first + rank * (V * 2 * C)
+        off = tl.load(place, mask=inside, other=0) - mean
+        variance += tl.load(place + C, mask=inside, other=0) + off * off
+    return mean, variance / RANKS
+
+
+@triton.jit
 def batch_norm_moments_kernel(
     x,
     moments,  # [V, P, 2, C]: mean and sum of squared deviations of a part
@@ -109,9 +129,30 @@ def batch_norm_moments_kernel(
 
 
 @triton.jit
+def batch_norm_merge_moments_kernel(
+    moments,  # [V, P, 2, C], of parts
+    own,  # [V, 2, C]: mean and biased variance of this rank's rows
+    R: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Combines the moments of the parts of a view."""
+    view, columns = tl.program_id(1), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < C
+    center, variance = merged_moments(moments, view, columns, inside, R, C, ROWS, P, PARTS, SUM)
+    place = own + view * (2 * C) + columns
+    tl.store(place, center, mask=inside)
+    tl.store(place + C, variance, mask=inside)
+
+
+@triton.jit
 def batch_norm_apply_kernel(
     x,
-    moments,
+    moments,  # [V, P, 2, C] of parts, or of several ranks what their merge_moments kernels wrote, [W, V, 2, C]
     weight,
     bias,
     residual,
@@ -131,12 +172,16 @@ def batch_norm_apply_kernel(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """Normalizes a part of a view. The first part's program keeps mean and deviation, and updates the running ones."""
     part, view = tl.program_id(0), tl.program_id(1)
     columns, lanes = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, LANES)
     inside = columns < C
-    center, variance = merged_moments(moments, view, columns, inside, R, C, ROWS, P, PARTS, SUM)
+    if RANKS == 1:
+        center, variance = merged_moments(moments, view, columns, inside, R, C, ROWS, P, PARTS, SUM)
+    else:
+        center, variance = gathered_moments(moments, view, columns, inside, C, V, RANKS, SUM)
     inverse = 1 / tl.sqrt(variance + FACTORS[0])
     if part == 0:
         tl.store(mean + view * C + columns, center, mask=inside)
@@ -147,9 +192,14 @@ def batch_norm_apply_kernel(
             new_mean = FACTORS[1] * tl.load(running_mean + columns, mask=inside).to(SUM)
             new_var = FACTORS[1] * tl.load(running_var + columns, mask=inside).to(SUM)
             for v in tl.static_range(V):
-                other_mean, other_var = merged_moments(moments, view + v, columns, inside, R, C, ROWS, P, PARTS, SUM)
+                if RANKS == 1:
+                    other_mean, other_var = merged_moments(
+                        moments, view + v, columns, inside, R, C, ROWS, P, PARTS, SUM
+                    )
+                else:
+                    other_mean, other_var = gathered_moments(moments, view + v, columns, inside, C, V, RANKS, SUM)
                 new_mean += FACTORS[2 + v] * other_mean
-                new_var += FACTORS[2 + v] * (other_var * R / (R - 1))
+                new_var += FACTORS[2 + v] * (other_var * (R * RANKS) / (R * RANKS - 1))
             tl.store(running_mean + columns, new_mean, mask=inside)
             tl.store(running_var + columns, new_var, mask=inside)
     scale = inverse * tl.load(weight + columns, mask=inside).to(SUM)
@@ -222,6 +272,35 @@ def batch_norm_sums_kernel(
 
 
 @triton.jit
+def batch_norm_merge_sums_kernel(
+    sums,  # [V, P, 2, C], of parts
+    deviation,
+    own,  # [V, 2, C]: sums of the gradient, and of the gradient times the normalized x, of this rank's rows
+    weight_gradient,
+    bias_gradient,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    SUM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Combines the sums of the parts of each view, and makes this rank's gradients of weight and bias."""
+    view, columns = tl.program_id(1), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)  # the first view
+    inside = columns < C
+    of_weight, of_bias = tl.zeros([COLUMNS], SUM), tl.zeros([COLUMNS], SUM)
+    for v in tl.static_range(V):
+        plain, weighted = merged_sums(sums, view + v, columns, inside, C, P, PARTS, SUM)
+        weighted *= tl.load(deviation + v * C + columns, mask=inside)
+        tl.store(own + v * (2 * C) + columns, plain, mask=inside)
+        tl.store(own + v * (2 * C) + C + columns, weighted, mask=inside)
+        of_weight += weighted
+        of_bias += plain
+    tl.store(weight_gradient + columns, of_weight, mask=inside)
+    tl.store(bias_gradient + columns, of_bias, mask=inside)
+
+
+@triton.jit
 def batch_norm_gradient_kernel(
     upstream,  # masked already, unless MASK
     other,  # None, or the gradient of the result's second use, where `upstream` does not hold their sum
@@ -230,9 +309,9 @@ def batch_norm_gradient_kernel(
     deviation,
     weight,
     bias,
-    sums,
+    sums,  # [V, P, 2, C] of parts, or the sum over ranks of what their merge_sums kernels wrote, [V, 2, C]
     gradient,  # of x
-    weight_gradient,
+    weight_gradient,  # None for several ranks, as merge_sums has made it
     bias_gradient,
     V: tl.constexpr,
     R: tl.constexpr,
@@ -244,24 +323,30 @@ def batch_norm_gradient_kernel(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """Makes the gradient of x of a part; the first part's program of the first view those of weight and bias too."""
     part, view = tl.program_id(0), tl.program_id(1)
     columns, lanes = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, LANES)
     inside = columns < C
-    if (part == 0) & (view == 0):
-        of_weight, of_bias = tl.zeros([COLUMNS], SUM), tl.zeros([COLUMNS], SUM)
-        for v in tl.static_range(V):
-            plain, weighted = merged_sums(sums, view + v, columns, inside, C, P, PARTS, SUM)
-            of_weight += weighted * tl.load(deviation + v * C + columns, mask=inside)
-            of_bias += plain
-        tl.store(weight_gradient + columns, of_weight, mask=inside)
-        tl.store(bias_gradient + columns, of_bias, mask=inside)
+    if RANKS == 1:
+        owns_vectors = (part == 0) & (view == 0)
+        if owns_vectors:
+            of_weight, of_bias = tl.zeros([COLUMNS], SUM), tl.zeros([COLUMNS], SUM)
+            for v in tl.static_range(V):
+                plain, weighted = merged_sums(sums, view + v, columns, inside, C, P, PARTS, SUM)
+                of_weight += weighted * tl.load(deviation + v * C + columns, mask=inside)
+                of_bias += plain
+            tl.store(weight_gradient + columns, of_weight, mask=inside)
+            tl.store(bias_gradient + columns, of_bias, mask=inside)
     plain, weighted = merged_sums(sums, view, columns, inside, C, P, PARTS, SUM)
     center = tl.load(mean + view * C + columns, mask=inside).to(SUM)
     inverse = tl.load(deviation + view * C + columns, mask=inside).to(SUM)
     scale = inverse * tl.load(weight + columns, mask=inside).to(SUM)
-    average, slope = plain / R, inverse * inverse * weighted / R
+    if RANKS == 1:
+        average, slope = plain / R, inverse * inverse * weighted / R
+    else:
+        average, slope = plain / (R * RANKS), inverse * weighted / (R * RANKS)
     if MASK:
         shift = tl.load(bias + columns, mask=inside).to(SUM)
     first = view.to(tl.int64) * (R * C) + columns[None, :]
@@ -297,8 +382,22 @@ def grid_of(views: int, shape: dict[str, Any]) -> tuple[int, int, int]:
     return shape["P"], views, blocks(shape["C"], shape["COLUMNS"])
 
 
-def forward_launches(
+def moments_launches(x: Tensor, mean: Tensor, ranks: int) -> tuple[list[Launch], Tensor]:
+    """The launches from x to moments, and these: of each view's parts, or for several ranks of its rows."""
+    views = len(mean)
+    shape = shape_of(x, views)
+    grid, moments = grid_of(views, shape), empty_sums(mean, shape)
+    first = Launch(batch_norm_moments_kernel, moments_traffic, grid, dict(x=x, moments=moments, **shape), warps=WARPS)
+    if ranks == 1:
+        return [first], moments
+    own, constants = empty_message(mean), {name: shape[name] for name in ("R", "C", "P", "ROWS", "SUM", "COLUMNS")}
+    merge = dict(moments=moments, own=own, PARTS=PARTS, **constants)
+    return [first, Launch(batch_norm_merge_moments_kernel, merge_moments_traffic, (1, *grid[1:]), merge)], own
+
+
+def apply_launch(
     x: Tensor,
+    moments: Tensor,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor | None,
@@ -307,16 +406,18 @@ def forward_launches(
     factors: Sequence[float],
     eps: float,
     relu: bool,
+    ranks: int,
     y: Tensor,
     mean: Tensor,
     deviation: Tensor,
-) -> list[Launch]:
-    """The launches from x to y, mean and deviation. x, residual and y are channels_last or rows, all alike."""
-    views = len(factors) - 1
+) -> Launch:
+    """The launch from x and moments to y, mean and deviation; x, residual and y are channels_last or rows, all alike.
+
+    For several ranks `moments` are theirs, [W, V, 2, C].
+    """
+    views = len(mean)
     shape = shape_of(x, views)
-    grid, moments = grid_of(views, shape), empty_sums(mean, shape)
-    first = dict(x=x, moments=moments, **shape)
-    second = dict(
+    arguments = dict(
         x=x,
         moments=moments,
         weight=weight,
@@ -331,15 +432,13 @@ def forward_launches(
         FACTORS=(eps, *factors),
         RELU=relu,
         PARTS=PARTS,
+        RANKS=ranks,
         **shape,
     )
-    return [
-        Launch(batch_norm_moments_kernel, moments_traffic, grid, first, warps=WARPS),
-        Launch(batch_norm_apply_kernel, apply_traffic, grid, second, warps=WARPS),
-    ]
+    return Launch(batch_norm_apply_kernel, apply_traffic, grid_of(views, shape), arguments, warps=WARPS)
 
 
-def backward_launches(
+def sums_launches(
     upstream: Tensor,
     other: Tensor | None,
     x: Tensor,
@@ -349,36 +448,86 @@ def backward_launches(
     mean: Tensor,
     deviation: Tensor,
     relu: bool,
-    gradient: Tensor,
+    ranks: int,
     weight_gradient: Tensor,
     bias_gradient: Tensor,
     masked: Tensor | None,
-) -> list[Launch]:
-    """The launches from the upstream gradients to those of x, weight and bias, and `masked`, the residual's."""
+) -> tuple[list[Launch], Tensor]:
+    """The launches from the upstream gradients to `masked`, the residual's, and to sums, and these.
+
+    The sums are of each view's parts, or for several ranks of its rows; then those of weight and bias are made too.
+    """
     views = len(mean)
     shape = shape_of(x, views)
     grid, sums = grid_of(views, shape), empty_sums(mean, shape)
     statistics = dict(x=x, mean=mean, deviation=deviation, weight=weight, bias=bias, sums=sums, **shape)
-    first = dict(upstream=upstream, other=other, y=y, masked=masked, RELU=relu, **statistics)
-    second = dict(
+    arguments = dict(upstream=upstream, other=other, y=y, masked=masked, RELU=relu, **statistics)
+    first = Launch(batch_norm_sums_kernel, sums_traffic, grid, arguments, warps=WARPS)
+    if ranks == 1:
+        return [first], sums
+    own, constants = empty_message(mean), {name: shape[name] for name in ("C", "P", "SUM", "COLUMNS")}
+    gradients = dict(weight_gradient=weight_gradient, bias_gradient=bias_gradient)
+    merge = dict(sums=sums, deviation=deviation, own=own, V=views, PARTS=PARTS, **gradients, **constants)
+    return [first, Launch(batch_norm_merge_sums_kernel, merge_sums_traffic, (1, 1, grid[2]), merge)], own
+
+
+def gradient_launch(
+    upstream: Tensor,
+    other: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    sums: Tensor,
+    relu: bool,
+    ranks: int,
+    gradient: Tensor,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    masked: Tensor | None,
+) -> Launch:
+    """The launch from the upstream gradients and sums to the gradients of x, weight and bias.
+
+    For several ranks `sums` are over all of them, [V, 2, C], and the gradients of weight and bias are there already.
+    """
+    views, alone = len(mean), ranks == 1
+    shape = shape_of(x, views)
+    arguments = dict(
         upstream=upstream if masked is None else masked,
         other=other if masked is None else None,
+        x=x,
+        mean=mean,
+        deviation=deviation,
+        weight=weight,
+        bias=bias,
+        sums=sums,
         gradient=gradient,
-        weight_gradient=weight_gradient,
-        bias_gradient=bias_gradient,
+        weight_gradient=weight_gradient if alone else None,
+        bias_gradient=bias_gradient if alone else None,
         V=views,
         MASK=relu and masked is None,
         PARTS=PARTS,
-        **statistics,
+        RANKS=ranks,
+        **(shape if alone else shape | dict(P=1)),
     )
-    return [
-        Launch(batch_norm_sums_kernel, sums_traffic, grid, first, warps=WARPS),
-        Launch(batch_norm_gradient_kernel, gradient_traffic, grid, second, warps=WARPS),
-    ]
+    return Launch(batch_norm_gradient_kernel, gradient_traffic, grid_of(views, shape), arguments, warps=WARPS)
 
 
 def moments_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     moved = total_bytes([a["x"], a["moments"]])
+    return Traffic(0, moved, moved)
+
+
+def merge_moments_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    moments, own = total_bytes([a["moments"]]), total_bytes([a["own"]])
+    again = moments // 2 + own // 2  # means are read twice, those of the first parts thrice
+    return Traffic(0, moments + own, moments + own + again)
+
+
+def merge_sums_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
+    names = ("sums", "deviation", "own", "weight_gradient", "bias_gradient")
+    moved = total_bytes([a[name] for name in names])
     return Traffic(0, moved, moved)
 
 
@@ -408,7 +557,8 @@ def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     dense = total_bytes([x for x in tensors if x is not None])
     sums, mean, deviation = (total_bytes([a[name]]) for name in ("sums", "mean", "deviation"))
     vectors = total_bytes([a["weight"], a["bias"]] if a["MASK"] else [a["weight"]])
-    issued = (sums + mean + deviation) * a["P"] + vectors * a["P"] * a["V"] + sums + deviation
+    issued = (sums + mean + deviation) * grid[0] + vectors * grid[0] * a["V"]
+    issued += sums + deviation if a["RANKS"] == 1 else 0
     return Traffic(0, dense + sums + mean + deviation + vectors, dense + issued)
 
 
@@ -433,6 +583,11 @@ def empty_sums(mean: Tensor, shape: dict[str, Any]) -> Tensor:
     return mean.new_empty((views, shape["P"], 2, channels))
 
 
+def empty_message(mean: Tensor) -> Tensor:
+    views, channels = mean.shape
+    return mean.new_empty((views, 2, channels))
+
+
 def empty_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -451,17 +606,26 @@ def launches(
     residual: Tensor | None = None,
     relu: bool = False,
     fork: bool = False,
+    ranks: int = 1,
     arch: int = 86,
 ) -> list[Launch]:
-    """The launches of one call and of its backward pass."""
+    """The launches of one call and of its backward pass, without the messages between several ranks."""
     y, statistics = empty_dense(x), empty_statistics(x, views)
     operands = weight, bias, running_mean, running_var, residual
-    forward = forward_launches(x, *operands, running_factors(0.1, views), 1e-5, relu, y, *statistics)
+    first, moments = moments_launches(x, statistics[0], ranks)
+    moments = moments if ranks == 1 else moments.new_empty((ranks, *moments.shape))
+    how = running_factors(0.1, views), 1e-5, relu, ranks
     kept = y if relu and residual is not None else None
     keeps = residual is not None and (relu or fork)
-    *gradients, masked = empty_gradients(x, weight, bias, keeps)
-    upstreams = empty_dense(x), empty_dense(x) if fork else None
-    return forward + backward_launches(*upstreams, x, kept, weight, bias, *statistics, relu, *gradients, masked)
+    gradient, *vectors, masked = empty_gradients(x, weight, bias, keeps)
+    upstreams, saved = (empty_dense(x), empty_dense(x) if fork else None), (weight, bias, *statistics)
+    second, sums = sums_launches(*upstreams, x, kept, *saved, relu, ranks, *vectors, masked)
+    return [
+        *first,
+        apply_launch(x, moments, *operands, *how, y, *statistics),
+        *second,
+        gradient_launch(*upstreams, x, *saved, sums, relu, ranks, gradient, *vectors, masked),
+    ]
 
 
 @torch.library.custom_op("mnclglf::batch_norm", mutates_args=("running_mean", "running_var"))
@@ -475,13 +639,19 @@ def batch_norm(
     factors: Sequence[float],
     eps: float,
     relu: bool,
+    ranks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the result, and mean and deviation of each view, [V, C]."""
     x, y, statistics = dense(x), empty_dense(x), empty_statistics(x, len(factors) - 1)
     other = None if residual is None else dense(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
     operands = weight, bias, running_mean, running_var, other
-    launch.run(forward_launches(x, *operands, factors, eps, relu, y, *statistics), x.device)
+    first, moments = moments_launches(x, statistics[0], ranks)
+    if ranks > 1:
+        launch.run(first, x.device)
+        first, moments = [], gather(moments)
+    last = apply_launch(x, moments, *operands, factors, eps, relu, ranks, y, *statistics)
+    launch.run([*first, last], x.device)
     return y, *statistics
 
 
@@ -497,14 +667,20 @@ def batch_norm_backward(
     deviation: Tensor,
     relu: bool,
     keeps: bool,
+    ranks: int = 1,
 ) -> list[Tensor]:
     """Returns the gradients of x, weight and bias; with `keeps` the sum of the upstream ones, masked, too."""
     x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     upstreams = dense(upstream), None if other is None else dense(other)
-    *gradients, masked = empty_gradients(x, weight, bias, keeps)
-    found = backward_launches(*upstreams, x, y, weight, bias, mean, deviation, relu, *gradients, masked)
-    launch.run(found, x.device)
-    return gradients if masked is None else [*gradients, masked]
+    gradient, *vectors, masked = empty_gradients(x, weight, bias, keeps)
+    saved = weight, bias, mean, deviation
+    first, sums = sums_launches(*upstreams, x, y, *saved, relu, ranks, *vectors, masked)
+    if ranks > 1:
+        launch.run(first, x.device)
+        first, sums = [], sum_over_ranks(sums)
+    last = gradient_launch(*upstreams, x, *saved, sums, relu, ranks, gradient, *vectors, masked)
+    launch.run([*first, last], x.device)
+    return [x for x in (gradient, *vectors, masked) if x is not None]
 
 
 @batch_norm.register_fake
@@ -513,8 +689,20 @@ def _(x: Tensor, w: Any, b: Any, mean: Any, var: Any, residual: Any, factors: Se
 
 
 @batch_norm_backward.register_fake
-def _(upstream: Any, other: Any, x: Tensor, y: Any, weight: Tensor, bias: Tensor, *how: Any) -> list[Tensor]:
-    return [gradient for gradient in empty_gradients(x, weight, bias, how[-1]) if gradient is not None]
+def _(
+    upstream: Any,
+    other: Any,
+    x: Tensor,
+    y: Any,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Any,
+    deviation: Any,
+    relu: bool,
+    keeps: bool,
+    ranks: int = 1,
+) -> list[Tensor]:
+    return [gradient for gradient in empty_gradients(x, weight, bias, keeps) if gradient is not None]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -522,7 +710,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, weight, bias, _, _, residual, _, _, ctx.relu = operands
+        x, weight, bias, _, _, residual, _, _, ctx.relu, ctx.ranks = operands
         y, mean, deviation = batch_norm(*operands)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, mean, deviation)
@@ -533,13 +721,15 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         given = [gradient for gradient in upstream if gradient is not None]
         if not given:
-            return (None,) * 9
+            return (None,) * 10
         first, *others = given
         keeps = ctx.has_residual and (ctx.relu or bool(others))
         saved = ctx.saved_tensors
-        of_x, of_weight, of_bias, *masked = batch_norm_backward(first, *(others or [None]), *saved, ctx.relu, keeps)
+        of_x, of_weight, of_bias, *masked = batch_norm_backward(
+            first, *(others or [None]), *saved, ctx.relu, keeps, ctx.ranks
+        )
         of_residual = (masked[0] if masked else first) if ctx.has_residual else None
-        return of_x, of_weight, of_bias, None, None, of_residual, None, None, None
+        return of_x, of_weight, of_bias, None, None, of_residual, None, None, None, None
 
 
 @torch.compiler.allow_in_graph  # Dynamo's own tracing of an autograd.Function refuses to write into an argument

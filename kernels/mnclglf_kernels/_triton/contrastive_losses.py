@@ -11,6 +11,9 @@ P pairs; pair i has targets [S_i * N, D] and predictions [N, D]. R = sum of S_i 
 as tuples, and a program selects the pair of its tile. FIRST_ROWS and FIRST_TILES are the first row and the first row
 tile of each pair, with the total at the end. SHIFT is the distance from a row to its positive. It is 0 except in
 nt_xent, where a pair's targets are its predictions and a row is no candidate of itself.
+
+In a run over RANKS ranks the rows are those of the images of RANK: n = N / RANKS per split, so pair i has targets
+[S_i * n, D]. In nt_xent they are n per view, out of all 2N of the pair's targets.
 """
 
 from __future__ import annotations
@@ -37,11 +40,24 @@ MERGED = 1024  # rows per step of the merge
 
 
 @triton.jit
+def own_columns(row, N: tl.constexpr, SHIFT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Returns the columns of rows numbered within their pair, which their positives follow by SHIFT, modulo N."""
+    own = row
+    if RANKS > 1:
+        local: tl.constexpr = (SHIFT if SHIFT > 0 else N) // RANKS  # rows per split, or per view
+        own = row + row // local * (SHIFT - local) + RANK * local  # one division: with two sm_80 would spill
+    return own
+
+
+@triton.jit
 def tile_products(
     targets,
     predictions,
     N: tl.constexpr,
     D: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,8 +82,11 @@ def tile_products(
     row = (tile - first_tile) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     # Rows past the end repeat the last row, so the inner loop needs no mask. The stores mask them.
+    target = tl.minimum(row, count - 1)
+    if SHIFT > 0:
+        target = own_columns(target, N, SHIFT, RANK, RANKS)
     products, row_squares, column_squares = row_products(
-        h, p, tl.minimum(row, count - 1), tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, NORMS, WIDEN
+        h, p, target, tl.minimum(column, N - 1), D, D, 1, D, 1, DEPTH, NORMS, NORMS, WIDEN
     )
     leads = tile == first_tile
     return pair, leads, row, row < count, first_row + row, column, products, row_squares, column_squares
@@ -86,6 +105,8 @@ def contrastive_losses_forward_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -94,19 +115,33 @@ def contrastive_losses_forward_kernel(
     WIDEN: tl.constexpr,
 ):
     pair, leads, row, inside, place, column, products, row_squares, column_squares = tile_products(
-        targets, predictions, N, D, FIRST_ROWS, FIRST_TILES, ROWS, COLUMNS, DEPTH, NORMS=True, WIDEN=WIDEN
+        targets,
+        predictions,
+        N,
+        D,
+        SHIFT,
+        RANK,
+        RANKS,
+        FIRST_ROWS,
+        FIRST_TILES,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        NORMS=True,
+        WIDEN=WIDEN,
     )
     row_inverse, column_inverse = inverse_norm(row_squares), inverse_norm(column_squares)
     logits = products * row_inverse[:, None] * column_inverse[None, :] * inverse_temperature
+    own = own_columns(row, N, SHIFT, RANK, RANKS)
     candidate = (column < N)[None, :]
     if SHIFT:
-        candidate = candidate & (column[None, :] != row[:, None])
+        candidate = candidate & (column[None, :] != own[:, None])
     # Masked before the maximum: columns past the end weigh exp(-inf) = 0. No top is -inf, since each tile has a real
     # column, and with SHIFT two of them, as 2N and the tile sides are even.
     logits = tl.where(candidate, logits, float("-inf"))
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)
-    label = (row + SHIFT) % N
+    label = (own + SHIFT) % N
     positive = tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
 
     part = tl.program_id(0).to(tl.int64) * FIRST_ROWS[len(targets)] + place
@@ -173,6 +208,8 @@ def contrastive_losses_coefficient_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -181,22 +218,36 @@ def contrastive_losses_coefficient_kernel(
     WIDEN: tl.constexpr,
 ):
     pair, _, row, inside, place, column, products, _, _ = tile_products(
-        targets, predictions, N, D, FIRST_ROWS, FIRST_TILES, ROWS, COLUMNS, DEPTH, NORMS=False, WIDEN=WIDEN
+        targets,
+        predictions,
+        N,
+        D,
+        SHIFT,
+        RANK,
+        RANKS,
+        FIRST_ROWS,
+        FIRST_TILES,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        NORMS=False,
+        WIDEN=WIDEN,
     )
     row_inverse = tl.load(inverse_targets + place, mask=inside, other=0.0)
     column_inverse = tl.load(inverse_predictions + pair * N + column, mask=column < N, other=0.0)
     top = tl.load(tops + place, mask=inside, other=0.0)
     log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
+    own = own_columns(row, N, SHIFT, RANK, RANKS)
     cosines = products * row_inverse[:, None] * column_inverse[None, :]
     # The same factors in the same order as in the forward, so that the greatest logit minus its top is 0 (or the
     # rounding that a fused multiply-add leaves). softmax - onehot is formed in fp32: at logits of 10 the difference
     # is 4e-5, which is 0 if the softmax is rounded to bf16 first.
     coefficient = tl.exp((cosines * inverse_temperature - top[:, None]) - log_sum[:, None])
-    coefficient -= tl.where(column[None, :] == ((row + SHIFT) % N)[:, None], 1.0, 0.0)
+    coefficient -= tl.where(column[None, :] == ((own + SHIFT) % N)[:, None], 1.0, 0.0)
     valid = inside[:, None] & (column < N)[None, :]
     candidate = valid
     if SHIFT:
-        candidate = candidate & (column[None, :] != row[:, None])
+        candidate = candidate & (column[None, :] != own[:, None])
         coefficient = tl.where(candidate, coefficient, 0.0)
     radial = tl.where(candidate, coefficient * cosines, 0.0)  # masked: a row's product with itself may be infinite
     matrix_place = place.to(tl.int64)[:, None] * N + column[None, :]
@@ -221,6 +272,8 @@ def contrastive_losses_gradient_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     FIRST_TILES: tl.constexpr,
     FIRST_BLOCKS: tl.constexpr,  # first program of each pair on axis 1
@@ -256,28 +309,77 @@ def contrastive_losses_gradient_kernel(
         row_step, other_step, part_size, part_place = 1, N, N, row
 
     inside, within = row < count, column < D
-    total = weighted_rows(
-        weights,
-        y,
-        other_inverses + first_other,
-        row,
-        inside,
-        column,
-        within,
-        other_count,
-        row_step,
-        other_step,
-        D,
-        DEPTH,
-        MIRRORED=SHIFT > 0,
-        WIDEN=WIDEN,
-    )
+    query, queries = row, inside  # nt_xent: numbers of the rows that are queries too, and their mask
+    if SHIFT > 0 and RANKS > 1:
+        # The queries of view 1 and of view 2 see the row as a candidate. The candidates see it as a query.
+        local: tl.constexpr = SHIFT // RANKS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        query_weights, query_rows, query_inverses = weights, y + RANK * local * D, other_inverses
+        for _ in range(2):
+            total = weighted_rows(
+                query_weights,
+                query_rows,
+                query_inverses,
+                row,
+                inside,
+                column,
+                within,
+                local,
+                1,
+                N,
+                D,
+                DEPTH,
+                MIRRORED=False,
+                WIDEN=WIDEN,
+                initial=total,
+            )
+            query_weights += local * N
+            query_rows += SHIFT * D
+            query_inverses += local
+        query = row % SHIFT - RANK * local
+        queries = inside & (query >= 0) & (query < local)
+        query += row // SHIFT * local
+        candidates = N * tl.max(queries.to(tl.int32), 0)  # none for a tile without a query
+        total = weighted_rows(
+            weights,
+            y,
+            row_inverses,
+            query,
+            queries,
+            column,
+            within,
+            candidates,
+            N,
+            1,
+            D,
+            DEPTH,
+            MIRRORED=False,
+            WIDEN=WIDEN,
+            initial=total,
+        )
+    else:
+        total = weighted_rows(
+            weights,
+            y,
+            other_inverses + first_other,
+            row,
+            inside,
+            column,
+            within,
+            other_count,
+            row_step,
+            other_step,
+            D,
+            DEPTH,
+            MIRRORED=SHIFT > 0,
+            WIDEN=WIDEN,
+        )
     radial = tl.zeros([ROWS], tl.float32)  # u . g, from the coefficients' launch: no second pass over D
     for part in range(first_part, last_part):
         radial += tl.load(dots + part * part_size + part_place, mask=inside, other=0.0)
     if SHIFT:
         for part in range(PARTS):
-            radial += tl.load(other_dots + part * N + row, mask=inside, other=0.0)
+            radial += tl.load(other_dots + part * FIRST_ROWS[1] + query, mask=queries, other=0.0)
     inverse = tl.load(row_inverses + first + row, mask=inside, other=0.0)
     radial = tl.where(inverse > CLAMPED, 0.0, radial)  # a row divided by the floor, not by its norm, has no radial part
     tile_place = row.to(tl.int64)[:, None] * D + column[None, :]
@@ -320,6 +422,13 @@ def coefficient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     )
 
 
+def query_blocks(a: dict[str, Any]) -> int:
+    """Returns the number of row blocks of nt_xent's gradient that contain a query."""
+    local = a["SHIFT"] // a["RANKS"]
+    queries = (view * a["SHIFT"] + a["RANK"] * local + i for view in range(2) for i in range(local))
+    return len({query // a["ROWS"] for query in queries})
+
+
 def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     n, d, first_rows, own_blocks = a["N"], a["D"], a["FIRST_ROWS"], a["FIRST_BLOCKS"]
     itemsize, column_blocks, halves = a["rows"][0].itemsize, grid[0], 1 if a["rows"][0].itemsize == 4 else 2
@@ -327,14 +436,30 @@ def gradient_traffic(grid: tuple[int, ...], a: dict[str, Any]) -> Traffic:
     for i in range(len(a["rows"])):
         rows, programs = first_rows[i + 1] - first_rows[i], own_blocks[i + 1] - own_blocks[i]
         parts = a["PARTS"] if a["OF_TARGETS"] else a["FIRST_TILES"][i + 1] - a["FIRST_TILES"][i]
-        parts += a["PARTS"] if a["SHIFT"] else 0  # those of the other side too
         own, others = (rows, n) if a["OF_TARGETS"] else (n, rows)
-        flops += 2 * halves * rows * n * d
-        unique += 4 * (rows * n + others + own * (parts + 1) + 1) + own * d * itemsize
+        dots = own * parts + (rows * a["PARTS"] if a["SHIFT"] else 0)  # with SHIFT those of the other side too
+        separate = a["SHIFT"] > 0 and a["RANKS"] > 1  # a second product, in the blocks that contain a query
+        summed = programs * others + (query_blocks(a) * n if separate else 0)
+        flops += 2 * halves * rows * n * d * (2 if separate else 1)
+        unique += 4 * (rows * n + others + own + dots + 1) + own * d * itemsize
         loads = 2 if a["SHIFT"] else 1  # per coefficient: once for its row, and once for its column
-        issued += column_blocks * 4 * (loads * rows * n + programs * (others + 1) + own * (parts + 1))
-        issued += programs * others * d * itemsize + 2 * own * d * itemsize
+        issued += column_blocks * 4 * (loads * rows * n + summed + programs + own + dots)
+        issued += summed * d * itemsize + 2 * own * d * itemsize
     return Traffic(flops, unique + total_bytes([*a["rows"], *a["others"]]), issued)
+
+
+class Part(NamedTuple):
+    """The rows whose loss a call computes, and the distance to their positives."""
+
+    rank: int = 0
+    ranks: int = 1  # n = N / ranks
+    shift: int = 0  # SHIFT: N in nt_xent, where N is half of the candidates
+
+    def constants(self) -> dict[str, int]:
+        return dict(SHIFT=self.shift, RANK=self.rank, RANKS=self.ranks)
+
+
+WHOLE = Part()
 
 
 class Geometry(NamedTuple):
@@ -342,12 +467,12 @@ class Geometry(NamedTuple):
 
     candidates: int  # N
     width: int  # D
-    row_counts: tuple[int, ...]  # S_i * N
+    row_counts: tuple[int, ...]  # S_i * n
 
     @classmethod
-    def of(cls, targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Geometry:
+    def of(cls, targets: Sequence[Tensor], predictions: Sequence[Tensor], part: Part) -> Geometry:
         candidates, width = predictions[0].shape
-        return cls(candidates, width, tuple(len(h) for h in targets))
+        return cls(candidates, width, tuple(len(h) // (part.ranks if part.shift else 1) for h in targets))
 
     def first_rows(self) -> tuple[int, ...]:
         return tuple(accumulate(self.row_counts, initial=0))
@@ -367,8 +492,8 @@ class Forward(NamedTuple):
     inverse_predictions: Tensor  # [P, N] fp32
 
 
-def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Forward:
-    geometry = Geometry.of(targets, predictions)
+def empty_forward(targets: Sequence[Tensor], predictions: Sequence[Tensor], part: Part = WHOLE) -> Forward:
+    geometry = Geometry.of(targets, predictions, part)
     rows = sum(geometry.row_counts)
     shapes = [(len(targets),), (rows,), (rows,), (rows,), (len(targets), geometry.candidates)]
     return Forward(*(torch.empty(shape, dtype=torch.float32, device=targets[0].device) for shape in shapes))
@@ -380,11 +505,10 @@ def forward_launches(
     temperature: float,
     results: Forward,
     t: Tile,
-    *,
-    shift: int = 0,
+    part: Part = WHOLE,
 ) -> list[Launch]:
     """The two launches of the forward. Tensors must be dense, and all rows of one dtype."""
-    geometry = Geometry.of(targets, predictions)
+    geometry = Geometry.of(targets, predictions, part)
     n, d, _ = geometry
     device, dtype = targets[0].device, targets[0].dtype
     first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
@@ -399,7 +523,7 @@ def forward_launches(
         inverse_temperature=1 / temperature,
         N=n,
         D=d,
-        SHIFT=shift,
+        **part.constants(),
         FIRST_ROWS=first_rows,
         FIRST_TILES=first_tiles,
         ROWS=t.rows,
@@ -441,8 +565,7 @@ def backward_launches(
     prediction_gradients: Sequence[Tensor],
     t: Tile,
     gradient_tile: Tile,
-    *,
-    shift: int = 0,
+    part: Part = WHOLE,
 ) -> list[Launch]:
     """The launches of the backward: one for the coefficients, then one for each side with gradients to write.
 
@@ -453,9 +576,9 @@ def backward_launches(
         target_gradients, prediction_gradients: outputs, shaped like targets and predictions; empty to skip a side.
         t: tile of the logits; must be the forward's.
         gradient_tile: tile of a gradient: rows of one side by columns of D, summed over rows of the other side.
-        shift: must be the forward's. Unless it is 0, the prediction gradients include those of the targets.
+        part: must be the forward's. With a shift the prediction gradients include those of the targets.
     """
-    geometry = Geometry.of(targets, predictions)
+    geometry = Geometry.of(targets, predictions, part)
     n, d, _ = geometry
     device, dtype = targets[0].device, targets[0].dtype
     first_rows, first_tiles = geometry.first_rows(), geometry.first_tiles(t.rows)
@@ -468,7 +591,7 @@ def backward_launches(
         inverse_temperature=1 / temperature,
         N=n,
         D=d,
-        SHIFT=shift,
+        **part.constants(),
         FIRST_ROWS=first_rows,
         FIRST_TILES=first_tiles,
     )
@@ -543,28 +666,32 @@ def contrastive_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
     return logits, gradients
 
 
-def launches(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, arch: int) -> list[Launch]:
+def launches(
+    pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, rank: int = 0, ranks: int = 1, arch: int
+) -> list[Launch]:
     """The launches of one call with pairs of one dtype and of its backward pass, with the gradients of both sides."""
     targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
     t, gradient_tile = contrastive_tiles(targets[0], arch)
-    results = empty_forward(targets, predictions)
+    results, part = empty_forward(targets, predictions), Part(rank, ranks)
     shared = (targets, predictions, temperature, results)
     return [
-        *forward_launches(*shared, t),
-        *backward_launches(*shared, results.losses, targets, predictions, t, gradient_tile),
+        *forward_launches(*shared, t, part),
+        *backward_launches(*shared, results.losses, targets, predictions, t, gradient_tile, part),
     ]
 
 
-def tunings(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Iterator[Tuning]:
+def tunings(
+    pairs: Sequence[tuple[Tensor, Tensor]], temperature: float, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Tuning]:
     """The launches whose tiles can be measured: forward, and gradient of the predictions, the one that a step needs."""
     targets, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
-    shared = (targets, predictions, temperature, empty_forward(targets, predictions))
-    yield Tuning("contrastive", lambda t: forward_launches(*shared, t), list(shared[3]))
+    shared, part = (targets, predictions, temperature, empty_forward(targets, predictions)), Part(rank, ranks)
+    yield Tuning("contrastive", lambda t: forward_launches(*shared, t, part), list(shared[3]))
     logits, _ = contrastive_tiles(targets[0], architecture(targets[0]))
-    launch.run(forward_launches(*shared, logits), targets[0].device)
+    launch.run(forward_launches(*shared, logits, part), targets[0].device)
     gradients = [torch.empty_like(x) for x in predictions]
     given = (*shared, torch.ones_like(shared[3].losses), [], gradients, logits)
-    yield Tuning("gradient", lambda t: backward_launches(*given, t), gradients)
+    yield Tuning("gradient", lambda t: backward_launches(*given, t, part), gradients)
 
 
 def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:
@@ -579,13 +706,14 @@ def check_dense(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> Non
 
 @torch.library.custom_op("mnclglf::contrastive_losses", mutates_args=())
 def contrastive_losses(
-    targets: list[Tensor], predictions: list[Tensor], temperature: float
+    targets: list[Tensor], predictions: list[Tensor], temperature: float, rank: int = 0, ranks: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the fields of Forward for P pairs of dense targets [S_i * N, D] and predictions [N, D] of one dtype."""
+    """Returns the fields of Forward for P pairs of dense targets [S_i * n, D] and predictions [N, D] of one dtype."""
     results = empty_forward(targets, predictions)
     check_dense(targets, predictions)
     t, _ = contrastive_tiles(targets[0], architecture(targets[0]))
-    launch.run(forward_launches(targets, predictions, temperature, results, t), targets[0].device)
+    part = Part(rank, ranks)
+    launch.run(forward_launches(targets, predictions, temperature, results, t, part), targets[0].device)
     return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
@@ -601,6 +729,8 @@ def contrastive_losses_backward(
     temperature: float,
     of_targets: bool,
     of_predictions: bool,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Tensor]:
     """Returns the gradients of the targets, if asked for, then those of the predictions, if asked for."""
     check_dense(targets, predictions)
@@ -618,13 +748,14 @@ def contrastive_losses_backward(
         target_gradients,
         prediction_gradients,
         *contrastive_tiles(targets[0], architecture(targets[0])),
+        Part(rank, ranks),
     )
     launch.run(launches, targets[0].device)
     return target_gradients + prediction_gradients
 
 
 @contrastive_losses.register_fake
-def _(targets: list[Tensor], predictions: list[Tensor], temperature: float) -> tuple[Tensor, ...]:
+def _(targets: list[Tensor], predictions: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
     return tuple(empty_forward(targets, predictions))
 
 
@@ -640,29 +771,41 @@ def _(
     temperature: float,
     of_targets: bool,
     of_predictions: bool,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Tensor]:
     return [torch.empty_like(x) for x in targets * of_targets + predictions * of_predictions]
 
 
-def _setup(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], float], output: tuple[Tensor, ...]) -> None:
-    targets, predictions, ctx.temperature = inputs
+def _setup(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], float, int, int], output: tuple[Tensor, ...]) -> None:
+    targets, predictions, ctx.temperature, ctx.rank, ctx.ranks = inputs
     ctx.pairs = len(targets)
     ctx.save_for_backward(*targets, *predictions, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None], None]:
+def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[list[Tensor | None] | None, ...]:
     pairs = ctx.pairs
     saved = ctx.saved_tensors
     targets, predictions = list(saved[:pairs]), list(saved[pairs : 2 * pairs])
     of_targets, of_predictions = (any(side) for side in ctx.needs_input_grad[:2])
     gradients: list[Tensor | None] = contrastive_losses_backward(
-        upstream.contiguous(), targets, predictions, *saved[2 * pairs :], ctx.temperature, of_targets, of_predictions
+        upstream.contiguous(),
+        targets,
+        predictions,
+        *saved[2 * pairs :],
+        ctx.temperature,
+        of_targets,
+        of_predictions,
+        ctx.rank,
+        ctx.ranks,
     )
     none: list[Tensor | None] = [None] * pairs
     return (
         gradients[:pairs] if of_targets else none,
         gradients[-pairs:] if of_predictions else none,
+        None,
+        None,
         None,
     )
 

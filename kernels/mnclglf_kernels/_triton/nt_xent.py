@@ -1,7 +1,8 @@
 """nt_xent in Triton: the kernels of contrastive_losses, with the 2N rows of both views as targets and predictions.
 
 The positive of a row is N rows further on. A row's own logit is masked. The gradient of a row adds the coefficients of
-its row and of its column first, so one product serves both.
+its row and of its column first, so one product serves both. Over several ranks it takes two: the rows of a rank are
+queries, and all 2N are candidates.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from mnclglf_kernels._triton import launch
 from mnclglf_kernels._triton.contrastive_losses import (
     Forward,
+    Part,
     backward_launches,
     check_dense,
     empty_forward,
@@ -35,45 +37,63 @@ def nt_xent_tiles(rows: Tensor, arch: int) -> tuple[Tile, Tile]:
     return logits, gradient
 
 
-def nt_xent_forward_launches(rows: Tensor, temperature: float, results: Forward, t: Tile) -> list[Launch]:
-    """The two launches of the forward. `results` comes from empty_forward([rows], [rows])."""
-    return forward_launches([rows], [rows], temperature, results, t, shift=len(rows) // 2)
+def empty_nt_xent_forward(rows: Tensor, rank: int = 0, ranks: int = 1) -> Forward:
+    return empty_forward([rows], [rows], Part(rank, ranks, len(rows) // 2))
+
+
+def nt_xent_forward_launches(
+    rows: Tensor, temperature: float, results: Forward, t: Tile, rank: int = 0, ranks: int = 1
+) -> list[Launch]:
+    """The two launches of the forward. `results` comes from empty_nt_xent_forward."""
+    return forward_launches([rows], [rows], temperature, results, t, Part(rank, ranks, len(rows) // 2))
 
 
 def nt_xent_backward_launches(
-    rows: Tensor, temperature: float, results: Forward, upstream: Tensor, gradient: Tensor, t: Tile, gradient_tile: Tile
+    rows: Tensor,
+    temperature: float,
+    results: Forward,
+    upstream: Tensor,
+    gradient: Tensor,
+    t: Tile,
+    gradient_tile: Tile,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Launch]:
     """The two launches of the backward. `upstream` is [1] fp32, and t must be the forward's."""
     given = ([rows], [rows], temperature, results, upstream, [], [gradient], t, gradient_tile)
-    return backward_launches(*given, shift=len(rows) // 2)
+    return backward_launches(*given, Part(rank, ranks, len(rows) // 2))
 
 
-def launches(first: Tensor, second: Tensor, temperature: float, *, arch: int) -> list[Launch]:
+def launches(
+    first: Tensor, second: Tensor, temperature: float, *, rank: int = 0, ranks: int = 1, arch: int
+) -> list[Launch]:
     """The launches of one call and of its backward pass."""
-    rows = torch.cat([first, second])
-    results = empty_forward([rows], [rows])
+    rows, part = torch.cat([first, second]), (rank, ranks)
+    results = empty_nt_xent_forward(rows, *part)
     t, gradient_tile = nt_xent_tiles(rows, arch)
     shared = (rows, temperature, results)
     return [
-        *nt_xent_forward_launches(*shared, t),
-        *nt_xent_backward_launches(*shared, results.losses, torch.empty_like(rows), t, gradient_tile),
+        *nt_xent_forward_launches(*shared, t, *part),
+        *nt_xent_backward_launches(*shared, results.losses, torch.empty_like(rows), t, gradient_tile, *part),
     ]
 
 
-def tunings(first: Tensor, second: Tensor, temperature: float) -> Iterator[Tuning]:
+def tunings(first: Tensor, second: Tensor, temperature: float, *, rank: int = 0, ranks: int = 1) -> Iterator[Tuning]:
     """The forward launches, whose tile can be measured. contrastive_losses measures the gradient's tile."""
-    rows = torch.cat([first, second])
-    results = empty_forward([rows], [rows])
-    yield Tuning("nt_xent", lambda t: nt_xent_forward_launches(rows, temperature, results, t), list(results))
+    rows, part = torch.cat([first, second]), (rank, ranks)
+    results = empty_nt_xent_forward(rows, *part)
+    yield Tuning("nt_xent", lambda t: nt_xent_forward_launches(rows, temperature, results, t, *part), list(results))
 
 
 @torch.library.custom_op("mnclglf::nt_xent", mutates_args=())
-def nt_xent(rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def nt_xent(
+    rows: Tensor, temperature: float, rank: int = 0, ranks: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of Forward for one pair. Rows are dense [2N, D], view 1 above view 2."""
     check_dense([rows], [rows])
-    results = empty_forward([rows], [rows])
+    results = empty_nt_xent_forward(rows, rank, ranks)
     t, _ = nt_xent_tiles(rows, architecture(rows))
-    launch.run(nt_xent_forward_launches(rows, temperature, results, t), rows.device)
+    launch.run(nt_xent_forward_launches(rows, temperature, results, t, rank, ranks), rows.device)
     return results.losses, results.tops, results.log_sums, results.inverse_targets, results.inverse_predictions
 
 
@@ -86,18 +106,21 @@ def nt_xent_backward(
     inverse_targets: Tensor,
     inverse_predictions: Tensor,
     temperature: float,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Tensor:
     """Returns the gradient of the rows, [2N, D]."""
     check_dense([rows], [rows])
     results = Forward(upstream, tops, log_sums, inverse_targets, inverse_predictions)
     gradient, tiles = torch.empty_like(rows), nt_xent_tiles(rows, architecture(rows))
-    launch.run(nt_xent_backward_launches(rows, temperature, results, upstream, gradient, *tiles), rows.device)
+    given = (rows, temperature, results, upstream, gradient, *tiles, rank, ranks)
+    launch.run(nt_xent_backward_launches(*given), rows.device)
     return gradient
 
 
 @nt_xent.register_fake
-def _(rows: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    return tuple(empty_forward([rows], [rows]))
+def _(rows: Tensor, temperature: float, rank: int = 0, ranks: int = 1) -> tuple[Tensor, ...]:
+    return tuple(empty_nt_xent_forward(rows, rank, ranks))
 
 
 @nt_xent_backward.register_fake
@@ -105,14 +128,15 @@ def _(upstream: Tensor, rows: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(rows)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
-    rows, ctx.temperature = inputs
+def _setup(ctx: Any, inputs: tuple[Tensor, float, int, int], output: tuple[Tensor, ...]) -> None:
+    rows, ctx.temperature, ctx.rank, ctx.ranks = inputs
     ctx.save_for_backward(rows, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
-    return nt_xent_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.temperature), None
+def _gradient(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None, None]:
+    gradient = nt_xent_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.temperature, ctx.rank, ctx.ranks)
+    return gradient, None, None, None
 
 
 nt_xent.register_autograd(_gradient, setup_context=_setup)

@@ -81,6 +81,7 @@ def weighted_rows(
     DEPTH: tl.constexpr,
     MIRRORED: tl.constexpr,  # add the weight at j * row_step + i * other_step
     WIDEN: tl.constexpr,
+    initial=None,  # [R, C] fp32 sums to which these are added; None for zeros
 ):
     """Returns the [R, C] sums over the other rows of weight times row, in fp32.
 
@@ -88,7 +89,12 @@ def weighted_rows(
     """
     other = tl.arange(0, DEPTH)
     own_row = row.to(tl.int64)[:, None]
-    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    if initial is None:
+        total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    elif others.dtype.element_ty == tl.float16:
+        total = initial * HALF_SCALE
+    else:
+        total = initial
     for start in range(0, count, DEPTH):
         there = start + other < count
         other_row = (start + other).to(tl.int64)

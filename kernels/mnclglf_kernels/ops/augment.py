@@ -255,4 +255,5 @@ def _blur_weights(sigma: Tensor, side: int, window: int) -> Tensor:
     place = torch.arange(side, device=sigma.device)
     mirrored = (place[:, None] + taps).abs()
     mirrored = side - 1 - (side - 1 - mirrored).abs()
-    return torch.einsum("nt,otj->noj", gauss[:, 0], F.one_hot(mirrored, side).to(gauss.dtype))
+    hit = mirrored[..., None] == place  # [side, window, side]; F.one_hot would read the places on the host
+    return torch.einsum("nt,otj->noj", gauss[:, 0], hit.to(gauss.dtype))

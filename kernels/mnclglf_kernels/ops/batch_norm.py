@@ -1,6 +1,6 @@
 """batch_norm: batch normalization with statistics per view, and the residual addition and ReLU that follow it.
 
-Ioffe and Szegedy 2015, Algorithm 1. Letters: V views, N images per view, C channels.
+Ioffe and Szegedy 2015, Algorithm 1. Letters: V views, N images per view, C channels, W ranks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from mnclglf_kernels.backend import Backend, resolve
 from mnclglf_kernels.checks import check_floating
 from mnclglf_kernels.layout import memory_format
+from mnclglf_kernels.ops.batch_norm_over_ranks import torch_batch_norm_over_ranks
 
 
 class Settings(TypedDict, total=False):
@@ -27,6 +29,7 @@ class Settings(TypedDict, total=False):
     eps: float
     residual: Tensor | None
     relu: bool
+    ranks: int
     backend: Backend
 
 
@@ -73,6 +76,7 @@ def batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     fork: bool = False,
+    ranks: int = 1,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalizes each channel of each view by the mean and variance of that view, then adds `residual`, then ReLU.
@@ -95,6 +99,10 @@ def batch_norm(
         relu: true to set negative results to 0.
         fork: true to return the result twice, for its two uses in a residual network. Both tensors share memory. Their
             gradients are added as the Triton kernels read them, which saves a pass that adds them.
+        ranks: W, over how many processes of torch.distributed's default group, all of them or 1, statistics are taken.
+            Each rank holds N / W images of every view and calls this at the same time, in the same shape. Mean,
+            variance and running statistics are those of all N images, the same bits on each rank. The gradient of x is
+            that of the sum of all ranks' losses; those of weight and bias are this rank's part of theirs.
         backend: see `resolve`.
 
     Returns:
@@ -102,10 +110,10 @@ def batch_norm(
         Differentiable with respect to x, weight, bias and residual.
 
     Raises:
-        ValueError: shapes do not fit, or a view has a single value per channel.
+        ValueError: shapes do not fit, a view has a single value per channel, or the group has not W processes.
         TypeError: a dtype is not floating point.
     """
-    check_batch(x, views)
+    check_batch(x, views, ranks)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     check_running(running_mean=running_mean, running_var=running_var)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -117,11 +125,14 @@ def batch_norm(
         raise ValueError(f"fold has {len(fold)} factors; {views} views need {views + 1}")
     operands = x, weight, bias, running_mean, running_var, residual
     given = [x for x in operands if x is not None]
+    ranks = ranks if x.numel() else 1  # no rank has a message to send
+    factors = running_factors(momentum, views) if fold is None else [*fold]
     if resolve(backend, *given) == "triton" and x.numel():  # an empty grid cannot be launched
         from mnclglf_kernels._triton.batch_norm import differentiable_batch_norm  # it needs triton
 
-        factors = running_factors(momentum, views) if fold is None else [*fold]
-        y, again = differentiable_batch_norm(*operands, factors, eps, relu)
+        y, again = differentiable_batch_norm(*operands, factors, eps, relu, ranks)
+    elif ranks > 1:
+        y = again = torch_batch_norm_over_ranks(*operands, factors, eps, relu, ranks)
     else:
         y = again = torch_batch_norm(*operands, views, momentum, fold, eps, relu)
     return (y, again) if fork else y
@@ -133,8 +144,10 @@ def running_factors(momentum: float, views: int) -> list[float]:
     return [kept**views, *(momentum * kept**after for after in reversed(range(views)))]
 
 
-def check_batch(x: Tensor, views: int) -> None:
+def check_batch(x: Tensor, views: int, ranks: int = 1) -> None:
     """Raises ValueError or TypeError unless x is [V * N, C, H, W] or [V * N, C] with two values per channel or more."""
+    if ranks != 1 and ranks != (processes := dist.get_world_size() if dist.is_initialized() else 1):
+        raise ValueError(f"ranks {ranks} must be 1 or the number of processes in the default group, {processes}")
     check_floating("x", x)
     if x.dim() not in (2, 4) or not x.shape[1]:
         raise ValueError(
@@ -142,7 +155,7 @@ def check_batch(x: Tensor, views: int) -> None:
         )
     if views < 1 or len(x) % views:
         raise ValueError(f"views {views} do not divide a batch of {len(x)}; a batch holds whole views")
-    if x.numel() and x.numel() // (views * x.shape[1]) == 1:
+    if x.numel() and ranks * x.numel() // (views * x.shape[1]) == 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, one value per channel and view; a variance needs two or more")
 
 

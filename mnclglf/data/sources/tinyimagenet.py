@@ -22,8 +22,9 @@ from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError, damaged, unreadable
 from mnclglf.data.images import ImageArray
 from mnclglf.data.sources.layout import is_visible
-from mnclglf.data.sources.source import Request, Source, Stamp, cache_dir, check_md5, download, missing
-from mnclglf.runs.files import write_atomically
+from mnclglf.data.sources.source import Request, Source, cache_dir, check_md5, download, missing
+from mnclglf.data.stamp import Stamp
+from mnclglf.runs.files import MOST_JSON, open_file, read_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _validation_files(root: Path, wnids: Sequence[str]) -> list[tuple[Path, int]
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_bytes(path, MOST_JSON).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
 
@@ -208,8 +209,8 @@ def _read_square(path: Path) -> NDArray[np.uint8]:
 def _mapped(array: Path, note: Path, made_of: str, count: int) -> NDArray[np.uint8] | None:
     """Returns the array if it is intact and made from these files, else None."""
     try:
-        noted, header = json.loads(note.read_text()), _header(count)
-        with array.open("rb") as file:
+        noted, header = json.loads(read_bytes(note, MOST_JSON)), _header(count)
+        with open_file(array) as file:
             as_expected = file.read(len(header)) == header
         whole = array.stat().st_size == len(header) + count * SIDE * SIDE * 3
         if not as_expected or not whole or noted["made_of"] != made_of:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -364,6 +366,49 @@ def test_files_give_the_views_of_their_pixels(files: ImageFiles) -> None:
             assert torch.equal(loader.render(rows, 2)[view][number], expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("change", ["pipe", "gone", "longer", "same length"])
+def test_a_file_that_changed_is_named(files: ImageFiles, backend: str, change: str) -> None:
+    """Replaces a file after it was examined. DALI would wait for a pipe; the alarm ends a test that waits."""
+    loader = loader_of(files, backend)
+    path = files.root / files.paths[7]
+    told = {"pipe": "no file but a pipe", "gone": "No such file", "longer": "bytes, and had"}.get(
+        change, "pixels, and was"
+    )
+    if change in ("pipe", "gone"):
+        path.unlink()
+    if change == "pipe":
+        os.mkfifo(path)
+    if change == "longer":
+        Image.new("RGB", (90, 90)).save(path, compress_level=0)
+    if change == "same length":
+        data = io.BytesIO()
+        Image.new("RGB", (9, 9)).save(data, "PNG")
+        path.write_bytes(data.getvalue().ljust(int(files.file_sizes[7]), b"\0"))
+    signal.alarm(60)
+    with pytest.raises(DataError, match=rf"07 é\.png.*{told}"):
+        list(loader.batches(0, loader.steps_per_epoch))
+    signal.alarm(0)
+
+
+@needs_dali
+def test_dali_takes_few_threads_per_core(files: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks this, as DALI aborts the process where the system refuses a thread."""
+    from mnclglf.data.loaders import dali
+
+    given: list[int] = []
+
+    def made(*_: object, threads: int, **__: object) -> None:
+        given.append(threads)
+        raise InterruptedError
+
+    monkeypatch.setattr(dali, "view_pipeline", made)
+    for threads in (3, 1000):
+        with pytest.raises(InterruptedError):
+            next(iter(loader_of(files, "dali", threads=threads).batches(0, 1)))
+    assert given == [3, 4 * (os.cpu_count() or 1)]
+
+
 @needs_dali
 def test_dali_reads_files_as_the_reference_does(files: ImageFiles) -> None:
     ours, truth = (list(loader_of(files, name).batches(2, 7)) for name in ("dali", "reference"))
@@ -379,7 +424,7 @@ def test_a_file_that_breaks_while_a_run_reads_is_named(files: ImageFiles) -> Non
     batches = loader.batches(0, 50)
     next(batches)
     broken = files.root / files.paths[7]
-    broken.write_bytes(broken.read_bytes()[:60])
+    broken.write_bytes(broken.read_bytes()[:60].ljust(broken.stat().st_size, b"\0"))  # of the same size
     with pytest.raises(DataError, match=r"07 é\.png cannot be read as an image"):
         for _ in batches:
             pass
@@ -390,7 +435,10 @@ def test_a_file_that_breaks_while_a_run_reads_is_named(files: ImageFiles) -> Non
 
 @needs_dali
 def test_a_file_that_is_replaced_while_a_run_reads_is_named(files: ImageFiles) -> None:
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(files.root / files.paths[7])
+    replaced = files.root / files.paths[7]
+    size = replaced.stat().st_size
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(replaced)
+    replaced.write_bytes(replaced.read_bytes().ljust(size, b"\0"))
     with pytest.raises(DataError, match=r"07 é\.png.*9 x 9.*16 x 17"):
         loader_of(files, "dali").render(np.array([7]), 0)
 
@@ -420,6 +468,16 @@ def save_kinds(folder: Path, image: np.ndarray) -> list[str]:
         "lossy.webp": picture.save,
         "lossless.webp": lambda path: picture.save(path, lossless=True),
         "alpha.webp": lambda path: picture.convert("RGBA").save(path, lossless=True),
+        "rgb.bmp": picture.save,
+        "rgb.tif": picture.save,
+        "turned.tif": lambda path: picture.save(path, tiffinfo={0x0112: 6}),
+        "turned and packed.tiff": lambda path: picture.save(path, compression="tiff_lzw", tiffinfo={0x0112: 6}),
+        "16 bits.tif": Image.fromarray(image[..., 0].astype(np.uint16) * 257).save,
+        "cmyk.tif": picture.convert("CMYK").save,
+        "alpha.tif": picture.convert("RGBA").save,
+        "pages.tif": lambda path: picture.copy().save(path, save_all=True, append_images=[gray.copy()]),
+        "moving.gif": lambda path: picture.copy().save(path, save_all=True, append_images=[gray.convert("RGB")]),
+        "gray.gif": gray.save,
     }
     for name, write in save.items():
         write(folder / name)
@@ -443,7 +501,7 @@ def test_dali_decodes_every_kind_as_the_reference_does(
     )
     for name, one, two in zip(names, ours, truth, strict=True):
         assert (one - two).abs().mean() < 0.02, name  # a level of the resize is 1 / 60 deviation
-    assert len(names) == 19
+    assert len(names) == 29
 
 
 @needs_dali
@@ -485,7 +543,7 @@ def test_what_resident_cannot_hold_goes_to_dali_and_is_said(
 ) -> None:
     pytest.importorskip("nvidia.dali", reason="the extra dali-cuda13 is not installed")
     assert loader_of(files, "resident").name == "dali"
-    assert "folder:photos: image files are decoded when they are needed; taking dali" in caplog.text
+    assert "folder:photos: images of any size are read when they are needed; taking dali" in caplog.text
     caplog.clear()
     assert loader_of(images, "resident", side=66).name == "dali"
     assert "sides of 66 are above 64" in caplog.text
