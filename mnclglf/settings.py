@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
@@ -34,6 +35,7 @@ SECTION_OF = {
 """Section of each setting that is in one; without those that a run writes by itself."""
 CHOSEN_FIRST = ("method", "dataset", "recipe")
 """Settings that the recipe's others depend on."""
+_MOST_TEXT, _MOST_VALUES = 2**20, 10_000
 OWN = [field.name for field in dataclasses.fields(RunConfig) if field.name not in SECTIONS]
 
 
@@ -102,11 +104,13 @@ def by_name(settings: Mapping[str, Any], where: str = "the call") -> dict[str, A
 def _read(path: Path) -> object:
     """Returns what a YAML file holds. JSON is YAML, but is read as JSON where it can be: that is faster."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:  # a pipe too, as of <(...)
+            text = file.read(_MOST_TEXT + 1)
     except IsADirectoryError:
         raise UsageError(f"--config {path} is a folder; give a file, as {path / 'config.json'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read ({error}); give a YAML or JSON file with settings") from error
+    require(len(text) <= _MOST_TEXT, f"{path} has more than {_MOST_TEXT:,} characters; give a file of settings")
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, str(path)))
     except RecursionError as error:
@@ -119,12 +123,29 @@ def _read(path: Path) -> object:
     reader = YAML(typ="safe", pure=True)  # YAML 1.2, in which off is text and 1e-5 a number
     reader.Constructor = _Constructor
     try:
-        return reader.load(text)
+        value = reader.load(text)
     except MarkedYAMLError as error:
         place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise UsageError(f"{path} is not YAML: {error.problem}{place}; correct it there") from error
     except Exception as error:  # ruamel raises anything: ValueError, TypeError of a list as a key, RecursionError, ...
         raise UsageError(f"{path} is not YAML: {error}; correct it there") from error
+    count = _count(value, {})
+    require(
+        count <= _MOST_VALUES,
+        f"{path} has more than {_MOST_VALUES:,} values, with its aliases (*) written out; leave some out",
+    )
+    return value
+
+
+def _count(value: object, known: dict[int, float]) -> float:
+    """Returns how many values there are in one of YAML, in which the same may stand many times, or in itself."""
+    if not isinstance(value, Mapping | list | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # for as long as it is counted: one that holds itself
+        parts = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in cast("Iterable[object]", parts))
+    return known[id(value)]
 
 
 def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

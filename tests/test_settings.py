@@ -84,11 +84,17 @@ def in_yaml_1_2(values: Any, path: Path) -> None:
     YAML(typ="safe", pure=True).dump(values, path)
 
 
+def in_yaml_1_1(values: dict[str, Any], path: Path) -> None:
+    # A next line (U+0085) ends a line in YAML 1.1 and not in 1.2, so it is escaped.
+    plain = "\x85" not in json.dumps(values, ensure_ascii=False)
+    path.write_text(yaml.safe_dump(values, allow_unicode=plain), encoding="utf-8")
+
+
 WRITERS: dict[str, Any] = {
     "config.json": lambda values, path: path.write_text(json.dumps(values, indent=2)),
     "utf8.json": lambda values, path: path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8-sig"),
     "config.yaml": in_yaml_1_2,
-    "yaml-1.1": lambda values, path: path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8"),
+    "yaml-1.1": in_yaml_1_1,
     "json-in.yaml": lambda values, path: path.write_text(json.dumps(values)),
 }
 
@@ -190,7 +196,7 @@ def test_a_file_without_settings_changes_nothing(text: str, tmp_path: Path) -> N
         ("lr:", "lr None .*finite"),
         ("download: off", "download 'off' must be true or false"),
         ("data_dir: 2024", "data_dir 2024 .*quotes"),
-        ("crop_scale: &a [*a, 1]", "crop_scale .*finite"),
+        ("crop_scale: &a [*a, 1]", r"some.yaml has more than 10,000 values, with its aliases"),
         ("dataset: cifar", "dataset 'cifar' is none of"),
         ("recipe: papr", "recipe 'papr' is none of paper"),
         ("method: off", "method 'off' is none of"),

@@ -34,6 +34,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from bench.faults.bombs import BOMBS
 from bench.faults.corpus import READERS
 from mnclglf.cli import parse, settings_of
 from mnclglf.commands import COMMANDS
@@ -145,8 +146,6 @@ def _feed(kind: str, seed: int, start: int, stop: int, place: Path, told: io.Tex
     marker = place.parent / "marker"
     os.environ["MARKER"] = str(marker)
     make = KINDS[kind]
-    with contextlib.suppress(Exception):  # what the first use imports is not counted
-        make(random.Random(f"{kind} first"), place)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(start, stop):
         signal.alarm(SECONDS)
@@ -459,6 +458,14 @@ def command_line(draw: random.Random, place: Path) -> None:
         parse(arguments).check()
 
 
+def _bomb(name: str) -> Callable[[random.Random, Path], None]:
+    def one(draw: random.Random, place: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            BOMBS[name](Path(folder))
+
+    return one
+
+
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     **{kind: _reader(kind) for kind in READERS},
     "settings in a file": settings_file,
@@ -468,6 +475,7 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "initial weights": initial_weights,
     "pattern": pattern,
     "command line": command_line,
+    **{f"bomb: {name}": _bomb(name) for name in BOMBS},
 }
 """What makes and reads an input, by kind."""
 SHARES = {
@@ -476,8 +484,9 @@ SHARES = {
     "settings from Python": 0.3,
     "command line": 0.05,
     "run directory": 0.05,
+    **{f"bomb: {name}": 0.0 for name in BOMBS},
 }
-"""Inputs of a kind in units of those of the others; the slow ones have fewer."""
+"""Inputs of a kind in units of those of the others; the slow ones have fewer, of each bomb there is one."""
 
 
 def counts_of(inputs: int) -> dict[str, int]:

@@ -25,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnclglf.data.errors import DataError, damaged, unreadable
+from mnclglf.data.tars import MOST_META
 from mnclglf.runs.files import open_file, read_at_most
 
 LARGEST_BYTES = 2**30  # limit of a file read here, unpacked: five times the largest in use
+LARGEST_IDX = 2**28  # the same of an IDX file
 CIFAR_SHAPE = (3, 32, 32)
 _IDX_UINT8 = 0x08
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
@@ -43,8 +45,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         with open_file(path) as opened, gzip.open(opened) if path.suffix == ".gz" else opened as file:
             shape = _read_idx_shape(file, path)
             size = math.prod(shape)
-            if size > LARGEST_BYTES:
-                raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_BYTES:,}")
+            if size > LARGEST_IDX:
+                raise damaged(path, f"its header promises {size:,} bytes, more than {LARGEST_IDX:,}")
             data = read_at_most(file, size + 1)
     except _GZIP_ERRORS as error:
         raise unreadable(path, error) from error
@@ -263,13 +265,15 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
 
 
 class _InParts:
-    """A file whose `read` reserves no more memory than the file holds, whatever size is asked for."""
+    """A file of which tarfile reads no more at once than it should: the length of a long name is in the archive."""
 
     def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        return read_at_most(self.file, size)
+        if size > MOST_META:
+            raise ValueError(f"a name or its notes have {size:,} bytes")
+        return self.file.read(size)
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:

@@ -66,8 +66,10 @@ class Decoded(NamedTuple):
     kind: Kind
 
 
+MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each goes over the whole image
 MOST_BYTES = 2**30  # of a file: an image of the most pixels has 716 MB at most, of 16 bits, not packed
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SCAN = b"\xff\xda"  # begins one, and stands nowhere within
 _BMP_BITS, _RLE4 = (1, 4, 8, 24, 32), 2  # DALI reads no others
 # Not Pillow's exif_transpose, which also reads XMP, unlike DALI.
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
@@ -133,6 +135,8 @@ def decode_image(data: bytes, path: Path | str) -> Decoded:
             image: Image.Image = opened
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            if image.format == "JPEG" and (scans := data.count(_SCAN)) > MOST_SCANS:
+                raise ValueError(f"a JPEG of {scans:,} scans, more than {MOST_SCANS}: save it again")
             if image.format == "BMP":
                 _check_bmp(data)
             if image.format == "PNG":

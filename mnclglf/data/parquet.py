@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from mnclglf.config import shown
 from mnclglf.data.errors import DataError
 from mnclglf.data.ranges import RangeFile
-from mnclglf.runs.files import open_file, write_atomically
+from mnclglf.runs.arrays import open_arrays
+from mnclglf.runs.files import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,8 @@ NO_IMAGE, ONLY_PATH = -1, -2
 _MAGIC, _ENCRYPTED, _POINTER = b"PAR1", b"PARE", b"version https://git-lfs"
 _READ_BYTES = 2**20  # of a column at once
 _BATCH_BYTES = 2**24  # of images in memory at once
+_MOST_TIMES = 64  # that images may take more than the file says; it holds equal ones once
+_MOST_ROWS = 2**20  # beyond one per byte of the file
 _LABELS = ("label", "labels")
 
 
@@ -72,7 +75,7 @@ class Unpacked:
 def read_unpacked(path: Path, images: Path) -> Unpacked | None:
     """Returns what `Unpacked.save` wrote; None if that, or the file of the images, is missing or damaged."""
     try:
-        with open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             classes = json.loads(file["classes"].tobytes())
             found = Unpacked(
                 sizes=file["sizes"], labels=file["labels"], classes=None if classes is None else tuple(classes)
@@ -89,9 +92,7 @@ def unpacked_bytes(file: RangeFile) -> int:
         DataError: it cannot be read, or is no Parquet file.
     """
     with _opened(file) as parquet:
-        # Of all columns: asking for one that is encrypted would abort the process (pyarrow 26).
-        metadata = parquet.metadata
-        return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+        return sum(_bytes_of_groups(parquet))
 
 
 def unpack(file: RangeFile, out: Path) -> Unpacked:
@@ -118,6 +119,13 @@ def unpack(file: RangeFile, out: Path) -> Unpacked:
         number = {rows.codes[name]: at for at, name in enumerate(names)} | {NULL: NULL}
         labels = np.array([number[code] for code in rows.labels], np.int64)
     return Unpacked(sizes=np.array(rows.sizes, np.int64), labels=labels, classes=names)
+
+
+def _bytes_of_groups(parquet: pq.ParquetFile) -> list[int]:
+    """Returns the bytes that each row group tells, uncompressed, of all its columns."""
+    # Asking for a column that is encrypted would abort the process (pyarrow 26).
+    metadata = parquet.metadata
+    return [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
 
 
 class _Rows:
@@ -152,18 +160,20 @@ class _Rows:
 
 
 def _write(parquet: pq.ParquetFile, columns: Columns, written: BinaryIO, rows: _Rows, place: str) -> None:
+    told = sum(_bytes_of_groups(parquet))
     for batch in _batches(parquet, columns, place):
-        written.write(b"".join(rows.add(batch[0])))
+        written.writelines(rows.add(batch[0]))
         rows.add_labels(batch[1])
+        if written.tell() > _MOST_TIMES * told + _BATCH_BYTES:
+            raise DataError(f"{place} tells of {told:,} bytes and has images of {written.tell():,}; write it anew")
 
 
 def _batches(parquet: pq.ParquetFile, columns: Columns, place: str) -> Generator[tuple[list[Any], list[Any]]]:
     """Yields images and labels of some rows at a time, so many that they fit into little memory."""
     import pyarrow as pa
 
-    metadata = parquet.metadata
-    total = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    count = max(1, min(1024, _BATCH_BYTES * metadata.num_rows // max(1, total)))
+    # A row group may hold one image once, as its dictionary, and name it in every row.
+    count = max(1, min(1024, _BATCH_BYTES // max([1, *_bytes_of_groups(parquet)])))
     wanted = [columns.image, *([columns.label] if columns.label else [])]
     with _named(place):
         for batch in parquet.iter_batches(count, columns=wanted, use_threads=False):
@@ -191,6 +201,9 @@ def _opened(file: RangeFile) -> Generator[pq.ParquetFile]:
         # pre_buffer, the default, holds a whole row group: one of 0.8 GB took 1.6 GB of memory, and takes 0.7 GB so.
         parquet = pq.ParquetFile(cast(Any, _Reader(file)), buffer_size=_READ_BYTES, pre_buffer=False)
     with parquet:
+        rows, size = parquet.metadata.num_rows, file.stamp.size
+        if rows > size + _MOST_ROWS:  # empty ones take next to nothing
+            raise DataError(f"{place} tells of {rows:,} rows and has {size:,} bytes; fetch it again, or write it anew")
         yield parquet
 
 

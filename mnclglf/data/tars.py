@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from mnclglf.data.errors import DataError
 
 BLOCK = 512  # bytes of a header; contents are padded to a multiple
-_MOST_META = 2**20  # bytes of a long name or of pax records
+MOST_META = 2**20  # bytes of a long name or of pax records
 _FILES = (b"0", b"\0", b"7")
 _FOLDER, _SPARSE, _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"5", b"S", b"L", b"K", b"x", b"g"
 _OTHERS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", _SPARSE: "sparse"}
@@ -109,7 +109,7 @@ def _headers(read: ReadAt, size: int, place: str) -> Iterator[tuple[str, int, in
             refuse(f"is cut, or lies: a member of {length:,} bytes goes beyond its end")
         after = start + -(-length // BLOCK) * BLOCK
         if is_meta:
-            if length > _MOST_META:
+            if length > MOST_META:
                 refuse(f"is damaged: a name or its notes have {length:,} bytes")
             data = read(start, length)
             if kind == _LONG_NAME:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from mnclglf.config import require
 from mnclglf.data.listing import Listing
+from mnclglf.runs.arrays import open_arrays
 from mnclglf.runs.files import read_object, write_atomically, write_json
 
 FORMAT = 1
@@ -336,7 +337,7 @@ def read_embeddings(path: Path) -> NDArray[np.float32]:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_arrays(path) as arrays:
                 return arrays["embeddings"]
         require_pyarrow()
         import pyarrow.parquet as pq

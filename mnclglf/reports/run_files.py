@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnclglf.reports.series import Metrics, read_metrics
-from mnclglf.runs.files import naming, open_file, read_object
+from mnclglf.runs.arrays import open_arrays
+from mnclglf.runs.files import read_object
 from mnclglf.runs.quality import load_qualities
 from mnclglf.runs.results import load_results
 
@@ -80,7 +81,7 @@ def read_views(path: Path) -> Views | None:
     if not path.exists():
         return None
     try:
-        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             views = Views(
                 images=file["images"],
                 views=file["views"].astype(np.float32),
@@ -110,8 +111,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         return {}
     try:
-        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open_arrays(path) as file:
+            return dict(file)
     except OSError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file

@@ -206,7 +206,7 @@ def read_bytes(path: Path | str, most: int) -> bytes:
     with naming(path), open_file(path) as file:
         data = read_at_most(file, most + 1) if os.fstat(file.fileno()).st_size <= most else None
     if data is None or len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes; move it away", str(path))
     return data
 
 

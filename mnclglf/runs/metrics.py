@@ -8,7 +8,6 @@ A long run has a million lines, of 600 bytes each. So they are read in one pass,
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from mnclglf.runs.files import naming, open_file
 Record = dict[str, Any]
 
 TAIL_BYTES = 1 << 16  # holds some hundred records
-LONGEST_LINE = 1 << 24  # bytes; what is longer is no record
+LONGEST_LINE = 1 << 22  # bytes; a record has some hundred
 LINES_AT_ONCE = 1024  # their records take 3 MB
 FORMER_KEYS = {"limit_share": "roofline_fraction"}
 """Keys in files of earlier versions, and their present names."""
@@ -45,13 +44,14 @@ def stream_records(path: Path) -> Iterator[tuple[list[Record], int]]:
 
     Raises:
         OSError: the file is there, but cannot be read.
-        ValueError: there are lines, but no record among them.
+        ValueError: there are lines, but no record among them, or a line of more than LONGEST_LINE bytes.
     """
     if not path.exists():
         return
     known = lost = 0
-    with naming(path), io.TextIOWrapper(open_file(path), errors="replace") as file:
-        while lines := list(islice(file, LINES_AT_ONCE)):
+    with naming(path), open_file(path) as file:
+        every = (line.decode(errors="replace") for line in _lines(file, path))
+        while lines := list(islice(every, LINES_AT_ONCE)):
             found = [_parse_record(line) for line in lines]
             records = [record for record in found if record is not None]
             unreadable = sum(
@@ -95,13 +95,13 @@ def copy_records(path: Path, to: BinaryIO, last_step: int) -> None:
     """Copies the lines of the records up to a step from a metrics.jsonl, if there is one; other lines are left out.
 
     Raises:
-        ValueError: there are lines, but no record among them.
+        ValueError: there are lines, but no record among them, or a line of more than LONGEST_LINE bytes.
     """
     if not path.exists():
         return
     known = lost = 0
     with open_file(path) as file:
-        for line in file:
+        for line in _lines(file, path):
             ours = WRITTEN_BY_US.fullmatch(line)  # not parsed: a resumed run is not to wait for it
             step = int(ours[1]) if ours else (_parse_record(line.decode(errors="replace")) or {}).get("step")
             known, lost = (
@@ -118,6 +118,13 @@ def _check_some(path: Path, known: int, lost: int) -> None:
         raise ValueError(f"{path} holds {lost} lines and not one record; it is no metrics file, or damaged")
 
 
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    while line := file.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"{path} is damaged: it holds a line of {LONGEST_LINE:,} bytes or more; remove that line")
+        yield line
+
+
 def _lines_from_the_end(path: Path) -> Iterator[str]:
     with naming(path), open_file(path) as file:
         place, rest = file.seek(0, os.SEEK_END), b""
@@ -127,8 +134,8 @@ def _lines_from_the_end(path: Path) -> Iterator[str]:
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from (line.decode(errors="replace") for line in reversed(lines))
-            if len(rest) > LONGEST_LINE:
-                rest = b""
+            if len(rest) > LONGEST_LINE:  # no record: nor does anything before it count
+                return
     yield rest.decode(errors="replace")
 
 

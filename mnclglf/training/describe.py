@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mnclglf.config import RunConfig, to_dict
 from mnclglf.data.images import Pixels
 from mnclglf.data.views import whole_views
+from mnclglf.runs.arrays import open_arrays
 from mnclglf.runs.environment import describe_environment
 from mnclglf.runs.files import write_atomically, write_json
 from mnclglf.training.start import Machine, Start, describe_backends, name_of
@@ -60,7 +61,7 @@ def write_run_files(start: Start, out: Path, before: Mapping[str, Any]) -> None:
 
 def views_of(run: Path) -> NDArray[np.uint8]:
     """Returns the views of each image in a run's views.npz beside each other, [n, S, V S, 3]."""
-    with np.load(run / "views.npz") as file:
+    with open_arrays(run / "views.npz") as file:
         views = file["views"] * file["std"][:, None, None] + file["mean"][:, None, None]  # [V, n, 3, S, S]
     side = views.shape[-1]
     beside = (views.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 3, 0, 4, 2)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mnclglf.data.images import ImageSet
 from mnclglf.data.thumbnails import thumbnails
-from mnclglf.runs.files import naming, open_file, write_atomically
+from mnclglf.runs.arrays import open_arrays
+from mnclglf.runs.files import write_atomically
 
 PAIRS = 6  # of a step
 MOMENTS = 6  # steps of a run that are kept, about evenly spread
@@ -76,7 +77,7 @@ def read_pairs(path: Path) -> dict[int, Arrays]:
     if not path.exists():
         return {}
     try:
-        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             columns = [file[name] for name in NAMES]
             return {int(step): tuple(column[i] for column in columns) for i, step in enumerate(file["steps"])}
     except OSError:

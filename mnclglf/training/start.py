@@ -40,9 +40,10 @@ from mnclglf.data.sources import source_of
 from mnclglf.data.splits import split_train
 from mnclglf.methods import Method, method_of
 from mnclglf.models.encoder import check_sides, features_of
+from mnclglf.runs.arrays import open_arrays
 from mnclglf.runs.checkpoint import load_method, load_state
 from mnclglf.runs.console import say
-from mnclglf.runs.files import cache_folder, naming, nearest_folder, open_file
+from mnclglf.runs.files import cache_folder, nearest_folder
 from mnclglf.runs.locks import one_at_a_time
 from mnclglf.training.deterministic import use_deterministic
 from mnclglf.training.graphs import ruled_out
@@ -326,7 +327,7 @@ def saved_statistics(run: Path, state: Mapping[str, Any]) -> Statistics | None:
     if not path.exists():
         return None
     try:
-        with naming(path), open_file(path) as opened, np.load(opened, allow_pickle=False) as arrays:
+        with open_arrays(path) as arrays:
             return arrays["mean"].astype(np.float32), arrays["std"].astype(np.float32)
     except OSError:
         raise

@@ -21,7 +21,8 @@ from mnclglf.data.errors import DataError
 from mnclglf.data.images import moments_of_image
 from mnclglf.data.sources.layout import is_drawn
 from mnclglf.data.stamp import Stamp
-from mnclglf.runs.files import open_file, write_atomically
+from mnclglf.runs.arrays import open_arrays
+from mnclglf.runs.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def _write_index(path: Path, names: Sequence[str], found: Sequence[Examined]) ->
 def _read_index(path: Path) -> dict[tuple[str, Stamp], Examined]:
     """Returns findings by name and stamp; empty if the index is missing, damaged or an earlier version's."""
     try:
-        with open_file(path) as opened, np.load(opened, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")
             numbers, moments = file["numbers"].tolist(), file["moments"].tolist()
             digests = file["digests"].reshape(-1, _DIGEST_BYTES)
