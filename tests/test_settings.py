@@ -80,14 +80,19 @@ def configs(draw: st.DrawFn) -> RunConfig:
     return draw(changed(start))
 
 
+def has_no_next_line(values: Any) -> bool:
+    """Returns whether there is no U+0085: ruamel and PyYAML write it as it is, and read it as the end of a line."""
+    return "\x85" not in json.dumps(values, ensure_ascii=False)
+
+
 def in_yaml_1_2(values: Any, path: Path) -> None:
-    YAML(typ="safe", pure=True).dump(values, path)
+    writer = YAML(typ="safe", pure=True)
+    writer.allow_unicode = has_no_next_line(values)
+    writer.dump(values, path)
 
 
-def in_yaml_1_1(values: dict[str, Any], path: Path) -> None:
-    # A next line (U+0085) ends a line in YAML 1.1 and not in 1.2, so it is escaped.
-    plain = "\x85" not in json.dumps(values, ensure_ascii=False)
-    path.write_text(yaml.safe_dump(values, allow_unicode=plain), encoding="utf-8")
+def in_yaml_1_1(values: Any, path: Path) -> None:
+    path.write_text(yaml.safe_dump(values, allow_unicode=has_no_next_line(values)), encoding="utf-8")
 
 
 WRITERS: dict[str, Any] = {

@@ -8,7 +8,7 @@ pairs: two commands at once in one run directory.
 signals: SIGINT, SIGTERM, SIGHUP and SIGUSR1 at random times, a second one, a closed stdout.
 ranks: SIGKILL of a random rank of two.
 checkpoints: flipped bits, lost ends, forged archives.
-inputs: damaged files, settings, run directories and command lines. Each must be read, or refused in words.
+inputs: damaged files, settings, run directories and command lines, and bombs. Each must be read, or refused in words.
 
 Parts run beside each other, one per core. Linux only: /proc and fork are used.
 """

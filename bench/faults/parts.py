@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.faults import checkpoints, disk, inputs, kills, pairs, ranks, signals
+from bench.faults.bombs import BOMBS
 from bench.faults.outcome import Row
 
 
 def attack_inputs(count: int, seed: int, folder: Path) -> Iterable[Row]:
-    """Reads damaged inputs, `count` in all."""
-    for tally in inputs.attack(inputs.counts_of(count), seed):
-        yield Row(f"input: {tally.kind}", tally.tried, [*map(str, tally.lost)])
+    """Reads damaged inputs, `count` in all, and every bomb."""
+    counts = inputs.counts_of(count)
+    rows = [Row(f"inputs: damaged, of {len(counts) - len(BOMBS)} kinds"), Row("inputs: bombs, each of another kind")]
+    for tally in inputs.attack(counts, seed):
+        row = rows[tally.kind.startswith("bomb: ")]
+        row.tried += tally.tried
+        row.lost += [f"{tally.kind} {lost}" for lost in tally.lost]
+    yield from rows
 
 
 Attack = Callable[[int, int, Path], Iterable[Row]]
