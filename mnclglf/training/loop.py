@@ -87,6 +87,7 @@ from mnclglf.training.timing import (
     peak_memory_bytes,
     speed_of,
 )
+from mnclglf.training.unread import unread_settings
 from mnclglf.training.whole_step import USED_WHOLE, problem_of_whole_step
 from mnclglf_kernels.ranks import gather_together
 
@@ -485,10 +486,11 @@ class Trainer:
                 found = {"step": error.step + 1, "terms": error.terms, "images": names}
                 self._try_to_write(path, lambda: write_json(path, found))
             shown = ", ".join(map(str, names[:8]))
+            warmer = "" if unread_settings(self.config, {"temperature"}) else " or raise --temperature"
             raise TrainingError(
                 f"step {error.step + 1}: {', '.join(error.terms)} not finite; the batch holds the data set's images "
                 f"{shown}, ... (all {len(names)} in {path}). Nothing of it was kept: checkpoints end before this step. "
-                "Look at these images, or lower --lr or raise --temperature, in another --out"
+                f"Look at these images, or lower --lr{warmer}, in another --out"
             ) from error
 
     def _watch_overflows(self, done: int, batch: Batch) -> None:

@@ -544,6 +544,17 @@ def test_a_non_finite_step_stops_the_run_and_is_not_kept(tmp_path: Path) -> None
         assert value.isfinite().all(), name
 
 
+@pytest.mark.parametrize(("method", "helps"), [("byol", "lower --lr, in"), ("mnclglf", "lower --lr or raise --temp")])
+def test_a_learning_rate_that_explodes_ends_the_run_with_what_helps(
+    method: MethodName, helps: str, tmp_path: Path
+) -> None:
+    optim = dataclasses.replace(CONFIG.optim, lr=1e30, warmup_epochs=0.0)
+    run = trainer(tmp_path, method=method, optim=optim)
+    with pytest.raises(TrainingError, match=f"step [2-4]: .*gradient.* not finite; .*{helps}"):
+        run.train()
+    assert all(value.isfinite().all() for value in run.method.parameters())
+
+
 def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
 
