@@ -50,12 +50,12 @@ def stream_records(path: Path) -> Iterator[tuple[list[Record], int]]:
         return
     known = lost = 0
     with naming(path), open_file(path) as file:
-        every = (line.decode(errors="replace") for line in _lines(file, path))
+        every = _lines(file, path)
         while lines := list(islice(every, LINES_AT_ONCE)):
             found = [_parse_record(line) for line in lines]
             records = [record for record in found if record is not None]
             unreadable = sum(
-                record is None and line.endswith("\n") and not line.isspace()
+                record is None and line.endswith(b"\n") and not line.isspace()
                 for record, line in zip(found, lines, strict=True)
             )
             known, lost = known + len(records), lost + unreadable
@@ -103,7 +103,7 @@ def copy_records(path: Path, to: BinaryIO, last_step: int) -> None:
     with open_file(path) as file:
         for line in _lines(file, path):
             ours = WRITTEN_BY_US.fullmatch(line)  # not parsed: a resumed run is not to wait for it
-            step = int(ours[1]) if ours else (_parse_record(line.decode(errors="replace")) or {}).get("step")
+            step = int(ours[1]) if ours else (_parse_record(line) or {}).get("step")
             known, lost = (
                 known + (step is not None),
                 lost + (step is None and line.endswith(b"\n") and not line.isspace()),
@@ -125,7 +125,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield line
 
 
-def _lines_from_the_end(path: Path) -> Iterator[str]:
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
     with naming(path), open_file(path) as file:
         place, rest = file.seek(0, os.SEEK_END), b""
         while place:
@@ -133,19 +133,19 @@ def _lines_from_the_end(path: Path) -> Iterator[str]:
             place -= size
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
-            yield from (line.decode(errors="replace") for line in reversed(lines))
+            yield from reversed(lines)
             if len(rest) > LONGEST_LINE:  # no record: nor does anything before it count
                 return
-    yield rest.decode(errors="replace")
+    yield rest
 
 
-def _parse_record(line: str) -> Record | None:
+def _parse_record(line: bytes) -> Record | None:
     try:
         return _as_record(orjson.loads(line))
     except ValueError:
         pass
     try:
-        return _as_record(json.loads(line))  # NaN, which earlier versions wrote
+        return _as_record(json.loads(line.decode(errors="replace")))  # NaN, which earlier versions wrote
     except (ValueError, RecursionError):
         return None
 
