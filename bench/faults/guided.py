@@ -51,22 +51,25 @@ def subjects() -> dict[str, tuple[bytes, str, Callable[[Path], object]]]:
     from mnclglf.config import to_dict
     from mnclglf.recipes import RECIPES
     from mnclglf.runs.checkpoint import load_checkpoint, save_checkpoint
-    from mnclglf.runs.results import load_results
+    from mnclglf.runs.results import VERSION, load_results
     from mnclglf.settings import run_config
     from mnclglf.training.initial_weights import read_pickle
 
+    results = json.dumps({"version": VERSION, "results": []}).encode()
     settings = json.dumps(to_dict(RECIPES["quick"]("mnclglf", "digits"))).encode()
     with tempfile.TemporaryDirectory() as folder:
         state = {"config": settings.decode(), "method": {"weight": torch.zeros(4)}, "side": 16}
         checkpoint = save_checkpoint(Path(folder), 4, state).read_bytes()
+        torch.save(state["method"], weights := Path(folder) / "weights.pt")
+        saved = weights.read_bytes()
     return {
         **READERS,
         "settings, YAML": (b"method: byol\noptim: {epochs: 4, lr: 0.1}\n", "run.yaml", lambda p: run_config({}, p)),
         "settings, JSON": (settings, "run.json", lambda p: run_config({}, p)),
         "metrics": (b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n', "metrics.jsonl", read_metrics),
-        "results": (b'{"version": 1, "results": []}', "evaluation.json", load_results),
+        "results": (results, "evaluation.json", load_results),
         "checkpoint": (checkpoint, "step-00000004.pt", load_checkpoint),
-        "initial weights": (checkpoint, "weights.pt", read_pickle),
+        "initial weights": (saved, "weights.pt", read_pickle),
     }
 
 
