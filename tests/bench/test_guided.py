@@ -1,4 +1,4 @@
-"""Inputs that atheris makes: each subject's own file is read, and what no reader may raise is seen. Atheris is not run."""
+"""Inputs that atheris makes: each subject begins with a valid file, and what no reader may raise is seen."""
 
 from pathlib import Path
 
