@@ -746,6 +746,11 @@ def shown(text: str) -> str:
     return f"{text[: address.end()]}{host.rpartition('@')[2]}{slash}{path}"
 
 
+def shown_in(text: str) -> str:
+    """Returns a text, such as a message of a library, without what is secret in the addresses in it."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+", lambda address: shown(address[0]), text)
+
+
 def whole_name(dataset: str) -> str:
     """Returns the name of a data set, of one that is a place with its absolute path."""
     prefix, place = split_name(dataset)

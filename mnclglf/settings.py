@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,12 @@ OWN = [field.name for field in dataclasses.fields(RunConfig) if field.name not i
 
 class _Constructor(SafeConstructor):
     """Makes the values of a YAML file; a date is text, as no setting is one."""
+
+    def flatten_mapping(self, node: Any) -> Any:
+        # Merges of merges write out far more than the file holds, before anything can count it.
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise ValueError("it merges settings by <<; write them out")
+        return super().flatten_mapping(node)
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
@@ -155,5 +162,5 @@ def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
 
 
 def _refuse_twice(names: Sequence[str], where: str) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     require(twice is None, f"{where} names {twice} twice; keep one of them")

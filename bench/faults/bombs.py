@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import struct
 import tarfile
 import zipfile
@@ -188,6 +189,24 @@ def aliases(depth: int) -> bytes:
     return f"a: &a [1]\n{''.join(lists)}".encode()
 
 
+def merges(depth: int) -> bytes:
+    """Returns YAML with a mapping that merges the one before nine times, so many times."""
+    lines = [f"a{at}: &a{at} {{<<: [{', '.join([f'*a{at - 1}'] * 9)}]}}\n" for at in range(1, depth)]
+    return f"a0: &a0 {{lr: 1}}\n{''.join(lines)}".encode()
+
+
+def names(count: int) -> bytes:
+    """Returns JSON with so many settings."""
+    return json.dumps({f"setting{at}": 1 for at in range(count)}).encode()
+
+
+def notes(count: int) -> bytes:
+    """Returns the start of a tar with so many MiB of short notes."""
+    note = b"6 a=b\n" * (2**20 // 6)
+    one = tar_header("notes", len(note), b"x") + note + bytes(-len(note) % 512)
+    return one * count + tar_header("a.png", 0) + bytes(1024)
+
+
 def read_metrics(path: Path) -> object:
     """Reads metrics.jsonl as the list of runs and the report do."""
     return last_record(path), sum(len(records) for records, _ in stream_records(path))
@@ -233,6 +252,7 @@ FILES: dict[str, tuple[str, Maker]] = {
     "zip with a file of 4 GiB that tells 1 KiB": ("zip", lambda: zipped(4096, 1024)),
     "zip with a file of 4 GiB": ("zip", lambda: zipped(4095, 4095 * 2**20)),
     "shard with a name of 8 GiB": ("shard", lambda: tar_header("a", 8 * GIB - 1, b"L")),
+    "shard with 11 million notes": ("shard", lambda: notes(64)),
     "shard with a file of 8 GiB": ("shard", lambda: tar_header("a.png", 8 * GIB - 1)),
     "Parquet of 4 MiB with 8 GiB of images": ("parquet", lambda: parquet(2048, 2**22)),
     "Parquet with 10 million empty rows": ("parquet", lambda: empty_rows(10**7)),
@@ -246,6 +266,8 @@ FILES: dict[str, tuple[str, Maker]] = {
 """By name: the kind of the file, of READERS, and what makes it."""
 OTHERS: dict[str, tuple[str, Reader, Maker | None]] = {
     "settings, aliases of aliases": ("run.yaml", read_settings, lambda: aliases(14)),
+    "settings, merges of merges": ("run.yaml", read_settings, lambda: merges(40)),
+    "settings, 60,000 names": ("run.json", read_settings, lambda: names(60_000)),
     "settings, an alias of itself": ("run.yaml", read_settings, lambda: b"epochs: &x {a: *x}\n"),
     "settings, nested": ("run.yaml", read_settings, lambda: b"[" * 10**6),
     "settings, nested JSON": ("run.json", read_settings, lambda: b"[" * 10**6),

@@ -135,7 +135,7 @@ def decode_image(data: bytes, path: Path | str) -> Decoded:
             image: Image.Image = opened
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width * image.height:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
-            if image.format == "JPEG" and (scans := data.count(_SCAN)) > MOST_SCANS:
+            if _format_of(image) == "JPEG" and (scans := data.count(_SCAN)) > MOST_SCANS:
                 raise ValueError(f"a JPEG of {scans:,} scans, more than {MOST_SCANS}: save it again")
             if image.format == "BMP":
                 _check_bmp(data)
@@ -169,9 +169,14 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
+def _format_of(image: Image.Image) -> str:
+    """Returns a key of FORMATS. Pillow has a name of its own for a JPEG of several pictures, as many cameras write."""
+    assert image.format is not None
+    return "JPEG" if image.format == "MPO" else image.format
+
+
 def _kind_of(image: Image.Image, data: bytes) -> Kind:
     """Returns what an opened image holds."""
-    assert image.format is not None
     bits = 1 if image.mode == "1" else 16 if image.mode.startswith("I") else 8
     if image.format == "PNG":
         bits = data[24]  # of the header, as Pillow reads 16 bits of color as 8
@@ -182,7 +187,7 @@ def _kind_of(image: Image.Image, data: bytes) -> Kind:
         several = bool(getattr(image, "is_animated", False))
     except Exception:  # of damage after the first
         several = False
-    return Kind(image.format, image.mode, bits, alpha, several)
+    return Kind(_format_of(image), image.mode, bits, alpha, several)
 
 
 def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

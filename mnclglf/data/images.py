@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -258,14 +259,31 @@ class ImageFiles(EncodedImages):
 
     root: Path
     """Folder of the files."""
+    modified: NDArray[np.int64] | None = None
+    """Times of the last change of each file [n] in nanoseconds; None if they are not known."""
 
     def contents(self, row: int) -> bytes:
         data = read_file(self.root / self.paths[row])
         self._check_size(row, len(data))
+        if self._is_touched(row) and self.digests and hashlib.sha256(data).digest() != self.digests[row]:
+            raise self._changed(row, "has other contents than")
         return data
 
     def check(self, row: int) -> None:
         self._check_size(row, size_of_file(self.root / self.paths[row]))
+        if self._is_touched(row):
+            self.contents(row)
+
+    def _picked(self, rows: NDArray[np.int64]) -> Self:
+        return replace(super()._picked(rows), modified=None if self.modified is None else self.modified[rows])
+
+    def _is_touched(self, row: int) -> bool:
+        """Returns whether a file may have changed, as its time is another one."""
+        if self.modified is None:
+            return False
+        with suppress(OSError):  # gone since it was read
+            return os.stat(self.root / self.paths[row]).st_mtime_ns != self.modified[row]
+        return False
 
     def _check_size(self, row: int, size: int) -> None:
         if size != self.file_sizes[row]:

@@ -34,7 +34,6 @@ NO_IMAGE, ONLY_PATH = -1, -2
 
 _MAGIC, _ENCRYPTED, _POINTER = b"PAR1", b"PARE", b"version https://git-lfs"
 _READ_BYTES = 2**20  # of a column at once
-_BATCH_BYTES = 2**24  # of images in memory at once
 _MOST_TIMES = 64  # that images may take more than the file says; it holds equal ones once
 _MOST_ROWS = 2**20  # beyond one per byte of the file
 _LABELS = ("label", "labels")
@@ -92,7 +91,7 @@ def unpacked_bytes(file: RangeFile) -> int:
         DataError: it cannot be read, or is no Parquet file.
     """
     with _opened(file) as parquet:
-        return sum(_bytes_of_groups(parquet))
+        return _told_bytes(parquet)
 
 
 def unpack(file: RangeFile, out: Path) -> Unpacked:
@@ -121,11 +120,11 @@ def unpack(file: RangeFile, out: Path) -> Unpacked:
     return Unpacked(sizes=np.array(rows.sizes, np.int64), labels=labels, classes=names)
 
 
-def _bytes_of_groups(parquet: pq.ParquetFile) -> list[int]:
-    """Returns the bytes that each row group tells, uncompressed, of all its columns."""
+def _told_bytes(parquet: pq.ParquetFile) -> int:
+    """Returns how many bytes the file says that it holds, uncompressed, of all columns."""
     # Asking for a column that is encrypted would abort the process (pyarrow 26).
     metadata = parquet.metadata
-    return [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
 
 
 class _Rows:
@@ -160,11 +159,11 @@ class _Rows:
 
 
 def _write(parquet: pq.ParquetFile, columns: Columns, written: BinaryIO, rows: _Rows, place: str) -> None:
-    told = sum(_bytes_of_groups(parquet))
+    told = _told_bytes(parquet)
     for batch in _batches(parquet, columns, place):
         written.writelines(rows.add(batch[0]))
         rows.add_labels(batch[1])
-        if written.tell() > _MOST_TIMES * told + _BATCH_BYTES:
+        if written.tell() > _MOST_TIMES * told + _READ_BYTES:
             raise DataError(f"{place} tells of {told:,} bytes and has images of {written.tell():,}; write it anew")
 
 
@@ -172,11 +171,10 @@ def _batches(parquet: pq.ParquetFile, columns: Columns, place: str) -> Generator
     """Yields images and labels of some rows at a time, so many that they fit into little memory."""
     import pyarrow as pa
 
-    # A row group may hold one image once, as its dictionary, and name it in every row.
-    count = max(1, min(1024, _BATCH_BYTES // max([1, *_bytes_of_groups(parquet)])))
     wanted = [columns.image, *([columns.label] if columns.label else [])]
     with _named(place):
-        for batch in parquet.iter_batches(count, columns=wanted, use_threads=False):
+        # One row at a time takes 7 µs more than many do. A file may hold a large image once and name it in every row.
+        for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
             images = batch.column(columns.image).to_pylist()
             labels = [-1] * len(images)
             if columns.label is not None:

@@ -6,6 +6,7 @@ Any number of threads may read at once. Files that are open, and parts that were
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 import threading
@@ -14,20 +15,23 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Generic, TypeVar
 
-from mnclglf.config import is_remote, shown
+from mnclglf.config import is_remote, shown, shown_in
 from mnclglf.data.errors import DataError
 from mnclglf.data.stamp import Stamp
 
 MOST_OPEN = 128  # files; a process may usually have 1,024
 FETCHED = 4 * 2**20  # bytes that are fetched at once where neighbors are wanted too
 MOST_FETCHED = 256 * 2**20  # bytes that are kept of what was fetched
+VERSIONS = ("ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "mtime", "created")
+"""What tells versions of a file apart, in the answers of different file systems."""
 _ATTEMPTS, _PAUSE_SECONDS = 4, 0.5  # of a request; each pause is twice the one before
 REMOTE = "for files behind http, https or s3 install the extra remote: pip install 'mnclglf[remote]'"
 
 Kept = TypeVar("Kept")
+logger = logging.getLogger(__name__)
 
 
 class RangeFile(ABC):
@@ -131,16 +135,21 @@ class LocalFile(RangeFile):
     def read(self, offset: int, size: int, *, near: bool = True) -> bytes:
         try:
             opened = self._open.get((self.name, self.stamp), self._opened)
-            return os.pread(opened.descriptor, size, offset)
+            data = os.pread(opened.descriptor, size, offset)
+            self._check(opened)
+            return data
         except OSError as error:
             raise _unreadable(self.name, error) from error
 
     def _opened(self) -> _Opened:
         opened = _Opened(self.name)
+        self._check(opened)
+        return opened
+
+    def _check(self, opened: _Opened) -> None:
         now = Stamp.of(os.fstat(opened.descriptor))
         if (now.size, now.modified) != (self.stamp.size, self.stamp.modified):
             raise DataError(f"{self.name} has changed since it was first read; put the old file back, or start anew")
-        return opened
 
 
 class RemoteFile(RangeFile):
@@ -164,8 +173,12 @@ class RemoteFile(RangeFile):
         size = about.get("size")
         if not isinstance(size, int):
             raise DataError(f"{shown(self.name)}: the server does not say how large it is; copy the file here")
-        # Names of what tells versions apart, in the answers of different file systems.
-        version = [str(about[key]) for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in about]
+        version = [str(about[key]) for key in VERSIONS if key in about]
+        if not version:
+            _warn_once(
+                f"{shown(self.name)}: the server tells no version of the file; when one is replaced by another of the "
+                "same size, remove what was kept of it (shards, parquet and datasets in mnclglf's cache)"
+            )
         return Stamp(size, int.from_bytes(hashlib.sha256("\0".join(version).encode()).digest()[:7]))
 
     def read(self, offset: int, size: int, *, near: bool = True) -> bytes:
@@ -202,10 +215,15 @@ class RemoteFile(RangeFile):
                 raise _unreadable(shown(self.name), error) from error
             except Exception as error:  # of any library that speaks with the server
                 if attempt + 1 == _ATTEMPTS:
-                    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                    what = f"{type(error).__name__}: {shown_in(str(error))}" if str(error) else type(error).__name__
                     raise DataError(f"{shown(self.name)}: the server does not answer ({what}); try again") from error
                 time.sleep(_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def file_system(address: str) -> Any:

@@ -1,6 +1,6 @@
 """Members of a tar file by offset and size. Nothing is extracted: names are only names, and what is no file is ignored.
 
-Read are the forms that are in use: POSIX (ustar and pax) and GNU's. A damaged or truncated file raises DataError, which
+It reads the forms in use: POSIX (ustar and pax) and GNU's. A damaged or truncated file raises DataError, which
 names it.
 """
 
@@ -15,6 +15,7 @@ from mnclglf.data.errors import DataError
 
 BLOCK = 512  # bytes of a header; contents are padded to a multiple
 MOST_META = 2**20  # bytes of a long name or of pax records
+_MOST_DIGITS = 8  # of the length of a record, and the blank after it
 _FILES = (b"0", b"\0", b"7")
 _FOLDER, _SPARSE, _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"5", b"S", b"L", b"K", b"x", b"g"
 _OTHERS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", _SPARSE: "sparse"}
@@ -171,13 +172,14 @@ def _text(data: bytes) -> str:
 def _pax_records(data: bytes) -> dict[str, str]:
     """Returns the records of a pax header: each is its length, a blank, a key, =, a value and a newline."""
     records: dict[str, str] = {}
-    data = data.rstrip(b"\0")
-    while data:
-        length = int(data.partition(b" ")[0])
-        record, data = data[:length], data[length:]
+    data, at = data.rstrip(b"\0"), 0
+    while at < len(data):
+        length = int(data[at : at + _MOST_DIGITS].partition(b" ")[0])
+        record = data[at : at + length]
         text = record.partition(b" ")[2]
         if not record.endswith(b"\n") or length != len(record) or b"=" not in text:
             raise ValueError(record)
+        at += length
         key, _, value = text[:-1].partition(b"=")
         records[key.decode(errors="surrogateescape")] = value.decode(errors="surrogateescape")
     return records

@@ -68,9 +68,23 @@ def cache_folder() -> Path:
         usual = None
     if usual is not None and (os.path.exists(usual) or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
         return usual
-    folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+    folder = _temporary_cache()
     _warn_once(f"there is no home to keep caches in: they are in {folder}; set XDG_CACHE_HOME to choose their place")
     return folder
+
+
+@cache
+def _temporary_cache() -> Path:
+    """Returns a folder below the temporary one, in which nobody else can put files: compiled kernels are among them."""
+    folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        found = folder.lstat()
+    except OSError:  # nothing can be made there: who writes will say so
+        return folder
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return folder if ours else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
 
 
 def nearest_folder(path: Path) -> Path:
@@ -176,7 +190,7 @@ def clear_left_over(folder: Path, names: Sequence[str] | None = None) -> None:
     with suppress(OSError):
         for name in os.listdir(folder):
             if temporary.fullmatch(name):
-                with suppress(OSError), (folder / name).open("rb") as file:
+                with suppress(OSError), open_file(folder / name) as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(folder / name)
 

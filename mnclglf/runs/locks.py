@@ -7,14 +7,20 @@ import fcntl
 import logging
 import os
 import platform
+import stat
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from mnclglf.runs.files import open_file
 
 LOCK_TRIES = 5  # attempts, a tenth of a second apart
 # What flock says on a file system without locks, and NFS of a lock on a folder. EWOULDBLOCK is not among them.
 CANNOT_LOCK = {errno.EBADF, errno.EINVAL, errno.EIO, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+NO_LOCK = "it is no file but a link, a pipe or a device; remove it"
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +53,11 @@ def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
     Args:
         lock: the file; made if missing, and never deleted, as that would be a race.
         wait: wait for the holder of the lock; else the result is False if somebody holds it.
+
+    Raises:
+        OSError: the file cannot be opened, or is a link, a pipe or a device: it would be written to.
     """
-    with lock.open("a+") as file:
+    with _open_lock(lock) as file:
         mine = _lock(file.fileno(), lock, wait=wait)
         if mine:  # for the message of a process that finds it held
             with suppress(OSError):  # of a full disk
@@ -59,6 +68,21 @@ def held(lock: Path, *, wait: bool = False) -> Generator[bool, None, None]:
             yield mine
         finally:
             _HELD.discard(file.fileno())
+
+
+def _open_lock(lock: Path) -> BinaryIO:
+    """Opens a lock file, which may have come with a folder of others."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(error.errno, NO_LOCK, str(lock)) from error
+        raise
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, NO_LOCK, str(lock))
+    return file
 
 
 @contextmanager
@@ -84,17 +108,15 @@ def training_in(run: Path) -> Generator[None, None, None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with held(lock) as mine:
         if not mine:
-            raise TakenError(
-                f"{run} is being trained by {lock.read_text() or 'another process'}; wait for it or stop it, or choose "
-                "another --out"
-            )
+            holder = lock.read_text(errors="replace")[:200] or "another process"
+            raise TakenError(f"{run} is being trained by {holder}; wait for it or stop it, or choose another --out")
         yield
 
 
 def is_training(run: Path) -> bool:
     """Returns whether another process trains in a run directory; changes nothing there."""
     try:
-        with (run / "checkpoints" / ".training.lock").open("rb") as file:
+        with open_file(run / "checkpoints" / ".training.lock") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -293,7 +293,7 @@ def in_its_place(config: RunConfig, *, resumed: bool) -> RunConfig:
     dataset = moved(config.dataset, place)
     require(
         resumed,
-        f"data_dir {place} names a second folder beside {config.dataset}; leave out --data-dir, or give "
+        f"data_dir {place} names a second folder beside {shown(config.dataset)}; leave out --data-dir, or give "
         f"--dataset {dataset}",
     )
     return replace(config, dataset=dataset, data=replace(config.data, data_dir=None))

@@ -88,6 +88,7 @@ def test_an_examination_that_is_interrupted_keeps_what_it_found(
         return read(path)
 
     monkeypatch.setattr(examination, "_PART", 2)
+    monkeypatch.setattr(examination, "_KEPT_SECONDS", -1.0)
     monkeypatch.setattr(folder, "read_file", stops)
     assert main(["data", "inspect", f"folder:{photos}"]) == 130
     reads.clear()

@@ -254,3 +254,30 @@ def test_what_a_file_holds_is_known(tmp_path: Path) -> None:
     assert decode_image(color, tmp_path / "x.tif").kind[:4] == ("TIFF", "RGB", 16, False)
     gray.save(tmp_path / "pages.tif", save_all=True, append_images=[gray])
     assert decode_image((tmp_path / "pages.tif").read_bytes(), tmp_path).kind.several
+
+
+def test_a_jpeg_of_several_pictures_is_its_first(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(np.full((24, 24, 3), level, np.uint8)) for level in (200, 20))
+    first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "camera.jpg") as opened:
+        assert opened.format == "MPO"  # which is what Pillow makes of it
+    decoded = decode_image((tmp_path / "camera.jpg").read_bytes(), "camera.jpg")
+    assert (decoded.kind.format, decoded.kind.several) == ("JPEG", True)
+    assert np.abs(decoded.pixels.astype(int) - 200).max() < 4  # JPEG
+
+
+@needs_dali
+def test_dali_reads_the_first_of_several_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvidia.dali import fn, pipeline_def, types
+
+    first, second = (Image.fromarray(np.full((24, 24, 3), level, np.uint8)) for level in (200, 20))
+    first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def read() -> Any:
+        data, _ = fn.readers.file(files=[str(tmp_path / "camera.jpg")])
+        return fn.decoders.image(data, device="cpu", output_type=types.RGB)
+
+    pipeline: Any = read()
+    pipeline.build()
+    assert np.abs(pipeline.run()[0].as_array().astype(int) - 200).max() < 4

@@ -405,3 +405,21 @@ def test_what_makes_other_images_and_what_does_not(root: Path) -> None:
         (root / old).rename(root / new)
         assert load(root)[0].fingerprint() != before
         (root / new).rename(root / old)
+
+
+def test_a_file_with_other_contents_of_the_same_size_is_named_and_a_touched_one_is_read(tmp_path: Path) -> None:
+    first, second = pixels(20, 20, 1), pixels(20, 20, 2)
+    path = tmp_path / "flat" / "a.bmp"
+    write(path, first)
+    train, _ = load(tmp_path / "flat")
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    assert np.array_equal(train.subset([0]).pixels(0), first)
+    train.check(0)
+    size = path.stat().st_size
+    write(path, second)
+    os.utime(path, ns=(later, later))
+    assert path.stat().st_size == size
+    for look in (train.pixels, train.subset([0]).check):
+        with pytest.raises(DataError, match=r"a\.bmp has other contents than when the run started"):
+            look(0)

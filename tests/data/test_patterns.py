@@ -147,3 +147,15 @@ def test_a_pattern_without_files_is_refused(tmp_path: Path) -> None:
 def test_the_folder_of_a_place_is_no_word_of_its_files() -> None:
     assert part_of("/data/train/a-0.tar", "/data/train") is None
     assert part_of("/data/train/a-0.tar", "/data") == "train"
+
+
+def test_files_that_differ_only_in_what_a_server_is_asked_are_refused() -> None:
+    with pytest.raises(DataError, match=r"names https://h/get twice; .* copy files here that differ only after the \?"):
+        find_files("https://user:pw@h/get?file=train-{0..3}.tar", ".tar")
+
+
+def test_a_pattern_that_cannot_be_expanded_is_shown_without_what_is_secret() -> None:
+    with pytest.raises(UsageError, match=r"'https://h/x-\{0'? ?") as caught:
+        expand_braces("https://user:pw@h/x-{0?sig=SECRET")
+    assert "SECRET" not in str(caught.value)
+    assert "pw" not in str(caught.value)

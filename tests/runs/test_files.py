@@ -150,6 +150,7 @@ def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     files._warn_once.cache_clear()
+    files._temporary_cache.cache_clear()
     return tmp_path
 
 
@@ -158,6 +159,25 @@ def test_without_a_home_caches_are_in_the_temporary_folder(
 ) -> None:
     assert [cache_folder() for _ in range(3)] == 3 * [without_home / "mnclglf-4000000001"]
     assert caplog.text.count("mnclglf-4000000001; set XDG_CACHE_HOME") == 1
+
+
+@pytest.mark.parametrize("made", ["link", "open to all", "file"])
+def test_a_temporary_cache_that_another_user_may_have_made_is_not_used(
+    made: str, without_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    usual = without_home / "mnclglf-4000000001"
+    if made == "link":
+        usual.symlink_to(tmp_path_factory.mktemp("of-another"))
+    elif made == "file":
+        usual.touch()
+    else:
+        usual.mkdir()
+        usual.chmod(0o777)
+    found = cache_folder()
+    assert found != usual
+    assert found == cache_folder()
+    assert found.parent == without_home
+    assert stat.S_IMODE(found.lstat().st_mode) == 0o700
 
 
 def test_a_home_where_nothing_can_be_made_is_no_home(without_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,31 @@ def test_processes_hold_a_lock_one_at_a_time_and_say_that_they_wait(tmp_path: Pa
     assert (said, order) == (["waiting"], ["first", "second"])
 
 
-def test_a_full_disk_does_not_keep_a_lock(tmp_path: Path) -> None:
-    (tmp_path / "lock").symlink_to("/dev/full")
+def test_a_full_disk_does_not_keep_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    write = os.write
+    monkeypatch.setattr(locks.os, "write", lambda _, data: write(full, data))
     with held(tmp_path / "lock") as mine:
         assert mine
+    os.close(full)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_file_that_came_with_a_folder_is_not_written_through(kind: str, tmp_path: Path) -> None:
+    lock = tmp_path / "run" / "checkpoints" / ".training.lock"
+    lock.parent.mkdir(parents=True)
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    if kind == "link":
+        lock.symlink_to(victim)
+    else:
+        os.mkfifo(lock)
+    with (
+        pytest.raises(OSError, match=r"no file but a link, a pipe or a device; remove it: '.*training\.lock'"),
+        training_in(tmp_path / "run"),
+    ):
+        pass
+    assert victim.read_text() == "mine"
+    signal.alarm(10)  # opening a pipe would wait for a writer
+    assert not locks.is_training(tmp_path / "run") or kind == "link"
+    signal.alarm(0)

@@ -32,7 +32,8 @@ NO_LABEL = -1
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
 _UNKNOWN = Kind("", "", 0, alpha=False, several=False)  # of a file that cannot be read
-_PART = 5000  # number of files after which the findings are written
+_PART = 5000  # number of files after which the findings may be written
+_KEPT_SECONDS = 30.0  # between two writes, each of all findings: 166 bytes per image
 _MANY = 2000  # number of files from which on a message says that reading takes a while
 
 
@@ -79,7 +80,7 @@ def examine(
     fresh = [number for number in range(len(names)) if (names[number], stamps[number]) not in known]
     if len(fresh) > _MANY:
         logger.warning("reading %s image files of %s, once, to check them", f"{len(fresh):,}", place)
-    since = time.monotonic()
+    since = kept = time.monotonic()
     looked: dict[int, Examined] = {}
 
     def keep() -> None:
@@ -93,8 +94,9 @@ def examine(
         for start in range(0, len(fresh), _PART):
             part = fresh[start : start + _PART]
             looked |= zip(part, pool.map(look, part), strict=True)
-            if start + _PART < len(fresh):
+            if start + _PART < len(fresh) and time.monotonic() - kept > _KEPT_SECONDS:
                 keep()
+                kept = time.monotonic()
     seconds = time.monotonic() - since
     if len(fresh) > _MANY:
         logger.warning("read them in %.0f s, %s images/s", seconds, f"{len(fresh) / seconds:,.0f}")

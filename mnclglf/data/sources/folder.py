@@ -83,6 +83,7 @@ class Folder(Source):
             labels=np.array(labels, dtype=np.int64)[kept],
             classes=classes,
             root=root.resolve(),
+            modified=np.array([found[number].stamp.modified for number in kept], np.int64),
             **fields_of(paths, found, kept),
         )
 

@@ -64,8 +64,8 @@ class PackedSource(Source):
     def load(self, request: Request) -> tuple[PackedImages, PackedImages | None]:
         if request.data_dir is not None:
             raise DataError(
-                f"data_dir {request.data_dir} names a second place beside {self.name}; leave out --data-dir, or give "
-                f"{self.prefix}{request.data_dir}"
+                f"data_dir {request.data_dir} names a second place beside {shown(self.name)}; leave out --data-dir, "
+                f"or give {self.prefix}{request.data_dir}"
             )
         train_files, test_files = find_files(self.pattern, self.suffix)
         train = self._image_set(train_files, "train", request.skip_corrupt)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnclglf.config import is_remote, require, shown
+from mnclglf.config import is_remote, require, shown, shown_in
 from mnclglf.data.errors import DataError
 from mnclglf.data.ranges import file_system
 from mnclglf.data.sources.layout import few, split_of
@@ -31,7 +31,7 @@ def find_files(pattern: str, suffix: str) -> tuple[list[str], list[str]]:
         suffix: end of the files' names.
 
     Raises:
-        DataError: there is no file, or the names are half a split.
+        DataError: there is no file, or the names give test images and no train.
         UsageError: the pattern is none.
     """
     remote = is_remote(pattern)
@@ -39,9 +39,15 @@ def find_files(pattern: str, suffix: str) -> tuple[list[str], list[str]]:
     if folder is not None:
         return split_files(folder, shown(pattern))
     files = [file for part in expand_braces(pattern) for file in _matches(part, remote=remote)]
-    twice = next((file for file, again in itertools.pairwise(sorted(files)) if file == again), None)
+    # What a server is asked after the ? is kept nowhere, so it tells no files apart.
+    twice = next((a for a, b in itertools.pairwise(sorted(map(shown, files))) if a == b), None)
     if twice is not None:
-        raise DataError(f"{shown(pattern)} names {shown(twice)} twice; give each file once")
+        raise DataError(
+            f"{shown(pattern)} names {twice} twice; give each file once, and copy files here that differ only after "
+            "the ? of their address"
+            if remote
+            else f"{shown(pattern)} names {twice} twice; give each file once"
+        )
     if not files:
         raise DataError(
             f"{shown(pattern)}: there is no such file; give a folder of {suffix} files, or a pattern of some"
@@ -57,7 +63,7 @@ def expand_braces(pattern: str) -> list[str]:
     """
     start = pattern.find("{")
     if start < 0:
-        require("}" not in pattern, f"pattern {pattern!r} closes a brace that it does not open")
+        require("}" not in pattern, f"pattern {shown(pattern)!r} closes a brace that it does not open")
         return [pattern]
     depth, end = 0, start
     commas = [start]
@@ -67,7 +73,7 @@ def expand_braces(pattern: str) -> list[str]:
             commas.append(end)
         if depth == 0:
             break
-    require(depth == 0, f"pattern {pattern!r} does not close its brace; give {{0000..0009}} or {{a,b}}")
+    require(depth == 0, f"pattern {shown(pattern)!r} does not close its brace; give {{0000..0009}} or {{a,b}}")
     inside = pattern[start + 1 : end]
     span = _RANGE.fullmatch(inside)
     if span:
@@ -75,12 +81,15 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         require(
             len(commas) > 1,
-            f"pattern {pattern!r}: {{{inside}}} is neither a range, {{0000..0009}}, nor a choice, {{a,b}}",
+            f"pattern {shown(pattern)!r}: {{{inside}}} is neither a range, {{0000..0009}}, nor a choice, {{a,b}}",
         )
         bounds = [*commas, end]
         choices = [made for a, b in itertools.pairwise(bounds) for made in expand_braces(pattern[a + 1 : b])]
     rest = expand_braces(pattern[end + 1 :])
-    require(len(choices) * len(rest) <= MOST_FILES, f"pattern {pattern!r} stands for more than {MOST_FILES:,} files")
+    require(
+        len(choices) * len(rest) <= MOST_FILES,
+        f"pattern {shown(pattern)!r} stands for more than {MOST_FILES:,} files; give fewer",
+    )
     return [f"{pattern[:start]}{choice}{after}" for choice in choices for after in rest]
 
 
@@ -184,7 +193,7 @@ def _remote(place: str, pattern: str) -> list[str]:
         return [f"{scheme}://{found}" for found in system.glob(pattern)]
     except Exception as error:  # of any library that speaks with the server
         raise DataError(
-            f"{shown(place)} cannot be listed ({type(error).__name__}: {error}); check the place"
+            f"{shown(place)} cannot be listed ({type(error).__name__}: {shown_in(str(error))}); check the place"
         ) from error
 
 
