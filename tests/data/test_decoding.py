@@ -93,6 +93,9 @@ def cases() -> dict[str, tuple[bytes, int]]:
     made["after.png"] = with_chunk(encoded("png", None), exif(6), b"IEND"), 6
     past = encoded("png", None)
     made["past the end.png"] = past + with_chunk(past, exif(6), b"IEND")[len(past) - 12 : -12], 1
+    several, other = io.BytesIO(), Image.new("RGB", (9, 9))
+    Image.fromarray(UPRIGHT[1]).save(several, "MPO", save_all=True, append_images=[other])
+    made["several pictures.jpg"] = several.getvalue(), 1
     made["animated.png"] = animated(default_image=False), 1
     made["broken after.png"] = with_chunk(encoded("png", None), b"II+", b"IEND"), 1
     return made
@@ -264,20 +267,3 @@ def test_a_jpeg_of_several_pictures_is_its_first(tmp_path: Path) -> None:
     decoded = decode_image((tmp_path / "camera.jpg").read_bytes(), "camera.jpg")
     assert (decoded.kind.format, decoded.kind.several) == ("JPEG", True)
     assert np.abs(decoded.pixels.astype(int) - 200).max() < 4  # JPEG
-
-
-@needs_dali
-def test_dali_reads_the_first_of_several_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvidia.dali import fn, pipeline_def, types
-
-    first, second = (Image.fromarray(np.full((24, 24, 3), level, np.uint8)) for level in (200, 20))
-    first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def read() -> Any:
-        data, _ = fn.readers.file(files=[str(tmp_path / "camera.jpg")])
-        return fn.decoders.image(data, device="cpu", output_type=types.RGB)
-
-    pipeline: Any = read()
-    pipeline.build()
-    assert np.abs(pipeline.run()[0].as_array().astype(int) - 200).max() < 4
