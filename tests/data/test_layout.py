@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import io
 import json
 import shutil
@@ -17,7 +18,7 @@ from mnclglf.data.decoding import read_image
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageFiles
 from mnclglf.data.sources import layout
-from mnclglf.data.sources.layout import check_picture
+from mnclglf.data.sources.layout import check_picture, find_images
 from mnclglf.reports.sources import inspect_source
 
 
@@ -259,3 +260,18 @@ def test_a_picture_of_ours_is_no_image_whatever_its_name(tmp_path: Path, caplog:
     shutil.move(root / "a" / "of digits.png", root / "a" / "0.png")
     with pytest.raises(DataError, match=r"no image of class a .*repair them, or remove"):
         load(root)
+
+
+def test_the_work_grows_as_the_number_of_classes_does(tmp_path: Path) -> None:
+    def calls(classes: int) -> int:
+        root = tmp_path / str(classes)
+        for number in range(classes):
+            (root / f"{number:03}").mkdir(parents=True)
+            (root / f"{number:03}" / "a.png").write_bytes(b"x")
+        profile = cProfile.Profile()
+        paths, _, names = profile.runcall(find_images, root)
+        assert len(paths) == len(names) == classes
+        return sum(entry.callcount for entry in profile.getstats())
+
+    few, many = calls(50), calls(400)
+    assert many < 12 * few  # 8 times as many; with all pairs of classes, 34 times

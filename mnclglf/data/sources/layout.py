@@ -164,7 +164,7 @@ def find_images(root: Path, known: tuple[str, ...] | None = None) -> tuple[list[
     present = [name for name, paths in inside.items() if paths]
     if not loose and not present and (known is not None or not inside):
         raise DataError(f"{root} holds no image; {', '.join(SUFFIXES)} are read{search.unread_text('; not ')}")
-    empty = [name for name in inside if name not in present]
+    empty = [name for name, paths in inside.items() if not paths]
     if empty and known is None:
         why = search.taken.get(empty[0], "") + search.unread_text("; not ")
         raise DataError(
@@ -213,9 +213,11 @@ def _images_of_folders(root: Path, search: Search) -> dict[str, list[str]]:
         if os.path.realpath(root).startswith(f"{real[folder]}{os.sep}") or real[folder] == os.path.realpath(root):
             raise DataError(f"{folder} is a link to a folder around it; remove the link")
     found: dict[str, list[str]] = {}
+    others = {real[folder]: folder.name for folder in folders} | {os.path.realpath(root): ""}
     for folder in folders:
-        others = {real[other]: other.name for other in folders if other != folder} | {os.path.realpath(root): ""}
+        del others[real[folder]]
         inside = sorted(str(path.relative_to(root)) for path in search.walk(folder, others))
+        others[real[folder]] = folder.name
         if inside or folder not in search.of_runs:
             found[folder.name] = inside
     return found
