@@ -18,7 +18,7 @@ from bench.faults import children
 from bench.faults.commands import Attacked, Place
 from bench.faults.contents import differences
 from bench.faults.kills import again
-from bench.faults.operations import fail, list_operations
+from bench.faults.operations import fail, list_operations, name_of
 from bench.faults.outcome import Row
 from bench.faults.processes import newest_step
 
@@ -35,7 +35,7 @@ ERRORS = {
 """What each operation on a file is made to fail with."""
 DOCUMENTED = (0, 1, 2)
 COMMANDS = ("train", "resume", "report", "knn", "export", "embed", "pack", "unpack")
-OPTIONAL = tuple(f"run/{name}" for name in ("metrics.jsonl", "report.html", "queue.npz", "environment.json"))
+OPTIONAL = ("run/metrics.jsonl", "run/report.html", "run/queue.npz", "run/environment.json", "cache/")
 UNREADABLE = Path("/proc/self/mem")  # reading it gives EIO, without a name
 
 
@@ -104,7 +104,8 @@ def disturbed(place: Place, attacked: Attacked, hook: Callable[[], object], name
     if end.code != 0:
         return problems + again(place, attacked)
     # A training goes on without what it can do without, and says so; it ends with what it is for.
-    told = "cannot be written" in end.text or "is not written" in end.text
+    words = " ".join(end.text.split())
+    told = any(said in words for said in ("cannot be written", "is not written", "cannot be kept in"))
     lost = [loss for loss in differences(place.work, attacked.true) if not (told and loss.startswith(OPTIONAL))]
     return problems + lost
 
@@ -129,7 +130,7 @@ def problems_of(code: int, text: str, folder: str, name: str) -> list[str]:
         return [f"ended with {code}: {text.strip()[-300:]}"]
     if code == 0:
         return []
-    told = " ".join(text.split()).rpartition("mnclglf: ")[2]
+    told = name_of(" ".join(text.split()).rpartition("mnclglf: ")[2])
     problems: list[str] = []
     file = Path(name)
     stem = file.name.removesuffix(" (temporary)").removesuffix("N.pt")

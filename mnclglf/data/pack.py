@@ -16,7 +16,7 @@ from mnclglf.data.decoding import FORMATS
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import EncodedImages, ImageSet
 from mnclglf.data.ranges import LocalFile
-from mnclglf.data.sources.shards import CLASSES_FILE, PACK_FILE, samples_of
+from mnclglf.data.sources.shards import CLASSES_FILE, PACK_FILE, listed, samples_of, write_index
 from mnclglf.data.tars import BLOCK
 from mnclglf.runs.files import read_object, write_atomically, write_json
 from mnclglf.runs.locks import held
@@ -121,7 +121,10 @@ def _pack_part(images: ImageSet, out: Path, name: str, limit: Limit, say: Callab
             first = row
             write_atomically(shard, lambda file, first=first: _write_shard(file, images, first, limit))
             say(f"{shard.name}: images {first:,} and on of {len(images):,}")
-        row += len(samples_of(LocalFile(str(shard))))  # which writes the index, or reads that of an earlier call
+        file = LocalFile(str(shard))
+        if not shard.with_suffix(".idx").exists():
+            write_index(shard, listed(file))
+        row += len(samples_of(file))
         number += 1
 
 

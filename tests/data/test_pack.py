@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from mnclglf.data.datasets import load_dataset
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray
 from mnclglf.data.pack import Limit, pack
+from mnclglf.data.sources import shards
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +139,9 @@ def test_a_pack_that_was_stopped_goes_on_to_the_same_bytes(
 
 SLOW = """
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 from mnclglf.data import pack as module
 from mnclglf.data.datasets import load_dataset
 real = module._members
@@ -201,3 +207,22 @@ def test_a_limit_of_nothing_is_refused(option: list[str], tmp_path: Path, capsys
     with pytest.raises(SystemExit, match="2"):
         main(["data", "pack", "digits", str(tmp_path / "out"), *option])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_an_index_that_cannot_be_written_ends_the_pack_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "pack", f"folder:{folder}", str(tmp_path / "out"), "--images-per-shard", "4"]
+    write_whole = shards.write_atomically
+
+    def full(path: Path, write_file: Callable[[BinaryIO], object]) -> None:
+        if path.name == "train-000001.idx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_whole(path, write_file)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shards, "write_atomically", full)
+        assert main(command) == 1
+    assert "train-000001.idx'; free space" in " ".join(capsys.readouterr().err.split())
+    assert main(command) == 0
+    assert all((tmp_path / "out" / name).with_suffix(".idx").exists() for name in shards_of(tmp_path / "out"))

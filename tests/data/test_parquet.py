@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import logging
 import multiprocessing
@@ -370,6 +371,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", some(2))
     (tmp_path / "cache").write_text("a file where the folder would be")
     with pytest.raises(DataError, match=r"cannot be unpacked into .*cache.*XDG_CACHE_HOME"):
+        load_parquet(tmp_path / "a.parquet")
+
+
+def test_what_helps_depends_on_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "a.parquet", some(2))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x.images")
+
+    monkeypatch.setattr(source, "unpack", fails)
+    with pytest.raises(DataError, match=r"x\.images'; the disk or the connection to it fails .*XDG_CACHE_HOME"):
         load_parquet(tmp_path / "a.parquet")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 from pathlib import Path
 
@@ -262,10 +264,12 @@ def test_an_index_that_cannot_lie_beside_is_kept_in_the_cache(
 
     listed = count_listings(monkeypatch)
     shard = write_tar(tmp_path / "place" / "a.tar", [("a é 1.jpg" if names_hold_blanks else "a.jpg", b"1")])
-    if not names_hold_blanks:
-        monkeypatch.setattr(
-            shards, "write_index", lambda *_: False
-        )  # a place that is read only; root may write anywhere
+    if not names_hold_blanks:  # root may write anywhere
+
+        def read_only(*_: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.idx")
+
+        monkeypatch.setattr(shards, "write_index", read_only)
     for _ in range(2):
         assert names(shard) == ["a é 1" if names_hold_blanks else "a"]
     assert len(listed) == 1

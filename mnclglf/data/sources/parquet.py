@@ -19,6 +19,7 @@ from mnclglf.data.ranges import LocalFile, RangeFile
 from mnclglf.data.sources.examination import NO_LABEL
 from mnclglf.data.sources.packed import PackedSource, Part
 from mnclglf.data.sources.source import cache_dir
+from mnclglf.runs.files import with_remedy
 from mnclglf.runs.locks import one_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ def _unpacked(files: Sequence[RangeFile], name: str) -> list[Unpacked]:
             return _unpack_missing(files, folder, name)
     except OSError as error:
         raise DataError(
-            f"{shown(name)} cannot be unpacked into {folder} ({error}); make room there, or choose another folder of "
-            "the cache by the environment variable XDG_CACHE_HOME"
+            f"{shown(name)} cannot be unpacked into {folder} ({with_remedy(error)}), or choose another folder of the "
+            "cache by the environment variable XDG_CACHE_HOME"
         ) from error
 
 

@@ -119,23 +119,38 @@ def samples_of(file: RangeFile) -> list[Sample]:
         if remote and not quoted:
             _keep(kept, samples)  # the next start need not ask for it
         return samples
-    listing = list_members(file.read, file.stamp.size, shown(file.name))
-    if listing.ignored:
-        logger.warning("%s: %d members are left out: %s", shown(file.name), len(listing.ignored), few(listing.ignored))
-    samples = group(listing.members, shown(file.name))
-    if remote or not write_index(Path(file.name), samples):
-        _keep(kept, samples)
+    samples = listed(file)
+    try:
+        if not remote:
+            write_index(Path(file.name), samples)
+            return samples
+    except (OSError, ValueError):  # it can only be read there, or a name holds a blank
+        pass
+    _keep(kept, samples)
     return samples
 
 
-def write_index(shard: Path, samples: Sequence[Sample]) -> bool:
-    """Writes the index beside a shard; returns False where that cannot be."""
-    try:
-        text = index_text(samples).encode(errors="surrogateescape")
-        write_atomically(shard.with_suffix(".idx"), lambda file: file.write(text))
-    except (OSError, ValueError):
-        return False
-    return True
+def listed(file: RangeFile) -> list[Sample]:
+    """Returns the samples of a shard, by its headers.
+
+    Raises:
+        DataError: the shard cannot be read, is damaged, or is no tar.
+    """
+    listing = list_members(file.read, file.stamp.size, shown(file.name))
+    if listing.ignored:
+        logger.warning("%s: %d members are left out: %s", shown(file.name), len(listing.ignored), few(listing.ignored))
+    return group(listing.members, shown(file.name))
+
+
+def write_index(shard: Path, samples: Sequence[Sample]) -> None:
+    """Writes the index beside a shard.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a name holds a blank, which the format cannot tell from the end of the name.
+    """
+    text = index_text(samples).encode(errors="surrogateescape")
+    write_atomically(shard.with_suffix(".idx"), lambda file: file.write(text))
 
 
 def _index_beside(file: RangeFile) -> str | None:
