@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mnclglf.config import DataConfig, shown, split_name
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.packed import PackedImages, Store
 from mnclglf.data.ranges import RangeFile, range_file
 from mnclglf.data.sources.examination import DRAWN, NO_LABEL, Examined, examine, fields_of, kept_numbers, look_at
@@ -148,6 +148,8 @@ class PackedSource(Source):
                 seen = look_at(lambda: store.read(first + number, near=True), place, stamp)
                 try:
                     return seen if seen.problem else replace(seen, label=part.label(number))
+                except UnreachableError:
+                    raise
                 except DataError as error:
                     return Examined(stamp, problem=str(error))
 
