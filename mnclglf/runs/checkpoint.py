@@ -197,10 +197,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         DamagedError: the file is not what was written.
         CheckpointError: the file is missing, cannot be read, holds something else, or is in another format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file")
     ours = step_of(path) is not None  # else it is any file that was named for one, and not to be deleted
-    remedy = "delete it to resume from an earlier one" if ours else "give a checkpoint, RUN/checkpoints/step-N.pt"
+    another = "give a checkpoint, RUN/checkpoints/step-N.pt"
+    if not path.is_file():
+        remedy = "move it away to resume from an earlier one" if ours and path.exists() else another
+        raise CheckpointError(f"{path} is no file; {remedy}")
+    remedy = "delete it to resume from an earlier one" if ours else another
     found = None
     try:
         with naming(path), path.open("rb") as file:
@@ -433,8 +435,16 @@ def record_milestones(folder: Path, steps: Iterable[int]) -> None:
 
 
 def delete_old_checkpoints(folder: Path, *, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the recorded milestones."""
+    """Deletes all but the newest `keep_last` and the recorded milestones.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+        ValueError: milestones.json is damaged.
+    """
     recorded = read_milestones(folder) or set()
     for step, path in list_checkpoints(folder)[:-keep_last]:
         if step not in recorded:
-            path.unlink()
+            try:
+                path.unlink(missing_ok=True)  # somebody else may have deleted it meanwhile
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be deleted: {error}; remove it by hand") from error

@@ -78,13 +78,15 @@ def test_a_short_file_is_named_as_damage(tmp_path: Path, kept: float) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt is no file$"):
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file; give a checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
 
 
 def test_a_directory_is_no_damage(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no file$"):
-        load_checkpoint(tmp_path)
+    path = tmp_path / "step-00000003.pt"
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000003\.pt is no file; move it away to resume from an earlier"):
+        load_checkpoint(path)
 
 
 def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:
@@ -167,6 +169,22 @@ def test_without_milestones_only_the_newest_stays(tmp_path: Path) -> None:
         save(tmp_path, step)
     delete_old_checkpoints(tmp_path, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000030.pt"]
+
+
+def test_an_old_checkpoint_that_vanished_meanwhile_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda folder: [(1, folder / "gone.pt"), (2, folder / "2.pt")])
+    delete_old_checkpoints(tmp_path, keep_last=1)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.pt").mkdir()
+    writer = CheckpointWriter()
+    writer.write(tmp_path, 2, {}, keep_last=1)
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt cannot be deleted: .*; remove it by hand"):
+        writer.wait()
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
