@@ -274,7 +274,8 @@ def load_method(method: nn.Module, state: dict[str, Any], source: Path) -> None:
     """Loads the networks of a checkpoint; nothing is changed unless all of it fits.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ from those that the settings describe.
+        CheckpointError: names, shapes or dtypes differ from those that the settings describe, or a queue's pointer is
+            outside the queue.
     """
     parameters = {name for name, _ in method.named_parameters()}
 
@@ -294,6 +295,13 @@ def load_method(method: nn.Module, state: dict[str, Any], source: Path) -> None:
     ]
     if wrong:
         raise CheckpointError(f"{source} holds other networks than its settings describe: {'; '.join(wrong[:3])}")
+    for name, pointer in saved.items():
+        rows = own.get(f"{name.removesuffix('pointer')}rows")
+        # A kernel writes where the pointer says, and does not check it.
+        if name.endswith(".pointer") and rows is not None and not 0 <= int(pointer) < len(rows):
+            raise CheckpointError(
+                f"{source} holds {name} {int(pointer)}, outside 0..{len(rows) - 1}; give another checkpoint"
+            )
     method.load_state_dict(saved)
 
 

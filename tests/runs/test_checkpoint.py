@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.runs import checkpoint
 from mnclglf.runs.checkpoint import (
     CheckpointError,
@@ -334,6 +335,17 @@ def test_networks_that_do_not_fit_are_named_and_nothing_is_loaded(change: dict[s
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     with pytest.raises(CheckpointError, match="weight missing"):
         load_method(module, {}, Path("run"))
+
+
+@pytest.mark.parametrize("pointer", [-1, 8, 2**40])
+def test_a_pointer_outside_its_queue_is_refused(pointer: int) -> None:
+    # A kernel on a GPU would write there.
+    method = torch.nn.ModuleDict({"queue": FeatureQueue(8, 4)})
+    state = {"method": {**method.state_dict(), "queue.pointer": torch.tensor(pointer)}}
+    with pytest.raises(CheckpointError, match=rf"run holds queue\.pointer {pointer}, outside 0\.\.7; give another"):
+        load_method(method, state, Path("run"))
+    load_method(method, {"method": {**state["method"], "queue.pointer": torch.tensor(7)}}, Path("run"))
+    assert method.state_dict()["queue.pointer"] == 7
 
 
 def test_a_run_directory_that_vanished_is_not_made_again(tmp_path: Path) -> None:
