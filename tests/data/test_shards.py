@@ -131,6 +131,17 @@ def test_the_order_is_that_of_the_names_of_shards_and_then_of_each_shard(tmp_pat
     assert not images.labeled
 
 
+def test_files_from_the_root_and_from_the_working_folder_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, [("1.png", encoded(pixels()))])
+    monkeypatch.chdir(tmp_path)
+    named = rf"shards:\{{\S*a\.tar,b\.tar\}} names {tmp_path}/a\.tar, .* and b\.tar, .*; give all of them from /"
+    with pytest.raises(DataError, match=named):
+        load_shards(f"{{{tmp_path}/a.tar,b.tar}}")
+
+
 def test_a_split_has_labels_and_names_of_classes(tmp_path: Path) -> None:
     images = [pixels(seed=n) for n in range(9)]
     write_shards(tmp_path / "d", images[:6], [0, 1, 2, 0, 1, 2], each=4)

@@ -88,6 +88,13 @@ class PackedSource(Source):
     def _image_set(
         self, names: Sequence[str], split: str, skip_corrupt: bool, *, classes: tuple[str, ...] | None = None
     ) -> PackedImages:
+        whole = [name for name in names if os.path.isabs(name)]
+        if 0 < len(whole) < len(names):
+            other = next(name for name in names if not os.path.isabs(name))
+            raise DataError(
+                f"{shown(self.name)} names {shown(whole[0])}, which begins with /, and {shown(other)}, which does not; "
+                "give all of them from / on"
+            )
         files = [range_file(name) for name in names]
         store, parts = self._open(files)
         below = os.path.commonpath([os.path.dirname(shown(name)) for name in names])
