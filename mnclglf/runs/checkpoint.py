@@ -144,7 +144,7 @@ class _Hashing:
 def _write(file: BinaryIO, state: dict[str, Any]) -> None:
     """Writes what torch.save does; the comment of that zip archive holds format and checksum.
 
-    Hashed are the bytes as torch.save wrote them, then the comment up to the checksum.
+    The hash covers the bytes as torch.save wrote them, then the comment up to the checksum.
     """
     hashing = _Hashing(file)
     torch.save(state, cast(BinaryIO, hashing))
