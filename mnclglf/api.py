@@ -103,8 +103,8 @@ def train(
     Raises:
         ValueError: a setting does not exist or is invalid; the message names the remedy.
         TrainingError: a loss, gradient or embedding was not finite.
-        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP arrived; the run is saved, and the same call resumes it. In another
-            thread than the main one, no signal is caught.
+        KeyboardInterrupt: SIGINT, SIGTERM, SIGHUP or SIGUSR1 arrived; the run is saved, and the same call resumes it.
+            In another thread than the main one, no signal is caught.
     """
     require(
         not (isinstance(config, RunConfig) and settings),
@@ -335,7 +335,7 @@ def embed(
     Raises:
         FileNotFoundError, ValueError, CheckpointError: a run, image or checkpoint is missing or unusable; the message
             names the remedy.
-        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP arrived.
+        KeyboardInterrupt: SIGINT, SIGTERM, SIGHUP or SIGUSR1 arrived.
     """
     require(
         isinstance(source, str | os.PathLike),  # pyright: ignore[reportUnnecessaryIsInstance]

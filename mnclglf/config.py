@@ -1,8 +1,8 @@
-"""Settings of runs and evaluations: typed, frozen, checked when they are made. Of ours it imports plugins.py alone.
+"""Settings of runs and evaluations: typed, frozen, checked when they are made.
 
-A RunConfig comes from a recipe (recipes.py) and the settings that were given: options of the command line, a file,
-keywords (settings.py). `to_dict` and `from_dict` convert it to JSON types and back. An invalid value raises ValueError,
-which names the value and the remedy.
+It imports only plugins.py of this package. A RunConfig comes from a recipe (recipes.py) and the settings that were
+given: options of the command line, a file, keywords (settings.py). `to_dict` and `from_dict` convert it to JSON types
+and back. An invalid value raises ValueError, which names the value and the remedy.
 """
 
 from __future__ import annotations
@@ -391,7 +391,8 @@ class EngineConfig:
     """Let cuDNN time its algorithms for each convolution and take the fastest, on a GPU."""
     deterministic: bool = False
     """Compute the same bits in every run on the same machine, on a GPU too: deterministic algorithms, nothing chosen
-    by timing (--choices auto is safe). The start prints what it costs. On a CPU runs have the same bits anyway."""
+    by timing (--choices auto then means safe). The start prints what it costs. On a CPU runs have the same bits
+    anyway."""
     keep_memory: bool = True
     """Keep the memory that a step freed for the next step, on a CPU (Linux)."""
     activation_checkpointing: bool = False
@@ -419,7 +420,7 @@ class EngineConfig:
     choices: Choices = "auto"
     """Parts of a compiled step on a GPU: our batch norm, combo kernels, fused convolutions without gradient, CUDA
     graphs. safe: none of them. all: each that can run here. auto: the first start on a machine times both and compares
-    their errors, which takes minutes, and later ones take what it found. Where an option names a part, that holds."""
+    their errors, which takes minutes, and later ones take what it found. An option that names a part overrides this."""
     reduce_dtype: ReduceDtype = "fp32"
     """Dtype in which ranks send each other the gradients of the weights; bf16 halves the bytes and rounds each sum."""
     rank_timeout: float = 600.0

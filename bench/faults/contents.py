@@ -24,7 +24,7 @@ def contents_of(folder: Path) -> dict[str, object]:
     return {str(path.relative_to(folder)): content_of(path) for path in paths if not LOCKS.fullmatch(path.name)}
 
 
-def content_of(path: Path) -> object:
+def content_of(path: Path) -> Any:
     """Returns what a file holds, in a form that can be compared."""
     if path.suffix in (".json", ".html"):
         return untimed(json.loads(path.read_text()))

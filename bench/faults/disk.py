@@ -101,7 +101,6 @@ def disturbed(place: Place, attacked: Attacked, hook: Callable[[], object], name
     problems = problems_of(end.code, end.text, str(place.work), name)
     if end.code != 0:
         problems += [f"{path.name} was lost" for path, data in kept.items() if not holds(path, data)]
-    if end.code != 0:
         return problems + again(place, attacked)
     # A training goes on without what it can do without, and says so; it ends with what it is for.
     words = " ".join(end.text.split())

@@ -1,8 +1,8 @@
 """Feeds damaged and hostile inputs to everything that reads: files, settings, run directories, command lines.
 
 An input is drawn by its kind, the seed and its number, so each can be made again. It must be read, or refused with an
-error whose message is for the user. Lost is an input after which there is a traceback, a crash, no end within
-SECONDS, an error without words, more memory than LARGEST, or code run from it. Bombs ask for much by a small file.
+error whose message is for the user. An input is lost if it leads to a traceback, a crash, no end within SECONDS, an
+error without words, more memory than LARGEST, or code run from it. Bombs ask for much by a small file.
 
 Inputs are read in child processes, so that a crash or a hang ends one of them; the next one goes on after the input.
 """

@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from bench.faults.contents import content_of
 from bench.faults.outcome import Row
-from bench.faults.processes import LOG_EVERY, STEPS, end_of, log_of, newest_step, ranks_of, start_training
+from bench.faults.processes import LOG_EVERY, STEPS, log_of, newest_step, ranks_of, start_training
+from mnclglf.runs.checkpoint import checkpoint_path
 
 HEADINGS = ("kill", "rank", "after s", "checkpoint", "starts", "commands", "s to the end", "lost")
 RANKS = 2
 SECONDS = 300.0  # after which a command counts as hung
+QUEUE = "queue.npz"  # of a method with a queue
 COMMANDS = 3  # times that a command is given, at most
 
 
@@ -107,11 +108,17 @@ def ended(process: subprocess.Popen[str], seen: set[int]) -> int:
 
 
 def differences(out: Path, undisturbed: Path) -> list[str]:
-    """Returns what of a finished run is not as in the undisturbed one: state, records, files."""
+    """Returns what of a finished run is not as in the undisturbed one: networks, optimizer, queue, records, files."""
     if newest_step(out) != STEPS:
         return [f"ends at step {newest_step(out)} of {STEPS}"]
-    state, true = end_of(out), end_of(undisturbed)
-    lost = [f"{name} differs" for name in true if not torch.equal(state[name], true[name])]
+    state, true = (content_of(checkpoint_path(run / "checkpoints", STEPS)) for run in (out, undisturbed))
+    lost = [f"{name} differs" for name in true["method"] if state["method"][name] != true["method"][name]]
+    lost += ["the optimizer differs"] if state["optimizer"] != true["optimizer"] else []
+    if (out / QUEUE).exists() and (undisturbed / QUEUE).exists():
+        try:
+            lost += [f"{QUEUE} differs"] if content_of(out / QUEUE) != content_of(undisturbed / QUEUE) else []
+        except Exception:  # a torn file raises anything
+            lost.append(f"{QUEUE} cannot be read")
     try:
         steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         if steps != [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]:

@@ -28,7 +28,7 @@ class Command(Protocol):
 
 @runtime_checkable
 class Shared(Protocol):
-    """A command whose work the ranks that torchrun started share. Of other commands rank 0 does all."""
+    """A command whose work the ranks that torchrun started share. Rank 0 does all the work of other commands."""
 
     @property
     def shared_device(self) -> Device:

@@ -17,6 +17,7 @@ from rich.console import Console
 from mnclglf.config import MOST_RANKS, RunConfig, default_folder, require, text_of, to_dict, with_whole_paths
 from mnclglf.data.sources import OTHER_SOURCES, SOURCES, source_of
 from mnclglf.runs.console import say
+from mnclglf.runs.files import with_remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,10 @@ class Train:
             stopped = trainer.train()
         except TrainingError:
             if ranks.writes:
-                write_report(folder)  # also after a failure: it shows where the run stopped
+                try:
+                    write_report(folder)  # also after a failure: it shows where the run stopped
+                except Exception as error:  # the failure of the training is the one to show
+                    say(console, f"the report cannot be written: {with_remedy(error)}")
             raise
         leave()
         if stopped:

@@ -9,6 +9,10 @@ class DataError(ValueError):
     """Error: the files of a data set are missing, damaged or unexpected."""
 
 
+class UnreachableError(DataError):
+    """Error: files cannot be read now, as where a server or a disk fails. This says nothing about their contents."""
+
+
 def unreadable(path: Path, error: BaseException) -> DataError:
     """Returns an error for a file that raised `error` when it was read: fetch it again, or make it readable."""
     if isinstance(error, PermissionError):

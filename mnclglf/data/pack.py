@@ -69,6 +69,7 @@ def pack(
     with held(out / _LOCK) as mine:
         if not mine:
             raise DataError(f"{out} is being packed by {(out / _LOCK).read_text() or 'another process'}; wait for it")
+        _is_begun(out, wanted)  # again: another process may have packed other images until we held the lock
         for left in out.glob(".*.tmp"):  # of a process that was killed: we hold the lock
             left.unlink(missing_ok=True)
         if (read_object(out / PACK_FILE) or {}).get("whole") is not True:

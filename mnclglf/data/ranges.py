@@ -19,7 +19,7 @@ from functools import cache, cached_property
 from typing import Any, Generic, TypeVar
 
 from mnclglf.config import is_remote, shown, shown_in
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.stamp import Stamp
 
 MOST_OPEN = 128  # files; a process may usually have 1,024
@@ -69,7 +69,7 @@ class RangeFile(ABC):
             near: True if the bytes around will be wanted soon.
 
         Raises:
-            DataError: the file cannot be read, or is another by now.
+            UnreachableError: the file cannot be read, or is another by now.
         """
 
 
@@ -149,7 +149,9 @@ class LocalFile(RangeFile):
     def _check(self, opened: _Opened) -> None:
         now = Stamp.of(os.fstat(opened.descriptor))
         if (now.size, now.modified) != (self.stamp.size, self.stamp.modified):
-            raise DataError(f"{self.name} has changed since it was first read; put the old file back, or start anew")
+            raise UnreachableError(
+                f"{self.name} has changed since it was first read; put the old file back, or start anew"
+            )
 
 
 class RemoteFile(RangeFile):
@@ -200,7 +202,7 @@ class RemoteFile(RangeFile):
             return b""
         data = self._asked(lambda: self._system.cat_file(self.name, start=start, end=stop))
         if len(data) != stop - start:
-            raise DataError(
+            raise UnreachableError(
                 f"{shown(self.name)}: the server sent {len(data):,} bytes where {stop - start:,} were asked for, as "
                 "one does that knows no range requests; copy the file here"
             )
@@ -216,7 +218,8 @@ class RemoteFile(RangeFile):
             except Exception as error:  # of any library that speaks with the server
                 if attempt + 1 == _ATTEMPTS:
                     what = f"{type(error).__name__}: {shown_in(str(error))}" if str(error) else type(error).__name__
-                    raise DataError(f"{shown(self.name)}: the server does not answer ({what}); try again") from error
+                    text = f"{shown(self.name)}: the server does not answer ({what}); try again"
+                    raise UnreachableError(text) from error
                 time.sleep(_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -240,8 +243,8 @@ def file_system(address: str) -> Any:
         raise DataError(f"{shown(address)} cannot be opened ({error}); {REMOTE}") from error
 
 
-def _unreadable(name: str, error: OSError) -> DataError:
+def _unreadable(name: str, error: OSError) -> UnreachableError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{name}: there is no such file; give the place of the files")
+        return UnreachableError(f"{name}: there is no such file; give the place of the files")
     remedy = "make it readable for this user" if isinstance(error, PermissionError) else "check the disk, or copy it"
-    return DataError(f"{name} cannot be read ({type(error).__name__}: {error}); {remedy}")
+    return UnreachableError(f"{name} cannot be read ({type(error).__name__}: {error}); {remedy}")

@@ -90,8 +90,9 @@ def label_of(sample: Sample, read: Callable[[Member], bytes]) -> int | None:
             continue
         if member.size > MOST_LABEL:
             raise DataError(f"has a .{extension} of {member.size:,} bytes, which is too long for a label")
+        data = read(member)  # what fails here is not the sample's fault
         try:
-            text = read(member).decode()
+            text = data.decode()
             said = {kind: text.strip()} if kind == "cls" else _json_labels(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"has a .{extension} that cannot be read ({error})") from error

@@ -144,7 +144,7 @@ class _Hashing:
 def _write(file: BinaryIO, state: dict[str, Any]) -> None:
     """Writes what torch.save does; the comment of that zip archive holds format and checksum.
 
-    Hashed are the bytes as torch.save wrote them, then the comment up to the checksum.
+    The hash covers the bytes as torch.save wrote them, then the comment up to the checksum.
     """
     hashing = _Hashing(file)
     torch.save(state, cast(BinaryIO, hashing))
@@ -197,10 +197,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         DamagedError: the file is not what was written.
         CheckpointError: the file is missing, cannot be read, holds something else, or is in another format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file")
     ours = step_of(path) is not None  # else it is any file that was named for one, and not to be deleted
-    remedy = "delete it to resume from an earlier one" if ours else "give a checkpoint, RUN/checkpoints/step-N.pt"
+    another = "give a checkpoint, RUN/checkpoints/step-N.pt"
+    if not path.is_file():
+        remedy = "move it away to resume from an earlier one" if ours and path.exists() else another
+        raise CheckpointError(f"{path} is no file; {remedy}")
+    remedy = "delete it to resume from an earlier one" if ours else another
     found = None
     try:
         with naming(path), path.open("rb") as file:
@@ -272,7 +274,8 @@ def load_method(method: nn.Module, state: dict[str, Any], source: Path) -> None:
     """Loads the networks of a checkpoint; nothing is changed unless all of it fits.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ from those that the settings describe.
+        CheckpointError: names, shapes or dtypes differ from those that the settings describe, or a queue's pointer is
+            outside the queue.
     """
     parameters = {name for name, _ in method.named_parameters()}
 
@@ -292,6 +295,13 @@ def load_method(method: nn.Module, state: dict[str, Any], source: Path) -> None:
     ]
     if wrong:
         raise CheckpointError(f"{source} holds other networks than its settings describe: {'; '.join(wrong[:3])}")
+    for name, pointer in saved.items():
+        rows = own.get(f"{name.removesuffix('pointer')}rows")
+        # A kernel writes where the pointer says, and does not check it.
+        if name.endswith(".pointer") and rows is not None and not 0 <= int(pointer) < len(rows):
+            raise CheckpointError(
+                f"{source} holds {name} {int(pointer)}, outside 0..{len(rows) - 1}; give another checkpoint"
+            )
     method.load_state_dict(saved)
 
 
@@ -433,8 +443,16 @@ def record_milestones(folder: Path, steps: Iterable[int]) -> None:
 
 
 def delete_old_checkpoints(folder: Path, *, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the recorded milestones."""
+    """Deletes all but the newest `keep_last` and the recorded milestones.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+        ValueError: milestones.json is damaged.
+    """
     recorded = read_milestones(folder) or set()
     for step, path in list_checkpoints(folder)[:-keep_last]:
         if step not in recorded:
-            path.unlink()
+            try:
+                path.unlink(missing_ok=True)  # somebody else may have deleted it meanwhile
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be deleted: {error}; remove it by hand") from error

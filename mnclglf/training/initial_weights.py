@@ -73,7 +73,9 @@ def read_weights(init: str, model: ModelConfig) -> tuple[str, dict[str, Tensor]]
 
 def run_weights(run: Path, model: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
     """Returns the newest checkpoint of a run, and its online encoder's weights."""
-    config, state = load_state(run)
+    checkpoint = find_checkpoint(run, "auto")  # once: a run that still trains writes newer ones
+    config, state = load_state(run, checkpoint)
+    assert checkpoint is not None, "load_state has read it"
     asked, found = model.encoder, config.model.encoder
     require(asked == found, f"init {run} has the encoder {found}, and this run {asked}; give --encoder {found}")
     weights = {
@@ -81,8 +83,6 @@ def run_weights(run: Path, model: ModelConfig) -> tuple[Path, dict[str, Tensor]]
         for name, x in state["method"].items()
         if name.startswith("encoder.")
     }
-    checkpoint = find_checkpoint(run, "auto")
-    assert checkpoint is not None, "load_state has read it"
     return checkpoint, weights
 
 
@@ -93,6 +93,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError(f"init {path} needs the package safetensors; pip install safetensors") from error
     try:
+        open_file(path).close()  # refuses a pipe, for whose writer load_file would wait
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"init {path} cannot be read ({error}); give another file") from error

@@ -203,7 +203,7 @@ class Trainer:
         self.start = 0 if checkpoint is None or saved is None else self._restore(checkpoint, saved)
 
     def train(self) -> int | None:
-        """Trains to the end, or to SIGINT, SIGTERM or SIGHUP; a checkpoint holds the state either way.
+        """Trains to the end, or to SIGINT, SIGTERM, SIGHUP or SIGUSR1; a checkpoint holds the state either way.
 
         Outside the main thread no signal is caught.
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from mnclglf.config import ReduceDtype
 from mnclglf.methods.base import Losses, Method
 from mnclglf.models.batch_norm import BatchNorm, batch_norms
+from mnclglf.training.stop import SIGNALS
 from mnclglf_kernels.ranks import sum_in_place
 
+LIGHTER = 2.0**-16  # weight of a signal over that of the one before; fewer than 2**16 ranks cannot outweigh that one
 LAG = 2  # steps until the host reads on a GPU what ranks asked for: by then it need not wait
 
 
@@ -35,7 +37,7 @@ class StepMessage:
         self.method, self.device = method, device
         self.dtype = torch.bfloat16 if reduce_dtype == "bf16" else None
         self.keys: Tensor | None = None
-        self.asked = torch.zeros(2, device=device)  # signal that asked this rank to stop, and whether there was one
+        self.asked = torch.zeros(2, device=device)  # weight of the signal that this rank caught, and 1 if there was one
         self.heard: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     @torch.no_grad()
@@ -90,7 +92,8 @@ class StepMessage:
     def ask(self, signal: int | None) -> None:
         """Tells the other ranks, with the next step, that this one got a signal to stop."""
         if signal is not None:
-            self.asked[0], self.asked[1] = signal, 1
+            # Ranks may have caught different ones. Weights of 1, 2**-16, 2**-32, ... show the first in their sum.
+            self.asked[0], self.asked[1] = LIGHTER ** SIGNALS.index(signal), 1
 
     def _hear(self, asked: Tensor) -> None:
         event = None
@@ -101,7 +104,7 @@ class StepMessage:
         self.heard.append((asked, event))
 
     def signal(self) -> int | None:
-        """Returns the signal on which all ranks stop after this step; None if no rank was asked to.
+        """Returns the signal on which all ranks stop after this step: the first of SIGNALS that any caught; else None.
 
         On a GPU it is what ranks told LAG steps ago, so that the host need not wait for the device.
         """
@@ -110,8 +113,10 @@ class StepMessage:
         asked, event = self.heard.popleft()
         if event is not None:
             event.synchronize()
-        signals, count = asked.tolist()
-        return round(signals / count) if count else None
+        weights, count = asked.tolist()
+        if not count:
+            return None
+        return next(number for place, number in enumerate(SIGNALS) if weights / count > LIGHTER ** (place + 1))
 
 
 def in_memory_order(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import atexit
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -68,12 +69,18 @@ class Pulse:
             self.thread.join()
 
     def _beat(self, rank: int) -> None:
-        with suppress(RuntimeError):  # the store has gone with its host
-            store, beats = open_store(), 0
-            while store is not None and not self.ending.is_set():
-                beats += 1
-                store.set(_pulse_key(rank), f"{beats} {messages.total()} {os.getpid()} {platform.node()}")
-                self.ending.wait(BEAT_SECONDS)
+        store: Store | None = None
+        beats = 0
+        while not self.ending.is_set():
+            beats += 1
+            if store is None and _store_answers():
+                store = open_store()
+            try:
+                if store is not None:
+                    store.set(_pulse_key(rank), f"{beats} {messages.total()} {os.getpid()} {platform.node()}")
+            except RuntimeError:  # the store was busy for SILENT_SECONDS, or has gone with its host
+                store = None  # connect again: a rank that gives no sign for LOST_SECONDS counts as lost
+            self.ending.wait(BEAT_SECONDS)
 
     def meet(self, rank: int, count: int) -> str | None:
         """Waits until all ranks have called this; returns which one has ended before, or None."""
@@ -145,6 +152,16 @@ def open_store() -> Store | None:
     with suppress(RuntimeError):
         return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=SILENT_SECONDS))
     return None
+
+
+def _store_answers() -> bool:
+    """Returns whether the store can be reached; torch prints a stack trace for each connection that fails."""
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, timeout=SILENT_SECONDS).close()
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
 
 
 def tell_end(code: int | None) -> bool:

@@ -146,7 +146,7 @@ def ranks_of_environment() -> Ranks:
     """Returns the place of this process by the variables that torchrun sets; without them a run of one process.
 
     Raises:
-        UsageError: a variable is missing or no number.
+        UsageError: a variable is missing or no number, or a rank is not below the number of ranks.
     """
     given = [name for name in VARIABLES if name in os.environ]
     if "RANK" not in given or "WORLD_SIZE" not in given:
@@ -161,6 +161,13 @@ def ranks_of_environment() -> Ranks:
         text = os.environ.get(name, default)
         require(text.isdecimal(), f"the environment's {name} is {text!r}, no whole number; start with torchrun")
         numbers[name] = int(text)
+    for own, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        # Without a rank 0 nothing would be saved. LOCAL_WORLD_SIZE may be missing where LOCAL_RANK was set by hand.
+        require(
+            count not in os.environ or numbers[own] < numbers[count],
+            f"the environment's {own} {numbers[own]} must be below {count} {numbers[count]}; start with torchrun, or "
+            "unset both",
+        )
     return Ranks(
         rank=numbers["RANK"],
         count=numbers["WORLD_SIZE"],

@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def find_run(out: Path, config: RunConfig, resume: str, *, extend: bool, ranks: Ranks) -> Found:
     """Looks into a run directory before any work is done; rank 0 does, and sends the others what it found.
 
-    So the directory need not be in sight of other machines than the first one. The place of the images may differ.
+    So only the first machine needs to see the directory. The place of the images may differ.
 
     Raises:
         UsageError: ranks were started with other settings.

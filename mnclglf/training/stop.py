@@ -8,6 +8,10 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
+"""Which ask a run to stop. Ranks that caught different ones stop with the first of them here: with SIGTERM, by which
+torchrun itself stops ranks that it will start again, only if no rank caught another one."""
+
 
 class StopRequest:
     """Catches SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and SIGHUP (a closed terminal) inside its `with` block.
@@ -24,9 +28,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            caught = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                caught.append(signal.SIGHUP)
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            caught = [number for number in SIGNALS if not (number == signal.SIGHUP and ignored)]
             self.earlier = {number: signal.signal(number, self._handle) for number in caught}
         return self
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,10 +26,14 @@ from mnclglf.training import describe, loop
 SEED = 0
 
 
+STATE = {"method": {"weight": torch.arange(3.0)}, "optimizer": {"state": {0: torch.ones(3)}}}
+
+
 def finished(out: Path) -> Path:
     """Writes what a finished run leaves, as far as it is compared."""
     (out / "checkpoints").mkdir(parents=True)
-    torch.save({"method": {"weight": torch.arange(3.0)}}, out / "checkpoints" / f"step-{STEPS:08}.pt")
+    torch.save(STATE, out / "checkpoints" / f"step-{STEPS:08}.pt")
+    np.savez(out / "queue.npz", steps=np.arange(2))
     steps = range(LOG_EVERY, STEPS + 1, LOG_EVERY)
     (out / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
     return out
@@ -47,7 +52,11 @@ def test_each_loss_is_found(tmp_path: Path) -> None:
     lines = (true / "metrics.jsonl").read_text()
     assert of(lambda out: None) == []
     assert of(lambda out: newest.rename(out / "checkpoints" / "step-00000008.pt")) == ["ends at step 8 of 24"]
-    assert of(lambda out: torch.save({"method": {"weight": torch.ones(3)}}, newest)) == ["weight differs"]
+    assert of(lambda out: torch.save(STATE | {"method": {"weight": torch.ones(3)}}, newest)) == ["weight differs"]
+    assert of(lambda out: torch.save(STATE | {"optimizer": {"state": {}}}, newest)) == ["the optimizer differs"]
+    assert of(lambda out: np.savez(out / "queue.npz", steps=np.arange(3))) == ["queue.npz differs"]
+    assert of(lambda out: (out / "queue.npz").write_bytes(b"torn")) == ["queue.npz cannot be read"]
+    assert of(lambda out: (out / "queue.npz").unlink()) == ["queue.npz is missing"]
     assert of(lambda out: metrics.write_text(lines[: lines.rfind("{")])) == ["records of steps [4, 8, 12, 16, 20]"]
     assert of(lambda out: metrics.write_text(lines + lines[lines.rfind("{") :]))[0].endswith("20, 24, 24]")
     assert of(lambda out: metrics.write_text(lines[:-3])) == ["a torn record, or none"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -18,9 +19,10 @@ import pytest
 from image_folder import load, pixels, write
 from PIL import Image
 
+from mnclglf.data import decoding
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.decoding import read_image
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.sources import cache_dir, examination, folder
 from mnclglf.data.stamp import Stamp
 
@@ -180,6 +182,17 @@ def test_a_corrupt_image_among_good_ones_is_named_or_left_out(
     assert "1 of 5 image files" in caplog.text
     write(root / name, pixels())
     assert len(load(root)[0]) == 5
+
+
+def test_an_image_that_cannot_be_read_now_is_not_left_out_as_corrupt(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path, most: int) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(decoding, "read_bytes", failing)
+    with pytest.raises(UnreachableError, match=r"cannot be read as an image \(Stale file handle\); check the disk"):
+        load(root, skip_corrupt=True)
 
 
 def test_many_corrupt_images_are_counted_and_the_first_named(tmp_path: Path) -> None:

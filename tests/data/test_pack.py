@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,7 @@ from image_folder import pixels, write
 from shards import load_shards
 
 from mnclglf.cli import main
+from mnclglf.data import pack as pack_module
 from mnclglf.data.datasets import load_dataset
 from mnclglf.data.errors import DataError
 from mnclglf.data.images import ImageArray
@@ -193,6 +195,25 @@ def test_another_out_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a file"):
         pack(images, out / "classes.txt", Limit(images=3))
     assert shards_of(out) == before
+
+
+def test_a_pack_that_another_process_made_meanwhile_is_not_relabeled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = load_dataset(f"folder:{folder}"), tmp_path / "out"
+    lock = pack_module.held
+
+    @contextlib.contextmanager
+    def held_after_another(path: Path) -> Generator[bool]:
+        monkeypatch.setattr(pack_module, "held", lock)
+        pack(images, out, Limit(images=3))
+        with lock(path) as mine:
+            yield mine
+
+    monkeypatch.setattr(pack_module, "held", held_after_another)
+    with pytest.raises(DataError, match=r"out holds another pack.*images_per_shard differs"):
+        pack(images, out, Limit(images=4))
+    assert json.loads((out / "pack.json").read_text())["images_per_shard"] == 3
 
 
 def test_the_same_images_at_another_place_are_the_same_pack(folder: Path, tmp_path: Path) -> None:

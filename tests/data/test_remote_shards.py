@@ -22,9 +22,9 @@ from shards import encoded, load_shards, write_shards, write_tar
 from mnclglf.config import LoaderName, ViewConfig, shown
 from mnclglf.data import ranges
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.loaders import make_loader
-from mnclglf.data.packed import PackedImages
+from mnclglf.data.packed import PackedImages, ShardStore
 from mnclglf.data.ranges import RemoteFile, file_system
 
 pytest.importorskip("fsspec", reason="the extra remote is not installed")
@@ -220,6 +220,22 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(server: Server) -> None
     server.handler.fails = 99
     with pytest.raises(DataError, match=r"train-0000\.tar: the server does not answer .*503.*try again"):
         far.contents(3)
+
+
+def test_a_server_that_is_away_for_a_while_does_not_make_images_corrupt(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ShardStore.read
+
+    def read_from_failing(*arguments: Any, **options: Any) -> bytes:
+        server.handler.fails = 99
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(ranges, "FETCHED", 512)  # so that a shard's index has not fetched the images too
+    monkeypatch.setattr(ranges, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(ShardStore, "read", read_from_failing)
+    with pytest.raises(UnreachableError, match=r"train-0000\.tar: the server does not answer .*try again"):
+        load_shards(f"{server.address}/train-0000.tar", skip_corrupt=True)
 
 
 def test_what_is_not_there_and_a_server_without_ranges_are_refused(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -20,7 +21,7 @@ from shards import encoded, load_shards, write_shards, write_tar
 from mnclglf.config import ViewConfig
 from mnclglf.data import ranges
 from mnclglf.data.datasets import load_dataset
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.images import ImageSet
 from mnclglf.data.loader import Loader
 from mnclglf.data.loaders import make_loader
@@ -130,6 +131,17 @@ def test_the_order_is_that_of_the_names_of_shards_and_then_of_each_shard(tmp_pat
     assert not images.labeled
 
 
+def test_files_from_the_root_and_from_the_working_folder_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, [("1.png", encoded(pixels()))])
+    monkeypatch.chdir(tmp_path)
+    named = rf"shards:\{{\S*a\.tar,b\.tar\}} names {tmp_path}/a\.tar, .* and b\.tar, .*; give all of them from /"
+    with pytest.raises(DataError, match=named):
+        load_shards(f"{{{tmp_path}/a.tar,b.tar}}")
+
+
 def test_a_split_has_labels_and_names_of_classes(tmp_path: Path) -> None:
     images = [pixels(seed=n) for n in range(9)]
     write_shards(tmp_path / "d", images[:6], [0, 1, 2, 0, 1, 2], each=4)
@@ -201,6 +213,24 @@ def test_a_corrupt_sample_among_good_ones_is_named_or_left_out(
     assert len(images.corrupt) == 1
     for row in range(3):
         np.testing.assert_array_equal(images.pixels(row), pixels(seed=row))
+
+
+@pytest.mark.parametrize("member", ["0.png", "0.cls"])
+def test_a_sample_that_cannot_be_read_now_is_not_left_out_as_corrupt(
+    tmp_path: Path, member: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {"0.png": encoded(pixels()), "0.cls": b"1"}
+    write_tar(tmp_path / "d/a.tar", [*contents.items(), ("1.png", contents["0.png"]), ("1.cls", b"0")])
+    read = os.pread
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if size == len(contents[member]):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(UnreachableError, match=r"a\.tar cannot be read .*Input/output error.*check the disk"):
+        load_shards(tmp_path / "d", skip_corrupt=True)
 
 
 def test_images_are_examined_once_and_again_where_a_shard_has_changed(

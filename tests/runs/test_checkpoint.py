@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+from mnclglf.models.feature_queue import FeatureQueue
 from mnclglf.runs import checkpoint
 from mnclglf.runs.checkpoint import (
     CheckpointError,
@@ -78,13 +79,15 @@ def test_a_short_file_is_named_as_damage(tmp_path: Path, kept: float) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt is no file$"):
+    with pytest.raises(CheckpointError, match=r"none\.pt is no file; give a checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
 
 
 def test_a_directory_is_no_damage(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no file$"):
-        load_checkpoint(tmp_path)
+    path = tmp_path / "step-00000003.pt"
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000003\.pt is no file; move it away to resume from an earlier"):
+        load_checkpoint(path)
 
 
 def test_every_damage_of_the_archive_itself_is_named(tmp_path: Path) -> None:
@@ -167,6 +170,22 @@ def test_without_milestones_only_the_newest_stays(tmp_path: Path) -> None:
         save(tmp_path, step)
     delete_old_checkpoints(tmp_path, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000030.pt"]
+
+
+def test_an_old_checkpoint_that_vanished_meanwhile_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda folder: [(1, folder / "gone.pt"), (2, folder / "2.pt")])
+    delete_old_checkpoints(tmp_path, keep_last=1)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.pt").mkdir()
+    writer = CheckpointWriter()
+    writer.write(tmp_path, 2, {}, keep_last=1)
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt cannot be deleted: .*; remove it by hand"):
+        writer.wait()
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
@@ -316,6 +335,17 @@ def test_networks_that_do_not_fit_are_named_and_nothing_is_loaded(change: dict[s
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     with pytest.raises(CheckpointError, match="weight missing"):
         load_method(module, {}, Path("run"))
+
+
+@pytest.mark.parametrize("pointer", [-1, 8, 2**40])
+def test_a_pointer_outside_its_queue_is_refused(pointer: int) -> None:
+    # A kernel on a GPU would write there.
+    method = torch.nn.ModuleDict({"queue": FeatureQueue(8, 4)})
+    state = {"method": {**method.state_dict(), "queue.pointer": torch.tensor(pointer)}}
+    with pytest.raises(CheckpointError, match=rf"run holds queue\.pointer {pointer}, outside 0\.\.7; give another"):
+        load_method(method, state, Path("run"))
+    load_method(method, {"method": {**state["method"], "queue.pointer": torch.tensor(7)}}, Path("run"))
+    assert method.state_dict()["queue.pointer"] == 7
 
 
 def test_a_run_directory_that_vanished_is_not_made_again(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from training.test_loop import CONFIG, final_state, own_cache, printed, silent  
 
 from mnclglf.config import ModelConfig, RunConfig, UsageError, with_whole_paths
 from mnclglf.methods import Method
-from mnclglf.runs.checkpoint import CheckpointError
+from mnclglf.runs.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
+from mnclglf.training import initial_weights
 from mnclglf.training.initial_weights import describe_initial_weights, load_initial_weights
 from mnclglf.training.loop import Trainer
 from mnclglf.training.start import build_method
@@ -135,7 +138,11 @@ def test_files_that_are_no_state_dict_are_named(tmp_path: Path, monkeypatch: pyt
     torch.save({"x": Harmful()}, tmp_path / "harm.pt")
     for name in ("damaged.pt", "damaged.safetensors", "weights.onnx"):
         (tmp_path / name).write_bytes(b"nothing")
+    for name in ("pipe.pt", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)  # reading one would wait for a writer
     for name, fault in {
+        "pipe.pt": "cannot be read",
+        "pipe.safetensors": "cannot be read",
         "wrapped.pt": "state_dict, epoch.*alone",
         "list.pt": "holds a list",
         "harm.pt": "more than tensors",
@@ -198,6 +205,23 @@ def test_a_run_starts_from_another_and_does_not_load_again(tmp_path: Path, monke
     assert json.loads((out / "environment.json").read_text())["initial_weights"] == record
     with pytest.raises(CheckpointError, match=r"model\.init"):
         Trainer(replace(config, model=replace(config.model, init=None)), out, console=silent())
+
+
+def test_the_checkpoint_that_was_read_is_recorded_though_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(CONFIG, tmp_path / "first", console=silent()).train()
+    (*_, (step, newest)) = list_checkpoints(tmp_path / "first/checkpoints")
+    load = initial_weights.load_state
+
+    def load_while_the_run_trains(*arguments: Any) -> Any:
+        found = load(*arguments)
+        shutil.copy(newest, checkpoint_path(newest.parent, step + 1))
+        return found
+
+    monkeypatch.setattr(initial_weights, "load_state", load_while_the_run_trains)
+    _, record = loaded(CONFIG.model, tmp_path / "first")
+    assert record["source"] == str(newest)
 
 
 def test_a_run_of_another_encoder_is_named(tmp_path: Path) -> None:

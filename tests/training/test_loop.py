@@ -35,6 +35,7 @@ from mnclglf.data.images import ImageArray
 from mnclglf.data.loader import Batch, batch_indices
 from mnclglf.methods import METHODS, Losses, Supervised
 from mnclglf.models.batch_norm import batch_norms
+from mnclglf.reports import page
 from mnclglf.reports.page import write_report
 from mnclglf.runs import checkpoint
 from mnclglf.runs.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
@@ -553,6 +554,20 @@ def test_a_learning_rate_that_explodes_ends_the_run_with_what_helps(
     with pytest.raises(TrainingError, match=f"step [2-4]: .*gradient.* not finite; .*{helps}"):
         run.train()
     assert all(value.isfinite().all() for value in run.method.parameters())
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_training_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "report.html"))
+
+    monkeypatch.setattr(page, "write_report", full)
+    command = parse(["train", *ARGUMENTS, "--lr", "1e30", "--warmup-epochs", "0", "--out", str(tmp_path / "run")])
+    console = silent()
+    with pytest.raises(TrainingError, match="not finite"):
+        command.execute(console)
+    assert "the report cannot be written: [Errno 28] No space left on device" in printed(console)
 
 
 def test_no_state_that_is_not_finite_is_saved(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from rank_processes import run_on_ranks
 from ranks_of_methods import CASES, COMPILED, ROUNDED, Case, Trained, trained
 from torch import Tensor
 
+from mnclglf.config import UsageError
+from mnclglf.training.ranks import ranks_of_environment
+
 
 @cache
 def on_ranks(ranks: int) -> list[list[Trained]]:
@@ -71,3 +74,20 @@ def test_compiled_ranks_are_one_process() -> None:
     found = run_on_ranks("ranks_of_methods:train_all", 2, COMPILED, seconds=500)
     for place, case in enumerate(COMPILED):
         assert_as_exact_as_one_process(case, [of_rank[place] for of_rank in found])
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK 1 must be below WORLD_SIZE 1"),  # a job array that sets RANK
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 must be below WORLD_SIZE 0"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK 2 must be below"),
+    ],
+)
+def test_a_rank_beyond_the_number_of_ranks_is_refused(
+    values: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", **values}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{named}.*; start with torchrun, or unset both"):
+        ranks_of_environment()

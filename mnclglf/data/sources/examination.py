@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnclglf.data.decoding import Decoded, Kind, decode_image
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.images import moments_of_image
 from mnclglf.data.sources.layout import is_drawn
 from mnclglf.data.stamp import Stamp
@@ -31,6 +32,15 @@ DRAWN = "is a picture that mnclglf drew"
 NO_LABEL = -1
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NAMED = 5  # corrupt files named in a message
+_FAILURES = (  # of a disk or of the network below a file system, not of one image file
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
 _UNKNOWN = Kind("", "", 0, alpha=False, several=False)  # of a file that cannot be read
 _PART = 5000  # number of files after which the findings may be written
 _KEPT_SECONDS = 30.0  # between two writes, each of all findings: 166 bytes per image
@@ -122,18 +132,26 @@ def usable(data: bytes, path: Path | str) -> Decoded:
 
 
 def look_at(read: Callable[[], bytes], path: Path | str, stamp: Stamp, label: int = NO_LABEL) -> Examined:
-    """Returns the findings about an image file; a DataError of reading or decoding becomes its problem.
+    """Returns the findings about an image file; a DataError about its contents becomes its problem.
 
     Args:
         read: function that returns the contents.
         path: what begins the message of an error.
         stamp: stamp of the file, before it was read.
         label: number of its class.
+
+    Raises:
+        UnreachableError: the disk or the network fails, which may end. Else --skip-corrupt would leave out good images.
     """
     try:
         data = read()
         pixels, orientation, kind = usable(data, path)
+    except UnreachableError:
+        raise
     except DataError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FAILURES:
+            text = f"{error}; check the disk or the network and try again, or remove the file"
+            raise UnreachableError(text) from error
         return Examined(stamp, problem=str(error).removeprefix(f"{path} "))
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(data).digest()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mnclglf.config import DataConfig, shown, split_name
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.packed import PackedImages, Store
 from mnclglf.data.ranges import RangeFile, range_file
 from mnclglf.data.sources.examination import DRAWN, NO_LABEL, Examined, examine, fields_of, kept_numbers, look_at
@@ -88,6 +88,13 @@ class PackedSource(Source):
     def _image_set(
         self, names: Sequence[str], split: str, skip_corrupt: bool, *, classes: tuple[str, ...] | None = None
     ) -> PackedImages:
+        whole = [name for name in names if os.path.isabs(name)]
+        if 0 < len(whole) < len(names):
+            other = next(name for name in names if not os.path.isabs(name))
+            raise DataError(
+                f"{shown(self.name)} names {shown(whole[0])}, which begins with /, and {shown(other)}, which does not; "
+                "give all of them from / on"
+            )
         files = [range_file(name) for name in names]
         store, parts = self._open(files)
         below = os.path.commonpath([os.path.dirname(shown(name)) for name in names])
@@ -148,6 +155,8 @@ class PackedSource(Source):
                 seen = look_at(lambda: store.read(first + number, near=True), place, stamp)
                 try:
                     return seen if seen.problem else replace(seen, label=part.label(number))
+                except UnreachableError:
+                    raise
                 except DataError as error:
                     return Examined(stamp, problem=str(error))
 
