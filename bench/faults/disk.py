@@ -131,7 +131,7 @@ def problems_of(code: int, text: str, folder: str, name: str) -> list[str]:
         return []
     told = name_of(" ".join(text.split()).rpartition("mnclglf: ")[2])
     problems: list[str] = []
-    file = Path(name)
+    file = Path(name_of(name))
     stem = file.name.removesuffix(" (temporary)").removesuffix("N.pt")
     above = file.parent.name.removesuffix(" (temporary)")  # of an export, which is whole or not there
     if folder not in told or not (stem in told or (above and f"{above}'" in told)):

@@ -133,7 +133,7 @@ RESNETS: dict[str, tuple[BlockType, tuple[int, ...]]] = {
 def _stage(kind: BlockType, inputs: int, channels: int, depth: int, stride: int) -> nn.Sequential:
     outputs, shortcut = channels * kind.expansion, None
     if stride != 1 or inputs != outputs:
-        convolution = conv1x1(inputs, outputs, stride) if inputs >= 8 else NarrowShortcut(inputs, outputs, stride)
+        convolution = conv1x1(inputs, outputs, stride) if inputs >= 16 else NarrowShortcut(inputs, outputs, stride)
         shortcut = Stack(convolution, BatchNorm(outputs))
     first = kind(inputs, channels, stride, shortcut, norm_layer=BatchNorm)
     if stride != 1:  # skip_init draws no random numbers, so that a seed gives the same weights as torchvision's blocks
@@ -147,10 +147,11 @@ def _stage(kind: BlockType, inputs: int, channels: int, depth: int, stride: int)
 
 
 class NarrowShortcut(nn.Conv2d):
-    """Strided 1 x 1 convolution of fewer than 8 channels, computed as a dense one of the pixels that the stride leaves.
+    """Strided 1 x 1 convolution of few channels, computed as a dense one of the pixels that the stride leaves.
 
-    PyTorch 2.14's own backward of it corrupts the heap on a CPU with AVX2 and no AVX-512 (fp32, channels_last, one
-    thread; found with glibc's MALLOC_CHECK_=3). From 8 channels on it is sound.
+    PyTorch 2.14's own backward of it corrupts the heap on a CPU, channels_last: in fp32 below 8 channels with AVX2 and
+    no AVX-512, in bf16 below 16 channels with AVX-512, for an odd batch. From 16 to 128 channels it was not seen to,
+    with glibc's MALLOC_CHECK_=3.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:

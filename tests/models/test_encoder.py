@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -138,3 +140,21 @@ def train(name: MethodName, encoder: str, side: int = SIDE) -> list[float]:
 @pytest.mark.parametrize("encoder", ["resnet34", "resnet50"])
 def test_every_method_trains_it(name: MethodName, encoder: str) -> None:
     assert all(torch.tensor(train(name, encoder)).isfinite())
+
+
+STEPS_OF_A_NARROW_ENCODER = """
+import torch
+from mnclglf.config import ModelConfig
+from mnclglf.models.encoder import make_encoder
+network = make_encoder(ModelConfig(width=8)).to(memory_format=torch.channels_last)
+for _ in range(8):
+    images = torch.rand(51, 3, 16, 16).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = network(images)
+    features.float().sum().backward()
+"""
+
+
+def test_a_narrow_encoder_does_not_spoil_the_memory_of_its_process() -> None:
+    ended = subprocess.run([sys.executable, "-c", STEPS_OF_A_NARROW_ENCODER], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
