@@ -34,6 +34,11 @@ Kept = TypeVar("Kept")
 logger = logging.getLogger(__name__)
 
 
+def short_hash(text: str) -> str:
+    """Returns 32 hex digits of the SHA-256 of a text, for the name of a file in the cache."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
 class RangeFile(ABC):
     """A file of which parts are read, as it is when its stamp is first asked for.
 
@@ -55,6 +60,11 @@ class RangeFile(ABC):
             DataError: it cannot be accessed.
         """
         return self._stamp_now()
+
+    @property
+    def key(self) -> str:
+        """Returns what names the file in the cache, from whatever folder a command is given."""
+        return short_hash(shown(self.name) if is_remote(self.name) else os.path.realpath(self.name))
 
     @abstractmethod
     def _stamp_now(self) -> Stamp: ...
@@ -241,6 +251,9 @@ def file_system(address: str) -> Any:
         return fsspec.core.url_to_fs(address)[0]
     except ImportError as error:
         raise DataError(f"{shown(address)} cannot be opened ({error}); {REMOTE}") from error
+    except ValueError as error:  # there is no such scheme
+        what = shown_in(str(error))
+        raise DataError(f"{shown(address)} cannot be opened ({what}); give http, https or s3") from error
 
 
 def _unreadable(name: str, error: OSError) -> UnreachableError:

@@ -25,7 +25,7 @@ from rich.table import Column
 from torch import Tensor
 
 from mnclglf.config import UsageError, require, shown
-from mnclglf.data.errors import DataError
+from mnclglf.data.errors import DataError, UnreachableError
 from mnclglf.data.listing import Listing
 from mnclglf.data.sources.examination import DRAWN
 from mnclglf.data.views import whole_views
@@ -222,6 +222,8 @@ def fill(
         identity = listing.identity(row)  # before the image is read: what replaces it then is noticed
         try:
             return Prepared(identity, embedder.view(listing.pixels(row)), "")
+        except UnreachableError:  # which says nothing about the image
+            raise
         except DataError as error:
             return Prepared(identity, None, str(error))
 

@@ -134,9 +134,15 @@ def with_test_images(images: EvalImages, evaluation: EvaluationConfig, run: Path
             f"drawn for them, {TEST_SHARE:.0%} of each class, by seed {SPLIT_SEED}",
         )
     if test is None:
+        held_out = 0 if images.validation is None else len(images.validation)
+        validation = (
+            f"evaluate with --split validation on the {held_out:,} images that were held out of training"
+            if held_out
+            else "train with --validation-images N and evaluate with --split validation"
+        )
         raise ValueError(
-            f"{train.name} has no test images; give the folder subfolders train and val, or train with "
-            "--validation-images N and evaluate with --split validation; or judge the features without labels: "
+            f"{train.name} has no test images; give the folder subfolders train and val, or {validation}; or "
+            "judge the features without labels: "
             f"{quality_command(run, images.dataset)}"
         )
     return replace(images, train=train, test=test, drawn=drawn)

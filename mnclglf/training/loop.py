@@ -344,7 +344,8 @@ class Trainer:
             self._decide_graphs(f"not used, {reason}")
         total = self.schedule.total_steps
         if self.start:
-            self._say(f"resuming after step {self.start} of {total}")
+            done = "; nothing is left to train, --extend --epochs N goes on" if self.start >= total else ""
+            self._say(f"resuming after step {self.start} of {total}{done}")
         if self.config.optim.extended_from:
             self._say(describe_extension(self.config, self.schedule))
         if self.start < total:

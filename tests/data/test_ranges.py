@@ -67,3 +67,20 @@ def test_what_a_server_says_is_told_without_what_is_secret(monkeypatch: pytest.M
         "https://h/x.tar: the server does not answer (RuntimeError: 503, url='https://h/x.tar' and https://h/b); "
         "try again"
     )
+
+
+def test_a_file_has_one_key_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    keys = {LocalFile(name).key for name in ("a/x.tar", f"{tmp_path}/a/x.tar", "link/x.tar", "a/../a/x.tar")}
+    assert len(keys) == 1
+    monkeypatch.chdir(tmp_path / "a")
+    assert LocalFile("x.tar").key in keys
+    assert LocalFile("a/x.tar").key not in keys
+    assert remote().key == RemoteFile("https://h/x.tar").key  # a signed address is another one tomorrow
+
+
+def test_an_address_of_a_kind_that_is_not_known_is_refused() -> None:
+    with pytest.raises(DataError, match=r"foo://x\.tar cannot be opened \(.*\); give http, https or s3"):
+        ranges.file_system("foo://x.tar")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from abc import abstractmethod
@@ -160,12 +159,11 @@ class PackedSource(Source):
                 except DataError as error:
                     return Examined(stamp, problem=str(error))
 
-            key = hashlib.sha256(shown(part.file.name).encode(errors="surrogateescape")).hexdigest()[:32]
             found += examine(
                 part.names,
                 [part.file.stamp._replace(size=size) for size in part.sizes],
                 look,
-                index=cache_dir(self.prefix[:-1]) / f"{key}.npz",
+                index=cache_dir(self.prefix[:-1]) / f"{part.file.key}.npz",
                 place=shown(part.file.name),
                 threads=store.most_threads,
             )

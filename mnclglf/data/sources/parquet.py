@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from mnclglf.config import shown
 from mnclglf.data.errors import DataError
 from mnclglf.data.packed import ShardStore, Store
 from mnclglf.data.parquet import NO_IMAGE, NULL, ONLY_PATH, Unpacked, read_unpacked, unpack, unpacked_bytes
-from mnclglf.data.ranges import LocalFile, RangeFile
+from mnclglf.data.ranges import LocalFile, RangeFile, short_hash
 from mnclglf.data.sources.examination import NO_LABEL
 from mnclglf.data.sources.packed import PackedSource, Part
 from mnclglf.data.sources.source import cache_dir
@@ -148,8 +147,5 @@ def _folder() -> Path:
 
 def _paths(file: RangeFile) -> tuple[Path, Path]:
     """Returns the file of the images of a Parquet file, and of what is known of its rows; others after it changed."""
-    name, stamp = (
-        hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
-        for text in (shown(file.name), repr(file.stamp))
-    )
-    return _folder() / f"{name}-{stamp}.images", _folder() / f"{name}-{stamp}.npz"
+    name = f"{file.key}-{short_hash(repr(file.stamp))}"
+    return _folder() / f"{name}.images", _folder() / f"{name}.npz"

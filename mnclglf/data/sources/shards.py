@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from mnclglf.config import is_remote, shown
 from mnclglf.data.errors import DataError
 from mnclglf.data.packed import PackedImages, ShardStore, Store
-from mnclglf.data.ranges import RangeFile, file_system
+from mnclglf.data.ranges import RangeFile, file_system, short_hash
 from mnclglf.data.shard_index import (
     Sample,
     group,
@@ -186,11 +185,7 @@ def _read(path: Path) -> str | None:
 
 def _kept_index(file: RangeFile) -> Path:
     """Returns the path of a shard's index in the cache, which is another one after the shard has changed."""
-    return cache_dir("shards") / f"{_short_hash(shown(file.name))}-{_short_hash(repr(file.stamp))}.idx"
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_dir("shards") / f"{file.key}-{short_hash(repr(file.stamp))}.idx"
 
 
 def _keep(path: Path, samples: Sequence[Sample]) -> None:
