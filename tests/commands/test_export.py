@@ -23,7 +23,7 @@ def test_it_says_what_it_wrote_where_and_where_the_weights_load(
     printed = capsys.readouterr().out
     for path in out.iterdir():
         assert path.name in printed or path.name == "export.json"
-    assert "encoder.safetensors: has no twin" in printed
+    assert "encoder.safetensors: loads in no model of torchvision and timm" in printed
     assert "width 4" in printed
     assert str(out) in printed
     assert "README.md" in printed
