@@ -100,12 +100,11 @@ class Start:
 
     def describe(self) -> str:
         """Returns one line with the decisions."""
-        config, data = self.config, self.data
+        config, data, steps = self.config, self.data, self.loader.steps_per_epoch
         return (
             f"{config.method} on {shown(config.dataset)}: {len(data.train):,} images of side {data.side}, "
-            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, "
-            f"device {self.machine.device}, "
-            f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
+            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {steps} step{'s' * (steps != 1)}, "
+            f"device {self.machine.device}, {name_of(self.machine.dtype)}, loader {self.loader.name}, "
             f"kernels {describe_backends(self.method.backends)}" + ("" if self.compile == "off" else ", compiled")
         )
 

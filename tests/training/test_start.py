@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mnclglf.methods import METHODS
 from mnclglf.training.ranks import Ranks
 from mnclglf.training.start import (
     Machine,
+    Start,
     choose_backends,
     choose_compile,
     describe_backends,
@@ -135,6 +137,19 @@ def test_backends_are_described_in_a_word_and_its_exceptions():
     assert describe_backends(Backends.all("triton")._replace(divide="torch", nearest_neighbor="faiss")) == (
         "triton, divide torch, nearest_neighbor faiss"
     )
+
+
+@pytest.mark.parametrize(("epochs", "steps", "told"), [(1, 2, "1 epoch of 2 steps"), (2, 1, "2 epochs of 1 step")])
+def test_one_epoch_and_one_step_are_not_several(epochs: int, steps: int, told: str) -> None:
+    start: Any = SimpleNamespace(
+        config=RunConfig(optim=OptimConfig(epochs=epochs)),
+        data=SimpleNamespace(train=[0], side=8),
+        loader=SimpleNamespace(steps_per_epoch=steps, name="resident"),
+        machine=Machine(CPU, torch.float32),
+        method=SimpleNamespace(backends=Backends.all("torch")),
+        compile="off",
+    )
+    assert f"{told}, device cpu" in Start.describe(start)
 
 
 def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
