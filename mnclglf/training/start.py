@@ -552,8 +552,8 @@ def describe_backends(backends: Backends) -> str:
 
 
 def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object], ranks: int = 1) -> Compile:
-    """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has proved them,
-    replayed as CUDA graphs (graphs.py).
+    """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has shown
+    that they give the same results, replayed as CUDA graphs (graphs.py).
 
     Args:
         engine: the settings `compile` and `graphs`.
