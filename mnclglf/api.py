@@ -229,7 +229,7 @@ def export(
 ) -> Path:
     """Writes the pretrained encoder as other programs load it: weights, graphs, and a model card that shows how.
 
-    The folder gets `encoder.safetensors` (torchvision's names), `encoder.pt2` (a torch.export program),
+    The folder gets `encoder.safetensors` (the names of torchvision or timm), `encoder.pt2` (a torch.export program),
     `encoder.onnx`, `README.md` and `export.json`. Every file carries mean, std, side and the preprocessing. Each graph
     is compared with the encoder; none holds a pickle.
 

@@ -66,7 +66,7 @@ class Finding:
     status: Status = "ok"
     remedy: str | None = None
     stops: bool = False
-    """True if no run can be made before this is mended."""
+    """True if no run can be made before this is fixed."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def ourselves(problems: dict[str, str | None]) -> Iterator[Finding]:
                 text=problem,
                 status="broken",
                 stops=True,
-                remedy="mend the packages below; if all are well, report it, with this output",
+                remedy="fix the packages below; if all are well, report it, with this output",
             )
 
 

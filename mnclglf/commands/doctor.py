@@ -14,7 +14,7 @@ STYLES = {"ok": None, "note": "yellow", "missing": "yellow", "broken": "bold red
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what this machine has and lacks for a run, and how to mend it. Exits with 0 if a run can be made, else with
+    """Say what this machine has and lacks for a run, and how to fix it. Exits with 0 if a run can be made, else with
     1. Takes half a minute."""
 
     def check(self) -> None:
@@ -31,7 +31,7 @@ class Doctor:
             if finding.stops:
                 stops.append(finding.name)
         if stops:
-            say(console, f"no run can be made before this is mended: {', '.join(stops)}", style="bold red")
+            say(console, f"no run can be made before this is fixed: {', '.join(stops)}", style="bold red")
             return 1
         say(console, "a run can be made: mnclglf train --dataset digits --recipe quick")
         return 0

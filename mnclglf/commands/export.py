@@ -12,6 +12,11 @@ from mnclglf.exporting.formats import Format, NetworkName, choose_formats
 from mnclglf.runs.console import say
 
 
+def size(count: int) -> str:
+    """Returns a number of bytes in MB, or in kB below 0.1 MB."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a run's encoder as other programs load it: safetensors, ONNX, a torch.export program and a model card."""
@@ -45,7 +50,7 @@ class Export:
         )
         facts = read_object(folder / FACTS) or {}
         for name, entry in facts["files"].items():
-            say(console, f"{name}: {entry['bytes'] / 1e6:,.1f} MB")
+            say(console, f"{name}: {size(entry['bytes'])}")
         if "safetensors" in chosen:
             say(console, f"encoder.safetensors: {facts['encoder']['loads_in']}")
         say(console, f"export: {folder}; its README.md shows how each file is loaded")

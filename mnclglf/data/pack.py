@@ -118,14 +118,16 @@ def _pack_part(images: ImageSet, out: Path, name: str, limit: Limit, say: Callab
     row, number = 0, 0
     while row < len(images):
         shard = out / f"{name}-{number:06}.tar"
-        if not shard.exists():
-            first = row
+        first, written = row, not shard.exists()
+        if written:
             write_atomically(shard, lambda file, first=first: _write_shard(file, images, first, limit))
-            say(f"{shard.name}: images {first:,} and on of {len(images):,}")
         file = LocalFile(str(shard))
         if not shard.with_suffix(".idx").exists():
             write_index(shard, listed(file))
         row += len(samples_of(file))
+        if written:
+            which = f"image {first:,}" if row == first + 1 else f"images {first:,} to {row - 1:,}"
+            say(f"{shard.name}: {which} of {len(images):,}")
         number += 1
 
 

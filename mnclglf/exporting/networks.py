@@ -6,15 +6,16 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mnclglf.config import RunConfig, require, short_name, to_dict
+from mnclglf.config import TIMM, RunConfig, require, short_name, to_dict
 from mnclglf.exporting.formats import NETWORKS, NetworkName
 from mnclglf.methods import METHODS, Method
 from mnclglf.models.batch_norm import batch_norms
+from mnclglf.models.encoder import Encoder
 
 KIND = "mnclglf export"
 VERSION = 1
@@ -22,6 +23,8 @@ HEADS = ("projector", "predictor", "classifier")
 """Attributes of a method that hold its heads, in the order in which features go through them."""
 NOT_OF_ENCODERS = ("projector_width", "predictor_width", "classes", "sync_batch_norm")
 """Settings of the model that are of its heads, or of its training alone."""
+OF_RESNETS = ("stem", "width")
+"""Settings of the model that a model of timm has no use for."""
 PLACES = ("data_dir", "download", "loader", "loader_threads")
 """Settings that say where the images lay and who read them, which means nothing elsewhere."""
 TOLERANCE = 1e-5
@@ -39,6 +42,8 @@ class Exported:
 
     encoder: nn.Module
     """Maps [n, 3, side, side] to features [n, F]."""
+    published: nn.Module
+    """The encoder's network, whose parameters have the names of the library that it comes from."""
     heads: dict[str, nn.Module]
     """Projector, predictor or classifier: each takes the result of the one before, the first one features [n, F]."""
     features: int
@@ -79,14 +84,20 @@ def networks_of(method: Method, network: NetworkName, side: int, *, head: bool) 
     if network == "momentum":
         name = next(name for name, kind in METHODS.items() if type(method) is kind)
         require(hasattr(method, "momentum"), f"network momentum: {name} has none; take the online network")
-        encoder, projector = method.momentum.children()
+        encoder, projector = cast("tuple[Encoder, nn.Module]", tuple(method.momentum.children()))
         heads = {"projector": projector}  # the predictor is the online network's alone
     else:
         encoder = method.encoder
         heads = {name: getattr(method, name) for name in HEADS if hasattr(method, name)}
     for module in (encoder, *heads.values()):
         plain(module)
-    return Exported(encoder=encoder, heads=heads if head else {}, features=method.encoder.features, side=side)
+    return Exported(
+        encoder=encoder,
+        published=encoder.published,
+        heads=heads if head else {},
+        features=encoder.features,
+        side=side,
+    )
 
 
 def plain(module: nn.Module) -> None:
@@ -116,14 +127,15 @@ def facts_of(exported: Exported, config: RunConfig, state: Mapping[str, Any], ne
     del settings["engine"]  # changes no result
     settings["dataset"] = short_name(config.dataset)  # the path of a folder is nobody's business
     settings["data"] = {name: value for name, value in settings["data"].items() if name not in PLACES}
-    model = {name: value for name, value in settings["model"].items() if name not in NOT_OF_ENCODERS}
+    left_out = (*NOT_OF_ENCODERS, *(OF_RESNETS if config.model.encoder.startswith(TIMM) else ()))
+    model = {name: value for name, value in settings["model"].items() if name not in left_out}
     steps = state.get("steps_per_epoch")
     return {
         "kind": KIND,
         "version": VERSION,
         "made_by": {"mnclglf": installed_version(), "torch": torch.__version__},
         "encoder": {
-            "class": type(exported.encoder).__name__,
+            "class": type(exported.published).__name__,
             **model,
             "features": exported.features,
             "parameters": sum(parameter.numel() for parameter in exported.encoder.parameters()),

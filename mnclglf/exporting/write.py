@@ -12,7 +12,7 @@ from mnclglf.exporting.folder import CARD, check_place, make_folder
 from mnclglf.exporting.formats import NetworkName
 from mnclglf.exporting.graphs import write_graphs
 from mnclglf.exporting.networks import Exported, facts_of, header
-from mnclglf.exporting.weights import find_twin, loads_in, write_safetensors
+from mnclglf.exporting.weights import TimmTwin, Twin, find_twin, loads_in, write_safetensors
 from mnclglf.runs.results import Result
 
 
@@ -45,8 +45,10 @@ def write_export(
     twin = find_twin(exported)
     settings = {name: value for name, value in facts["encoder"].items() if name in facts["settings"]["model"]}
     facts["encoder"] |= {
-        "torchvision": None if twin is None else twin.name,  # timm's name too
-        "small_stem": twin is not None and twin.small_stem,
+        "torchvision": twin.name if isinstance(twin, Twin) else None,
+        "timm": None if twin is None else twin.name,
+        "timm_options": twin.options if isinstance(twin, TimmTwin) else {},
+        "small_stem": isinstance(twin, Twin) and twin.small_stem,
         "loads_in": loads_in(exported.encoder, settings, twin),
     }
 

@@ -46,6 +46,11 @@ class TimmEncoder(Encoder):
     Args:
         name: timm's name of the model, without a tag.
 
+    Attributes:
+        name: `timm:` and timm's name of the model.
+        network: timm's model.
+        options: what timm's `create_model` was given besides `num_classes=0`.
+
     Raises:
         UsageError: timm has no such model, or the model draws random numbers, or has a norm that cannot take its
             statistics per view.
@@ -55,7 +60,7 @@ class TimmEncoder(Encoder):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = f"{TIMM}{name}"
-        self.network = _create(name)
+        self.network, self.options = _create(name)
         self.features: int = getattr(self.network, "head_hidden_size", None) or self.network.num_features  # pyright: ignore
         self.interpolates = any("pos_embed" in path for path, _ in self.network.named_parameters())
         self.batch = InBatch()
@@ -76,7 +81,8 @@ class TimmEncoder(Encoder):
         return self.network
 
 
-def _create(name: str) -> nn.Module:
+def _create(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns timm's model, and the options that it was made with."""
     try:
         import timm
     except ImportError as error:
@@ -88,12 +94,13 @@ def _create(name: str) -> nn.Module:
         f"encoder {TIMM}{name}: timm {timm.__version__} has no model {name!r}; "
         + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them, as convnext_tiny"),
     )
+    options: dict[str, Any] = {"dynamic_img_size": True}
     try:
-        return timm.create_model(name, num_classes=0, dynamic_img_size=True)
+        return timm.create_model(name, num_classes=0, **options), options
     except TypeError as error:
         if "dynamic_img_size" not in str(error):
             raise
-        return timm.create_model(name, num_classes=0)
+        return timm.create_model(name, num_classes=0), {}
 
 
 def check_norms(name: str, network: nn.Module) -> None:

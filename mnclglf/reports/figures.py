@@ -6,9 +6,10 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib import rc_context
@@ -285,11 +286,9 @@ def inline_svg(figure: Figure, title: str) -> str:
         figure: the figure.
         title: what it shows; ids begin with it, so that several can stand on one page.
     """
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mnclglf"}):  # text as text; the same ids every time
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        _save(figure, buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # a style would be the whole page's
@@ -398,8 +397,16 @@ def _dress(axis: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a class or a folder may have $ in its name  # pyright: ignore
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": "mnclglf"})
+    _save(figure, buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": "mnclglf"})
     return buffer.getvalue()
+
+
+def _save(figure: Figure, buffer: io.StringIO | io.BytesIO, **settings: Any) -> None:
+    """Writes a figure whose texts, such as names of classes and folders, are shown as they are."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may have $ in it  # pyright: ignore[reportAttributeAccessIssue]
+    with warnings.catch_warnings():
+        # matplotlib draws a box for a letter that its font lacks, as of Chinese, and warns for each.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        figure.savefig(cast(Any, buffer), **settings)

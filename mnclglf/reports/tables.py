@@ -34,7 +34,6 @@ SETTING_NAMES = {
     "batch_size": "batches of",
     "asked_batch_size": "as many steps as with batches of",
     "draws": "draws of labels",
-    "subset": "labels drawn by the generator",
     "train_images": "training images",
     "test_images": "images classified",
     "step": "checkpoint after step",
@@ -52,7 +51,7 @@ INSTEAD_OF = {
     "asked_batch_size": "batch_size",
     "steps": "epochs",
 }  # settings without a default of their own, and what they replace
-UNSHOWN = {"classes", "note", "per_class", "seed", "solver"} | {
+UNSHOWN = {"classes", "note", "per_class", "seed", "solver", "subset"} | {
     "momentum", "weight_decay", "nesterov", "trust_coefficient", "view", "loader", "precision"
 }  # fmt: skip
 

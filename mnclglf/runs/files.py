@@ -33,7 +33,7 @@ REMEDIES: dict[int, str] = {
     errno.EROFS: "it can only be read there: choose another place",
     errno.EACCES: "let this user read and write it (ls -l), or choose another place",
     errno.EPERM: "let this user read and write it (ls -l), or choose another place",
-    errno.EIO: "the disk or the connection to it fails (dmesg): mend that, or copy the folder elsewhere",
+    errno.EIO: "the disk or the connection to it fails (dmesg): fix that, or copy the folder elsewhere",
     errno.ESTALE: "the network file system was lost: mount it again, and give the same command again",
     errno.ETIMEDOUT: "the network file system does not answer: mount it again, and give the same command again",
     errno.EBUSY: "another program uses it: end that, and give the same command again",

@@ -64,8 +64,8 @@ def forecast(config: RunConfig, images: ImageSet) -> list[str]:
         epoch = steps * least_seconds(config, side, torch.bfloat16, peaks)
         slow, fast = (epoch / share for share in REACHED)
         lines.append(
-            f"  an epoch of {steps:,} steps on an {peaks.name}: {duration(fast)} compiled to {duration(slow)} eager, "
-            f"at {REACHED[1]:.0%} and {REACHED[0]:.0%} of the roofline; the loader must then deliver "
-            f"{len(images) / fast:,.0f} images/s"
+            f"  an epoch of {steps:,} step{'s' * (steps != 1)} on an {peaks.name}: {duration(fast)} compiled to "
+            f"{duration(slow)} eager, at {REACHED[1]:.0%} and {REACHED[0]:.0%} of the roofline; the loader must then "
+            f"deliver {len(images) / fast:,.0f} images/s"
         )
     return lines

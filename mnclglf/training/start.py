@@ -27,6 +27,7 @@ from mnclglf.config import (
     ModelConfig,
     ObjectiveConfig,
     RunConfig,
+    UsageError,
     ViewConfig,
     moved,
     require,
@@ -99,12 +100,11 @@ class Start:
 
     def describe(self) -> str:
         """Returns one line with the decisions."""
-        config, data = self.config, self.data
+        config, data, steps = self.config, self.data, self.loader.steps_per_epoch
         return (
             f"{config.method} on {shown(config.dataset)}: {len(data.train):,} images of side {data.side}, "
-            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {self.loader.steps_per_epoch} steps, "
-            f"device {self.machine.device}, "
-            f"{name_of(self.machine.dtype)}, loader {self.loader.name}, "
+            f"{config.optim.epochs} epoch{'s' * (config.optim.epochs != 1)} of {steps} step{'s' * (steps != 1)}, "
+            f"device {self.machine.device}, {name_of(self.machine.dtype)}, loader {self.loader.name}, "
             f"kernels {describe_backends(self.method.backends)}" + ("" if self.compile == "off" else ", compiled")
         )
 
@@ -134,10 +134,8 @@ class Start:
         if name != ModelConfig.encoder:
             lines.append(f"encoder {name}: {encoder.features:,} features")
         if encoder.interpolates:
-            sizes = " and ".join(
-                f"{what} of side {side}" for what, side in sides_of(self.method, self.data.side).items()
-            )
-            lines.append(f"{name}: position embeddings of another size are interpolated to {sizes}")
+            sizes = sides_of(type(self.method), self.data.side)
+            lines.append(f"{name}: position embeddings of another size are interpolated to {in_words(sizes)}")
         if self.initial_weights is not None:
             lines.append(describe_initial_weights(self.initial_weights))
         return lines
@@ -182,10 +180,10 @@ def start_training(
     config = with_classes(config, data.train)
     from mnclglf.training.out_of_memory import check_memory, explained  # which import this module
 
+    check_encoder(config, data.side)  # before the estimate of the memory, which runs the encoder on these sides
     check_memory(config, data.side, machine, ranks.count)
     with explained(config, data.side, machine):
         method = build_method(config, machine.dtype).train()
-        check_sides(config.model, sides_of(method, data.side))
         initial_weights = None if resumed else load_initial_weights(method, config.model)
         method = method.to(machine.device)
         method.distribute(ranks.rank, ranks.count, sync_batch_norm=config.model.sync_batch_norm == "on")
@@ -392,9 +390,28 @@ def build_method(config: RunConfig, dtype: torch.dtype) -> Method:
     return method.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
 
 
-def sides_of(method: Method, side: int) -> dict[str, int]:
+def check_encoder(config: RunConfig, side: int) -> None:
+    """Raises UsageError unless the encoder takes all images that it sees in a step; names them all.
+
+    Args:
+        config: the run.
+        side: side of a view in pixels.
+    """
+    sides = sides_of(method_of(config.method), side)
+    try:
+        check_sides(config.model, sides)
+    except UsageError as error:
+        raise UsageError(f"{error}. {config.method} shows it {in_words(sides)}") from error
+
+
+def sides_of(method: type[Method], side: int) -> dict[str, int]:
     """Returns the sides of the images that encoders see in a step, in pixels, by what the images are."""
     return {"views": side} | ({"patches": side // 2} if method.divided_views else {})
+
+
+def in_words(sides: Mapping[str, int]) -> str:
+    """Returns, for example, "views of side 32 and patches of side 16"."""
+    return " and ".join(f"{what} of side {side}" for what, side in sides.items())
 
 
 def check_queue(config: RunConfig) -> None:
@@ -535,8 +552,8 @@ def describe_backends(backends: Backends) -> str:
 
 
 def choose_compile(engine: EngineConfig, device: torch.device, say: Callable[[str], object], ranks: int = 1) -> Compile:
-    """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has proved them,
-    replayed as CUDA graphs (graphs.py).
+    """Decides whether a run's forward is eager, compiled, or compiled and, once its first batch has shown
+    that they give the same results, replayed as CUDA graphs (graphs.py).
 
     Args:
         engine: the settings `compile` and `graphs`.

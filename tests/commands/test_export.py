@@ -1,6 +1,7 @@
 """Tests of `mnclglf export` from its user's side."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ def test_it_says_what_it_wrote_where_and_where_the_weights_load(
     printed = capsys.readouterr().out
     for path in out.iterdir():
         assert path.name in printed or path.name == "export.json"
-    assert "encoder.safetensors: has no twin" in printed
+    assert "encoder.safetensors: loads in no model of torchvision and timm" in printed
     assert "width 4" in printed
+    assert re.search(r"README\.md: \d+\.\d kB", printed)
     assert str(out) in printed
     assert "README.md" in printed
 

@@ -48,6 +48,17 @@ def shards_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
 
 
+def test_each_shard_is_told_with_its_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "pack", f"folder:{folder}", str(tmp_path / "out"), "--images-per-shard", "3"]) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "train-000000.tar: images 0 to 2 of 10",
+        "train-000001.tar: images 3 to 5 of 10",
+        "train-000003.tar: image 9 of 10",
+    ):
+        assert f"{line}\n" in told
+
+
 def test_a_folder_keeps_its_bytes_labels_and_classes(folder: Path, tmp_path: Path) -> None:
     assert main(["data", "pack", f"folder:{folder}", str(tmp_path / "out"), "--images-per-shard", "4"]) == 0
     made = shards_of(tmp_path / "out")

@@ -54,8 +54,9 @@ def follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[st
         (dict(method="supervised"), dict(head=True), ["torch.export", "onnxruntime"]),
         (dict(method="byol"), dict(head=True, network="momentum", formats=["onnx"]), ["onnxruntime"]),
         (dict(method="simclr"), dict(head=True, formats=["safetensors"]), ["torch.zeros"]),
+        (dict(encoder="timm:test_vit"), dict(head=True, formats=["safetensors", "pt2"]), ["timm", "torch.export"]),
     ],
-    ids=["imagenet", "cifar", "heads", "supervised", "momentum", "weights without a twin"],
+    ids=["imagenet", "cifar", "heads", "supervised", "momentum", "another width", "timm"],
 )
 def test_the_blocks_give_the_encoders_features(
     settings: dict[str, Any],

@@ -74,6 +74,7 @@ def test_the_libraries_load_the_weights_strictly_and_give_the_same_features(
         torch.testing.assert_close(network.eval()(images), features_of(run, images), **CLOSE)
     said = json.loads((folder / "export.json").read_text())["encoder"]
     assert (said["torchvision"], said["small_stem"]) == ("resnet18", stem == "cifar")
+    assert (said["timm"], said["timm_options"]) == ("resnet18", {})
     assert ("stem cifar" in said["loads_in"]) == (stem == "cifar")
 
 
@@ -85,6 +86,29 @@ def test_timm_reads_the_file_by_itself(trained: tuple[str, Path, Path]) -> None:
         images = some_images(2)
         with torch.inference_mode():
             torch.testing.assert_close(network(images), features_of(run, images), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "options"),
+    [
+        ("test_vit", 32, {}),  # takes any side by itself
+        ("vit_tiny_patch16_224", 32, {"dynamic_img_size": True}),  # is made for a side of 224
+        ("test_efficientnet", 32, {}),
+    ],
+)
+def test_timm_loads_the_weights_of_a_model_of_its_own(
+    name: str, side: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    run, _ = make_run(tmp_path / "run", encoder=f"timm:{name}", image_size=side, method="byol")
+    said = json.loads((mnclglf.export(run, formats=["safetensors"]) / "export.json").read_text())["encoder"]
+    assert (said["timm"], said["timm_options"], said["torchvision"]) == (name, options, None)
+    assert f"timm's {name}" in said["loads_in"]
+    assert "stem" not in said
+    network = timm.create_model(name, num_classes=0, **options).eval()
+    network.load_state_dict(load_file(run / "export" / "encoder.safetensors"))
+    images = some_images(3, side)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), features_of(run, images), **CLOSE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

@@ -243,3 +243,7 @@ def test_a_users_names_are_not_parsed_as_maths(monkeypatch):
         dot_chart(["$x_$", "a$b$c"], [DotPanel("$z_$", [Dots("$l_$", [[1.0], [2.0]], 0), Dots("$m$", [[], [3.0]], 1)])])
     )
     assert parsed == []
+
+
+def test_letters_that_the_font_lacks_are_drawn_without_a_warning() -> None:
+    pixels(picture_grid(["木", "café"], [[np.zeros((4, 4, 3))]] * 2, heading="folder:木"))  # a warning is an error here

@@ -141,7 +141,7 @@ def test_means_do_not_mix_settings():
 
 def test_one_of_a_kind_is_not_several():
     (row,) = result_table([result("linear", settings={"epochs": 1, "draws": 1, "subset": "philox"})]).rows
-    assert row.details == "1 epoch, 1 draw of labels, labels drawn by the generator philox"
+    assert row.details == "1 epoch, 1 draw of labels"
 
 
 def test_means_are_over_the_runs_that_all_have_a_result():

@@ -14,10 +14,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from made_runs import make_run
 from safetensors.torch import save_file
 from torch import Tensor
 from training.test_loop import CONFIG, final_state, own_cache, printed, silent  # noqa: F401
 
+import mnclglf
 from mnclglf.config import ModelConfig, RunConfig, UsageError, with_whole_paths
 from mnclglf.methods import Method
 from mnclglf.runs.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
@@ -70,6 +72,17 @@ def test_a_file_of_torchvision_s_weights_goes_into_every_encoder(
     assert f"{len(record['taken'])} tensors of {path}" in line
     assert "left out: fc.bias, fc.weight" in line
     assert "num_batches" not in line
+
+
+def test_an_exported_model_of_timm_goes_into_every_encoder(tmp_path: Path) -> None:
+    run, trained = make_run(tmp_path / "run", encoder="timm:test_efficientnet", method="byol")
+    expected = {name: x.clone() for name, x in trained.encoder.state_dict().items()}
+    file = mnclglf.export(run, formats=["safetensors"]) / "encoder.safetensors"
+    method, record = loaded(ModelConfig(encoder="timm:test_efficientnet", **HEADS), file)
+    assert len(record["taken"]) == len(expected)
+    for encoder in method.encoders():
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_half_precision_becomes_fp32(tmp_path: Path) -> None:

@@ -4,21 +4,24 @@ import dataclasses
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from mnclglf.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from mnclglf.config import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, UsageError
 from mnclglf.methods import METHODS
 from mnclglf.training.ranks import Ranks
 from mnclglf.training.start import (
     Machine,
+    Start,
     choose_backends,
     choose_compile,
     describe_backends,
     keep_kernels_in_cache,
+    start_training,
 )
 from mnclglf_kernels import Backends
 from mnclglf_kernels._triton import launch
@@ -136,6 +139,19 @@ def test_backends_are_described_in_a_word_and_its_exceptions():
     )
 
 
+@pytest.mark.parametrize(("epochs", "steps", "told"), [(1, 2, "1 epoch of 2 steps"), (2, 1, "2 epochs of 1 step")])
+def test_one_epoch_and_one_step_are_not_several(epochs: int, steps: int, told: str) -> None:
+    start: Any = SimpleNamespace(
+        config=RunConfig(optim=OptimConfig(epochs=epochs)),
+        data=SimpleNamespace(train=[0], side=8),
+        loader=SimpleNamespace(steps_per_epoch=steps, name="resident"),
+        machine=Machine(CPU, torch.float32),
+        method=SimpleNamespace(backends=Backends.all("torch")),
+        compile="off",
+    )
+    assert f"{told}, device cpu" in Start.describe(start)
+
+
 def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -146,3 +162,24 @@ def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path: Path, mo
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)  # of no entry in passwd
     keep_kernels_in_cache()
     assert os.environ.pop("TRITON_HOME") == str(tmp_path / "cache" / "mnclglf")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "side", "fault"),
+    [
+        ("vit_tiny_patch16_224", 16, "patches of side 8"),
+        ("vit_tiny_patch16_224", 24, "views of side 24"),
+        ("convnext_tiny", 32, "patches of side 16"),
+    ],
+)
+def test_sides_that_an_encoder_cannot_take_are_named_before_any_forward(encoder: str, side: int, fault: str) -> None:
+    config = RunConfig(
+        method="mnclglf",
+        dataset="digits",
+        data=DataConfig(image_size=side),
+        model=ModelConfig(encoder=f"timm:{encoder}"),
+        engine=EngineConfig(device="cpu", precision="fp32"),
+    )
+    seen = rf"views of side {side} and patches of side {side // 2}"
+    with pytest.raises(UsageError, match=rf"timm:{encoder} cannot take {fault}.*another --image-size.*{seen}"):
+        start_training(config, Console(file=io.StringIO()))

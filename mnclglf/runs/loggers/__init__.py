@@ -226,7 +226,7 @@ def open_loggers(
         except Exception as error:
             text = f"logger {name} cannot be opened for {folder} ({type(error).__name__}: {error})"
             if given != "auto" and not lenient:
-                raise UsageError(f"{text}; mend that, or leave it out of --loggers") from error
+                raise UsageError(f"{text}; fix that, or leave it out of --loggers") from error
             say(f"{text}; going on without it")
     return Loggers(opened, say)
 
