@@ -259,8 +259,12 @@ def _check_content(path: Path, state: object) -> None:
     ]
     if "step" not in entries:
         wrong.append("there is no step")
-    elif not wrong and entries["step"] < 0:
-        wrong.append(f"step is {entries['step']}")
+    least = {"step": 0, "side": 1, "steps_per_epoch": 1}
+    wrong += [
+        f"{name} is {entries[name]}"
+        for name in least
+        if not wrong and name in entries and not least[name] <= entries[name] < 2**53
+    ]
     wrong += [
         f"{name} is not of 3 channels"
         for name in ("mean", "std")
