@@ -15,8 +15,8 @@ def load_dataset(
     """Returns the training images, and the test images or None.
 
     Args:
-        name: name of the data set, or folder:PATH.
-        data_dir: folder of its files; None looks in its usual places. mnist5k, digits and folder:PATH take none.
+        name: name of the data set, or a place, as folder:PATH or shards:PATTERN.
+        data_dir: folder of its files; None looks in its usual places. mnist5k, digits and places take none.
         download: fetch missing files into data_dir, or into `cache_dir(name)`.
         skip_corrupt: skip image files that cannot be read.
 

@@ -267,7 +267,7 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> RunData:
 
 
 def load_in_turn(config: RunConfig, console: Console) -> RunData:
-    """Loads the images of a run while no other rank of this machine does: the first one fills the others' caches."""
+    """Loads the images of a run while no other rank with the same cache does: the first one fills it for the others."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     place = f"{config.dataset} {config.data.data_dir or ''}"
