@@ -68,15 +68,14 @@ def cache_folder() -> Path:
         usual = None
     if usual is not None and (os.path.exists(usual) or os.access(nearest_folder(usual), os.W_OK | os.X_OK)):
         return usual
-    folder = _temporary_cache()
+    folder = _temporary_cache(Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}")
     _warn_once(f"there is no home to keep caches in: they are in {folder}; set XDG_CACHE_HOME to choose their place")
     return folder
 
 
 @cache
-def _temporary_cache() -> Path:
-    """Returns a folder below the temporary one, in which nobody else can put files: compiled kernels are among them."""
-    folder = Path(tempfile.gettempdir()) / f"mnclglf-{os.getuid()}"
+def _temporary_cache(folder: Path) -> Path:
+    """Returns the folder, or a new one beside it if others can put files there: compiled kernels are among them."""
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     try:
@@ -84,7 +83,7 @@ def _temporary_cache() -> Path:
     except OSError:  # nothing can be made there: who writes will say so
         return folder
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-    return folder if ours else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    return folder if ours else Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
 
 
 def nearest_folder(path: Path) -> Path:

@@ -150,7 +150,6 @@ def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     files._warn_once.cache_clear()
-    files._temporary_cache.cache_clear()
     return tmp_path
 
 
