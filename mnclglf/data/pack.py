@@ -122,9 +122,12 @@ def _pack_part(images: ImageSet, out: Path, name: str, limit: Limit, say: Callab
         if written:
             write_atomically(shard, lambda file, first=first: _write_shard(file, images, first, limit))
         file = LocalFile(str(shard))
-        if not shard.with_suffix(".idx").exists():
-            write_index(shard, listed(file))
-        row += len(samples_of(file))
+        if shard.with_suffix(".idx").exists():
+            samples = samples_of(file)
+        else:
+            samples = listed(file)
+            write_index(shard, samples)
+        row += len(samples)
         if written:
             which = f"image {first:,}" if row == first + 1 else f"images {first:,} to {row - 1:,}"
             say(f"{shard.name}: {which} of {len(images):,}")

@@ -173,7 +173,7 @@ def _batches(parquet: pq.ParquetFile, columns: Columns, place: str) -> Generator
 
     wanted = [columns.image, *([columns.label] if columns.label else [])]
     with _named(place):
-        # One row at a time takes 7 µs more than many do. A file may hold a large image once and name it in every row.
+        # One at a time, which costs 7 µs per row: a file may hold a large image once and name it in every row.
         for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
             images = batch.column(columns.image).to_pylist()
             labels = [-1] * len(images)

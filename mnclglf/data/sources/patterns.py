@@ -42,12 +42,8 @@ def find_files(pattern: str, suffix: str) -> tuple[list[str], list[str]]:
     # What a server is asked after the ? is kept nowhere, so it tells no files apart.
     twice = next((a for a, b in itertools.pairwise(sorted(map(shown, files))) if a == b), None)
     if twice is not None:
-        raise DataError(
-            f"{shown(pattern)} names {twice} twice; give each file once, and copy files here that differ only after "
-            "the ? of their address"
-            if remote
-            else f"{shown(pattern)} names {twice} twice; give each file once"
-        )
+        copy = ", and copy files here that differ only after the ? of their address" if remote else ""
+        raise DataError(f"{shown(pattern)} names {twice} twice; give each file once{copy}")
     if not files:
         raise DataError(
             f"{shown(pattern)}: there is no such file; give a folder of {suffix} files, or a pattern of some"

@@ -119,13 +119,13 @@ def samples_of(file: RangeFile) -> list[Sample]:
             _keep(kept, samples)  # the next start need not ask for it
         return samples
     samples = listed(file)
+    if remote:
+        _keep(kept, samples)
+        return samples
     try:
-        if not remote:
-            write_index(Path(file.name), samples)
-            return samples
+        write_index(Path(file.name), samples)
     except (OSError, ValueError):  # it can only be read there, or a name holds a blank
-        pass
-    _keep(kept, samples)
+        _keep(kept, samples)
     return samples
 
 
